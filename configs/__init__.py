@@ -1,0 +1,1 @@
+"""YAML only: one file per tile encoder and slide encoder."""

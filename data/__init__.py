@@ -1,0 +1,1 @@
+"""Slides in, tensors out: reading, tissue, grid, tile stream, feature files, slide tables, synthetic slides."""

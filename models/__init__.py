@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: dilated attention, LongNet, slide encoders, tile encoders."""

@@ -1,0 +1,1 @@
+"""The jobs that join `data` and `models`, and the command line."""
