@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers.mlp import SwiGLUPacked
 from torch import Tensor, nn
 
 from ..errors import LongslideError
@@ -107,7 +108,7 @@ def build_network(spec: TileEncoderSpec) -> nn.Module:
     """
     arguments = dict(spec.timm_args)
     if arguments.get("mlp_layer") == "SwiGLUPacked":
-        arguments["mlp_layer"] = timm.layers.SwiGLUPacked
+        arguments["mlp_layer"] = SwiGLUPacked
     try:
         network: nn.Module = timm.create_model(spec.architecture, pretrained=False, num_classes=0, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:

@@ -1,8 +1,8 @@
 """Weights of tile encoders: from a file, a folder or the hub, in timm's names or in other people's.
 
-A checkpoint in the names of transformers (ViT, DINOv2, DINOv2 with registers) or of the DINOv2 repository is translated to
-timm's names by a table, theirs -> ours. Every tensor must find its place: what is missing, left over or of the wrong shape
-is named in the error. Nothing is unpickled.
+A checkpoint in the names of transformers (ViT, DINOv2, DINOv2 with registers) or of the DINOv2 repository is translated
+to timm's names by a table, theirs -> ours. Every tensor must find its place: what is missing, left over or of the wrong
+shape is named in the error. Nothing is unpickled.
 """
 
 import hashlib
@@ -126,8 +126,8 @@ def _download(spec: TileEncoderSpec) -> tuple[Path, str]:
             return file, f"hf:{spec.hub_id}@{file.parent.name}"
     terms = f"; its terms must be accepted at {page} and HF_TOKEN set" if spec.gated else f" ({page})"
     raise LongslideError(
-        f"Tile encoder {spec.name!r}: the weights are neither in the hub's cache nor to be reached{terms}. Connect once "
-        f"(unset HF_HUB_OFFLINE), point HF_HOME to a cache that has them, {local}."
+        f"Tile encoder {spec.name!r}: the weights are neither in the hub's cache nor to be reached{terms}. Connect "
+        f"once (unset HF_HUB_OFFLINE), point HF_HOME to a cache that has them, {local}."
     ) from unreachable
 
 
@@ -141,8 +141,8 @@ def _read(file: Path) -> Any:
     except Exception as error:  # both libraries raise all kinds of errors on a broken file
         reason = str(error).strip().split("\n")[0][:200]
         raise LongslideError(
-            f"{file}: not a readable checkpoint of tensors alone (safetensors, or a state dict that torch.load takes with "
-            f"weights_only=True): {reason}"
+            f"{file}: not a readable checkpoint of tensors alone (safetensors, or a state dict that torch.load takes "
+            f"with weights_only=True): {reason}"
         ) from error
 
 

@@ -160,19 +160,17 @@ def _timm_spec(name: str) -> TileEncoderSpec:
     """The spec of any timm model: dimension from the model, transform from its `pretrained_cfg`."""
     import timm
     import torch
+    from timm.data.config import resolve_data_config
 
     if not timm.is_model(name):
         known = [*_packaged(), *timm.list_models(), *timm.list_pretrained()]
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise LongslideError(
-            f"No tile encoder {name!r}: {hint}Known are {', '.join(list_tile_encoders())}, "
-            "the path of a YAML file, and any timm model by its name."
-        )
+        hint = f"did you mean {', '.join(near)}?" if near else f"the package has {', '.join(list_tile_encoders())}."
+        raise LongslideError(f"No tile encoder {name!r}: {hint} The path of a YAML file or any timm model works too.")
     with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False, num_classes=0)
-    config = model.pretrained_cfg
-    transform = timm.data.resolve_data_config(pretrained_cfg=config)
+        model: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    config: Any = model.pretrained_cfg
+    transform = resolve_data_config(pretrained_cfg=config)  # type: ignore[no-untyped-call]
     crop = int(transform["input_size"][-1])
     if transform["interpolation"] not in _INTERPOLATIONS:
         raise LongslideError(

@@ -1,10 +1,10 @@
 """The published PIL transform of a tile encoder, on whole uint8 batches and on any device.
 
-A batch is resampled in the integer arithmetic of Pillow (a horizontal pass, rounded and clamped to uint8, then a vertical
-one), so the result equals `Resize -> CenterCrop -> ToTensor -> Normalize` of torchvision on PIL images bit for bit. The
-kernels of `torch.nn.functional.interpolate` do not: without a uint8 kernel (CUDA has none) they keep the overshoot of the
-first bicubic pass, and differ from Pillow by up to 25 grey levels at sharp edges. Encoders whose authors resize tensors
-instead of PIL images (kaiko, midnight) differ by one grey level at most.
+A batch is resampled in the integer arithmetic of Pillow (a horizontal pass, rounded and clamped to uint8, then a
+vertical one), so the result equals `Resize -> CenterCrop -> ToTensor -> Normalize` of torchvision on PIL images bit for
+bit. `torch.nn.functional.interpolate` does not do: without a uint8 kernel (CUDA has none) it keeps the overshoot of the
+first bicubic pass, and differs from Pillow by up to 25 grey levels at sharp edges. Encoders whose authors resize
+tensors instead of PIL images (kaiko, midnight) differ by one grey level at most.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,8 @@ class TileTransform:
             images = _resample(images, int(self.resize * height / short), -2, self.interpolation)
         images = center_crop(images, [self.crop, self.crop])
         mean, std = _per_channel(self.mean, tiles.device), _per_channel(self.std, tiles.device)
-        return images.float().div(255).sub(mean).div(std).contiguous()
+        normalised: Tensor = images.float().div(255).sub(mean).div(std).contiguous()
+        return normalised
 
 
 @cache

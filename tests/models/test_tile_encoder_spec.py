@@ -4,7 +4,6 @@ import sys
 import pytest
 import torch
 import yaml
-
 from longslide.errors import LongslideError
 from longslide.models.tile_encoder import build_network
 from longslide.models.tile_encoder_spec import list_tile_encoders, load_tile_encoder_spec

@@ -1,12 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from longslide.models.tile_encoder_spec import list_tile_encoders, load_tile_encoder_spec
+from longslide.models.tile_transform import TileTransform
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
-
-from longslide.models.tile_encoder_spec import list_tile_encoders, load_tile_encoder_spec
-from longslide.models.tile_transform import TileTransform
 
 RECIPES = sorted(
     {
