@@ -55,8 +55,9 @@ class TileTransform:
             images = _resample(images, int(self.resize * width / short), -1, self.interpolation)
             images = _resample(images, int(self.resize * height / short), -2, self.interpolation)
         images = center_crop(images, [self.crop, self.crop])
-        mean, std = _per_channel(self.mean, tiles.device), _per_channel(self.std, tiles.device)
-        normalised: Tensor = images.float().div(255).sub(mean).div(std).contiguous()
+        # Dividing by tensors: CUDA divides by a Python number as a product with its reciprocal, which is less exact.
+        white, mean, std = (_per_channel(v, tiles.device) for v in ((255.0, 255.0, 255.0), self.mean, self.std))
+        normalised: Tensor = images.float().div(white).sub(mean).div(std).contiguous()
         return normalised
 
 
