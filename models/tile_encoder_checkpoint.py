@@ -108,22 +108,25 @@ def _download(spec: TileEncoderSpec) -> tuple[Path, str]:
         raise LongslideError(f"Tile encoder {spec.name!r} has no weights on the hub: give them with --tile-checkpoint.")
     page = f"https://huggingface.co/{spec.hub_id}"
     local = "or give the weights with --tile-checkpoint (a file or a downloaded folder)"
+    unreachable: Exception | None = None
     for name in _WEIGHT_FILES:
-        try:
-            file = Path(hf_hub_download(spec.hub_id, name))
+        try:  # a hub that did not answer once is not asked again: it takes 20 seconds
+            file = Path(hf_hub_download(spec.hub_id, name, local_files_only=unreachable is not None))
         except RepositoryNotFoundError as error:  # also GatedRepoError, and a private page without a token
             raise LongslideError(
                 f"Tile encoder {spec.name!r}: no access to its weights. Accept the terms at {page} "
                 f"and set HF_TOKEN to a token of that account, {local}."
             ) from error
         except LocalEntryNotFoundError as error:
-            unreachable: Exception = error
+            unreachable = error
         except EntryNotFoundError:
-            unreachable = FileNotFoundError(f"the page has no {' or '.join(_WEIGHT_FILES)}")
+            continue
         except OSError as error:
             unreachable = error
         else:
             return file, f"hf:{spec.hub_id}@{file.parent.name}"
+    if unreachable is None:
+        raise LongslideError(f"Tile encoder {spec.name!r}: {page} has no {' or '.join(_WEIGHT_FILES)}; {local[3:]}.")
     terms = f"; its terms must be accepted at {page} and HF_TOKEN set" if spec.gated else f" ({page})"
     raise LongslideError(
         f"Tile encoder {spec.name!r}: the weights are neither in the hub's cache nor to be reached{terms}. Connect "

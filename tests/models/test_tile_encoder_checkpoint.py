@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError
 from longslide.errors import LongslideError
 from longslide.models.tile_encoder import create_tile_encoder
 from safetensors.torch import load_file, save_file
@@ -293,6 +293,17 @@ def test_offline_without_a_cache_the_error_says_what_to_give(hub):
         create_tile_encoder("gigapath")
     for hint in ("huggingface.co/prov-gigapath/prov-gigapath", "HF_TOKEN", "HF_HUB_OFFLINE", "--tile-checkpoint"):
         assert hint in str(refusal.value)
+
+
+def test_a_page_without_a_weights_file_is_named(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise EntryNotFoundError("404 Client Error")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(
+        LongslideError, match=r"huggingface\.co/MahmoodLab/UNI has no model\.safetensors or pytorch_model"
+    ):
+        create_tile_encoder("uni")
 
 
 def test_a_gated_model_without_a_token_names_the_page_and_the_variable(monkeypatch):
