@@ -1,0 +1,200 @@
+"""Whole-slide images: opening, reading regions as RGB, microns per pixel."""
+
+import hashlib
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import cv2
+import numpy as np
+import openslide
+from PIL import Image, UnidentifiedImageError
+
+from ..errors import LongslideError
+from .mpp import Mpp, resolve_mpp
+
+Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
+
+# Decoded native tiles kept per slide: several rows of a 100,000 px wide level, so neighbours are not decoded twice.
+CACHE_BYTES = 256 * 2**20
+
+
+class Slide:
+    """An open slide. A context manager; reads may come from several threads at once.
+
+    Attributes:
+        path: The file.
+        slide_id: Its id: the file's stem unless given.
+        dimensions: (width, height) of level 0 in pixels.
+        level_dimensions: (width, height) of each level, finest first.
+        level_downsamples: Level-0 pixels per pixel of each level.
+        properties: OpenSlide's properties; the DPI tags of a plain image appear as TIFF resolution tags.
+        vendor: OpenSlide's name of the format, or `image` for a plain image.
+        background: RGB shown where the slide has no pixels.
+    """
+
+    def __init__(self, path: Path, handle: openslide.AbstractSlide, mpp: float | None, slide_id: str | None) -> None:
+        self.path = path
+        self.slide_id = slide_id or path.stem
+        self._given_mpp = mpp
+        self._handle = handle
+        self._retired: list[openslide.AbstractSlide] = []
+        self._lock = threading.Lock()
+        self.dimensions: tuple[int, int] = handle.dimensions
+        self.level_dimensions: tuple[tuple[int, int], ...] = handle.level_dimensions
+        self.level_downsamples: tuple[float, ...] = handle.level_downsamples
+        self.properties: Mapping[str, str] = dict(handle.properties)
+        self.vendor = self.properties.get("openslide.vendor", "image")
+        if isinstance(handle, openslide.ImageSlide):
+            self.properties |= _dpi_properties(path)
+        colour = self.properties.get("openslide.background-color", "FFFFFF")
+        self.background = (int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            for handle in [self._handle, *self._retired]:
+                handle.close()
+            self._retired.clear()
+
+    @cached_property
+    def mpp(self) -> Mpp:
+        """Microns per pixel at level 0 and where it comes from.
+
+        Raises:
+            LongslideError: There is none, or it is implausible.
+        """
+        return resolve_mpp(self.properties, self.path, self._given_mpp)
+
+    @cached_property
+    def quickhash(self) -> str:
+        """Identity of the image data: OpenSlide's quickhash, or the SHA-256 of the file."""
+        quick = self.properties.get("openslide.quickhash-1")
+        if quick:
+            return quick
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
+        """Read a rectangle of a level.
+
+        Args:
+            x: Left edge in level-0 pixels; may lie outside the slide.
+            y: Top edge in level-0 pixels; may lie outside the slide.
+            level: Level to read from.
+            width: Pixels of that level.
+            height: Pixels of that level.
+
+        Returns:
+            `(height, width, 3)` uint8 RGB; where the slide has no pixels, `background`.
+
+        Raises:
+            LongslideError: The region cannot be read. Other regions still can.
+        """
+        handle = self._handle
+        try:
+            rgba = np.asarray(handle.read_region((x, y), level, (width, height)))
+        except (openslide.OpenSlideError, OSError) as error:
+            self._reopen(handle)
+            raise LongslideError(
+                f"{self.path}: cannot read {width} x {height} px at ({x}, {y}), level {level}: {error}"
+            ) from error
+        alpha = rgba[..., 3]
+        rgb = cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
+        if alpha.min() < 255:
+            share = alpha[..., None].astype(np.float32) / 255
+            rgb = np.rint(rgb * share + np.float32(self.background) * (1 - share)).astype(np.uint8)
+        return rgb
+
+    def thumbnail(self, max_px: int = 2048) -> np.ndarray:
+        """The whole slide, no edge longer than `max_px`: `(h, w, 3)` uint8 RGB."""
+        scale = min(1.0, max_px / max(self.dimensions))
+        width, height = (max(1, round(edge * scale)) for edge in self.dimensions)
+        level = max(
+            (i for i, (w, h) in enumerate(self.level_dimensions) if w >= width and h >= height),
+            default=0,
+        )
+        return _shrink(self, level, width, height)
+
+    def _reopen(self, broken: openslide.AbstractSlide) -> None:
+        """OpenSlide refuses every read after a failed one: start over, once for all threads that saw the failure."""
+        with self._lock:
+            if self._handle is broken:
+                self._retired.append(broken)  # other threads may still be in it
+                self._handle = _open_handle(self.path)
+
+
+def open_slide(path: str | Path, *, mpp: float | None = None, slide_id: str | None = None) -> Slide:
+    """Open a slide with OpenSlide, or a plain image (PNG, JPEG, ...) with Pillow.
+
+    Args:
+        path: The file.
+        mpp: Microns per pixel at level 0; overrides the file's.
+        slide_id: The slide's id; the file's stem by default.
+
+    Returns:
+        The slide. It may lack microns per pixel: only asking for `mpp` raises then.
+
+    Raises:
+        LongslideError: No such file, or not a slide that can be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise LongslideError(f"{path}: no such file")
+    if path.is_dir():
+        raise LongslideError(f"{path}: a folder, not a slide file")
+    if path.stat().st_size == 0:
+        raise LongslideError(f"{path}: the file is empty (0 bytes); copy it again")
+    return Slide(path, _open_handle(path), mpp, slide_id)
+
+
+def _open_handle(path: Path) -> openslide.AbstractSlide:
+    try:
+        handle = openslide.OpenSlide(path)
+        handle.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
+        return handle
+    except openslide.OpenSlideUnsupportedFormatError:
+        pass
+    except openslide.OpenSlideError as error:
+        raise LongslideError(f"{path}: a broken or truncated slide ({error}); copy it again") from error
+    try:
+        image = openslide.ImageSlide(str(path))
+        image.read_region((0, 0), 0, (1, 1))  # decodes the image: a truncated one fails here
+        return image
+    except UnidentifiedImageError as error:
+        raise LongslideError(f"{path}: not a slide or image in a format that OpenSlide or Pillow reads") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise LongslideError(f"{path}: a broken or truncated image ({error}); copy it again") from error
+
+
+def _dpi_properties(path: Path) -> dict[str, str]:
+    with Image.open(path) as image:
+        x, y = image.info.get("dpi", (0, 0))
+    return {"tiff.ResolutionUnit": "inch", "tiff.XResolution": str(float(x)), "tiff.YResolution": str(float(y))}
+
+
+def _shrink(slide: Slide, level: int, width: int, height: int) -> np.ndarray:
+    """A whole level at a smaller size, read in strips so that no more than a strip of it is in memory."""
+    level_width, level_height = slide.level_dimensions[level]
+    if (level_width, level_height) == (width, height):
+        return slide.read_region(0, 0, level, width, height)
+    rows_per_strip = max(1, 64 * 2**20 // (4 * level_width * max(1, level_height // height)))
+    strips = []
+    for top in range(0, height, rows_per_strip):
+        bottom = min(height, top + rows_per_strip)
+        first, last = top * level_height // height, -(-bottom * level_height // height)
+        y = round(first * slide.dimensions[1] / level_height)
+        strip = slide.read_region(0, y, level, level_width, last - first)
+        strips.append(cv2.resize(strip, (width, bottom - top), interpolation=cv2.INTER_AREA))
+    return np.concatenate(strips)

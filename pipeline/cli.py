@@ -1,0 +1,98 @@
+"""The command line: every command is a typed Python function, its options are the function's arguments."""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from .. import __version__
+from ..errors import LongslideError
+
+# Command -> (the module that holds the function of that name, one line for `longslide --help`).
+# A module is imported only when its command is asked for, and imports torch only when it runs.
+COMMANDS = {
+    "doctor": (".doctor", "Check slides, weights and this machine before the GPU hours are spent."),
+    "embed": (".embed", "Embed slides: one feature file a slide, with tile embeddings and a slide embedding."),
+    "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
+}
+
+
+class _Parser(ArgumentParser):
+    """Options spelt as users type them: `--tile-px` for the argument `tile_px`, a bare `--overwrite` for a bool."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("type") is bool:
+            kwargs |= {"nargs": "?", "const": True}
+        names = (name.replace("_", "-") if name.startswith("--") else name for name in args)
+        return super().add_argument(*names, **kwargs)
+
+
+def _command_function(command: str) -> Callable[..., Sequence[Any]]:
+    return getattr(import_module(COMMANDS[command][0], __package__), command)  # type: ignore[no-any-return]
+
+
+def _add_command_arguments(parser: _Parser, function: Callable[..., Any]) -> None:
+    parser.add_argument("--config", action="config", help="YAML file with any of these options as keys.")
+    positional = {"slides"} & set(inspect.signature(function).parameters)
+    if positional:
+        parser.add_argument(
+            "slides",
+            nargs="*",
+            type=str,
+            default=argparse.SUPPRESS,  # so that none on the command line leaves the YAML key `slides` in force
+            help="Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.",
+        )
+    parser.add_function_arguments(function, as_group=False, skip=set(positional))
+
+
+def _parser(command: str | None) -> _Parser:
+    parser = _Parser(
+        prog="longslide",
+        description="Whole-slide images to slide-level predictions.",
+        version=__version__,
+    )
+    subcommands = parser.add_subcommands(required=True)
+    for name, (_, summary) in COMMANDS.items():
+        subparser = _Parser(description=summary)
+        if name == command:
+            _add_command_arguments(subparser, _command_function(name))
+        subcommands.add_subcommand(name, subparser, help=summary)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after `longslide`; those of the process by default.
+
+    Returns:
+        The exit status: 0 when all is well, 1 when something failed, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    parser = _parser(command if command in COMMANDS else None)
+    arguments = parser.parse_args(argv)
+    command = str(arguments.subcommand)
+    options = arguments[command].as_dict()
+    del options["config"]
+    function = _command_function(command)
+    if "slides" in inspect.signature(function).parameters and not options.get("slides"):
+        parser.error(f"longslide {command} needs slides: files, folders or a table")
+    try:
+        results = function(**options)
+    except LongslideError as error:
+        print(f"longslide {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0 if all(result.ok for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""The check before the GPU hours: what will go wrong with these slides, these weights, this machine."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import rich.box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from ..data.grid import Grid, make_grid
+from ..data.slide import Slide, open_slide
+from ..data.slide_table import SlideEntry, find_slides
+from ..data.stream import TileBatch, TileStream
+from ..data.tissue import find_tissue, read_tissue_mask
+from ..errors import LongslideError
+
+# Tiles read from each slide to time the reading: a contiguous run, as the job itself reads them.
+SAMPLE_TILES = 64
+# The width of GigaPath's and UNI2's embeddings; only for the disk estimate when no encoder is named.
+DIM_WITHOUT_ENCODER = 1536
+
+
+@dataclass(frozen=True)
+class SlideCheck:
+    """What `doctor` found about one slide.
+
+    Attributes:
+        slide_id: The slide's id.
+        slide: Path of the slide file.
+        problem: Why `embed` would fail on it; empty when it would not.
+        remark: What a person should look at: no tissue, a duplicate.
+        width: Level-0 pixels.
+        height: Level-0 pixels.
+        levels: Pyramid levels.
+        mpp: Microns per pixel at level 0.
+        mpp_source: Where the mpp came from.
+        tissue_mm2: Area of the tissue in square millimetres.
+        tiles: Tiles that would be embedded.
+        tiles_per_second: Tiles read per second.
+        quickhash: Identity of the slide's image data.
+    """
+
+    slide_id: str
+    slide: str
+    problem: str = ""
+    remark: str = ""
+    width: int | None = None
+    height: int | None = None
+    levels: int | None = None
+    mpp: float | None = None
+    mpp_source: str | None = None
+    tissue_mm2: float | None = None
+    tiles: int = 0
+    tiles_per_second: float | None = None
+    quickhash: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether `embed` will get through this slide."""
+        return not self.problem
+
+
+@dataclass(frozen=True)
+class EncoderCheck:
+    """What `doctor` found about the tile encoder.
+
+    Attributes:
+        name: The encoder's name.
+        problem: Why `embed` could not use it; empty when it could.
+        weights: Source and digest of its weights.
+        device: Where it would run.
+        precision: In what precision.
+        tiles_per_second: Tiles embedded per second on that device.
+    """
+
+    name: str
+    problem: str = ""
+    weights: str | None = None
+    device: str | None = None
+    precision: str | None = None
+    tiles_per_second: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether `embed` can use it."""
+        return not self.problem
+
+
+def doctor(
+    slides: Sequence[str | Path],
+    tile_encoder: str | None = None,
+    tile_checkpoint: str | None = None,
+    slide_mpp: float | None = None,
+    mpp: float | None = None,
+    tile_px: int | None = None,
+    overlap: int = 0,
+    min_tissue: float = 0.1,
+    threads: int = 4,
+    device: str = "auto",
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    output: Path = Path(),
+) -> "list[SlideCheck | EncoderCheck]":
+    """Open every slide, find its tissue, read some tiles, and look at the weights, the GPU and the disk.
+
+    Args:
+        slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.
+        tile_encoder: Also check this tile encoder: its weights, and how many tiles a second it embeds here.
+        tile_checkpoint: Weights of the tile encoder, as `embed` takes them.
+        slide_mpp: Microns per pixel at level 0, for all slides that have no `mpp` in the table; overrides the file's.
+        mpp: Microns per pixel of the tiles. Default: what the tile encoder recommends, or 0.5.
+        tile_px: Edge of a tile in pixels. Default: what the tile encoder recommends, or 256.
+        overlap: Pixels that neighbouring tiles share.
+        min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
+        threads: Threads that read tiles.
+        device: `auto`, or a torch device such as `cuda:1` or `cpu`.
+        precision: Precision of the encoder, as `embed` takes it.
+        output: Folder whose disk must hold the feature files.
+
+    Returns:
+        What was found about each slide, and last about the tile encoder if one was named.
+
+    Raises:
+        LongslideError: Wrong usage, found before any slide is touched.
+    """
+    from ..models.tile_encoder_spec import load_tile_encoder_spec
+
+    console = Console(soft_wrap=True, highlight=False)
+    entries = find_slides(slides, slide_mpp)
+    spec = None if tile_encoder is None else load_tile_encoder_spec(tile_encoder)
+    mpp = mpp or (spec and spec.mpp) or 0.5
+    tile_px = tile_px or (spec.tile_px if spec else 256)
+
+    checks = [
+        _check_slide(entry, mpp, tile_px, overlap, min_tissue, threads)
+        for entry in track(entries, "checking slides", console=Console(stderr=True), transient=True)
+    ]
+    checks = _mark_duplicates(checks)
+    encoder = (
+        None if tile_encoder is None else _check_encoder(tile_encoder, tile_checkpoint, tile_px, device, precision)
+    )
+
+    console.print(_table(checks))
+    _print_problems(console, checks, encoder)
+    _print_machine(console, encoder)
+    _print_totals(console, checks, encoder, spec.dim if spec else None, output)
+    return checks if encoder is None else [*checks, encoder]
+
+
+def _check_slide(
+    entry: SlideEntry, mpp: float, tile_px: int, overlap: int, min_tissue: float, threads: int
+) -> SlideCheck:
+    check = SlideCheck(entry.slide_id, str(entry.path))
+    try:
+        with open_slide(entry.path, mpp=entry.mpp, slide_id=entry.slide_id) as slide:
+            width, height = slide.dimensions
+            check = replace(
+                check, width=width, height=height, levels=len(slide.level_dimensions), quickhash=slide.quickhash
+            )
+            check = replace(check, mpp=slide.mpp.value, mpp_source=slide.mpp.source)
+            tissue = read_tissue_mask(entry.tissue_mask, slide) if entry.tissue_mask else find_tissue(slide)
+            grid = make_grid(slide, tissue, mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
+            check = replace(check, tissue_mm2=tissue.area_mm2(slide.mpp.value), tiles=len(grid.coords))
+            if not len(grid.coords):
+                return replace(check, remark="no tissue found")
+            return replace(check, tiles_per_second=_reading_speed(slide, grid, threads))
+    except LongslideError as error:
+        return replace(check, problem=str(error))
+
+
+def _reading_speed(slide: Slide, grid: Grid, threads: int) -> float:
+    first = max(0, (len(grid.coords) - SAMPLE_TILES) // 2)
+    part = slice(first, first + SAMPLE_TILES)
+    sample = replace(grid, coords=grid.coords[part], tissue_fraction=grid.tissue_fraction[part])
+    started = time.perf_counter()
+    tiles = sum(len(batch.index) for batch in TileStream(slide, sample, batch_size=16, threads=threads))
+    return tiles / (time.perf_counter() - started)
+
+
+def _mark_duplicates(checks: list[SlideCheck]) -> list[SlideCheck]:
+    """A slide whose image data another slide of the list has too: it would count twice, perhaps on both sides of a split."""
+    first: dict[str, str] = {}
+    marked = []
+    for check in checks:
+        twin = first.setdefault(check.quickhash, check.slide_id) if check.quickhash else check.slide_id
+        marked.append(check if twin == check.slide_id else replace(check, problem=f"same image as {twin}"))
+    return marked
+
+
+def _check_encoder(name: str, checkpoint: str | None, tile_px: int, device: str, precision: str) -> EncoderCheck:
+    """Load the weights for real, and time a few batches of noise."""
+    import torch
+
+    from ..models.tile_encoder import create_tile_encoder
+    from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
+
+    try:
+        torch_device = resolve_device(device)
+        encoder = create_tile_encoder(name, checkpoint=checkpoint).to(torch_device)
+    except LongslideError as error:
+        return EncoderCheck(name, problem=str(error))
+    resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
+    batch, batches = (64, 8) if torch_device.type == "cuda" else (2, 2)
+    rng = np.random.default_rng(0)
+    noise = TileBatch(rng.integers(0, 256, (batch, tile_px, tile_px, 3), np.uint8), np.arange(batch))
+    embedder = TileEmbedder(encoder, torch_device, resolved)
+    embedder([noise])
+    started = time.perf_counter()
+    embedder([noise] * batches)
+    speed = batch * batches / (time.perf_counter() - started)
+    return EncoderCheck(name, "", encoder.weights, str(torch_device), resolved, speed)
+
+
+def _table(checks: list[SlideCheck]) -> Table:
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    for column in ("slide", "size", "levels", "mpp (from)", "tissue mm2", "tiles", ""):
+        table.add_column(column, justify="left" if column in ("slide", "") else "right", overflow="fold")
+    for check in checks:
+        table.add_row(
+            escape(check.slide_id),
+            f"{check.width} x {check.height}" if check.width else "",
+            str(check.levels or ""),
+            f"{check.mpp:.4g} ({check.mpp_source})" if check.mpp else "",
+            "" if check.tissue_mm2 is None else f"{check.tissue_mm2:.4g}",
+            f"{check.tiles:,}",
+            "[bold red]problem[/]" if check.problem else f"[yellow]{escape(check.remark)}[/]",
+        )
+    return table
+
+
+def _print_problems(console: Console, checks: list[SlideCheck], encoder: EncoderCheck | None) -> None:
+    for check in checks:
+        if check.problem:
+            console.print(f"[bold red]problem[/] {escape(check.slide_id)}: {escape(check.problem)}")
+    if encoder is not None and encoder.problem:
+        console.print(f"[bold red]problem[/] {escape(encoder.problem)}")
+
+
+def _print_machine(console: Console, encoder: EncoderCheck | None) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        bfloat16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: use --precision float16"
+        console.print(
+            f"GPU           {torch.cuda.device_count()} x {properties.name}, "
+            f"{properties.total_memory / 2**30:.0f} GiB, {bfloat16}"
+        )
+    else:
+        console.print("GPU           none: encoders run on the CPU in float32, a large ViT takes seconds a tile there")
+    if encoder is not None and encoder.ok:
+        console.print(
+            f"tile encoder  {escape(encoder.name)} ({escape(str(encoder.weights))}): "
+            f"{encoder.tiles_per_second:,.1f} tiles/s on {encoder.device} in {encoder.precision}"
+        )
+
+
+def _print_totals(
+    console: Console, checks: list[SlideCheck], encoder: EncoderCheck | None, dim: int | None, output: Path
+) -> None:
+    tiles = sum(check.tiles for check in checks if check.ok)
+    reading = sum(check.tiles / check.tiles_per_second for check in checks if check.ok and check.tiles_per_second)
+    hours = f"{reading / 3600:.2g} h to read them"
+    if encoder is not None and encoder.tiles_per_second:
+        embedding = tiles / encoder.tiles_per_second
+        hours += f", {embedding / 3600:.2g} h to embed them (both at once: {max(reading, embedding) / 3600:.2g} h)"
+    else:
+        hours += "; name a --tile-encoder to learn how long embedding takes"
+    console.print(f"slides        {sum(check.ok for check in checks)} of {len(checks)} without problem")
+    console.print(f"tiles         {tiles:,}: {hours}")
+
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    need = tiles * ((dim or DIM_WITHOUT_ENCODER) * 2 + 16)
+    note = "" if dim else f" at {DIM_WITHOUT_ENCODER} numbers a tile"
+    verdict = "" if need < free else "  [bold red]not enough[/]"
+    console.print(
+        f"disk          {need / 1e9:.2g} GB{note}, {free / 1e9:,.0f} GB free in {escape(str(folder))}{verdict}"
+    )

@@ -1,0 +1,86 @@
+"""The command line as users meet it: subprocesses, exit statuses, help, YAML."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from longslide.pipeline.cli import COMMANDS, main
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "longslide.pipeline.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_help_names_every_command_without_importing_torch() -> None:
+    code = (
+        "import sys; from longslide.pipeline.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'timm', 'cv2', 'pandas', 'openslide'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in COMMANDS:
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--config" in text
+    assert "(type:" not in text.replace(". (type:", "").replace(": (type:", ""), "an option has no text before its type"
+    assert "_" not in "".join(word for word in text.split() if word.startswith("--"))
+
+
+def test_help_of_a_command_does_not_import_torch() -> None:
+    code = (
+        "import sys; from longslide.pipeline.cli import main\n"
+        "try: main(['embed', '--help'])\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["embd"],
+        ["embed"],
+        ["embed", "--output", "o", "--tile-encoder", "uni"],
+        ["embed", "a.svs", "--tile-encoder", "uni"],
+        ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni", "--tile-px", "many"],
+        ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni", "--no-such-option", "1"],
+        ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni", "--pool", "max"],
+    ],
+)
+def test_wrong_usage_ends_with_status_2_and_no_traceback(words: list[str]) -> None:
+    result = run(*words)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr
+
+
+def test_a_user_mistake_is_one_line(tmp_path: Path) -> None:
+    result = run("embed", tmp_path / "none.svs", "--output", tmp_path / "out", "--tile-encoder", "uni")
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "none.svs" in result.stderr
+
+
+def test_every_option_is_also_a_yaml_key(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(
+        f"slides: [{tmp_path}/none.svs]\noutput: {tmp_path}/out\ntile_encoder: uni\ntile_px: 224\n"
+    )
+    result = run("embed", "--config", tmp_path / "job.yaml", "--print-config=")
+    assert result.returncode == 0, result.stderr
+    assert "tile_px: 224" in result.stdout
+    assert "none.svs" in result.stdout
+    result = run("embed", "--config", tmp_path / "job.yaml")
+    assert result.returncode == 2
+    assert "none.svs" in result.stderr
