@@ -5,7 +5,6 @@ to timm's names by a table, theirs -> ours. Every tensor must find its place: wh
 shape is named in the error. Nothing is unpickled.
 """
 
-import hashlib
 import math
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LongslideError
+from .checkpoint_file import check_tensors, digest, download, read_checkpoint
 from .tile_encoder_spec import TileEncoderSpec
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -75,16 +75,17 @@ def load_weights(network: nn.Module, spec: TileEncoderSpec, checkpoint: Path | N
         LongslideError: If the weights cannot be had or do not fit.
     """
     if checkpoint is None:
-        file, source = _download(spec)
+        file, source = download(
+            f"Tile encoder {spec.name!r}", spec.hub_id, _WEIGHT_FILES, gated=spec.gated, option="--tile-checkpoint"
+        )
     else:
         file = _find(checkpoint)
         source = str(file)
-    state = _translate(_strip_prefixes(_unwrap(_read(file), file)), network)
-    _check(state, network, f"{source}: does not fit tile encoder {spec.name!r} ({spec.architecture})")
+    state = _translate(_strip_prefixes(_unwrap(read_checkpoint(file), file)), network)
+    what = f"{source}: does not fit tile encoder {spec.name!r} ({spec.architecture})"
+    check_tensors(state, network.state_dict(), what)
     network.load_state_dict(state, strict=True, assign=True)
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return f"{source} sha256:{digest[:16]}"
+    return f"{source} {digest(file)}"
 
 
 def _find(checkpoint: Path) -> Path:
@@ -98,55 +99,6 @@ def _find(checkpoint: Path) -> Path:
     if not checkpoint.is_file():
         raise LongslideError(f"{checkpoint}: no such checkpoint; give a file, a folder of the hub, or the word random.")
     return checkpoint
-
-
-def _download(spec: TileEncoderSpec) -> tuple[Path, str]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    if spec.hub_id is None:
-        raise LongslideError(f"Tile encoder {spec.name!r} has no weights on the hub: give them with --tile-checkpoint.")
-    page = f"https://huggingface.co/{spec.hub_id}"
-    local = "or give the weights with --tile-checkpoint (a file or a downloaded folder)"
-    unreachable: Exception | None = None
-    for name in _WEIGHT_FILES:
-        try:  # a hub that did not answer once is not asked again: it takes 20 seconds
-            file = Path(hf_hub_download(spec.hub_id, name, local_files_only=unreachable is not None))
-        except RepositoryNotFoundError as error:  # also GatedRepoError, and a private page without a token
-            raise LongslideError(
-                f"Tile encoder {spec.name!r}: no access to its weights. Accept the terms at {page} "
-                f"and set HF_TOKEN to a token of that account, {local}."
-            ) from error
-        except LocalEntryNotFoundError as error:
-            unreachable = error
-        except EntryNotFoundError:
-            continue
-        except OSError as error:
-            unreachable = error
-        else:
-            return file, f"hf:{spec.hub_id}@{file.parent.name}"
-    if unreachable is None:
-        raise LongslideError(f"Tile encoder {spec.name!r}: {page} has no {' or '.join(_WEIGHT_FILES)}; {local[3:]}.")
-    terms = f"; its terms must be accepted at {page} and HF_TOKEN set" if spec.gated else f" ({page})"
-    raise LongslideError(
-        f"Tile encoder {spec.name!r}: the weights are neither in the hub's cache nor to be reached{terms}. Connect "
-        f"once (unset HF_HUB_OFFLINE), point HF_HOME to a cache that has them, {local}."
-    ) from unreachable
-
-
-def _read(file: Path) -> Any:
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise all kinds of errors on a broken file
-        reason = str(error).strip().split("\n")[0][:200]
-        raise LongslideError(
-            f"{file}: not a readable checkpoint of tensors alone (safetensors, or a state dict that torch.load takes "
-            f"with weights_only=True): {reason}"
-        ) from error
 
 
 def _unwrap(content: Any, file: Path) -> dict[str, Tensor]:
@@ -236,24 +188,3 @@ def _fold_class_position(state: dict[str, Tensor], network: nn.Module) -> dict[s
         return state
     positions = state["pos_embed"]
     return state | {"cls_token": state["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
-
-
-def _check(state: dict[str, Tensor], network: nn.Module, what: str) -> None:
-    wanted = network.state_dict()
-    wrong = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    problems = {
-        "missing": [key for key in wanted if key not in state],
-        "unexpected": [key for key in state if key not in wanted],
-        "wrong shape": wrong,
-    }
-    found = [f"{problem}: {_some(names)}" for problem, names in problems.items() if names]
-    if found:
-        raise LongslideError(f"{what}; {'; '.join(found)}.")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -46,12 +46,16 @@ def dilated_attention(
         ValueError: Shapes, segment lengths or ratios do not fit.
     """
     if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape or 0 in q.shape:
-        raise ValueError(f"q, k and v must be (B, L, H, D) alike, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(
+            f"q, k and v must be (B, L, H, D) alike, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must be of one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     segments, ratios = [int(n) for n in segment_lengths], [int(n) for n in dilated_ratios]
     if not segments or len(segments) != len(ratios) or min(segments) < 1 or min(ratios) < 1:
-        raise ValueError(f"segment_lengths {segments} and dilated_ratios {ratios} must be positive, one of each a branch")
+        raise ValueError(
+            f"segment_lengths {segments} and dilated_ratios {ratios} must be positive, one of each a branch"
+        )
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is none of auto, {', '.join(BACKENDS)}")
     function = BACKENDS["gather" if backend == "auto" else backend]

@@ -1,0 +1,111 @@
+"""Weights as files: from the hub or the disk, read without unpickling, held against what a model wants."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LongslideError
+
+
+def download(what: str, hub_id: str | None, names: Sequence[str], *, gated: bool, option: str) -> tuple[Path, str]:
+    """Take a weights file from the Hugging Face hub, or from its cache (with HF_HUB_OFFLINE, only from there).
+
+    Args:
+        what: What the weights are for, for the messages.
+        hub_id: Repository on the hub, or None if there is none.
+        names: File names to try, in this order.
+        gated: Whether the hub asks for an account that has accepted the terms.
+        option: The command line's option for local weights, for the messages.
+
+    Returns:
+        The file, and `hf:<repository>@<revision>`.
+
+    Raises:
+        LongslideError: The weights cannot be had; says which page to accept, what to set, or what to give instead.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if hub_id is None:
+        raise LongslideError(f"{what} has no weights on the hub: give them with {option}.")
+    page = f"https://huggingface.co/{hub_id}"
+    local = f"or give the weights with {option} (a file or a downloaded folder)"
+    unreachable: Exception | None = None
+    for name in names:
+        try:  # a hub that did not answer once is not asked again: it takes 20 seconds
+            file = Path(hf_hub_download(hub_id, name, local_files_only=unreachable is not None))
+        except RepositoryNotFoundError as error:  # also GatedRepoError, and a private page without a token
+            raise LongslideError(
+                f"{what}: no access to its weights. Accept the terms at {page} "
+                f"and set HF_TOKEN to a token of that account, {local}."
+            ) from error
+        except LocalEntryNotFoundError as error:
+            unreachable = error
+        except EntryNotFoundError:
+            continue
+        except OSError as error:
+            unreachable = error
+        else:
+            return file, f"hf:{hub_id}@{file.parent.name}"
+    if unreachable is None:
+        raise LongslideError(f"{what}: {page} has no {' or '.join(names)}; {local[3:]}.")
+    terms = f"; its terms must be accepted at {page} and HF_TOKEN set" if gated else f" ({page})"
+    raise LongslideError(
+        f"{what}: the weights are neither in the hub's cache nor to be reached{terms}. Connect "
+        f"once (unset HF_HUB_OFFLINE), point HF_HOME to a cache that has them, {local}."
+    ) from unreachable
+
+
+def read_checkpoint(file: Path) -> Any:
+    """Read a file of tensors: safetensors by its suffix, else what `torch.load` takes with `weights_only=True`.
+
+    Raises:
+        LongslideError: The file is broken, or holds more than tensors and plain containers.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # both libraries raise all kinds of errors on a broken file
+        reason = str(error).strip().split("\n")[0][:200]
+        raise LongslideError(
+            f"{file}: not a readable checkpoint of tensors alone (safetensors, or a state dict that torch.load takes "
+            f"with weights_only=True): {reason}"
+        ) from error
+
+
+def digest(file: Path) -> str:
+    """`sha256:` and the first 16 hex digits of the SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+
+
+def check_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    """Hold the tensors of a checkpoint against those a model wants.
+
+    Raises:
+        LongslideError: Some are missing, unexpected or of the wrong shape; they are named after `what`.
+    """
+    wrong = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    problems = {
+        "missing": [key for key in wanted if key not in state],
+        "unexpected": [key for key in state if key not in wanted],
+        "wrong shape": wrong,
+    }
+    found = [f"{problem}: {_some(names)}" for problem, names in problems.items() if names]
+    if found:
+        raise LongslideError(f"{what}; {'; '.join(found)}.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,275 @@
+"""Slide encoders of the GigaPath family: tile embeddings and their grid cells in, a slide embedding out."""
+
+import difflib
+import math
+from dataclasses import dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from ..errors import LongslideError
+from .checkpoint_file import digest, download
+from .longnet import LongNetLayer
+from .slide_encoder_checkpoint import load_published
+
+POSITION_BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class SlideEncoderSpec:
+    """One slide encoder: the keys of its YAML file in `configs/slide_encoders/`.
+
+    Attributes:
+        name: The name users give.
+        hub_id: Repository on the Hugging Face hub, or null if no weights are published.
+        hub_file: The weights file there.
+        tile_encoder: The tile encoder whose embeddings the published weights read.
+        tile_dim: Length of a tile embedding.
+        layers: LongNet layers.
+        width: Width of the tokens and of the slide embedding; a multiple of 4.
+        heads: Attention heads.
+        ffn_width: Width of the feed-forward networks.
+        dilated_ratios: Dilated ratio of each branch.
+        max_wsi_size: Edge of the largest slide in pixels; with `tile_size` it sets the longest segment.
+        tile_size: Edge of a tile in pixels.
+        licence: Licence of the weights.
+        gated: Whether the hub asks for an account that has accepted the terms.
+        paper: Link to the paper.
+        dropout: Share of values dropped in training.
+        drop_path: Share of samples for which the last layer's halves are left out in training; less before it.
+    """
+
+    name: str
+    hub_id: str | None
+    hub_file: str | None
+    tile_encoder: str
+    tile_dim: int
+    layers: int
+    width: int
+    heads: int
+    ffn_width: int
+    dilated_ratios: tuple[int, ...]
+    max_wsi_size: int
+    tile_size: int
+    licence: str
+    gated: bool
+    paper: str
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        """Segment length of each branch: from 1,024 to the longest sequence a slide can give, evenly in the exponent."""
+        longest = int(math.log2((self.max_wsi_size // self.tile_size) ** 2))
+        last = len(self.dilated_ratios) - 1
+        return tuple(int(2 ** (10 + (longest - 10) * i / max(1, last))) for i in range(last + 1))
+
+
+def list_slide_encoders() -> list[str]:
+    """Names of the slide encoders, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def load_slide_encoder_spec(name: str) -> SlideEncoderSpec:
+    """The facts of a slide encoder.
+
+    Raises:
+        LongslideError: There is none of this name; near matches are named.
+    """
+    known = list_slide_encoders()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise LongslideError(f"No slide encoder {name!r}: {hint}Known are {', '.join(known)}.")
+    content = yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    return SlideEncoderSpec(**content | {"dilated_ratios": tuple(content["dilated_ratios"])})
+
+
+def _folder() -> Path:
+    return Path(str(files("longslide.configs"))) / "slide_encoders"
+
+
+class SlideEncoder(nn.Module):
+    """GigaPath's slide encoder (https://doi.org/10.1038/s41586-024-07441-w).
+
+    Args:
+        spec: Its facts.
+        pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token.
+        weights: Source and digest of the weights.
+    """
+
+    def __init__(self, spec: SlideEncoderSpec, pool: Literal["mean", "cls"] = "mean", weights: str = "") -> None:
+        super().__init__()
+        if spec.width % 4 or spec.width % spec.heads:
+            raise ValueError(f"width {spec.width} must be a multiple of 4 and of heads {spec.heads}")
+        if pool not in ("mean", "cls"):
+            raise LongslideError(f"pool {pool!r} is none of mean, cls")
+        self.spec = spec
+        self.pool = pool
+        self.weights = weights
+        self.tile_projection = nn.Linear(spec.tile_dim, spec.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
+        drop_path = [spec.drop_path * i / max(1, spec.layers - 1) for i in range(spec.layers)]
+        self.layers = nn.ModuleList(
+            LongNetLayer(
+                spec.width, spec.heads, spec.ffn_width, spec.segment_lengths, spec.dilated_ratios, spec.dropout, rate
+            )
+            for rate in drop_path
+        )
+        self.layers_norm = nn.LayerNorm(spec.width)
+        self.norm = nn.LayerNorm(spec.width, eps=1e-6)
+        nn.init.normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def name(self) -> str:
+        """The encoder's name."""
+        return self.spec.name
+
+    def forward(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
+        """Embed slides.
+
+        Args:
+            tile_features: `(B, N, tile_dim)` tile embeddings, row by row; N at least 1.
+            grid_cells: `(B, N, 2)` integer (column, row) of each tile.
+
+        Returns:
+            `(B, width)` slide embeddings.
+
+        Raises:
+            LongslideError: Two tiles of a slide in one cell, a negative cell, or shapes that do not fit.
+        """
+        x = self._embed(tile_features, grid_cells)
+        for layer in self.layers:
+            x = layer(x)
+        return self._pool(self.layers_norm(x))
+
+    def layer_embeddings(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
+        """The slide embedding after each layer, before it the one of the projected tiles.
+
+        Args:
+            tile_features: `(B, N, tile_dim)` tile embeddings, row by row; N at least 1.
+            grid_cells: `(B, N, 2)` integer (column, row) of each tile.
+
+        Returns:
+            `(layers + 1, B, width)`.
+
+        Raises:
+            LongslideError: Two tiles of a slide in one cell, a negative cell, or shapes that do not fit.
+        """
+        x = self._embed(tile_features, grid_cells)
+        embeddings = [self._pool(x)]
+        for layer in self.layers:
+            x = layer(x)
+            embeddings.append(self._pool(x))
+        return torch.stack(embeddings)
+
+    def _embed(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
+        check_cells(tile_features, grid_cells, self.spec)
+        weight = self.tile_projection.weight
+        x = self.tile_projection(tile_features.to(weight.dtype))
+        x = x + grid_positions(grid_cells, self.spec.width).to(x.dtype)
+        return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.norm(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1))
+        return pooled
+
+
+def grid_positions(grid_cells: Tensor, width: int) -> Tensor:
+    """The 2-D sine-cosine position of grid cells, computed: no table, no limit to the grid.
+
+    The first half of the width encodes the row, the second the column, each as `[sin | cos]`.
+
+    Args:
+        grid_cells: `(..., 2)` integer (column, row).
+        width: Width of the position, a multiple of 4.
+
+    Returns:
+        `(..., width)` float32.
+    """
+    steps = torch.arange(width // 4, device=grid_cells.device, dtype=torch.float64)
+    frequencies = POSITION_BASE ** (-steps / (width / 4))
+    angles = grid_cells.flip(-1)[..., None] * frequencies  # float64: a row of some thousands times a frequency near 1
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2).float()
+
+
+def check_cells(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:
+    """Refuse input whose positions cannot be right.
+
+    Raises:
+        LongslideError: Shapes or dtypes do not fit, a negative cell, or two tiles of a slide in one cell.
+    """
+    if tile_features.ndim != 3 or grid_cells.shape != (*tile_features.shape[:2], 2) or tile_features.shape[1] == 0:
+        raise LongslideError(
+            f"tile_features {tuple(tile_features.shape)} and grid_cells {tuple(grid_cells.shape)} must be (B, N, "
+            f"{spec.tile_dim}) and (B, N, 2) with N at least 1"
+        )
+    if tile_features.shape[2] != spec.tile_dim:
+        raise LongslideError(
+            f"slide encoder {spec.name!r} reads tile embeddings of length {spec.tile_dim} (of {spec.tile_encoder}), "
+            f"not {tile_features.shape[2]}"
+        )
+    if grid_cells.is_floating_point():
+        raise LongslideError("grid_cells must be integers (column, row), not level-0 pixels as floats")
+    cells = grid_cells.long()
+    if (cells < 0).any():
+        raise LongslideError("negative grid cell: cells are coords // step_level0, counted from the slide's corner")
+    ordered = (cells[..., 1] * (cells[..., 0].max() + 1) + cells[..., 0]).sort(dim=1).values
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise LongslideError(
+            "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 pixels"
+        )
+
+
+def create_slide_encoder(
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    pool: Literal["mean", "cls"] = "mean",
+    seed: int = 0,
+    **overrides: Any,
+) -> SlideEncoder:
+    """Build a slide encoder with its weights, on the CPU, in float32 and in evaluation mode.
+
+    Args:
+        name: `gigapath`, `gigapath-24l1024d` or `gigapath-12l1536d`.
+        checkpoint: A weights file as published (or safetensors of the same names), or the word `random` for seeded random
+            weights. None takes the published weights from the Hugging Face hub or its cache.
+        pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token. GigaPath's cls token was not
+            trained.
+        seed: Seed of random weights.
+        **overrides: Keys of `SlideEncoderSpec` to change, such as `tile_dim` or `dropout`.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        LongslideError: No such encoder, or its weights cannot be had or do not fit.
+    """
+    spec = load_slide_encoder_spec(name)
+    if unknown := set(overrides) - {field.name for field in fields(spec)}:
+        raise LongslideError(f"slide encoder {name!r} has no {', '.join(sorted(unknown))}")
+    spec = replace(spec, **overrides)
+    if checkpoint == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would also seed the GPUs
+            return SlideEncoder(spec, pool, f"random seed={seed}").eval()
+    if checkpoint is None:
+        what = f"Slide encoder {name!r}"
+        file, source = download(what, spec.hub_id, [spec.hub_file or ""], gated=spec.gated, option="--slide-checkpoint")
+    else:
+        file, source = Path(checkpoint), str(checkpoint)
+        if not file.is_file():
+            raise LongslideError(f"{file}: no such checkpoint; give a file, or the word random.")
+    with torch.device("meta"):
+        encoder = SlideEncoder(spec, pool, f"{source} {digest(file)}")
+    load_published(encoder, file, f"{source}: does not fit slide encoder {name!r}")
+    return encoder.float().eval()
