@@ -20,6 +20,7 @@ from ..data.slide_table import SlideEntry, find_slides
 from ..data.stream import TileBatch, TileStream
 from ..data.tissue import find_tissue, read_tissue_mask
 from ..errors import LongslideError
+from .embed import DEFAULT_MPP
 
 # Tiles read from each slide to time the reading: a contiguous run, as the job itself reads them.
 SAMPLE_TILES = 64
@@ -134,7 +135,7 @@ def doctor(
     console = Console(soft_wrap=True, highlight=False)
     entries = find_slides(slides, slide_mpp)
     spec = None if tile_encoder is None else load_tile_encoder_spec(tile_encoder)
-    mpp = mpp or (spec and spec.mpp) or 0.5
+    mpp = mpp or (spec.mpp if spec else None) or DEFAULT_MPP
     tile_px = tile_px or (spec.tile_px if spec else 256)
 
     checks = [
@@ -150,7 +151,7 @@ def doctor(
     _print_problems(console, checks, encoder)
     _print_machine(console, encoder)
     _print_totals(console, checks, encoder, spec.dim if spec else None, output)
-    return checks if encoder is None else [*checks, encoder]
+    return [*checks, encoder] if encoder is not None else [*checks]
 
 
 def _check_slide(
@@ -184,7 +185,7 @@ def _reading_speed(slide: Slide, grid: Grid, threads: int) -> float:
 
 
 def _mark_duplicates(checks: list[SlideCheck]) -> list[SlideCheck]:
-    """A slide whose image data another slide of the list has too: it would count twice, perhaps on both sides of a split."""
+    """Report slides whose image data another one has too: they count twice, perhaps on both sides of a split."""
     first: dict[str, str] = {}
     marked = []
     for check in checks:
@@ -195,8 +196,6 @@ def _mark_duplicates(checks: list[SlideCheck]) -> list[SlideCheck]:
 
 def _check_encoder(name: str, checkpoint: str | None, tile_px: int, device: str, precision: str) -> EncoderCheck:
     """Load the weights for real, and time a few batches of noise."""
-    import torch
-
     from ..models.tile_encoder import create_tile_encoder
     from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
 

@@ -1,7 +1,6 @@
 """The batch job: slide files in, one feature file a slide out."""
 
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -9,24 +8,26 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.features import Features, read_features, write_features
 from ..data.grid import Grid, make_grid
 from ..data.slide import Slide, open_slide
 from ..data.slide_table import SlideEntry, find_slides
 from ..data.stream import TileStream
+from ..data.tissue import METHOD as TISSUE_METHOD
 from ..data.tissue import Tissue, find_tissue, read_tissue_mask
 from ..errors import LongslideError
 from .job import SUMMARY, SlideResult, claim, make_output_folder, record
 from .progress import JobProgress
+from .qc import draw_qc, save_qc
 
 if TYPE_CHECKING:
-    import torch
-
     from ..models.slide_encoder import SlideEncoder
-    from ..models.tile_encoder import TileEncoder
-    from .tile_embedding import Precision, TileEmbedder
+    from .tile_embedding import TileEmbedder
+
+DEFAULT_MPP = 0.5
+"""Microns per pixel of the tiles where the encoder recommends none: 20x."""
 
 
 def embed(
@@ -101,8 +102,8 @@ def embed(
         else create_slide_encoder(
             slide_encoder, checkpoint=slide_checkpoint, pool=pool, seed=seed, tile_dim=encoder.dim
         ).to(torch_device),
-        mpp=encoder.spec.mpp if mpp is None else mpp,
-        tile_px=encoder.spec.tile_px if tile_px is None else tile_px,
+        mpp=mpp or encoder.spec.mpp or DEFAULT_MPP,
+        tile_px=tile_px or encoder.spec.tile_px,
         overlap=overlap,
         min_tissue=min_tissue,
         max_bad_tiles=max_bad_tiles,
@@ -151,13 +152,11 @@ def _check_numbers(
 
 @dataclass
 class _Prepared:
-    """A slide that is claimed, opened and tiled, and waits for the encoder; `resources` frees it."""
+    """A slide that is claimed and waits for the encoders; `resources` frees it."""
 
     entry: SlideEntry
-    slide: Slide
-    tissue: Tissue
-    grid: Grid
     existing: Features | None  # a file that lacks nothing but the slide embedding
+    tiled: tuple[Slide, Tissue, Grid] | None  # what there is to embed otherwise
     resources: ExitStack
     started: float
 
@@ -198,45 +197,48 @@ class _Job:
         return f"{text}; {self.embedder.device}, {self.embedder.precision}"
 
     def prepare(self, entry: SlideEntry) -> _Prepared | SlideResult:
-        """All that comes before the encoder: claim the slide, see what exists, open it, find tissue, lay the grid."""
+        """All that comes before the encoders: claim the slide, see what exists, open it, find tissue, lay the grid."""
         started = time.monotonic()
         with ExitStack() as resources:
             try:
                 lock = claim(self.output, entry.slide_id)
                 if lock is None:
-                    return self._result(entry, "skipped", "another process is working on it")
+                    return _result(entry, "skipped", "another process is working on it")
                 resources.callback(lock.release)
                 existing = self._existing(entry)
                 if existing is not None and (self.slide_encoder is None or existing.slide_embedding is not None):
-                    return self._done(entry, existing, reason="was there already")
-                tiled = None if existing is not None else self._tile(entry, resources)
-                if isinstance(tiled, SlideResult):
-                    return tiled
+                    return self._done(entry, existing, "was there already")
+                tiled = None
+                if existing is None:
+                    tiled = self._tile(entry, resources)
+                    if not len(tiled[2].coords):
+                        return self._nothing_to_embed(entry, *tiled)
                 return _Prepared(entry, existing, tiled, resources.pop_all(), started)
             except Exception as error:
-                return self._failed(entry, error, started)
+                return _failed(entry, error)
 
     def finish(self, prepared: _Prepared, progress: JobProgress) -> SlideResult:
         """All that needs the encoders, and the feature file."""
         entry = prepared.entry
         with prepared.resources:
             try:
+                bad_tiles = 0
                 features = prepared.existing
-                if features is None:
-                    assert prepared.tiled is not None
-                    features = self._embed_tiles(entry, prepared.tiled, progress)
+                if prepared.tiled is not None:
+                    features, bad_tiles = self._embed_tiles(entry, *prepared.tiled, progress)
+                assert features is not None
                 if self.slide_encoder is not None:
                     features = self._embed_slide(features)
                 write_features(self._path(entry), features)
-                return self._done(entry, features, seconds=time.monotonic() - prepared.started)
+                return self._done(entry, features, bad_tiles=bad_tiles, seconds=time.monotonic() - prepared.started)
             except Exception as error:
-                return self._failed(entry, error, prepared.started)
+                return _failed(entry, error)
 
     def _path(self, entry: SlideEntry) -> Path:
         return self.output / f"{entry.slide_id}.h5"
 
     def _existing(self, entry: SlideEntry) -> Features | None:
-        """The tile embeddings that are there already; without the slide embedding if that is not the one asked for.
+        """What is there already and may stay.
 
         Raises:
             LongslideError: The file there is broken or was made with other settings, and may not be overwritten.
@@ -246,28 +248,149 @@ class _Job:
             return None
         try:
             existing = read_features(path)
-            _check_same(path, existing, self._settings(entry))
+            wanted = self._settings(entry)
             if existing.slide_embedding is not None and self.slide_encoder is not None:
-                _check_same(path, existing, self._slide_settings())
+                wanted |= self._slide_settings()
+            _check_same(path, existing, wanted)
         except LongslideError:
             if self.overwrite:
                 return None
             raise
         return existing
 
-    def _settings(self, entry: SlideEntry) -> dict[str, object]:
-        """What makes two feature files comparable, under its name in `Features`."""
-        encoder = self.embedder.encoder
-        settings: dict[str, object] = {
-            "encoder": encoder.spec.name,
-            "weights": encoder.weights,
+    def _settings(self, entry: SlideEntry) -> dict[str, Any]:
+        """What a feature file must have been made with to be taken for done, under its names in `Features`."""
+        settings = {
+            "slide": entry.path.name,
+            "encoder": self.embedder.encoder.spec.name,
+            "weights": self.embedder.encoder.weights,
             "precision": self.embedder.precision,
             "target_mpp": self.mpp,
             "tile_px": self.tile_px,
             "overlap": self.overlap,
             "min_tissue": self.min_tissue,
-            "slide_name": entry.path.name,
         }
         if entry.mpp is not None:
             settings["level0_mpp"] = entry.mpp
+        if entry.tissue_mask is None:
+            settings["tissue_method"] = TISSUE_METHOD
         return settings
+
+    def _slide_settings(self) -> dict[str, Any]:
+        assert self.slide_encoder is not None
+        return {
+            "slide_encoder": self.slide_encoder.name,
+            "slide_weights": self.slide_encoder.weights,
+            "pool": self.slide_encoder.pool,
+        }
+
+    def _tile(self, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
+        slide = resources.enter_context(open_slide(entry.path, mpp=entry.mpp, slide_id=entry.slide_id))
+        tissue = read_tissue_mask(entry.tissue_mask, slide) if entry.tissue_mask else find_tissue(slide)
+        grid = make_grid(
+            slide, tissue, mpp=self.mpp, tile_px=self.tile_px, overlap=self.overlap, min_tissue=self.min_tissue
+        )
+        save_qc(self.output / "qc" / f"{entry.slide_id}.jpg", draw_qc(slide, tissue, grid))
+        need = len(grid.coords) * (self.embedder.encoder.dim * 4 + 16) + 2**20
+        free = shutil.disk_usage(self.output).free
+        if need > free:
+            raise LongslideError(
+                f"{self.output}: the disk is full ({free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB needed); make room"
+            )
+        return slide, tissue, grid
+
+    def _embed_tiles(
+        self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid, progress: JobProgress
+    ) -> tuple[Features, int]:
+        progress.slide_started(entry.slide_id, len(grid.coords))
+        stream = TileStream(
+            slide, grid, batch_size=self.batch_size, threads=self.threads, max_bad_tiles=self.max_bad_tiles
+        )
+        embeddings, index = self.embedder(stream, progress.tiles_done)
+        if not len(index):
+            raise LongslideError(
+                f"{entry.path}: none of the {len(grid.coords)} tiles can be read; copy the slide again"
+            )
+        features = Features(
+            slide_id=entry.slide_id,
+            features=embeddings,
+            coords=grid.coords[index],
+            step_level0=grid.step_level0,
+            tile_size_level0=grid.tile_size_level0,
+            level0_size=slide.dimensions,
+            tissue=tissue.to_geojson(),
+            quickhash=slide.quickhash,
+            slide_path=str(entry.path),
+            settings={
+                "min_tissue": self.min_tissue,
+                "mpp_source": slide.mpp.source,
+                "level": grid.level,
+                "tissue_mm2": tissue.area_mm2(slide.mpp.value),
+            },
+        )
+        made_with = self._settings(entry) | {"level0_mpp": slide.mpp.value, "tissue_method": tissue.method}
+        del made_with["slide"], made_with["min_tissue"]
+        return replace(features, **made_with), len(stream.bad_tiles)
+
+    def _embed_slide(self, features: Features) -> Features:
+        assert self.slide_encoder is not None
+        from .tile_embedding import embed_slide
+
+        embedding = embed_slide(
+            self.slide_encoder, features.features, features.cells, self.embedder.device, self.embedder.precision
+        )
+        return replace(features, slide_embedding=embedding, **self._slide_settings())
+
+    def _nothing_to_embed(self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid) -> SlideResult:
+        reason = "no tissue found"
+        if tissue.mask.any():
+            reason = f"no tile has {self.min_tissue:.0%} tissue or more (--min-tissue)"
+        result = _result(entry, "skipped", f"{reason}; see qc/{entry.slide_id}.jpg")
+        area = tissue.area_mm2(slide.mpp.value)
+        return replace(result, tiles=0, mpp=slide.mpp.value, mpp_source=slide.mpp.source, tissue_mm2=area)
+
+    def _done(
+        self,
+        entry: SlideEntry,
+        features: Features,
+        reason: str = "",
+        bad_tiles: int | None = None,
+        seconds: float | None = None,
+    ) -> SlideResult:
+        return replace(
+            _result(entry, "done", reason),
+            tiles=len(features.coords),
+            bad_tiles=bad_tiles,
+            mpp=features.level0_mpp,
+            mpp_source=features.settings.get("mpp_source"),
+            tissue_mm2=features.settings.get("tissue_mm2"),
+            seconds=seconds,
+            features=str(self._path(entry)),
+        )
+
+
+def _result(entry: SlideEntry, status: Literal["done", "failed", "skipped"], reason: str) -> SlideResult:
+    return SlideResult(entry.slide_id, str(entry.path), status, reason)
+
+
+def _failed(entry: SlideEntry, error: Exception) -> SlideResult:
+    if isinstance(error, LongslideError):
+        return _result(entry, "failed", str(error))
+    traceback.print_exception(error)  # not the user's mistake: whoever reports it needs to know where
+    return _result(
+        entry, "failed", f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    )
+
+
+def _check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
+    """Refuse a file made with other settings: mixed in one folder, they would be compared as if they were alike."""
+    made_with = vars(existing) | existing.settings | {"slide": Path(existing.slide_path or "").name}
+    different = [
+        f"{name} {made_with.get(name)} there, {value} now"
+        for name, value in wanted.items()
+        if made_with.get(name) != value
+    ]
+    if different:
+        raise LongslideError(
+            f"{path}: made with other settings ({'; '.join(different)}); choose another --output, or --overwrite"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.stream import TileBatch
 from ..errors import LongslideError
+from ..models.tile_encoder import TileEncoder
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
@@ -60,7 +61,7 @@ class TileEmbedder:
         precision: Autocast precision; float32 for none.
     """
 
-    def __init__(self, encoder: nn.Module, device: torch.device, precision: Precision) -> None:
+    def __init__(self, encoder: TileEncoder, device: torch.device, precision: Precision) -> None:
         self.encoder = encoder
         self.device = device
         self.precision = precision
@@ -116,7 +117,7 @@ class TileEmbedder:
         while True:
             try:
                 with autocast(self.device, self.precision):
-                    parts = [self.encoder(part) for part in tiles.split(self.max_batch or len(tiles))]
+                    parts = [self.encoder(part) for part in torch.split(tiles, self.max_batch or len(tiles))]
                 return torch.cat(parts).to(dtype)
             except torch.OutOfMemoryError as error:
                 smallest = min(self.max_batch or len(tiles), len(tiles))
