@@ -21,6 +21,9 @@ Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack h
 # Decoded native tiles kept per slide: several rows of a 100,000 px wide level, so neighbours are not decoded twice.
 CACHE_BYTES = 256 * 2**20
 
+_BLOCK = 2048  # pixels of a level read at once for a thumbnail
+_MAX_UNREADABLE = 256  # failed reads after which a slide has no thumbnail: each one reopens the file
+
 
 class Slide:
     """An open slide. A context manager; reads may come from several threads at once.
@@ -118,14 +121,57 @@ class Slide:
         return rgb
 
     def thumbnail(self, max_px: int = 2048) -> np.ndarray:
-        """The whole slide, no edge longer than `max_px`: `(h, w, 3)` uint8 RGB."""
+        """The whole slide, antialiased, with no edge longer than `max_px`.
+
+        A region that cannot be read shows as background: the tile stream will count it, where it matters.
+
+        Returns:
+            `(h, w, 3)` uint8 RGB.
+
+        Raises:
+            LongslideError: Hardly anything of the slide can be read.
+        """
         scale = min(1.0, max_px / max(self.dimensions))
         width, height = (max(1, round(edge * scale)) for edge in self.dimensions)
-        level = max(
-            (i for i, (w, h) in enumerate(self.level_dimensions) if w >= width and h >= height),
-            default=0,
-        )
-        return _shrink(self, level, width, height)
+        large_enough = [i for i, (w, h) in enumerate(self.level_dimensions) if w >= width and h >= height]
+        level = max(large_enough, default=0)
+        level_width, level_height = self.level_dimensions[level]
+        # First by a whole factor, block by block, so that no more than a block of the level is in memory.
+        factor = max(1, min(level_width // width, level_height // height))
+        block = max(1, _BLOCK // factor) * factor
+        small = np.empty((-(-level_height // factor), -(-level_width // factor), 3), np.uint8)
+        unreadable: list[LongslideError] = []
+        for top in range(0, level_height, block):
+            for left in range(0, level_width, block):
+                w, h = min(block, level_width - left), min(block, level_height - top)
+                region = self._read_what_can_be_read(left, top, level, w, h, unreadable)
+                out = small[top // factor : -(-(top + h) // factor), left // factor : -(-(left + w) // factor)]
+                out[...] = cv2.resize(region, out.shape[1::-1], interpolation=cv2.INTER_AREA)
+        if small.shape[:2] == (height, width):
+            return small
+        return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_AREA))
+
+    def _read_what_can_be_read(
+        self, left: int, top: int, level: int, width: int, height: int, unreadable: list[LongslideError]
+    ) -> np.ndarray:
+        """Read a rectangle given in pixels of the level; on an error its quarters, down to a native tile's size."""
+        scale_x, scale_y = (a / b for a, b in zip(self.dimensions, self.level_dimensions[level], strict=True))
+        try:
+            return self.read_region(round(left * scale_x), round(top * scale_y), level, width, height)
+        except LongslideError as error:
+            unreadable.append(error)
+            if len(unreadable) > _MAX_UNREADABLE:
+                raise
+        region = np.empty((height, width, 3), np.uint8)
+        region[...] = self.background
+        if max(width, height) > 256:
+            for y, h in ((0, height // 2), (height // 2, height - height // 2)):
+                for x, w in ((0, width // 2), (width // 2, width - width // 2)):
+                    if w and h:
+                        region[y : y + h, x : x + w] = self._read_what_can_be_read(
+                            left + x, top + y, level, w, h, unreadable
+                        )
+        return region
 
     def _reopen(self, broken: openslide.AbstractSlide) -> None:
         """OpenSlide refuses every read after a failed one: start over, once for all threads that saw the failure."""
@@ -182,19 +228,3 @@ def _dpi_properties(path: Path) -> dict[str, str]:
     with Image.open(path) as image:
         x, y = image.info.get("dpi", (0, 0))
     return {"tiff.ResolutionUnit": "inch", "tiff.XResolution": str(float(x)), "tiff.YResolution": str(float(y))}
-
-
-def _shrink(slide: Slide, level: int, width: int, height: int) -> np.ndarray:
-    """A whole level at a smaller size, read in strips so that no more than a strip of it is in memory."""
-    level_width, level_height = slide.level_dimensions[level]
-    if (level_width, level_height) == (width, height):
-        return slide.read_region(0, 0, level, width, height)
-    rows_per_strip = max(1, 64 * 2**20 // (4 * level_width * max(1, level_height // height)))
-    strips = []
-    for top in range(0, height, rows_per_strip):
-        bottom = min(height, top + rows_per_strip)
-        first, last = top * level_height // height, -(-bottom * level_height // height)
-        y = round(first * slide.dimensions[1] / level_height)
-        strip = slide.read_region(0, y, level, level_width, last - first)
-        strips.append(cv2.resize(strip, (width, bottom - top), interpolation=cv2.INTER_AREA))
-    return np.concatenate(strips)

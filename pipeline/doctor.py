@@ -133,6 +133,8 @@ def doctor(
     from ..models.tile_encoder_spec import load_tile_encoder_spec
 
     console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console = Console(width=160, soft_wrap=True, highlight=False)  # a log is not 80 characters wide
     entries = find_slides(slides, slide_mpp)
     spec = None if tile_encoder is None else load_tile_encoder_spec(tile_encoder)
     mpp = mpp or (spec.mpp if spec else None) or DEFAULT_MPP
@@ -219,7 +221,7 @@ def _check_encoder(name: str, checkpoint: str | None, tile_px: int, device: str,
 def _table(checks: list[SlideCheck]) -> Table:
     table = Table(box=rich.box.SIMPLE_HEAD)
     for column in ("slide", "size", "levels", "mpp (from)", "tissue mm2", "tiles", ""):
-        table.add_column(column, justify="left" if column in ("slide", "") else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in ("slide", "") else "right", no_wrap=True)
     for check in checks:
         table.add_row(
             escape(check.slide_id),
@@ -265,10 +267,10 @@ def _print_totals(
 ) -> None:
     tiles = sum(check.tiles for check in checks if check.ok)
     reading = sum(check.tiles / check.tiles_per_second for check in checks if check.ok and check.tiles_per_second)
-    hours = f"{reading / 3600:.2g} h to read them"
+    hours = f"{_duration(reading)} to read them"
     if encoder is not None and encoder.tiles_per_second:
         embedding = tiles / encoder.tiles_per_second
-        hours += f", {embedding / 3600:.2g} h to embed them (both at once: {max(reading, embedding) / 3600:.2g} h)"
+        hours += f", {_duration(embedding)} to embed them; both at once {_duration(max(reading, embedding))}"
     else:
         hours += "; name a --tile-encoder to learn how long embedding takes"
     console.print(f"slides        {sum(check.ok for check in checks)} of {len(checks)} without problem")
@@ -279,8 +281,19 @@ def _print_totals(
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     need = tiles * ((dim or DIM_WITHOUT_ENCODER) * 2 + 16)
-    note = "" if dim else f" at {DIM_WITHOUT_ENCODER} numbers a tile"
+    note = "" if dim else f" at {DIM_WITHOUT_ENCODER:,} numbers a tile"
     verdict = "" if need < free else "  [bold red]not enough[/]"
     console.print(
-        f"disk          {need / 1e9:.2g} GB{note}, {free / 1e9:,.0f} GB free in {escape(str(folder))}{verdict}"
+        f"disk          {_size(need)}{note}, {_size(free)} free in {escape(str(folder))}{verdict}"
     )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

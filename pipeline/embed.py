@@ -93,6 +93,8 @@ def embed(
 
     torch_device = resolve_device(device)
     encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed).to(torch_device)
+    if slide_encoder is not None and slide_checkpoint is None:
+        _check_pair(slide_encoder, encoder.spec.name)
     resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
     job = _Job(
         output=output,
@@ -148,6 +150,18 @@ def _check_numbers(
         wrong = "--batch-size and --threads must be at least 1"
     if wrong:
         raise LongslideError(wrong)
+
+
+def _check_pair(slide_encoder: str, tile_encoder: str) -> None:
+    """Published slide encoders read the embeddings of one tile encoder; those of another may have the same length."""
+    from ..models.slide_encoder import load_slide_encoder_spec
+
+    spec = load_slide_encoder_spec(slide_encoder)
+    if spec.tile_encoder != tile_encoder:
+        raise LongslideError(
+            f"the published weights of slide encoder {slide_encoder!r} read tile embeddings of {spec.tile_encoder!r}, not "
+            f"of {tile_encoder!r}; use that tile encoder, or weights of your own with --slide-checkpoint"
+        )
 
 
 @dataclass
