@@ -108,11 +108,8 @@ class Slide:
         handle = self._handle
         try:
             rgba = np.asarray(handle.read_region((x, y), level, (width, height)))
-        except (openslide.OpenSlideError, OSError) as error:
-            self._reopen(handle)
-            raise LongslideError(
-                f"{self.path}: cannot read {width} x {height} px at ({x}, {y}), level {level}: {error}"
-            ) from error
+        except (openslide.OpenSlideError, OSError):
+            rgba = self._read_again(handle, x, y, level, width, height)
         alpha = rgba[..., 3]
         rgb = cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)
         if alpha.min() < 255:
@@ -173,12 +170,29 @@ class Slide:
                         )
         return region
 
-    def _reopen(self, broken: openslide.AbstractSlide) -> None:
-        """OpenSlide refuses every read after a failed one: start over, once for all threads that saw the failure."""
+    def _read_again(
+        self, broken: openslide.AbstractSlide, x: int, y: int, level: int, width: int, height: int
+    ) -> np.ndarray:
+        """Repeat a failed read on a handle of its own.
+
+        After a failed read OpenSlide refuses every other one on that handle, so the failure may be another thread's.
+        """
         with self._lock:
-            if self._handle is broken:
-                self._retired.append(broken)  # other threads may still be in it
-                self._handle = _open_handle(self.path)
+            fresh = _open_handle(self.path)
+            try:
+                return np.asarray(fresh.read_region((x, y), level, (width, height)))
+            except (openslide.OpenSlideError, OSError) as error:
+                fresh.close()
+                fresh = _open_handle(self.path)
+                raise LongslideError(
+                    f"{self.path}: cannot read {width} x {height} px at ({x}, {y}), level {level}: {error}"
+                ) from error
+            finally:
+                if self._handle is broken:
+                    self._retired.append(broken)  # other threads may still be in it
+                    self._handle = fresh
+                else:
+                    fresh.close()
 
 
 def open_slide(path: str | Path, *, mpp: float | None = None, slide_id: str | None = None) -> Slide:
