@@ -1,0 +1,89 @@
+"""The check before the GPU hours: every problem it finds is one that `embed` would meet."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from longslide import doctor, write_synthetic_slide
+from longslide.pipeline.doctor import EncoderCheck, SlideCheck
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slides")
+    write_synthetic_slide(folder / "good.svs", size=(1536, 1024))
+    write_synthetic_slide(folder / "no-mpp.tif", size=(1536, 1024), mpp=None, seed=1)
+    shutil.copy(folder / "good.svs", folder / "twin.svs")
+    (folder / "text.ndpi").write_text("not a slide")
+    Image.new("RGB", (900, 700), "white").save(folder / "blank.png", dpi=(50_800, 50_800))
+    return folder
+
+
+def by_id(checks: list[SlideCheck | EncoderCheck]) -> dict[str, SlideCheck]:
+    return {check.slide_id: check for check in checks if isinstance(check, SlideCheck)}
+
+
+def test_each_slide_gets_its_facts_or_its_problem(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = by_id(doctor([slides], tile_px=64))
+    good = checks["good"]
+    assert good.ok
+    assert (good.width, good.height, good.mpp, good.mpp_source) == (1536, 1024, 0.5, "file")
+    assert good.tiles > 20
+    assert good.tissue_mm2
+    assert good.tiles_per_second
+    assert "--slide-mpp" in checks["no-mpp"].problem
+    assert "same image as good" in checks["twin"].problem
+    assert "not a slide" in checks["text"].problem
+    assert checks["blank"].ok
+    assert "no tissue" in checks["blank"].remark
+    printed = capsys.readouterr().out
+    for words in ("good", "no-mpp", "same image as good", "GPU", "2 of 5 without problem", "disk"):
+        assert words in printed
+
+
+def test_the_estimate_of_tiles_is_what_embed_makes(slides: Path, tmp_path: Path) -> None:
+    from longslide import embed
+
+    [check] = doctor([slides / "good.svs"], tile_px=64)
+    assert isinstance(check, SlideCheck)
+    [result] = embed(
+        [slides / "good.svs"], tmp_path, "vit_tiny_patch16_224", tile_checkpoint="random", tile_px=64, mpp=0.5
+    )
+    assert check.tiles == result.tiles
+
+
+def test_a_given_mpp_cures_the_slide_that_lacks_it(slides: Path) -> None:
+    [check] = doctor([slides / "no-mpp.tif"], slide_mpp=0.5, tile_px=64)
+    assert check.ok
+
+
+def test_the_encoder_is_loaded_and_timed(slides: Path) -> None:
+    *_, encoder = doctor(
+        [slides / "good.svs"], tile_encoder="vit_tiny_patch16_224", tile_checkpoint="random", device="cpu"
+    )
+    assert isinstance(encoder, EncoderCheck)
+    assert encoder.ok
+    assert encoder.tiles_per_second
+    assert (encoder.weights, encoder.device, encoder.precision) == ("random seed=0", "cpu", "float32")
+
+
+def test_weights_that_cannot_be_had_are_a_problem_before_the_job(slides: Path, tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"not a checkpoint")
+    *_, encoder = doctor(
+        [slides / "good.svs"], tile_encoder="vit_tiny_patch16_224", tile_checkpoint=str(tmp_path / "weights.pth")
+    )
+    assert not encoder.ok
+    assert "weights.pth" in encoder.problem
+
+
+def test_the_exit_status_says_whether_there_is_a_problem(slides: Path) -> None:
+    def status(*words: str | Path) -> int:
+        command = [sys.executable, "-m", "longslide.pipeline.cli", "doctor", *map(str, words), "--tile-px", "64"]
+        return subprocess.run(command, capture_output=True).returncode
+
+    assert status(slides / "good.svs") == 0
+    assert status(slides) == 1
+    assert status(slides / "none.svs") == 2
