@@ -57,7 +57,7 @@ def _parser(command: str | None) -> _Parser:
     )
     subcommands = parser.add_subcommands(required=True)
     for name, (_, summary) in COMMANDS.items():
-        subparser = _Parser(description=summary)
+        subparser = _Parser(description=summary, print_config="--print-config")
         if name == command:
             _add_command_arguments(subparser, _command_function(name))
         subcommands.add_subcommand(name, subparser, help=summary)

@@ -208,6 +208,9 @@ class _Job:
         if self.slide_encoder is not None:
             text += f", slide encoder {self.slide_encoder.name} ({self.slide_encoder.weights})"
         text += f"\ntiles of {self.tile_px} px at {self.mpp:g} um/px, overlap {self.overlap} px"
+        recommended = (encoder.spec.tile_px, encoder.spec.mpp or self.mpp)
+        if (self.tile_px, self.mpp) != recommended:
+            text += f" (recommended for {encoder.spec.name}: {recommended[0]} px at {recommended[1]:g} um/px)"
         return f"{text}; {self.embedder.device}, {self.embedder.precision}"
 
     def prepare(self, entry: SlideEntry) -> _Prepared | SlideResult:

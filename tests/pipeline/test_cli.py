@@ -77,7 +77,7 @@ def test_every_option_is_also_a_yaml_key(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(
         f"slides: [{tmp_path}/none.svs]\noutput: {tmp_path}/out\ntile_encoder: uni\ntile_px: 224\n"
     )
-    result = run("embed", "--config", tmp_path / "job.yaml", "--print-config=")
+    result = run("embed", "--config", tmp_path / "job.yaml", "--print-config")
     assert result.returncode == 0, result.stderr
     assert "tile_px: 224" in result.stdout
     assert "none.svs" in result.stdout
