@@ -68,19 +68,22 @@ def make_grid(
         The grid; with no coordinates when there is no tissue.
 
     Raises:
-        LongslideError: The slide is smaller than one tile or coarser than `mpp`, or has no microns per pixel.
+        LongslideError: The slide is smaller than one tile or coarser than `mpp`, or has no microns per pixel; the
+            overlap is not smaller than a tile.
     """
+    if not 0 <= overlap < tile_px:
+        raise LongslideError(f"the overlap of {overlap} px must be at least 0 and less than --tile-px {tile_px}")
     level0_mpp = slide.mpp.value
     wanted = mpp / level0_mpp
     level, read_px, tile_size = _choose_level(slide, wanted, tile_px, mpp)
-    step = round(tile_size * (tile_px - overlap) / tile_px)
+    step = max(1, round(tile_size * (tile_px - overlap) / tile_px))
     width, height = slide.dimensions
     if min(width, height) < tile_size:
         raise LongslideError(
             f"{slide.path}: {width} x {height} px is smaller than one tile of {tile_px} px at {mpp:g} um/px "
             f"({tile_size} px here); use a smaller --tile-px or --mpp"
         )
-    columns, rows = -(-(width) // step), -(-height // step)
+    columns, rows = -(-width // step), -(-height // step)
     fraction = _tissue_fraction(tissue, step, tile_size, columns, rows)
     row, column = np.nonzero((fraction >= min_tissue) & (fraction > 0))
     coords = np.stack([column, row], axis=1).astype(np.int64) * step
