@@ -1,6 +1,7 @@
 """Feature files: what is known of a slide after embedding, in HDF5; and the layouts other tools write."""
 
 import errno
+import io
 import os
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -108,11 +109,14 @@ def write_features(path: str | Path, features: Features) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = io.BytesIO()  # in memory first: HDF5 cannot close a file that it could not write
+    with h5py.File(content, "w") as file:
+        _fill(file, features)
     try:
         try:
-            with h5py.File(temporary, "w") as file:
-                _fill(file, features)
-            with temporary.open("rb+") as raw:
+            with temporary.open("wb") as raw:
+                raw.write(content.getbuffer())
+                raw.flush()
                 os.fsync(raw.fileno())
             temporary.replace(path)
         finally:
@@ -123,8 +127,7 @@ def write_features(path: str | Path, features: Features) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        full = error.errno == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else (error.strerror or str(error).splitlines()[0])
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
         raise LongslideError(
             f"{path}: cannot write the feature file ({reason}); make room or choose another --output"
         ) from error

@@ -72,7 +72,7 @@ def attend_backward(
             torch.zeros((), dtype=torch.uint64, device=q.device), scale=scale,
         )  # fmt: skip
     elif kernel == "efficient":
-        padded = torch.nn.functional.pad(log_sum.float(), (0, -q.shape[2] % 32), value=torch.inf)
+        padded = torch.nn.functional.pad(log_sum.float().contiguous(), (0, -q.shape[2] % 32), value=torch.inf)
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         grads = _aten._scaled_dot_product_efficient_attention_backward(
             grad, q, k, v, None, output, padded, seed, seed, 0.0, [True, True, True, False], is_causal, scale=scale
