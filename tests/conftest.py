@@ -1,5 +1,10 @@
-"""One thread for each process: the tensors are tiny, and threads would only get in each other's way."""
+"""Set before torch and Triton are imported."""
 
 import os
+from pathlib import Path
 
+# The tensors of the tests are tiny: threads would only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU, Triton kernels run in its interpreter.
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,6 +1,7 @@
 """Dilated attention (LongNet, https://arxiv.org/abs/2307.02486): linear in the number of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Literal
 
 from torch import Tensor
@@ -8,7 +9,23 @@ from torch import Tensor
 from .gather import gather_dilated_attention
 from .naive import naive_dilated_attention
 
-BACKENDS = {"naive": naive_dilated_attention, "gather": gather_dilated_attention}
+BACKENDS = ("naive", "gather", "fused")
+
+
+def _backend(q: Tensor, dilated_ratios: Sequence[int], backend: str) -> Callable[..., Tensor]:
+    if backend == "naive":
+        return naive_dilated_attention
+    if backend == "gather" or (backend == "auto" and (not q.is_cuda or find_spec("triton") is None)):
+        return gather_dilated_attention
+    from .fused import eligible, fused_dilated_attention  # imports triton, which not every machine has
+
+    if eligible(q, dilated_ratios):
+        return fused_dilated_attention
+    if backend == "fused":
+        raise ValueError(
+            f"the fused kernels do not take {q.dtype}, head dimension {q.shape[-1]}, ratios {dilated_ratios}"
+        )
+    return gather_dilated_attention
 
 
 def dilated_attention(
@@ -20,7 +37,7 @@ def dilated_attention(
     is_causal: bool = False,
     *,
     scale: float | None = None,
-    backend: Literal["auto", "naive", "gather"] = "auto",
+    backend: Literal["auto", "naive", "gather", "fused"] = "auto",
 ) -> Tensor:
     """Attention of each token to a few of the others: dense nearby, sparser farther away.
 
@@ -37,7 +54,8 @@ def dilated_attention(
         dilated_ratios: Every how many-th token takes part, for each branch.
         is_causal: Whether key slot j of a segment is visible to query slot i only when j <= i.
         scale: Factor of the logits; `D ** -0.5` by default.
-        backend: `naive` for the readable version, `gather` for the fast one; `auto` takes the fastest that fits.
+        backend: `naive` for the readable version, `gather` for plain PyTorch, `fused` for Triton kernels; `auto` takes
+            `fused` on a GPU where it fits (ratios that divide the largest one, no float64), else `gather`.
 
     Returns:
         `(B, L, H, D)`, of the dtype of `q`; zero where no branch covers a token and head.
@@ -58,5 +76,5 @@ def dilated_attention(
         )
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is none of auto, {', '.join(BACKENDS)}")
-    function = BACKENDS["gather" if backend == "auto" else backend]
+    function = _backend(q, ratios, backend)
     return function(q, k, v, segments, ratios, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -1,0 +1,102 @@
+"""The Triton kernels are the naive version: on a GPU as they are, without one in Triton's interpreter."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from longslide import dilated_attention
+from torch import Tensor
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REFERENCE = Path(__file__).parent / "reference"
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # rows that a mask takes out afterwards
+
+
+def qkv(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for _ in range(3)]
+
+
+def errors(inputs: list[Tensor], lengths: list[int], ratios: list[int], causal: bool) -> list[float]:
+    """Of the output and the three gradients against float64, relative to their size (or to the gradient's that goes in)."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = dilated_attention(*exact, lengths, ratios, causal, backend="naive")
+    direction = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    actual = dilated_attention(*inputs, lengths, ratios, causal, backend="fused")
+    wanted = [expected, *torch.autograd.grad(expected, exact, direction)]
+    found = [actual, *torch.autograd.grad(actual, inputs, direction.to(actual.dtype))]
+    floor = 0.1 * direction.norm()
+    pairs = zip(found, wanted, strict=True)
+    return [((a.double() - b).norm() / torch.maximum(b.norm(), floor)).item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("name", ["aligned", "ragged_length", "causal_ragged", "length_not_multiple_of_ratio"])
+def test_the_numbers_of_the_published_implementation_hold(name: str) -> None:
+    with np.load(REFERENCE / f"dilated_attention_{name}.npz") as reference:
+        q, k, v, out = (torch.from_numpy(reference[part]).to(DEVICE) for part in ("q", "k", "v", "out"))
+        lengths, ratios = reference["segment_lengths"].tolist(), reference["dilated_ratios"].tolist()
+        result = dilated_attention(q, k, v, lengths, ratios, bool(reference["is_causal"]), backend="fused")
+    assert (result - out).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_outputs_and_gradients_are_those_of_naive_whatever_the_lengths_and_ratios(seed: int) -> None:
+    rng = random.Random(seed)
+    largest = rng.choice([1, 2, 4, 6, 8])
+    ratios = [largest, *rng.choices([r for r in range(1, largest + 1) if largest % r == 0], k=rng.randint(0, 3))]
+    lengths = [rng.randint(1, 200) for _ in ratios]
+    shape = (rng.choice([1, 2]), rng.choice([1, 2, 5, rng.randint(1, 250)]), rng.randint(1, 5), rng.choice([4, 16, 48]))
+    assert max(errors(qkv(*shape, seed=seed), lengths, ratios, rng.random() < 0.3)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [
+        (torch.float16, 2e-3),
+        pytest.param(
+            torch.bfloat16,
+            1.5e-2,
+            marks=pytest.mark.skipif(
+                DEVICE == "cpu", reason="needs a GPU: Triton's interpreter has no bfloat16 products"
+            ),
+        ),
+    ],
+)
+def test_half_precision_is_close_to_float64(dtype: torch.dtype, bound: float) -> None:
+    assert max(errors(qkv(1, 150, 4, 48, dtype=dtype), [64, 100], [1, 2], False)) < bound
+
+
+def test_views_of_one_packed_projection_are_read_where_they_are() -> None:
+    packed = torch.randn(1, 70, 3, 4, 16, device=DEVICE)
+    expected = dilated_attention(*(x.clone() for x in packed.unbind(2)), [16, 40], [1, 4], backend="naive")
+    torch.testing.assert_close(
+        dilated_attention(*packed.unbind(2), [16, 40], [1, 4], backend="fused"), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_it_is_a_well_behaved_torch_operation() -> None:
+    from longslide.models.dilated_attention.fused import _op
+
+    arguments = (*qkv(1, 20, 2, 16), [8, 16], [1, 2], False, 0.25)
+    torch.library.opcheck(_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+def test_two_runs_are_equal_to_the_last_bit() -> None:
+    inputs = qkv(1, 100, 2, 16)
+    results = []
+    for _ in range(2):
+        output = dilated_attention(*inputs, [32, 100], [1, 2], backend="fused")
+        results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_the_kernels_do_not_take_is_said_or_left_to_plain_pytorch() -> None:
+    q, k, v = qkv(1, 12, 2, 4)
+    with pytest.raises(ValueError, match=r"do not take .* ratios \[2, 3\]"):
+        dilated_attention(q, k, v, [4, 6], [2, 3], backend="fused")
+    torch.testing.assert_close(
+        dilated_attention(q, k, v, [4, 6], [2, 3]), dilated_attention(q, k, v, [4, 6], [2, 3], backend="naive")
+    )
