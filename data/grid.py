@@ -9,9 +9,9 @@ from .slide import Slide
 from .tissue import Tissue
 
 LEVEL_TOLERANCE = 0.01
-"""A level this close to the wanted resolution is read as it is: real pyramids have downsamples of 3.9999 and 4.0161, and
-a scanner's 0.499 um/px is meant to be 0.5. At 256 px the far edge of a tile is then at most 2.6 px off; the grid never
-drifts, because its step is that of the tiles actually read."""
+"""A level this close to the wanted resolution is read as it is: real pyramids have downsamples of 3.9999 and 4.0161,
+and a scanner's 0.499 um/px is meant to be 0.5. At 256 px the far edge of a tile is then at most 2.6 px off; the grid
+never drifts, because its step is that of the tiles actually read."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _choose_level(slide: Slide, wanted: float, tile_px: int, mpp: float) -> tupl
 
 
 def _tissue_fraction(tissue: Tissue, step: int, tile_size: int, columns: int, rows: int) -> np.ndarray:
-    """`(rows, columns)` share of each tile that is tissue: exact for the mask, whose pixels count by the area inside."""
+    """`(rows, columns)` share of each tile that is tissue, exactly: the mask's pixels count by their area inside."""
     height, width = tissue.mask.shape
     integral = np.zeros((height + 1, width + 1))
     integral[1:, 1:] = tissue.mask.cumsum(0, dtype=np.float64).cumsum(1)
@@ -128,7 +128,7 @@ def _tissue_fraction(tissue: Tissue, step: int, tile_size: int, columns: int, ro
 
 
 def _interpolation(step: int, tile_size: int, count: int, downsample: float, size: int) -> np.ndarray:
-    """`(count, size + 1)` matrix that takes the integral from each tile's start to its end, between mask pixels linearly."""
+    """`(count, size + 1)` matrix that takes the integral over each tile; it is linear between mask pixels."""
     matrix = np.zeros((count, size + 1))
     starts = np.arange(count) * step
     for edge, sign in ((starts + tile_size, 1.0), (starts, -1.0)):

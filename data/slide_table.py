@@ -8,7 +8,8 @@ from pathlib import Path
 from ..errors import LongslideError
 
 SLIDE_SUFFIXES = frozenset(
-    ".svs .svslide .tif .tiff .ndpi .vms .vmu .scn .mrxs .bif .czi .zvi .dcm .png .jpg .jpeg .bmp .webp".split()
+    {".svs", ".svslide", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".czi", ".zvi", ".dcm"}
+    | {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 )
 """Files of a folder that are taken for slides; a file named by the user is tried whatever its suffix."""
 
@@ -38,7 +39,8 @@ def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) ->
     """List the slides of a job.
 
     Args:
-        inputs: Slide files, folders (searched through all their subfolders) and tables. A table is CSV or Parquet with a
+        inputs: Slide files, folders (searched through all their subfolders; a folder of DICOM files is one slide, with
+            the folder's name as its id) and tables. A table is CSV or Parquet with a
             column `slide` (paths relative to the table) and optionally `slide_id`, `mpp`, `patient_id`, `tissue_mask`.
         slide_mpp: Microns per pixel at level 0 for all slides that have none in a table.
 
@@ -53,7 +55,7 @@ def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) ->
         if not item.exists():
             raise LongslideError(f"{item}: no such file or folder")
         if item.is_dir():
-            found = [SlideEntry(path, path.stem) for path in _slides_in(item)]
+            found = list(_slides_in(item))
             if not found:
                 raise LongslideError(
                     f"{item}: no slides in this folder (looked for {', '.join(sorted(SLIDE_SUFFIXES))})"
@@ -71,18 +73,22 @@ def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) ->
     return entries
 
 
-def _slides_in(folder: Path) -> Iterator[Path]:
-    dicom_series: set[Path] = set()
+def _slides_in(folder: Path) -> Iterator[SlideEntry]:
+    dicom_folders: set[Path] = set()
     for path in sorted(folder.rglob("*")):
-        if path.name.startswith(".") or path.suffix.lower() not in SLIDE_SUFFIXES or not path.is_file():
+        inside = path.relative_to(folder)
+        if path.suffix.lower() not in SLIDE_SUFFIXES or any(part.startswith(".") for part in inside.parts):
             continue
-        if path.parent.with_suffix(".mrxs").is_file():  # the data folder beside a .mrxs file
+        # A folder beside a .mrxs file and of its name holds that slide's data.
+        if any((folder / parent).with_suffix(".mrxs").is_file() for parent in inside.parents if parent.name):
             continue
-        if path.suffix.lower() == ".dcm":  # a folder of DICOM files is one slide, and any of its files opens it
-            if path.parent in dicom_series:
-                continue
-            dicom_series.add(path.parent)
-        yield path
+        if not path.is_file():
+            continue
+        if path.suffix.lower() != ".dcm":
+            yield SlideEntry(path, path.stem)
+        elif path.parent not in dicom_folders:  # a folder of DICOM files is one slide, and any of its files opens it
+            dicom_folders.add(path.parent)
+            yield SlideEntry(path, path.parent.resolve().name)
 
 
 def _read_table(table: Path) -> list[SlideEntry]:
@@ -97,7 +103,8 @@ def _read_table(table: Path) -> list[SlideEntry]:
         raise LongslideError(f"{table}: cannot be read as a table: {str(error).splitlines()[0]}") from error
     if "slide" not in frame.columns:
         raise LongslideError(
-            f"{table}: no column `slide`; it has {', '.join(map(str, frame.columns))}. Name the column of slide paths `slide`"
+            f"{table}: no column `slide`; it has {', '.join(map(str, frame.columns))}. "
+            "Name the column of slide paths `slide`"
         )
     if frame.empty:
         raise LongslideError(f"{table}: the table has no rows")

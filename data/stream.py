@@ -112,6 +112,6 @@ class TileStream:
         if len(self.bad_tiles) > self.max_bad_tiles:
             first = ", ".join(map(str, self.bad_tiles[:3]))
             raise LongslideError(
-                f"{self.slide.path}: {len(self.bad_tiles)} unreadable tiles (first at {first}, level-0 pixels), more than "
-                f"--max-bad-tiles {self.max_bad_tiles}; copy the slide again, or allow more"
+                f"{self.slide.path}: {len(self.bad_tiles)} unreadable tiles (first at {first}, level-0 pixels), more "
+                f"than --max-bad-tiles {self.max_bad_tiles}; copy the slide again, or allow more"
             )

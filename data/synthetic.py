@@ -75,7 +75,8 @@ def write_pyramid(path: Path, image: np.ndarray, *, mpp: float | None, downsampl
                 metadata=None,
                 software=False,
                 subfiletype=int(number > 0),
-                **({"resolution": (per_cm, per_cm), "resolutionunit": "CENTIMETER"} if mpp and not aperio else {}),
+                resolution=(per_cm, per_cm) if per_cm and not aperio else None,
+                resolutionunit="CENTIMETER" if per_cm and not aperio else None,
             )
 
 
@@ -142,7 +143,7 @@ def _scattered(tissue: np.ndarray, spacing: float, rng: np.random.Generator, jit
 
 
 def _draw_sheets(picture: np.ndarray, tissue: np.ndarray, mpp: float, rng: np.random.Generator) -> None:
-    picture *= np.float32([0.95, 0.88, 0.98])  # little stroma, bluish cytoplasm
+    picture *= np.array([0.95, 0.88, 0.98], np.float32)  # little stroma, bluish cytoplasm
     _draw_nuclei(picture, _scattered(tissue, 10.5 / mpp, rng), mpp, rng)
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
-
 from longslide.data.mpp import Mpp, resolve_mpp
 from longslide.data.slide import open_slide
 from longslide.data.synthetic import write_pyramid
 from longslide.errors import LongslideError
+from PIL import Image
 
 SLIDE = Path("a.svs")
 GREY = np.full((600, 700, 3), 128, np.uint8)

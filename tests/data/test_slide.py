@@ -1,6 +1,7 @@
 """Opening slides and reading regions."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,11 +9,10 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from PIL import Image
-
 from longslide.data.slide import open_slide
 from longslide.data.synthetic import write_pyramid
 from longslide.errors import LongslideError
+from PIL import Image
 
 WIDTH, HEIGHT = 1500, 1100
 
@@ -51,7 +51,12 @@ def test_a_read_inside_the_real_slide_is_openslides_pixel_for_pixel() -> None:
         assert slide.dimensions == reference.dimensions
         assert slide.vendor == "aperio"
         assert slide.mpp.value == pytest.approx(0.499)
-        for x, y, width, height in [(0, 0, 256, 256), (1001, 777, 300, 211), (1964, 2711, 256, 256), (0, 0, 2220, 2967)]:
+        for x, y, width, height in [
+            (0, 0, 256, 256),
+            (1001, 777, 300, 211),
+            (1964, 2711, 256, 256),
+            (0, 0, 2220, 2967),
+        ]:
             expected = np.asarray(reference.read_region((x, y), 0, (width, height)).convert("RGB"))
             np.testing.assert_array_equal(slide.read_region(x, y, 0, width, height), expected)
 
@@ -114,7 +119,7 @@ def test_the_id_is_the_stem_unless_given(slide_path: Path) -> None:
 def test_threads_read_the_same_pixels(slide_path: Path) -> None:
     corners = [(x, y) for y in range(0, HEIGHT - 100, 90) for x in range(0, WIDTH - 100, 70)]
     with open_slide(slide_path) as slide, ThreadPoolExecutor(4) as pool:
-        reads = pool.map(lambda corner: slide.read_region(*corner, 0, 100, 100), corners)
+        reads = pool.map(lambda corner: slide.read_region(corner[0], corner[1], 0, 100, 100), corners)
         for (x, y), read in zip(corners, reads, strict=True):
             np.testing.assert_array_equal(read, picture()[y : y + 100, x : x + 100])
 
@@ -179,7 +184,9 @@ def truncated_image(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("suffix", [".svs", ".png", ".tif"])
-def test_what_cannot_be_opened_is_one_line_that_names_the_file(tmp_path: Path, make, message: str, suffix: str) -> None:
+def test_what_cannot_be_opened_is_one_line_that_names_the_file(
+    tmp_path: Path, make: Callable[[Path], None], message: str, suffix: str
+) -> None:
     path = tmp_path / f"bad{suffix}"
     make(path)
     with pytest.raises(LongslideError, match=message) as caught:
