@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ..errors import LongslideError
 
-SLIDE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+"""Plain images: slides only in a folder without others. Beside slides they are thumbnails, masks or parts of a .vms."""
+
+SLIDE_SUFFIXES = IMAGE_SUFFIXES | frozenset(
     {".svs", ".svslide", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".czi", ".zvi", ".dcm"}
-    | {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 )
 """Files of a folder that are taken for slides; a file named by the user is tried whatever its suffix."""
 
@@ -60,7 +62,8 @@ def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) ->
                 raise LongslideError(
                     f"{item}: no slides in this folder (looked for {', '.join(sorted(SLIDE_SUFFIXES))})"
                 )
-            entries += found
+            slides = [entry for entry in found if entry.path.suffix.lower() not in IMAGE_SUFFIXES]
+            entries += slides or found
         elif item.suffix.lower() in _TABLE_SUFFIXES:
             entries += _read_table(item)
         else:

@@ -46,6 +46,13 @@ def test_hidden_and_mac_files_are_no_slides(tmp_path: Path) -> None:
     assert [entry.path.name for entry in find_slides([tmp_path])] == ["a.svs"]
 
 
+def test_pictures_beside_slides_are_no_slides_but_a_folder_of_pictures_alone_is_taken(tmp_path: Path) -> None:
+    touch(tmp_path / "slides/a.vms", tmp_path / "slides/a(0,0).jpg", tmp_path / "slides/features/qc/a.jpg")
+    touch(tmp_path / "pictures/b.png", tmp_path / "pictures/c.jpg")
+    assert [entry.slide_id for entry in find_slides([tmp_path / "slides"])] == ["a"]
+    assert [entry.slide_id for entry in find_slides([tmp_path / "pictures"])] == ["b", "c"]
+
+
 def test_the_data_folder_of_an_mrxs_is_no_slide(tmp_path: Path) -> None:
     touch(tmp_path / "a.mrxs", *(tmp_path / "a" / name for name in ("Index.dat", "thumb.jpg", "deeper/x.png")))
     assert [entry.path.name for entry in find_slides([tmp_path])] == ["a.mrxs"]

@@ -27,7 +27,7 @@ def by_id(checks: list[SlideCheck | EncoderCheck]) -> dict[str, SlideCheck]:
 
 
 def test_each_slide_gets_its_facts_or_its_problem(slides: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    checks = by_id(doctor([slides], tile_px=64))
+    checks = by_id(doctor([slides, slides / "blank.png"], tile_px=64))
     good = checks["good"]
     assert good.ok
     assert (good.width, good.height, good.mpp, good.mpp_source) == (1536, 1024, 0.5, "file")

@@ -166,7 +166,7 @@ def test_one_bad_slide_never_ends_the_job(job: dict[str, Any], slides: Path, tmp
     write_synthetic_slide(bad / "no-mpp.tif", size=(1536, 1024), mpp=None)
     write_synthetic_slide(bad / "small.svs", size=(40, 40))
     Image.new("RGB", (900, 700), "white").save(bad / "blank.png", dpi=(50_800, 50_800))
-    done = subprocess.run(command(job | {"slides": [bad, slides]}), capture_output=True, text=True)
+    done = subprocess.run(command(job | {"slides": [bad, bad / "blank.png", slides]}), capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     rows = summary(job["output"])
