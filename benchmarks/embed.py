@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,26 +39,27 @@ def whole_slide(slide: Slide) -> Tissue:
 
 
 class BusyTime:
-    """Time in which the encoder runs, from events on the device (or the clock, on a CPU)."""
+    """Time in which the encoder runs: by events on a GPU, by the clock on a CPU."""
 
     def __init__(self, encoder: torch.nn.Module, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.marks: list[list[torch.cuda.Event] | list[float]] = []
-        encoder.register_forward_pre_hook(lambda *_: self.marks.append([self.now()]))
-        encoder.register_forward_hook(lambda *_: self.marks[-1].append(self.now()))
+        self.marks: list[Any] = []
+        encoder.register_forward_pre_hook(lambda *_: self.marks.append(self.now()))
+        encoder.register_forward_hook(lambda *_: self.marks.append(self.now()))
 
-    def now(self) -> torch.cuda.Event | float:
+    def now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def seconds(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-            return sum(start.elapsed_time(end) for start, end in self.marks) / 1000
-        return sum(end - start for start, end in self.marks)
+        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+        if not self.cuda:
+            return float(sum(end - start for start, end in pairs))
+        torch.cuda.synchronize()
+        return float(sum(start.elapsed_time(end) for start, end in pairs)) / 1000
 
 
 def main() -> None:

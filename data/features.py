@@ -240,7 +240,7 @@ def _read_longslide(path: Path, file: h5py.File, features: np.ndarray, coords: n
     if file.attrs["schema"] > SCHEMA:
         raise LongslideError(f"{path}: written by a newer Longslide (schema {file.attrs['schema']}); update Longslide")
     content: dict[str, Any] = {}
-    embedding = file["slide_embedding"] if "slide_embedding" in file else None
+    embedding = file.get("slide_embedding")
     groups = [(file.attrs, _FILE), (file["features"].attrs, _FEATURES), (file["coords"].attrs, _COORDS)]
     if embedding is not None:
         groups.append((embedding.attrs, _SLIDE))
@@ -288,10 +288,10 @@ def _whole(value: Any) -> int | None:
 
 
 def _integral(path: Path, coords: np.ndarray) -> np.ndarray:
-    whole = np.rint(coords)
+    whole: np.ndarray = np.rint(coords)
     if not np.isfinite(coords).all() or np.abs(coords - whole).max(initial=0) > 1e-6:
         raise LongslideError(f"{path}: `coords` are not whole level-0 pixels")
-    return whole.astype(np.int64)
+    return np.asarray(whole, np.int64)
 
 
 def _most_common_step(path: Path, coords: np.ndarray) -> int:

@@ -156,7 +156,7 @@ def _optical_density(picture: np.ndarray) -> np.ndarray:
         candidate = np.median(near, axis=0)
         if candidate.max() - candidate.min() < 16 and candidate.min() > 180:
             glass = candidate
-    return np.maximum(-np.log10(np.maximum(picture, 1) / glass.astype(np.float32)), 0).astype(np.float32)
+    return np.asarray(np.maximum(-np.log10(np.maximum(picture, 1) / glass), 0), np.float32)
 
 
 def _pen(picture: np.ndarray, density: np.ndarray, mpp: float) -> np.ndarray:
@@ -217,7 +217,7 @@ def read_tissue_mask(path: str | Path, slide: Slide) -> Tissue:
 
 
 def _read_raster(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:
-    raster = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) if content else None
+    raster: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) if content else None
     if raster is None:
         raise LongslideError(f"{path}: not a picture that can be read as a tissue mask; give a PNG or GeoJSON")
     if raster.ndim == 3:

@@ -283,9 +283,7 @@ def _print_totals(
     need = tiles * ((dim or DIM_WITHOUT_ENCODER) * 2 + 16)
     note = "" if dim else f" at {DIM_WITHOUT_ENCODER:,} numbers a tile"
     verdict = "" if need < free else "  [bold red]not enough[/]"
-    console.print(
-        f"disk          {_size(need)}{note}, {_size(free)} free in {escape(str(folder))}{verdict}"
-    )
+    console.print(f"disk          {_size(need)}{note}, {_size(free)} free in {escape(str(folder))}{verdict}")
 
 
 def _duration(seconds: float) -> str:

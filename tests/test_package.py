@@ -35,5 +35,6 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 def test_the_readme_states_the_facts_of_each_tile_encoder(name: str) -> None:
     spec = load_tile_encoder_spec(name)
     gated = "yes" if spec.gated else "no"
-    row = f"| `{name}` | {spec.dim:,} | {spec.tile_px} px at {spec.mpp:g} | {gated} | {spec.licence} | [paper]({spec.paper}) |"
+    tiles = f"{spec.tile_px} px at {spec.mpp:g}"
+    row = f"| `{name}` | {spec.dim:,} | {tiles} | {gated} | {spec.licence} | [paper]({spec.paper}) |"
     assert row in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

@@ -28,7 +28,7 @@ def gather_dilated_attention(
 ) -> Tensor:
     """See `dilated_attention`. Memory grows linearly with the number of tokens."""
     branches = tuple(zip(segment_lengths, dilated_ratios, strict=True))
-    output: Tensor = _GatherAttention.apply(q, k, v, branches, is_causal, scale)  # type: ignore[no-untyped-call]
+    output: Tensor = _GatherAttention.apply(q, k, v, branches, is_causal, scale)
     return output
 
 
@@ -42,8 +42,8 @@ class _GatherAttention(torch.autograd.Function):
         output = q.new_zeros(batch, length * heads, dim, dtype=accumulate)
         log_sum = q.new_full((batch, length * heads), -torch.inf, dtype=accumulate)
         for index, shape, zero_slots in _pieces(length, heads, branches, q.device):
-            parts = [_take(x, index, shape) for x in (q, k, v)]
-            piece, piece_sum = attend(*parts, is_causal, scale)
+            taken_q, taken_k, taken_v = (_take(x, index, shape) for x in (q, k, v))
+            piece, piece_sum = attend(taken_q, taken_k, taken_v, is_causal, scale)
             piece_sum = piece_sum.to(accumulate)
             if zero_slots and not is_causal:
                 full_sum = torch.logaddexp(piece_sum, piece_sum.new_tensor(math.log(zero_slots)))
@@ -69,9 +69,12 @@ class _GatherAttention(torch.autograd.Function):
         batch, length, heads, dim = q.shape
         grads = [torch.zeros(batch, length * heads, dim, dtype=log_sum.dtype, device=q.device) for _ in range(3)]
         for index, shape, _ in _pieces(length, heads, branches, q.device):
-            parts = [_take(x, index, shape) for x in (grad, q, k, v, output)]
             piece_sum = _take(log_sum.view(batch, length, heads, 1), index, shape)[..., 0]
-            for total, piece in zip(grads, attend_backward(*parts, piece_sum, is_causal, scale), strict=True):
+            taken_grad, taken_q, taken_k, taken_v, taken_output = (
+                _take(x, index, shape) for x in (grad, q, k, v, output)
+            )
+            pieces = attend_backward(taken_grad, taken_q, taken_k, taken_v, taken_output, piece_sum, is_causal, scale)
+            for total, piece in zip(grads, pieces, strict=True):
                 total[:, index] += _flat(piece, batch)  # a branch covers a token and head once: no index comes twice
         return (*(total.to(q.dtype).view(q.shape) for total in grads), None, None, None)
 

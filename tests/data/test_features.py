@@ -167,7 +167,7 @@ def test_clam_says_no_tile_size_and_the_grid_is_that_of_its_coordinates(tmp_path
 
 
 def test_clam_starts_its_grid_anew_for_each_piece_of_tissue(tmp_path: Path) -> None:
-    coords = np.concatenate([grid() + [37, 11], grid() + [5001, 43]])
+    coords = np.concatenate([grid() + np.array([37, 11]), grid() + np.array([5001, 43])])
     path = write(tmp_path / "a.h5", {"features": np.ones((40, 6), np.float32), "coords": coords})
     read = read_features(path)
     assert read.step_level0 == 512
