@@ -87,9 +87,11 @@ def _kernel(q: Tensor) -> str:
         return "cpu"
     half = q.dtype in (torch.float16, torch.bfloat16)
     if q.device.type == "cuda" and torch.version.cuda and q.shape[-1] % 8 == 0:
-        if half and q.shape[-1] <= 256 and hasattr(_aten, "_scaled_dot_product_flash_attention"):
+        ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)  # older GPUs have neither flash nor bfloat16
+        if half and ampere and q.shape[-1] <= 256 and hasattr(_aten, "_scaled_dot_product_flash_attention"):
             return "flash"
-        if q.dtype == torch.float32 and hasattr(_aten, "_scaled_dot_product_efficient_attention"):
+        takes = q.dtype in (torch.float32, torch.float16)
+        if takes and hasattr(_aten, "_scaled_dot_product_efficient_attention"):
             return "efficient"
     return "plain"
 

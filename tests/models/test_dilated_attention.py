@@ -10,9 +10,9 @@ from longslide import dilated_attention
 from longslide.models.dilated_attention import attend
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 REFERENCE = sorted((Path(__file__).parent / "reference").glob("dilated_attention_*.npz"))
-GIGAPATH = ([1024, 5792, 32768, 185363, 1048576], [1, 2, 4, 8, 16])
 
 
 def qkv(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, grad: bool = False) -> list[Tensor]:
@@ -148,11 +148,35 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_memory_is_linear_in_the_number_of_tokens() -> None:
-    inputs = qkv(1, 20_000, 16, 8, dtype=torch.float32, grad=True)
+@pytest.mark.parametrize("kernel", ["fused", "plain"])
+def test_memory_is_linear_in_the_number_of_tokens(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel == "plain":
+        monkeypatch.setattr(attend, "_kernel", lambda q: "plain")
+        monkeypatch.setattr(attend, "_MAX_LOGITS", 2**19)
+    inputs = qkv(1, 30_001, 4, 8, dtype=torch.float32, grad=True)
     with LargestTensor() as largest:
-        dilated_attention(*inputs, *GIGAPATH).sum().backward()
+        dilated_attention(*inputs, [1024, 2**20], [1, 16]).sum().backward()
     assert largest.numel <= inputs[0].numel(), "no padding, no table of logits"
+
+
+def test_activation_checkpointing_and_shared_inputs_give_the_same_gradients() -> None:
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dilated_attention(dilated_attention(q, k, v, [16, 40], [1, 4]), k, v, [7], [2])
+
+    inputs = qkv(1, 70, 4, 8, grad=True)
+    expected = torch.autograd.grad(twice(*inputs).square().sum(), inputs)
+    output: Tensor = checkpoint(twice, *inputs, use_reentrant=False)
+    for actual, wanted in zip(torch.autograd.grad(output.square().sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_a_call_without_gradients_does_not_spoil_a_later_one_with_them() -> None:
+    inputs = qkv(1, 71, 4, 8, grad=True)
+    with torch.inference_mode():  # what it makes cannot be saved for a backward
+        before = dilated_attention(*inputs, [16, 40], [1, 4])
+    output = dilated_attention(*inputs, [16, 40], [1, 4])
+    output.sum().backward()
+    assert torch.equal(output, before)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +200,17 @@ def test_input_that_does_not_fit_is_refused(change: dict[str, object], message: 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("length", "dim", "causal"), [(1537, 48, False), (500, 8, True), (301, 6, False)])
-def test_on_the_gpu_the_same(dtype: torch.dtype, length: int, dim: int, causal: bool) -> None:
+@pytest.mark.parametrize("path", ["auto", "gather", "gather before Ampere"])
+def test_on_the_gpu_the_same(
+    path: str, dtype: torch.dtype, length: int, dim: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "gather before Ampere":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    backend = path.split()[0]
     inputs = [x.to("cuda", dtype).requires_grad_() for x in qkv(2, length, 8, dim)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     direction = torch.randn(2, length, 8, dim, dtype=torch.float64, device="cuda")
-    output = dilated_attention(*inputs, [128, 400, 1000], [1, 2, 4], causal)
+    output = dilated_attention(*inputs, [128, 400, 1000], [1, 2, 4], causal, backend=backend)
     expected = dilated_attention(*exact, [128, 400, 1000], [1, 2, 4], causal, backend="naive")
     bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
     assert relative_error(output, expected) < bound

@@ -79,6 +79,13 @@ def test_the_embedding_depends_on_where_the_tiles_are(small: SlideEncoder) -> No
     assert (here - there).abs().max() > 1e-3
 
 
+def test_the_embedding_depends_on_the_order_of_the_tiles(small: SlideEncoder) -> None:
+    x, where, order = torch.randn(1, 20, 48), cells(5, 4), torch.randperm(20)
+    with torch.inference_mode():
+        ordered, shuffled = small(x, where), small(x[:, order], where[:, order])
+    assert (ordered - shuffled).abs().max() > 1e-4  # each dilated branch keeps other tiles
+
+
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_a_batch_gives_what_its_slides_give_one_at_a_time(pool: str) -> None:
     encoder = create_slide_encoder("gigapath", checkpoint="random", pool=pool, **SMALL)

@@ -66,10 +66,13 @@ def test_tensors_that_do_not_fit_are_named(damage, named: str, published: dict[s
 
 
 class Evil:
-    """Would run code when unpickled."""
+    """Makes a file when unpickled."""
 
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (Path.touch, (Path("/tmp/longslide-was-unpickled"),))  # type: ignore[return-value]
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return (Path.touch, (self.file,))
 
 
 @pytest.mark.parametrize("content", ["text", "empty", "truncated", "pickle", "list"])
@@ -82,11 +85,12 @@ def test_what_is_no_checkpoint_is_refused_and_nothing_is_unpickled(
     if content == "list":
         torch.save([1, 2], file)
     else:
-        data = {"text": b"hello", "empty": b"", "truncated": whole[: len(whole) // 2], "pickle": pickle.dumps(Evil())}
+        evil = pickle.dumps(Evil(tmp_path / "unpickled"))
+        data = {"text": b"hello", "empty": b"", "truncated": whole[: len(whole) // 2], "pickle": evil}
         file.write_bytes(data[content])
     with pytest.raises(LongslideError, match=r"weights\.pth"):
         create_slide_encoder("gigapath", checkpoint=file, **SMALL)
-    assert not Path("/tmp/longslide-was-unpickled").exists()
+    assert not (tmp_path / "unpickled").exists()
 
 
 def test_a_file_that_is_not_there_is_named() -> None:
