@@ -3,7 +3,7 @@
 import errno
 import io
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ class Features:
         slide_id: The slide's id.
         features: `(N, D)` float16 or float32 tile embeddings.
         coords: `(N, 2)` int64 top-left corner (x, y) of each tile in level-0 pixels, row by row. Files of STAMP hold
-            microns: there it is the corner in steps of the grid.
+            microns: there it is the grid cell.
         step_level0: Distance between tiles in the units of `coords`.
         tile_size_level0: Edge of a tile in level-0 pixels.
         tile_px: Edge of a tile in pixels as the encoder got it.
@@ -167,7 +167,8 @@ def read_features(path: str | Path) -> Features:
         path: The file.
 
     Returns:
-        Its content; `layout` says what the file was taken for.
+        Its content; `layout` says what the file was taken for. The tiles are row by row, in whatever order the file
+        has them: TRIDENT and CLAM write column by column, STAMP in the order its threads were done.
 
     Raises:
         LongslideError: Not a feature file, a truncated one, or one whose parts do not fit together.
@@ -205,7 +206,7 @@ def _read(path: Path, file: h5py.File) -> Features:
     if "schema" in file.attrs:
         return _read_longslide(path, file, features, raw)
     if attributes.get("unit") == "um" or name == "feats":
-        return _read_stamp(path, features, raw, attributes)
+        return _row_by_row(_read_stamp(path, features, raw, attributes))
     coords = _integral(path, raw)
     overlap = attributes.get("overlap")
     tile_px = _whole(attributes.get("patch_size"))
@@ -219,7 +220,7 @@ def _read(path: Path, file: h5py.File) -> Features:
         step = _most_common_step(path, coords)
     width, height = attributes.get("level0_width"), attributes.get("level0_height")
     encoder = file[name].attrs.get("encoder")
-    return Features(
+    found = Features(
         slide_id=path.stem,
         features=features,
         coords=coords,
@@ -231,6 +232,13 @@ def _read(path: Path, file: h5py.File) -> Features:
         encoder=None if encoder is None else str(encoder),
         layout=layout,
     )
+    return _row_by_row(found)
+
+
+def _row_by_row(features: Features) -> Features:
+    column, row = features.cells.T
+    order = np.lexsort((column, row))
+    return replace(features, features=features.features[order], coords=features.coords[order])
 
 
 def _read_longslide(path: Path, file: h5py.File, features: np.ndarray, coords: np.ndarray) -> Features:
@@ -258,26 +266,30 @@ def _read_longslide(path: Path, file: h5py.File, features: np.ndarray, coords: n
 
 
 def _read_stamp(path: Path, features: np.ndarray, raw: np.ndarray, attributes: dict[str, Any]) -> Features:
-    """STAMP's coordinates are microns, on the grid of its tiles; older files do not say the tile size."""
-    microns = attributes.get("tile_size_um", attributes.get("tile_size"))
-    steps = np.unique(np.diff(np.unique(raw.round(3)[:, 0]))).tolist() if microns is None else [float(microns)]
-    if not steps or min(steps) <= 0:
-        raise LongslideError(f"{path}: STAMP's file does not say `tile_size_um`, and its coordinates do not show it")
-    position = raw / min(steps)
-    # Tiles start at a border of the slide and lie on a grid; its origin may be any.
-    cells = np.rint(position - position.min(axis=0, initial=0)) if (position < 0).any() else np.rint(position)
-    if len(position) and np.abs(position - position[0] - (cells - cells[0])).max() > 0.05:
-        raise LongslideError(f"{path}: coordinates are not on a grid of {min(steps):g} um")
-    tile_px = _whole(attributes.get("tile_size_px"))
+    """STAMP's coordinates are microns; in files of its first version, which say nothing, units of 256 um / 224."""
+    microns, tile_px = attributes.get("tile_size_um"), attributes.get("tile_size_px")
+    if microns is None and attributes.get("unit") == "um":
+        microns = attributes.get("tile_size")
+    step = float(
+        microns or attributes.get("tile_size") or np.diff(np.unique(raw[:, 0].astype(float))).min(initial=np.inf)
+    )
+    if microns is None and abs(step - 224) < 0.5:
+        microns, tile_px = 256.0, 224
+    if microns is None or not np.isfinite(raw).all():
+        raise LongslideError(
+            f"{path}: a file of STAMP whose `coords` are not microns on a grid of a `tile_size_um`; extract it again"
+        )
+    # STAMP rounds the size of a tile up to whole level-0 pixels: tiles are `tile_size_um` apart or a little more.
+    cells = np.floor(raw / step + 0.001)
     extractor = attributes.get("extractor")
     return Features(
         slide_id=path.stem,
         features=features,
         coords=cells.astype(np.int64),
         step_level0=1,
-        tile_px=tile_px,
+        tile_px=_whole(tile_px),
         overlap=0,
-        target_mpp=float(microns) / tile_px if microns is not None and tile_px else None,
+        target_mpp=float(microns) / float(tile_px) if tile_px else None,
         encoder=None if extractor is None else str(extractor),
         layout="stamp",
     )

@@ -127,10 +127,10 @@ def segment_tissue(picture: np.ndarray, mpp: float) -> np.ndarray:
     red, green, blue = (density[..., channel] for channel in range(3))
     absorbed, chroma = density.mean(-1), density.max(-1) - density.min(-1)
 
-    # Haematoxylin and eosin absorb green most. Faint eosin and fat have a chroma near 0.03; noise of glass, after
-    # smoothing, stays below 0.015.
+    # Haematoxylin and eosin absorb green most, or nearly: pure haematoxylin a little more red, DAB (brown) more blue.
+    # Faint eosin and fat have a chroma near 0.03; noise of glass, after smoothing, stays below 0.015.
     excess = green - np.minimum(red, blue)
-    stained = (excess > 0.02) & (excess > 0.15 * absorbed) & (green >= 0.85 * np.maximum(red, blue))
+    stained = (excess > 0.02) & (excess > 0.15 * absorbed) & (green >= 0.75 * red) & (green >= 0.6 * blue)
     dark = (absorbed > 0.9) & (chroma < 0.35 * absorbed)
     mask = stained & ~dark & ~_pen(smooth, density, mpp)
 
@@ -154,7 +154,7 @@ def _optical_density(picture: np.ndarray) -> np.ndarray:
         near = bright[np.abs(bright.min(1).astype(np.float32) - level) < 8]
         # A slide full of pale tissue has no glass to measure: never take a coloured level for it.
         candidate = np.median(near, axis=0)
-        if candidate.max() - candidate.min() < 16 and candidate.min() > 180:
+        if candidate.max() - candidate.min() < 22 and candidate.min() > 180:
             glass = candidate
     return np.asarray(np.maximum(-np.log10(np.maximum(picture, 1) / glass), 0), np.float32)
 
@@ -162,11 +162,14 @@ def _optical_density(picture: np.ndarray) -> np.ndarray:
 def _pen(picture: np.ndarray, density: np.ndarray, mpp: float) -> np.ndarray:
     """Ink of a marker: blue, green or red in a saturated hue that stains do not have, with its soft rim."""
     red, green, blue = (density[..., channel] for channel in range(3))
-    strong = density.max(-1) > 0.25
-    blue_pen = strong & (red > 1.05 * green) & (red > blue + 0.15)  # absorbs red most, where haematoxylin absorbs green
-    green_pen = strong & (green < 0.75 * np.minimum(red, blue))
+    # Blue ink absorbs red most, as blue haematoxylin does; but nuclei make tissue uneven, and ink is flat.
+    absorbed = density.mean(-1)
+    deviation = np.sqrt(np.maximum(cv2.blur(absorbed**2, (5, 5)) - cv2.blur(absorbed, (5, 5)) ** 2, 0))
+    flat = deviation < 0.2 * absorbed
+    blue_pen = flat & (red > 1.05 * green) & (red > blue + 0.15)
+    green_pen = (density.max(-1) > 0.25) & (green < 0.75 * np.minimum(red, blue))
     # Red ink lets red through almost whole, and absorbs blue as strongly as green; eosin absorbs blue far less.
-    red_pen = strong & (blue > 0.8 * green) & (red < 0.3 * green) & (green > 0.35)
+    red_pen = flat & (blue > 0.8 * green) & (red < 0.3 * green) & (green > 0.2)
     ink = (blue_pen | green_pen | red_pen).astype(np.uint8)
     ink = cv2.morphologyEx(ink, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     rim = max(1, round(40 / mpp))
@@ -238,8 +241,12 @@ def _read_raster(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, 
 def _rasterise(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:
     try:
         polygons = [
-            [np.asarray(ring, np.float64)[:, :2] for ring in polygon] for polygon in _polygons(json.loads(content))
+            [np.asarray(ring, np.float64)[:, :2] for ring in polygon]
+            for polygon in _polygons(json.loads(content))
+            if polygon
         ]
+        if not all(np.isfinite(ring).all() for polygon in polygons for ring in polygon):
+            raise ValueError("coordinates are not finite")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise LongslideError(
             f"{path}: not GeoJSON with polygons ({error}); export annotations from QuPath as GeoJSON"

@@ -185,20 +185,62 @@ def test_prov_gigapath_with_a_batch_axis(name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.cells, CELLS)
 
 
-def test_stamp_has_coordinates_in_microns(tmp_path: Path) -> None:
-    attributes = {"extractor": "virchow2-abc", "unit": "um", "tile_size_um": 256.0, "tile_size_px": 224}
-    path = write(tmp_path / "a.h5", {"feats": np.ones((20, 6), np.float16), "coords": CELLS * 256.0}, {"/": attributes})
+@pytest.mark.parametrize("size", [{"tile_size_um": 256.0}, {"tile_size": 256.0}])
+def test_stamp_has_coordinates_in_microns(size: dict[str, float], tmp_path: Path) -> None:
+    attributes = {
+        "stamp_version": "2.4.0", "extractor": "virchow2-abc", "unit": "um", "tile_size_px": 224, "feat_type": "tile",
+    }  # fmt: skip
+    coords = (CELLS * 256.0).astype(np.float32)
+    path = write(tmp_path / "a.h5", {"feats": np.ones((20, 6), np.float16), "coords": coords}, {"/": attributes | size})
     read = read_features(path)
     assert (read.layout, read.encoder, read.tile_px) == ("stamp", "virchow2-abc", 224)
     assert read.target_mpp == pytest.approx(256 / 224)
     np.testing.assert_array_equal(read.cells, CELLS)
 
 
-def test_an_older_stamp_file_without_its_tile_size_shows_it_in_its_coordinates(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.h5", {"feats": np.ones((20, 6), np.float16), "coords": CELLS * 224})
+def test_stamp_tiles_are_a_little_further_apart_than_their_size(tmp_path: Path) -> None:
+    # A tile of 256 um at 0.2527 um/px is 1013.06 px: STAMP steps 1014.
+    cells = np.array([(x, y) for y in range(100) for x in range(0, 300, 3)])
+    coords = (cells * 1014 * 0.2527).astype(np.float32)
+    attributes = {"/": {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224}}
+    read = read_features(write(tmp_path / "a.h5", {"feats": np.ones((10000, 2)), "coords": coords}, attributes))
+    np.testing.assert_array_equal(read.cells, cells)
+
+
+@pytest.mark.parametrize("attributes", [{}, {"tile_size": 224}])
+def test_a_file_of_the_first_stamp_has_tiles_of_224_px_over_256_um(attributes: dict[str, int], tmp_path: Path) -> None:
+    path = write(tmp_path / "a.h5", {"feats": np.ones((20, 6), np.float16), "coords": CELLS * 224}, {"/": attributes})
     read = read_features(path)
-    assert read.layout == "stamp"
+    assert (read.layout, read.tile_px) == ("stamp", 224)
+    assert read.target_mpp == pytest.approx(256 / 224)
     np.testing.assert_array_equal(read.cells, CELLS)
+
+
+@pytest.mark.parametrize("layout", ["clam", "trident", "stamp"])
+def test_tiles_come_row_by_row_whatever_order_the_file_has(layout: str, tmp_path: Path) -> None:
+    order = np.random.default_rng(0).permutation(20)
+    features = np.arange(20, dtype=np.float32)[:, None]
+    attributes: dict[str, dict[str, Any]] = {
+        "clam": {},
+        "trident": {"coords": {"patch_size": 256, "patch_size_level0": 512, "overlap": 0}},
+        "stamp": {"/": {"unit": "um", "tile_size_um": 512.0}},
+    }[layout]
+    name = "feats" if layout == "stamp" else "features"
+    path = write(tmp_path / "a.h5", {name: features[order], "coords": grid()[order]}, attributes)
+    read = read_features(path)
+    assert read.layout == layout
+    np.testing.assert_array_equal(read.cells, CELLS)
+    np.testing.assert_array_equal(read.features, features)
+
+
+def test_trident_skips_the_first_overlap(tmp_path: Path) -> None:
+    # Its first step is a whole tile, the others are a tile less the overlap: no two tiles may fall in one cell.
+    position = np.array([0, 512, 960, 1408, 1856])
+    coords = np.array([(x, y) for x in position for y in position])
+    attributes = {"coords": {"patch_size": 256, "patch_size_level0": 512, "overlap": 32}}
+    read = read_features(write(tmp_path / "a.h5", {"features": np.ones((25, 6)), "coords": coords}, attributes))
+    assert read.step_level0 == 448
+    np.testing.assert_array_equal(read.cells, [(x, y) for y in range(5) for x in range(5)])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +254,8 @@ def test_an_older_stamp_file_without_its_tile_size_shows_it_in_its_coordinates(t
         ({"features": np.zeros((2, 2)), "coords": np.array([[0.5, 0], [256, 0]])}, "not whole level-0 pixels"),
         ({"features": np.zeros((2, 2)), "coords": np.array([[np.nan, 0], [256, 0]])}, "not whole level-0 pixels"),
         ({"features": np.zeros((2, 2)), "coords": np.array([[0, 0], [256, 300]])}, "does not say its tile size"),
-        ({"feats": np.zeros((3, 2)), "coords": np.array([[0.0, 0], [256, 0], [300, 0]])}, "not on a grid"),
+        ({"feats": np.zeros((3, 2)), "coords": np.array([[0.0, 0], [256, 0], [512, 0]])}, "extract it again"),
+        ({"feats": np.zeros((2, 2)), "coords": np.array([[0.0, 0], [np.nan, 0]])}, "extract it again"),
     ],
 )
 def test_a_file_whose_parts_do_not_fit_is_refused_in_one_line(

@@ -16,6 +16,7 @@ from PIL import Image
 
 WIDTH, HEIGHT, MPP = 512, 384, 8.0
 GLASS = (243, 241, 244)
+INKS = {"blue": (40, 60, 170), "green": (30, 130, 80), "red": (205, 40, 50), "black": (25, 25, 30)}
 Case = tuple[np.ndarray, np.ndarray]
 
 
@@ -68,14 +69,36 @@ def faint(case: Case) -> Case:
     return picture.clip(0, 255).astype(np.uint8), case[1]
 
 
-def on_yellow_glass(case: Case) -> Case:
-    picture = case[0].astype(np.float32) * np.float32([225, 224, 205]) / np.float32(GLASS)
-    return picture.clip(0, 255).astype(np.uint8), case[1]
-
-
 def as_jpeg(case: Case) -> Case:
-    _, data = cv2.imencode(".jpg", case[0], [cv2.IMWRITE_JPEG_QUALITY, 60])
-    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR)), case[1]
+    noise = np.random.default_rng(0).normal(0, 4, case[0].shape)
+    noisy = (case[0] + noise).clip(0, 255).astype(np.uint8)
+    _, data = cv2.imencode(".jpg", noisy[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 30])
+    return np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[..., ::-1].copy(), case[1]
+
+
+def with_light_pen(case: Case, colour: tuple[int, int, int]) -> Case:
+    """Ink that tissue shows through."""
+    inked, truth = with_pen(case, colour)
+    return cv2.addWeighted(inked, 0.6, case[0], 0.4, 0), truth
+
+
+# Absorbance of red, green and blue.
+HAEMATOXYLIN, BLUE_HAEMATOXYLIN, DAB = (0.40, 0.43, 0.18), (0.46, 0.38, 0.16), (0.21, 0.35, 0.44)
+
+
+def stained(case: Case, stain: tuple[float, float, float], strength: float = 1.0) -> Case:
+    density = np.maximum(-np.log10(np.maximum(case[0], 1) / np.float64(GLASS)), 0).sum(-1, keepdims=True) * strength
+    return (np.float64(GLASS) * 10 ** (-density * np.float64(stain))).clip(0, 255).astype(np.uint8), case[1]
+
+
+def immunostain(case: Case) -> Case:
+    brown = cv2.GaussianBlur(np.random.default_rng(0).normal(size=case[1].shape), (0, 0), 8)[..., None] > 0
+    return np.where(brown, stained(case, DAB, 1.2)[0], stained(case, BLUE_HAEMATOXYLIN, 0.6)[0]), case[1]
+
+
+def on_glass(case: Case, colour: tuple[int, int, int]) -> Case:
+    picture = case[0].astype(np.float32) * np.float32(colour) / np.float32(GLASS)
+    return (picture + np.random.default_rng(0).normal(0, 3, picture.shape)).clip(0, 255).astype(np.uint8), case[1]
 
 
 def fatty() -> Case:
@@ -106,18 +129,33 @@ def biopsy(case: Case) -> Case:
         (lambda case: with_borders(case, (72, 72, 75)), 0.97),
         (faint, 0.93),
         (lambda case: fatty(), 0.93),
-        (lambda case: with_pen(case, (40, 60, 170)), 0.88),
-        (lambda case: with_pen(case, (30, 130, 80)), 0.88),
-        (lambda case: with_pen(case, (205, 40, 50)), 0.88),
-        (lambda case: with_pen(case, (25, 25, 30)), 0.9),
+        (lambda case: with_pen(case, INKS["blue"]), 0.88),
+        (lambda case: with_pen(case, INKS["green"]), 0.88),
+        (lambda case: with_pen(case, INKS["red"]), 0.88),
+        (lambda case: with_pen(case, INKS["black"]), 0.9),
         (with_coverslip, 0.97),
         (biopsy, 0.7),
-        (on_yellow_glass, 0.95),
-        (as_jpeg, 0.95),
+        (as_jpeg, 0.93),
+        (lambda case: with_light_pen(case, INKS["blue"]), 0.9),
+        (lambda case: with_light_pen(case, INKS["green"]), 0.93),
+        (lambda case: with_light_pen(case, INKS["red"]), 0.9),
+        (lambda case: with_light_pen(case, INKS["black"]), 0.9),
+        (lambda case: stained(case, HAEMATOXYLIN), 0.95),
+        (lambda case: stained(case, BLUE_HAEMATOXYLIN), 0.94),
+        (lambda case: stained(case, BLUE_HAEMATOXYLIN, 0.3), 0.9),
+        (lambda case: stained(case, DAB), 0.95),
+        (lambda case: stained(case, DAB, 0.4), 0.8),
+        (immunostain, 0.95),
+        (lambda case: on_glass(case, (225, 224, 205)), 0.94),
+        (lambda case: on_glass(case, (245, 226, 235)), 0.94),
+        (lambda case: on_glass(case, (228, 232, 244)), 0.94),
+        (lambda case: on_glass(case, (205, 205, 205)), 0.94),
     ],
     ids=[
         "clean", "white gaps", "black borders", "grey borders", "faint", "fatty", "blue pen", "green pen", "red pen",
-        "black pen", "coverslip", "biopsy", "yellow glass", "jpeg",
+        "black pen", "coverslip", "biopsy", "jpeg", "light blue pen", "light green pen", "light red pen",
+        "light black pen", "haematoxylin", "blue haematoxylin", "pale haematoxylin", "DAB", "pale DAB", "immunostain",
+        "yellow glass", "pink glass", "blue glass", "grey glass",
     ],
 )  # fmt: skip
 def test_tissue_is_found_where_it_is(make: Any, least: float, clean: Case) -> None:
@@ -127,26 +165,32 @@ def test_tissue_is_found_where_it_is(make: Any, least: float, clean: Case) -> No
     assert overlap >= least, f"intersection over union {overlap:.3f}"
 
 
-def shaded_glass() -> np.ndarray:
-    noise = np.random.default_rng(0).normal(0, 3, (HEIGHT, WIDTH, 3)) + np.linspace(-12, 12, WIDTH)[None, :, None]
-    return (np.float64([225, 224, 205]) + noise).clip(0, 255).astype(np.uint8)
+EMPTY = (blank(), np.zeros((HEIGHT, WIDTH), bool))
+
+
+def shaded(case: Case) -> Case:
+    picture = on_glass(case, (225, 224, 205))[0] + np.linspace(-12, 12, WIDTH)[None, :, None]
+    return picture.clip(0, 255).astype(np.uint8), case[1]
 
 
 @pytest.mark.parametrize(
     "picture",
     [
-        (blank() + np.random.default_rng(0).normal(0, 3, (HEIGHT, WIDTH, 3))).clip(0, 255).astype(np.uint8),
-        shaded_glass(),
+        on_glass(EMPTY, GLASS)[0],
+        on_glass(EMPTY, (245, 226, 235))[0],
+        on_glass(EMPTY, (228, 232, 244))[0],
+        shaded(EMPTY)[0],
+        as_jpeg(EMPTY)[0],
         np.full((HEIGHT, WIDTH, 3), 255, np.uint8),
         np.zeros((HEIGHT, WIDTH, 3), np.uint8),
-        with_coverslip((blank(), np.zeros((HEIGHT, WIDTH), bool)))[0],
-        with_pen((blank(), np.zeros((HEIGHT, WIDTH), bool)), (25, 25, 30))[0],
-        with_pen((blank(), np.zeros((HEIGHT, WIDTH), bool)), (40, 60, 170))[0],
-        with_pen((blank(), np.zeros((HEIGHT, WIDTH), bool)), (30, 130, 80))[0],
-        with_pen((blank(), np.zeros((HEIGHT, WIDTH), bool)), (205, 40, 50))[0],
+        with_coverslip(EMPTY)[0],
+        *(pen(EMPTY, ink)[0] for pen in (with_pen, with_light_pen) for ink in INKS.values()),
     ],
-    ids=["noise", "shaded", "white", "black", "coverslip", "black pen", "blue pen", "green pen", "red pen"],
-)
+    ids=[
+        "noise", "pink glass", "blue glass", "shaded", "jpeg", "white", "black", "coverslip",
+        *(f"{kind}{ink} pen" for kind in ("", "light ") for ink in INKS),
+    ],
+)  # fmt: skip
 def test_an_empty_slide_has_no_tissue(picture: np.ndarray) -> None:
     assert segment_tissue(picture, MPP).mean() < 0.002
 
@@ -226,12 +270,12 @@ def test_annotations_of_qupath_are_masks(content: Any, area: int, slide: Slide, 
     assert tissue.mask.sum() * tissue.downsample[0] * tissue.downsample[1] == pytest.approx(area, rel=0.06)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "1"])
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "1"])
 def test_a_png_of_any_kind_and_size_is_a_mask(mode: str, slide: Slide, tmp_path: Path) -> None:
     gray = np.zeros((60, 80), np.uint8)
     gray[15:30, 20:60] = 255
     picture = Image.fromarray(gray).convert(mode)
-    if mode == "RGBA":
+    if mode in ("LA", "RGBA"):
         picture.putalpha(Image.fromarray(gray))
     picture.save(tmp_path / "mask.png")
     tissue = read_tissue_mask(tmp_path / "mask.png", slide)
@@ -245,6 +289,9 @@ def test_a_png_of_any_kind_and_size_is_a_mask(mode: str, slide: Slide, tmp_path:
         ("mask.geojson", "{", "not GeoJSON"),
         ("mask.geojson", '{"no": "type"}', "not GeoJSON"),
         ("mask.geojson", '{"type": "FeatureCollection", "features": []}', "no Polygon"),
+        ("mask.geojson", '{"type": "Polygon", "coordinates": []}', "no Polygon"),
+        ("mask.geojson", '{"type": "Point", "coordinates": [1, 2]}', "no Polygon"),
+        ("mask.geojson", '{"type": "Polygon", "coordinates": [[[NaN, 0], [9, 0], [9, 9]]]}', "not finite"),
         ("mask.geojson", json.dumps({"type": "Polygon", "coordinates": [square(5000, 0, 100)]}), "outside the slide"),
         ("mask.png", "not a picture", "not a picture"),
         ("mask.png", "", "not a picture"),
