@@ -175,8 +175,9 @@ class SlideEncoder(nn.Module):
         check_cells(tile_features, grid_cells, self.spec)
         weight = self.tile_projection.weight
         x = self.tile_projection(tile_features.to(weight.dtype))
-        x = x + grid_positions(grid_cells, self.spec.width).to(x.dtype)
-        return torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        # Under autocast x is half; positions in the dtype of the weights keep the residuals float32, as published.
+        x = x + grid_positions(grid_cells, self.spec.width).to(weight.dtype)
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
 
     def _pool(self, x: Tensor) -> Tensor:
         pooled: Tensor = self.norm(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1))
@@ -197,8 +198,9 @@ def grid_positions(grid_cells: Tensor, width: int) -> Tensor:
     """
     steps = torch.arange(width // 4, device=grid_cells.device, dtype=torch.float64)
     frequencies = POSITION_BASE ** (-steps / (width / 4))
-    angles = grid_cells.flip(-1)[..., None] * frequencies  # float64: a row of some thousands times a frequency near 1
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2).float()
+    rows_and_columns, which = torch.unique(grid_cells.flip(-1), return_inverse=True)  # few, of however many tiles
+    angles = rows_and_columns[:, None] * frequencies  # float64: a row of some thousands times a frequency near 1
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()[which].flatten(-2)
 
 
 def check_cells(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:

@@ -37,6 +37,7 @@ class _GatherAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, branches: tuple[tuple[int, int], ...], is_causal: bool, scale: float
     ) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))  # once, not for each piece
         batch, length, heads, dim = q.shape
         accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
         output = q.new_zeros(batch, length * heads, dim, dtype=accumulate)
@@ -66,6 +67,7 @@ class _GatherAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, log_sum = ctx.saved_tensors
         branches, is_causal, scale = ctx.settings
+        grad = grad.contiguous()
         batch, length, heads, dim = q.shape
         grads = [torch.zeros(batch, length * heads, dim, dtype=log_sum.dtype, device=q.device) for _ in range(3)]
         for index, shape, _ in _pieces(length, heads, branches, q.device):
