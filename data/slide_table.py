@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import LongslideError
@@ -69,9 +69,7 @@ def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) ->
         else:
             entries.append(SlideEntry(item, item.stem))
     if slide_mpp is not None:
-        entries = [
-            entry if entry.mpp is not None else SlideEntry(**(vars(entry) | {"mpp": slide_mpp})) for entry in entries
-        ]
+        entries = [entry if entry.mpp is not None else replace(entry, mpp=slide_mpp) for entry in entries]
     _check_ids(entries)
     return entries
 
@@ -83,7 +81,7 @@ def _slides_in(folder: Path) -> Iterator[SlideEntry]:
         if path.suffix.lower() not in SLIDE_SUFFIXES or any(part.startswith(".") for part in inside.parts):
             continue
         # A folder beside a .mrxs file and of its name holds that slide's data.
-        if any((folder / parent).with_suffix(".mrxs").is_file() for parent in inside.parents if parent.name):
+        if any((folder / f"{parent}.mrxs").is_file() for parent in inside.parents if parent.name):
             continue
         if not path.is_file():
             continue

@@ -12,6 +12,8 @@ from ..errors import LongslideError
 from .grid import Grid
 from .slide import Slide
 
+_RUN = 8  # tiles a thread reads before it asks for more: handing them over one by one costs a twentieth
+
 
 @dataclass(frozen=True)
 class TileBatch:
@@ -73,7 +75,8 @@ class TileStream:
         """
         starts = iter(range(0, len(self), self.batch_size))
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tiles")
-        pending: deque[tuple[int, np.ndarray, list[Future[bool]]]] = deque()
+        pending: deque[tuple[int, np.ndarray, list[Future[list[bool]]]]] = deque()
+        self.bad_tiles.clear()
         try:
             while True:
                 while len(pending) <= self.read_ahead and (start := next(starts, None)) is not None:
@@ -81,7 +84,7 @@ class TileStream:
                 if not pending:
                     return
                 start, tiles, reads = pending.popleft()
-                good = np.array([read.result() for read in reads])
+                good = np.array([ok for read in reads for ok in read.result()])
                 if not good.all():
                     self._count_bad(start + np.flatnonzero(~good))
                     tiles = tiles[good]
@@ -90,10 +93,14 @@ class TileStream:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, pool: ThreadPoolExecutor, start: int) -> tuple[np.ndarray, list[Future[bool]]]:
+    def _submit(self, pool: ThreadPoolExecutor, start: int) -> tuple[np.ndarray, list[Future[list[bool]]]]:
         coords = self.grid.coords[start : start + self.batch_size]
         tiles = np.empty((len(coords), self.grid.tile_px, self.grid.tile_px, 3), np.uint8)
-        return tiles, [pool.submit(self._read, x, y, tiles[i]) for i, (x, y) in enumerate(coords.tolist())]
+        runs = range(0, len(coords), _RUN)
+        return tiles, [pool.submit(self._read_run, coords[i : i + _RUN], tiles[i : i + _RUN]) for i in runs]
+
+    def _read_run(self, coords: np.ndarray, out: np.ndarray) -> list[bool]:
+        return [self._read(x, y, tile) for (x, y), tile in zip(coords.tolist(), out, strict=True)]
 
     def _read(self, x: int, y: int, out: np.ndarray) -> bool:
         grid = self.grid

@@ -1,6 +1,7 @@
 """The tile grid: fields of view, order, tissue fraction."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +62,22 @@ def pyramids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "4.0161": ((2000, 1502), [(498, 374)]),
         "3.9999": ((1999, 1499), [(500, 375)]),
         "odd": ((2003, 1507), [(1001, 753), (500, 376)]),
+        "8 and 16": ((4096, 4096), [(512, 512), (256, 256)]),
         "one level": ((1999, 1501), []),
     }
     return {name: write_coordinate_slide(folder / f"{name}.tif", *shape) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("pyramid", ["2", "4", "4.0161", "3.9999", "odd", "one level"])
-@pytest.mark.parametrize("mpp", [0.25, 0.2515, 0.3, 0.5, 0.503, 0.75, 1.0, 1.004, 1.3])
+@pytest.mark.parametrize(
+    ("pyramid", "mpp"),
+    [
+        *product(
+            ["2", "4", "4.0161", "3.9999", "odd", "one level"],
+            [0.25, 0.2515, 0.3, 0.5, 0.503, 0.75, 1.0, 1.004, 1.3],
+        ),
+        *product(["8 and 16"], [0.25, 1.0, 1.9, 2.0, 2.015, 3.0, 4.0, 4.035]),
+    ],
+)
 @pytest.mark.parametrize(("tile_px", "overlap"), [(64, 0), (100, 30), (224, 0)])
 def test_every_combination_of_mpp_and_level_lands_on_the_right_field_of_view(
     pyramids: dict[str, Path], pyramid: str, mpp: float, tile_px: int, overlap: int

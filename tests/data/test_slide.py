@@ -1,5 +1,6 @@
 """Opening slides and reading regions."""
 
+import gc
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,19 @@ def test_half_transparent_pixels_are_laid_over_the_background(tmp_path: Path) ->
     assert pixel.tolist() == [227, 127, 127]
 
 
+def test_holes_show_the_slides_own_background(tmp_path: Path) -> None:
+    rgba = np.zeros((4, 3, 4), np.uint8)
+    rgba[1] = (200, 100, 40, 255)
+    rgba[2] = (200, 100, 40, 51)
+    rgba[3] = (200, 100, 40, 0)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png") as slide:
+        slide.background = (10, 20, 250)
+        read = slide.read_region(0, 0, 0, 3, 4)
+    expected = [(10, 20, 250), (200, 100, 40), (48, 36, 208), (10, 20, 250)]
+    assert read[:, 1].tolist() == [list(colour) for colour in expected]
+
+
 def test_a_plain_image_has_one_level_and_a_digest(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png", compress_level=1)
     with open_slide(tmp_path / "a.png") as slide:
@@ -118,10 +132,11 @@ def test_the_id_is_the_stem_unless_given(slide_path: Path) -> None:
 
 def test_threads_read_the_same_pixels(slide_path: Path) -> None:
     corners = [(x, y) for y in range(0, HEIGHT - 100, 90) for x in range(0, WIDTH - 100, 70)]
+    whole = picture()
     with open_slide(slide_path) as slide, ThreadPoolExecutor(4) as pool:
         reads = pool.map(lambda corner: slide.read_region(corner[0], corner[1], 0, 100, 100), corners)
         for (x, y), read in zip(corners, reads, strict=True):
-            np.testing.assert_array_equal(read, picture()[y : y + 100, x : x + 100])
+            np.testing.assert_array_equal(read, whole[y : y + 100, x : x + 100])
 
 
 @pytest.mark.parametrize("max_px", [100, 333, 750, 2048])
@@ -204,3 +219,24 @@ def test_an_unreadable_region_is_named_and_the_others_still_read(tmp_path: Path)
             with pytest.raises(LongslideError, match=r"a\.tif: cannot read 100 x 90 px at \(20, 30\), level 0"):
                 slide.read_region(20, 30, 0, 100, 90)
             np.testing.assert_array_equal(slide.read_region(300, 300, 0, 50, 50), picture()[300:350, 300:350])
+
+
+def test_failed_reads_leave_no_open_handles_behind(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    write_pyramid(path, picture(), mpp=0.5)
+    corrupt_native_tile(path, 0)
+    with open_slide(path) as slide, ThreadPoolExecutor(4) as pool:
+
+        def fails(number: int) -> bool:
+            try:
+                slide.read_region(number, 0, 0, 20, 20)
+            except LongslideError:
+                return True
+            return False
+
+        assert all(pool.map(fails, range(40)))
+        gc.collect()
+        handles = [
+            item for item in gc.get_objects() if isinstance(item, openslide.OpenSlide) and str(path) in repr(item)
+        ]
+        assert len(handles) == 1

@@ -53,9 +53,10 @@ def test_pictures_beside_slides_are_no_slides_but_a_folder_of_pictures_alone_is_
     assert [entry.slide_id for entry in find_slides([tmp_path / "pictures"])] == ["b", "c"]
 
 
-def test_the_data_folder_of_an_mrxs_is_no_slide(tmp_path: Path) -> None:
-    touch(tmp_path / "a.mrxs", *(tmp_path / "a" / name for name in ("Index.dat", "thumb.jpg", "deeper/x.png")))
-    assert [entry.path.name for entry in find_slides([tmp_path])] == ["a.mrxs"]
+@pytest.mark.parametrize("stem", ["a", "S21.1234"])
+def test_the_data_folder_of_an_mrxs_is_no_slide(tmp_path: Path, stem: str) -> None:
+    touch(tmp_path / f"{stem}.mrxs", *(tmp_path / stem / name for name in ("Index.dat", "label.tif", "deeper/x.tif")))
+    assert [entry.path.name for entry in find_slides([tmp_path])] == [f"{stem}.mrxs"]
 
 
 def test_a_folder_of_dicom_files_is_one_slide_named_after_the_folder(tmp_path: Path) -> None:

@@ -204,6 +204,15 @@ def test_an_unreadable_region_costs_only_the_tiles_that_touch_it(damaged: tuple[
         np.testing.assert_array_equal(slide.read_region(600, 600, 0, 99, 99), good.read_region(600, 600, 0, 99, 99))
 
 
+def test_unreadable_tiles_are_counted_anew_when_a_stream_is_read_again(damaged: tuple[Path, Path]) -> None:
+    with open_slide(damaged[1]) as slide:
+        stream = TileStream(slide, grid_of(slide), max_bad_tiles=16)
+        for _ in range(2):
+            delivered = sum(len(batch.tiles) for batch in stream)
+            assert len(stream.bad_tiles) == 16
+            assert delivered == len(stream) - 16
+
+
 @pytest.mark.parametrize("allowed", [0, 3, 15])
 def test_more_unreadable_tiles_than_allowed_fail_the_slide(damaged: tuple[Path, Path], allowed: int) -> None:
     with open_slide(damaged[1]) as slide:
