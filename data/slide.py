@@ -184,7 +184,6 @@ class Slide:
             try:
                 return _read_bgra(fresh, x, y, level, width, height)
             except (openslide.OpenSlideError, OSError) as error:
-                fresh.close()
                 fresh = _open_handle(self.path, self._cache)
                 raise LongslideError(
                     f"{self.path}: cannot read {width} x {height} px at ({x}, {y}), level {level}: {error}"

@@ -10,6 +10,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
+from longslide.data import slide as slide_module
 from longslide.data.slide import open_slide
 from longslide.data.synthetic import write_pyramid
 from longslide.errors import LongslideError
@@ -219,6 +220,30 @@ def test_an_unreadable_region_is_named_and_the_others_still_read(tmp_path: Path)
             with pytest.raises(LongslideError, match=r"a\.tif: cannot read 100 x 90 px at \(20, 30\), level 0"):
                 slide.read_region(20, 30, 0, 100, 90)
             np.testing.assert_array_equal(slide.read_region(300, 300, 0, 50, 50), picture()[300:350, 300:350])
+
+
+def test_a_slide_that_goes_away_under_a_failed_read_stays_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.tif"
+    write_pyramid(path, picture(), mpp=0.5)
+    corrupt_native_tile(path, 0)
+    original = slide_module._read_bgra
+
+    def read_and_lose_the_file(handle: openslide.AbstractSlide, *region: int) -> np.ndarray:
+        try:
+            return original(handle, *region)
+        except openslide.OpenSlideError:
+            if handle is not first:
+                path.unlink(missing_ok=True)
+            raise
+
+    with open_slide(path) as slide:
+        first = slide._handle
+        monkeypatch.setattr(slide_module, "_read_bgra", read_and_lose_the_file)
+        for x in (20, 300):
+            with pytest.raises(LongslideError, match=r"a\.tif: "):
+                slide.read_region(x, 20, 0, 50, 50)
 
 
 def test_failed_reads_leave_no_open_handles_behind(tmp_path: Path) -> None:
