@@ -1,0 +1,59 @@
+"""What is to be predicted: the facts of a task that data, models and evaluation share."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from .errors import LongslideError
+
+TaskKind = Literal["binary", "multiclass", "multilabel", "ordinal", "regression", "survival"]
+
+CLASSIFICATION: tuple[TaskKind, ...] = ("binary", "multiclass", "ordinal")
+"""Kinds with one class a patient, out of `classes`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prediction task.
+
+    Attributes:
+        kind: What kind of target it is.
+        label: Columns of the cohort table that hold the target: one; for `multilabel` one a label; for `survival` the time
+            and the event (1 or 0).
+        classes: Class names in their order: the negative class first for `binary`, from low to high for `ordinal`; the
+            label names for `multilabel`; empty for `regression` and `survival`.
+        times: Right ends of the time intervals of discrete-time survival, ascending, in the units of the table; for Cox the
+            times at which survival is reported.
+        discrete_time: Whether survival is modelled by discrete hazards; by Cox's partial likelihood otherwise.
+    """
+
+    kind: TaskKind
+    label: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    times: tuple[float, ...] = ()
+    discrete_time: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(TaskKind):
+            raise LongslideError(f"task {self.kind!r} is none of {', '.join(get_args(TaskKind))}")
+        for name in ("label", "classes", "times"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a model gives for each bag: one logit for `binary`, a logit a class or label, a logit a threshold
+        between classes for `ordinal`, the value, the log-risk, or a logit a time interval."""
+        if self.kind in ("multiclass", "multilabel"):
+            return len(self.classes)
+        if self.kind == "ordinal":
+            return len(self.classes) - 1
+        return len(self.times) if self.kind == "survival" and self.discrete_time else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON and checkpoints."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Task":
+        """The task that `to_dict` wrote."""
+        return cls(**content)
