@@ -32,35 +32,21 @@ class TrainingFacts:
     Attributes:
         task: The task.
         feature_dim: Length of a tile embedding; of a slide embedding for the linear probe.
-        positives: Training bags of each class, or with each label.
-        observed: Training bags whose class, or label, is known; one number a class or label.
+        balanced_weights: Weights that even out the classes of the training bags, or each label's positives and negatives.
         target_mean: Mean of the training targets of a regression.
         target_std: Their standard deviation.
         preprocessing: `tile_encoder`, `tile_weights`, `mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`; None for
             what the feature files do not say.
+        architecture: How to build the aggregator without weights, as a checkpoint says it; None for a new one.
     """
 
     task: Task
     feature_dim: int
-    positives: tuple[int, ...] = ()
-    observed: tuple[int, ...] = ()
+    balanced_weights: tuple[float, ...] = ()
     target_mean: float = 0.0
     target_std: float = 1.0
     preprocessing: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for checkpoints."""
-        return asdict(self) | {
-            "task": self.task.to_dict(),
-            "positives": [*self.positives],
-            "observed": [*self.observed],
-        }
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "TrainingFacts":
-        """What `to_dict` wrote."""
-        lists = {name: tuple(content[name]) for name in ("positives", "observed")}
-        return cls(**content | lists | {"task": Task.from_dict(content["task"])})
+    architecture: dict[str, Any] | None = None
 
 
 class SlideClassifier(LightningModule):
@@ -83,7 +69,6 @@ class SlideClassifier(LightningModule):
             number for each class; for multilabel, of each label's positives.
         optimiser: Options of the optimiser.
         compile: Whether the aggregator is compiled by `torch.compile`.
-        architecture: How to build the aggregator without weights, as a checkpoint says it.
 
     Attributes:
         temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
@@ -107,7 +92,6 @@ class SlideClassifier(LightningModule):
         class_weights: Literal["none", "balanced"] | list[float] = "none",
         optimiser: OptimiserOptions = OptimiserOptions(),
         compile: bool = False,
-        architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.facts = facts
@@ -123,7 +107,7 @@ class SlideClassifier(LightningModule):
         }.get(aggregator)  # fmt: skip
         if checkpoint is not None and aggregator not in ("longnet", "gigapath"):
             raise LongslideError(f"--model.checkpoint {checkpoint}: {aggregator} has no slide encoder to load it into")
-        tile_encoder = facts.preprocessing.get("tile_encoder")
+        tile_encoder, architecture = facts.preprocessing.get("tile_encoder"), facts.architecture
         self.aggregator: Aggregator
         if aggregator == "longnet":
             self.aggregator = create_longnet(facts.feature_dim, longnet, checkpoint, tile_encoder, architecture)
@@ -157,7 +141,8 @@ class SlideClassifier(LightningModule):
         """The raw outputs of bags, differentiable in `tile_features`.
 
         Args:
-            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe slide embeddings.
+            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe each bag has one: the
+                slide's embedding.
             grid_cells: `(T, 2)` int64 (column, row) of each tile.
             cu_seqlens: `(B + 1,)` int32 cumulative lengths of the bags, from 0 to T.
 
@@ -177,15 +162,7 @@ class SlideClassifier(LightningModule):
 
     def outputs_of(self, batch: dict[str, Tensor]) -> Tensor:
         """The raw outputs `(B, n_outputs)` of a batch as the data module makes it."""
-        if not self.aggregator.reads_slide_embedding:
-            return self(batch["tile_features"], batch["grid_cells"], batch["cu_seqlens"])  # type: ignore[no-any-return]
-        if "slide_embedding" not in batch:
-            raise LongslideError(
-                "linear-probe reads slide embeddings, and the feature files have none: embed the slides with --slide-encoder"
-            )
-        embeddings = batch["slide_embedding"]
-        ones = torch.arange(len(embeddings) + 1, dtype=torch.int32, device=embeddings.device)
-        return self(embeddings, ones.new_zeros(len(embeddings), 2), ones)  # type: ignore[no-any-return]
+        return self(batch["tile_features"], batch["grid_cells"], batch["cu_seqlens"])  # type: ignore[no-any-return]
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         """Predictions of raw outputs, calibrated.
@@ -276,7 +253,8 @@ class SlideClassifier(LightningModule):
                 "options": {} if self.options is None else asdict(self.options),
                 "architecture": architecture or None,
             },
-            "facts": self.facts.to_dict(),
+            "target": {"mean": self.facts.target_mean, "std": self.facts.target_std},
+            "feature_dim": self.facts.feature_dim,
             "preprocessing": dict(self.facts.preprocessing),
             "training_features": dict(self.training_features),
             "thresholds": self.thresholds,
@@ -290,14 +268,8 @@ class SlideClassifier(LightningModule):
         checkpoint["longslide"] = self.description()
 
 
-def _class_weights(choice: str | Sequence[float], facts: TrainingFacts) -> list[float] | None:
+def _class_weights(choice: str | Sequence[float], facts: TrainingFacts) -> Sequence[float] | None:
     """Weights of the classes in the loss."""
     if not isinstance(choice, str):
-        return list(choice)
-    if choice == "none" or not facts.positives:
-        return None
-    if facts.task.kind == "multilabel":
-        return [(n - positive) / max(1, positive) for positive, n in zip(facts.positives, facts.observed, strict=True)]
-    return [
-        n / len(facts.positives) / max(1, positive) for positive, n in zip(facts.positives, facts.observed, strict=True)
-    ]
+        return choice
+    return (facts.balanced_weights or None) if choice == "balanced" else None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LongslideError
+from ..task import Task
 from .abmil import ABMILOptions
 from .aggregator import PoolOptions
 from .checkpoint_file import read_checkpoint
@@ -67,9 +68,15 @@ def load_classifier(path: str | Path) -> SlideClassifier:
         options[argument] = kind(**{k: v for k, v in description["aggregator"]["options"].items() if k in known})
     try:
         classifier = SlideClassifier(
-            TrainingFacts.from_dict(description["facts"]),
+            TrainingFacts(
+                task=Task.from_dict(description["task"]),
+                feature_dim=description["feature_dim"],
+                target_mean=description["target"]["mean"],
+                target_std=description["target"]["std"],
+                preprocessing=description["preprocessing"],
+                architecture=description["aggregator"]["architecture"],
+            ),
             name,
-            architecture=description["aggregator"].get("architecture"),
             **options,
         )
         classifier.load_state_dict(description["state_dict"])
