@@ -196,9 +196,7 @@ class _Patients:
         ):
             part = iterative_stratification(self.labels[chosen], np.array([1 - share, share]), rng)
             return chosen[part == 1]
-        taken: np.ndarray = np.asarray(
-            train_test_split(chosen, test_size=size, stratify=stratum, random_state=rng)[1]
-        )
+        taken: np.ndarray = np.asarray(train_test_split(chosen, test_size=size, stratify=stratum, random_state=rng)[1])
         return taken
 
 
