@@ -141,8 +141,8 @@ class SlideClassifier(LightningModule):
         """The raw outputs of bags, differentiable in `tile_features`.
 
         Args:
-            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe each bag has one: the
-                slide's embedding.
+            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe the slide embedding, one a
+                bag.
             grid_cells: `(T, 2)` int64 (column, row) of each tile.
             cu_seqlens: `(B + 1,)` int32 cumulative lengths of the bags, from 0 to T.
 
