@@ -30,10 +30,10 @@ def fit_temperature(logits: Floats, target: Integers, *, ordinal: bool = False) 
     Raises:
         LongslideError: No rows, or logits that are not finite.
     """
-    logits = np.asarray(logits, np.float64).reshape(len(target), -1)
-    target = np.asarray(target)
+    logits, target = np.asarray(logits, np.float64), np.asarray(target)
     if not len(target) or not np.isfinite(logits).all():
         raise LongslideError("cannot fit the temperature: there are no validation logits, or some are not finite")
+    logits = logits.reshape(len(target), -1)
 
     if ordinal or logits.shape[1] == 1:
         above = np.where(target[:, None] > np.arange(logits.shape[1]), 1.0, -1.0)

@@ -37,9 +37,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """Every metric of the test predictions, for each fold, pooled, and by subgroups, with 95% intervals.
 
-    Intervals are percentiles over resamples of patients, each with all its slides (for the calibration error, `ece`, which is
-    biased: the basic interval). Resamples for which a metric is not
-    defined (one class only, a class not drawn) are left out and counted; where they are more than half there is no interval.
+    Intervals are percentiles over resamples of patients, each with all its slides (for `ece`, which is biased, the basic
+    interval). Resamples for which a metric is not defined (one class only, a class not drawn) are left out and counted;
+    where they are more than half there is no interval.
 
     Args:
         predictions: The content of `predictions.csv`; rows of other parts than `test` are not looked at.

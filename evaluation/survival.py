@@ -56,7 +56,7 @@ class Survival:
         used = self._followed() if n else np.zeros(len(self.times), bool)
         if len(self.times) > 1:
             value = np.nan
-            if used.sum() > 1:
+            if used.sum() > 1 and self.event.any():
                 outcome = Surv.from_arrays(self.event, self.time)
                 value = integrated_brier_score(outcome, outcome, self.survival[:, used], self.times[used])
             result["integrated_brier"] = Score(float(value), n)

@@ -156,7 +156,7 @@ def integrated_brier(time: Floats, event: Booleans, survival: Floats, times: Flo
     """Integrated Brier score with inverse probability of censoring weights, `(R,)`.
 
     Graf et al. 1999. The censoring distribution is that of the resample itself, so that the interval holds its
-    uncertainty too. Not defined for a resample whose follow-up ends before the last of `times`.
+    uncertainty too. Not defined for a resample without events, or whose follow-up ends before the last of `times`.
 
     Args:
         time: `(n,)` time to event or censoring.
@@ -180,5 +180,5 @@ def integrated_brier(time: Floats, event: Booleans, survival: Floats, times: Flo
         scores.append(ratio((case * inverse[:, group]).sum(1) + control * inverse[:, now], total))
     integral = trapezoid(np.stack(scores, 1), times, axis=1) / (times[-1] - times[0])
     followed = np.max(np.where(weights > 0, time, -np.inf), 1, initial=-np.inf)
-    integral[followed <= times[-1]] = np.nan
+    integral[(followed <= times[-1]) | ~(events > 0).any(1)] = np.nan
     return np.asarray(integral)
