@@ -1,20 +1,20 @@
 """The slide classifier: an aggregator, a linear head, and how the two are trained."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from ..errors import LongslideError
 from ..task import Task
 from .abmil import ABMIL, ABMILOptions
 from .aggregator import Aggregator, AggregatorName, LinearProbe, Pool, PoolOptions
+from .bag_weights import BagWeightedModule
 from .objective import Cox, create_objective
 from .optimisation import OptimiserOptions, configure
 from .selection import BagOutputs, class_of, selection_metric
@@ -25,8 +25,7 @@ SCHEMA = 1
 """Version of what a checkpoint holds under `longslide`."""
 
 
-@dataclass(frozen=True)
-class TrainingFacts:
+class TrainingFacts(NamedTuple):
     """What a classifier must know of its training data.
 
     Attributes:
@@ -45,11 +44,11 @@ class TrainingFacts:
     balanced_weights: tuple[float, ...] = ()
     target_mean: float = 0.0
     target_std: float = 1.0
-    preprocessing: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = MappingProxyType({})
     architecture: dict[str, Any] | None = None
 
 
-class SlideClassifier(LightningModule):
+class SlideClassifier(BagWeightedModule):
     """An aggregator and a linear head.
 
     Args:
@@ -128,9 +127,7 @@ class SlideClassifier(LightningModule):
         )
         if compile:
             self.aggregator.compile(dynamic=True)  # in place: the names of the weights stay
-        self.train_loss = MeanMetric()
         self.validation = BagOutputs()
-        self._group_weight = 0.0
 
     @property
     def task(self) -> Task:
@@ -141,8 +138,7 @@ class SlideClassifier(LightningModule):
         """The raw outputs of bags, differentiable in `tile_features`.
 
         Args:
-            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe the slide embedding, one a
-                bag.
+            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe one slide's each.
             grid_cells: `(T, 2)` int64 (column, row) of each tile.
             cu_seqlens: `(B + 1,)` int32 cumulative lengths of the bags, from 0 to T.
 
@@ -164,6 +160,17 @@ class SlideClassifier(LightningModule):
         """The raw outputs `(B, n_outputs)` of a batch as the data module makes it."""
         return self(batch["tile_features"], batch["grid_cells"], batch["cu_seqlens"])  # type: ignore[no-any-return]
 
+    def use_training_features(self, statistics: dict[str, Any]) -> None:
+        """Keep the statistics of the training features for the checkpoint; the linear probe standardises by them.
+
+        Args:
+            statistics: `mean` `(D,)` and `std` `(D,)` float32, and what else is known, in plain types and tensors.
+        """
+        self.training_features = statistics
+        if isinstance(self.aggregator, LinearProbe):
+            self.aggregator.mean.copy_(statistics["mean"])
+            self.aggregator.std.copy_(statistics["std"].clamp(min=1e-6))
+
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         """Predictions of raw outputs, calibrated.
 
@@ -182,44 +189,24 @@ class SlideClassifier(LightningModule):
     # Training
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The sum of the losses of a batch: `on_before_optimizer_step` divides by the weight of all that is accumulated."""
+        """The sum of the losses of a batch.
+
+        Raises:
+            LongslideError: It is not finite.
+        """
         loss, weight = self.objective(self.outputs_of(batch), batch["target"])
         if not math.isfinite(value := float(loss.detach())):
             raise LongslideError(
                 f"the loss is {value} at step {self.global_step}: lower --model.optimiser.learning_rate, set "
                 "--trainer.gradient_clip_val 1, or train with --trainer.precision bf16-mixed instead of 16-mixed"
             )
-        self._group_weight += float(weight)
-        if weight > 0:
-            self.train_loss.update(loss.detach() / weight, weight)
-            self.log("train_loss_step", loss.detach() / weight, prog_bar=True, logger=False)
-        return loss  # type: ignore[no-any-return]
+        return self.weighted_loss(loss, weight)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the gradient that of the mean over all bags of the accumulated batches, on all devices."""
-        total = self.trainer.strategy.reduce(
-            torch.tensor(self._group_weight, device=self.device, dtype=torch.float32), reduce_op="sum"
-        )
-        # Lightning divided each loss by the number of batches, DDP the gradients by the number of devices.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(float(total), 1e-12)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        self._start_group()
-
-    def on_train_epoch_start(self) -> None:
-        """Nothing is accumulated over the end of an epoch."""
-        self._start_group()
-
-    def _start_group(self) -> None:
-        self._group_weight = 0.0
+    def start_group(self) -> None:
+        """Begin to accumulate anew."""
+        super().start_group()
         if isinstance(self.objective, Cox):
             self.objective.start_group()
-
-    def on_train_epoch_end(self) -> None:
-        """Log the mean loss of the epoch's bags, as they were trained on."""
-        self.log("train_loss", self.train_loss.compute())
-        self.train_loss.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Gather the outputs: the loss and the metric are those of all validation bags together."""
@@ -240,7 +227,7 @@ class SlideClassifier(LightningModule):
 
     # Checkpoints
 
-    def description(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What a checkpoint holds under `longslide`: all that inference needs beside the weights, in plain types."""
         architecture = self.aggregator.architecture()
         return {
@@ -262,10 +249,6 @@ class SlideClassifier(LightningModule):
             "fold": self.fold,
             "slide_ids": dict(self.slide_ids),
         }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the description."""
-        checkpoint["longslide"] = self.description()
 
 
 def _class_weights(choice: str | Sequence[float], facts: TrainingFacts) -> Sequence[float] | None:
