@@ -128,21 +128,16 @@ class MaskedAutoencoder(BagWeightedModule):
         Returns:
             `(T, D)` embeddings.
         """
-        packed = zip(*(split_bags(x, cu_seqlens) for x in (tile_features, grid_cells, hidden)), strict=True)
-        return torch.cat([self._one(*slide) for slide in packed])
-
-    def _one(self, features: Tensor, cells: Tensor, hidden: Tensor) -> Tensor:
         seen = ~hidden
-        x = self.encoder._embed(features[seen][None], cells[seen][None])
-        for layer in self.encoder.layers:
-            x = layer(x)
-        x = self.decoder_in(self.encoder.layers_norm(x)[0, 1:])
-        tokens = self.mask_token.to(x.dtype).repeat(len(features), 1)
-        tokens = tokens.index_put((seen.nonzero()[:, 0],), x)
-        y = (tokens + grid_positions(cells, tokens.shape[1]).to(self.mask_token.dtype))[None]
+        slides = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device).repeat_interleave(cu_seqlens.diff())
+        seen_lengths = slides[seen].bincount(minlength=len(cu_seqlens) - 1)
+        seen_cu_seqlens = torch.cat([cu_seqlens[:1], seen_lengths.cumsum(0).int()])
+        x = self.decoder_in(self.encoder.tile_tokens(tile_features[seen], grid_cells[seen], seen_cu_seqlens))
+        tokens = self.mask_token.to(x.dtype).repeat(len(hidden), 1).index_copy(0, seen.nonzero()[:, 0], x)
+        y = tokens + grid_positions(grid_cells, tokens.shape[1]).to(self.mask_token.dtype)
         for layer in self.decoder_layers:
-            y = layer(y)
-        told: Tensor = self.decoder_out(self.decoder_norm(y[0]))
+            y = layer(y, cu_seqlens)
+        told: Tensor = self.decoder_out(self.decoder_norm(y))
         return told
 
     def loss(self, batch: dict[str, Tensor], generators: list[torch.Generator | None]) -> tuple[Tensor, Tensor]:

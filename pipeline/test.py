@@ -12,6 +12,7 @@ from ..errors import LongslideError
 from ..models.classifier import SlideClassifier
 from ..models.classifier_checkpoint import check_preprocessing, load_classifier
 from .prediction_table import prediction_rows, run_classifier
+from .training_cli import quieten
 from .training_run import TrainingRun, tell
 
 # What the checkpoint says, and the command line does not.
@@ -41,6 +42,7 @@ def test(argv: Sequence[str]) -> int:
     Raises:
         LongslideError: Wrong usage or input, or features that the classifier was not trained on.
     """
+    quieten()
     parser = _parser()
     config = parser.parse_args(list(argv))
     checkpoint = Path(config.checkpoint)

@@ -1,5 +1,7 @@
 """The options of training: LightningCLI over the data module, the model and the trainer."""
 
+import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -47,6 +49,19 @@ class Training:
     folder: Path
 
 
+def quieten() -> None:
+    """Leave out what Lightning says of itself and of what is meant to be so."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        "Checkpoint directory .* exists",
+        ".*LeafSpec.*",
+        ".*logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 class TrainingCLI(LightningCLI):
     """Options from YAML files and the command line. Nothing is built before `build`.
 
@@ -56,6 +71,7 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, command: Literal["fit", "crossval"], argv: Sequence[str]) -> None:
+        quieten()
         self.command = command
         words = with_recipe_paths(argv)
         self.method = method_of(words)

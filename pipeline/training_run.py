@@ -117,9 +117,10 @@ class TrainingRun:
         if (table["part"] == "test").any():
             metrics = evaluate(table, task, bootstrap=bootstrap, cohort=cohort)
             write_text(self.folder / "metrics.csv", metrics.to_csv(index=False))
+            self.write()
+            write_run_report(self.folder)
         self.facts["finished"] = True
         self.write()
-        write_run_report(self.folder)
         return metrics
 
 
@@ -146,7 +147,9 @@ def tell(metrics: pd.DataFrame | None, folder: Path) -> None:
         rows = pooled[(pooled["level"] == level) & ~pooled["metric"].str.contains(":")]
         for row in rows.itertuples():
             print(f"{row.metric:>20} {row.value:.3f} (95% {row.low:.3f} to {row.high:.3f}), {row.n} {level}s")
-    print(f"see {folder / 'report.html'}")
+        print(f"see {folder / 'report.html'}")
+    else:
+        print(f"no test part, so there is nothing to report; the model is {folder / 'best.ckpt'}")
 
 
 def _different(old: Any, new: Any, key: str = "") -> list[str]:
