@@ -29,8 +29,7 @@ def fit(argv: Sequence[str]) -> int:
         LongslideError: Wrong usage or input.
     """
     cli = TrainingCLI("fit", argv)
-    first = rank_zero_only.rank == 0
-    run = TrainingRun(cli.run, cli.resolved()) if first else None
+    run = TrainingRun(cli.run, cli.resolved()) if getattr(rank_zero_only, "rank", 0) == 0 else None
     training = cli.build()
     classifies = isinstance(training.model, SlideClassifier)
     if run is not None:

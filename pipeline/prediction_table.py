@@ -98,12 +98,12 @@ def prediction_rows(
     target = _targets(task, outputs.target.double().numpy())
     of_rows = [bags[i] for i in outputs.index.tolist()]
     table = pd.DataFrame({"fold": fold, "part": part, "patient_id": [bag.patient_id for bag in of_rows]})
-    table = pd.concat([table, target, values], axis=1)
+    table = pd.concat([table, target, values], axis="columns")
     patients = table.groupby("patient_id", sort=False)
     levels = []
     if all(len(bag.slide_ids) == 1 for bag in of_rows):
         levels.append(table.assign(level="slide", slide_id=[bag.slide_ids[0] for bag in of_rows]))
-    if patients[list(target)].nunique().max(axis=None) <= 1:
+    if (patients[list(target)].nunique() <= 1).to_numpy().all():
         means = patients[list(values)].mean()
         firsts = patients[["fold", "part", *target]].first()
         levels.append(firsts.join(means).reset_index().assign(level="patient", slide_id=""))
@@ -143,6 +143,7 @@ def _decide(task: Task, rows: pd.DataFrame, thresholds: dict[str, float] | None)
     decided = class_of(task, probability, thresholds).numpy()
     if task.kind == "multilabel":
         columns = pd.DataFrame(decided, columns=[f"prediction_{name}" for name in task.classes])
-        targets = {name: rows[name].astype("Int64") for name in rows if name.startswith("target_")}
-        return pd.concat([rows.assign(**targets), columns], axis=1)
+        targets = [f"target_{name}" for name in task.classes]
+        rows[targets] = rows[targets].astype("Int64")  # 0, 1 or empty, where they were 0.0, 1.0 or NaN
+        return pd.concat([rows, columns], axis="columns")
     return rows.assign(prediction=[task.classes[i] for i in decided])

@@ -1,5 +1,6 @@
 """What a training run does beside training: random numbers that a resume repeats, and its history as a table."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..errors import LongslideError
 
@@ -65,6 +67,40 @@ class History(Callback):
         row["learning_rate"] = trainer.optimizers[0].param_groups[-1]["lr"]
         table = pd.DataFrame([row], columns=HISTORY_COLUMNS)
         table.to_csv(self.path, mode="a", header=not self.path.is_file(), index=False)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """`best.ckpt`; of models that are equally good by the metric, the one with the lower `val_loss`.
+
+    On a small validation part many epochs have the same AUROC: the first of them is hardly trained.
+
+    Args:
+        monitor: What it is best by; None keeps the last one.
+        **options: Options of `ModelCheckpoint`.
+    """
+
+    def __init__(self, monitor: str | None, **options: Any) -> None:
+        super().__init__(filename="best", monitor=monitor, **options)
+        self.best_loss = math.inf
+
+    def check_monitor_top_k(self, trainer: lightning.Trainer, current: torch.Tensor | None = None) -> bool:
+        """Whether the model is better than the best so far."""
+        loss = float(trainer.callback_metrics.get("val_loss", math.inf))
+        better = super().check_monitor_top_k(trainer, current)
+        tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        if better or (tied and loss < self.best_loss):
+            self.best_loss = loss
+            return True
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, for a resume."""
+        return super().state_dict() | {"best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state."""
+        self.best_loss = state_dict["best_loss"]
+        super().load_state_dict(state_dict)
 
 
 class DefinedMetric(Callback):

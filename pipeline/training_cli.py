@@ -1,6 +1,7 @@
 """The options of training: LightningCLI over the data module, the model and the trainer."""
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..data.bag_data import BagDataModule
 from ..errors import LongslideError
 from ..models.classifier import SlideClassifier, TrainingFacts
 from ..models.mae import MaskedAutoencoder, UnlabelledFacts
-from .training_callbacks import DefinedMetric, History, StepSeed
+from .training_callbacks import BestCheckpoint, DefinedMetric, History, StepSeed
 
 Method = Literal["classifier", "mae"]
 
@@ -51,6 +52,7 @@ class Training:
 
 def quieten() -> None:
     """Leave out what Lightning says of itself and of what is meant to be so."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI's own calls
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (
@@ -127,6 +129,7 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the words given, whatever those of the process are."""
+        assert isinstance(args, list)
         self.config = parser.parse_args(args)
 
     def instantiate_classes(self) -> None:
@@ -146,7 +149,7 @@ class TrainingCLI(LightningCLI):
 
     def resolved(self) -> str:
         """The resolved configuration as YAML."""
-        return self.parser.dump(self.config, skip_none=False)
+        return str(self.parser.dump(self.config, skip_none=False))
 
     def build(self, fold: int | None = None) -> Training:
         """Model, data and trainer of a fold, from one seed; the data of all folds share what was read."""
@@ -184,7 +187,7 @@ class TrainingCLI(LightningCLI):
         if config["ema"] is not None:
             callbacks.append(EMAWeightAveraging(decay=config["ema"]))
         options: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "auto_insert_metric_name": False}
-        callbacks.append(ModelCheckpoint(filename="best", monitor=monitor, mode=mode, **options))
+        callbacks.append(BestCheckpoint(monitor, mode=mode, **options))
         every = config["checkpoint_every_n_steps"]
         if every is not None:
             callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every, **options))
