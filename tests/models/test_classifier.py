@@ -14,6 +14,7 @@ from longslide.models.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier_checkpoint import load_classifier
 from longslide.models.optimisation import OptimiserOptions, parameter_groups
 from longslide.models.slide_encoder_aggregator import LongNetOptions
+from longslide.models.transmil import TransMILOptions
 from longslide.task import Task
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -27,7 +28,8 @@ OPTIMISER = OptimiserOptions(learning_rate=0.05, warmup_epochs=0, weight_decay=0
 def classifier(aggregator: Any = "abmil", task: Task = BINARY, **options: Any) -> SlideClassifier:
     torch.manual_seed(0)
     facts = TrainingFacts(task, DIM, preprocessing={"tile_encoder": "toy"})
-    defaults = {"abmil": ABMILOptions(8, 4, 0.0), "longnet": LONGNET, "optimiser": OPTIMISER}
+    small = {"abmil": ABMILOptions(8, 4, 0.0), "longnet": LONGNET, "transmil": TransMILOptions(8, 2, landmarks=4)}
+    defaults = small | {"optimiser": OPTIMISER}
     return SlideClassifier(facts, aggregator, **(defaults | options))
 
 
