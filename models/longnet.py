@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
 from .dilated_attention import dilated_attention
+from .norm_linear import norm_linear
 
 
 class LongNetLayer(nn.Module):
@@ -57,13 +57,16 @@ class LongNetLayer(nn.Module):
         Returns:
             `(T, width)`.
         """
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(1, (3, self.heads, -1)).unbind(1)
-        attended = dilated_attention(q, k, v, self.segment_lengths, self.dilated_ratios, cu_seqlens=cu_seqlens)
-        x = x + self._drop_path(
-            self.dropout(self.attention_out(self.attention_inner_norm(attended.flatten(1)))), cu_seqlens
+        qkv, _ = norm_linear(x, self.attention_norm, self.qkv)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
+        attended = dilated_attention(q, k, v, self.segment_lengths, self.dilated_ratios, cu_seqlens=cu_seqlens).flatten(
+            1
         )
-        hidden = self.ffn_inner_norm(gelu(self.ffn_in(self.ffn_norm(x))))
-        return x + self._drop_path(self.dropout(self.ffn_out(hidden)), cu_seqlens)
+        attended, _ = norm_linear(attended, self.attention_inner_norm, self.attention_out)
+        attended = self._drop_path(self.dropout(attended), cu_seqlens)
+        hidden, x = norm_linear(attended, self.ffn_norm, self.ffn_in, residual=x)
+        hidden, _ = norm_linear(hidden, self.ffn_inner_norm, self.ffn_out, gelu=True)
+        return x + self._drop_path(self.dropout(hidden), cu_seqlens)
 
     def _drop_path(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         if self.drop_path == 0 or not self.training:
