@@ -1,0 +1,372 @@
+"""Dilated attention of one sequence spread over the ranks of a process group (https://arxiv.org/abs/2307.02486, section 3).
+
+Rank p holds n_p tokens in a row, any number of them, of L in all. Queries never travel. Of the segments that cross a
+border of its shard (at most two a branch) a rank is sent the keys and values that its queries see and others hold: per head
+only the slots offset + r * j, and a token and head that several branches ask for only once. All of a layer's go in one
+all-to-all whose sizes every rank knows by arithmetic; what needs own tokens only is computed while it runs. The backward
+sends the gradients of these keys and values back the same way, and adds them in the order of the ranks: results are the same
+in every run.
+
+With H heads of D dimensions in numbers of s bytes, a layer and a sequence take on rank p
+    held      3 n_p H D s     queries, keys and values; as much again for their gradients, and n_p H D s for the output
+    received  2 H D s x       keys and values; the backward sends as many bytes back
+    x         <= sum over branches of (E - n_p) / r: E counts the tokens of all segments that meet the shard, so that
+              E <= min(L, n_p + 2 (w - 1)), and E = n_p where the shard's borders are borders of segments. Causal: only
+              the tokens before the shard count.
+What travels depends on segment lengths w and ratios r, not on L: less than 2 w / r tokens a branch, on any number of ranks.
+A branch over everything (w = L) costs L / r, which does not grow either where r grows with w, as the paper has it.
+
+One billion tokens with GigaPath's branches (H D = 768, bfloat16; segments of 1,024 to 1,048,576, ratios 1 to 16), as
+`make_plan` counts them: on 1,024 ranks n = 976,563, x = 97,000: a rank holds 1.5 GB for each of its tensors and receives
+0.30 GB a layer (with the whole of a segment's keys in place of its slots it would be 3.2 GB or more); on 256 ranks 6.0 GB
+and 0.36 GB; on 64 ranks 24 GB and 0.30 GB.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .attend import attend, attend_backward
+from .gather import Piece, branch_pieces, flat, merge, take
+
+
+@dataclass(frozen=True)
+class SequenceShards:
+    """How a sequence is spread over the ranks of a process group: in a row, in the order of the ranks.
+
+    Attributes:
+        group: The process group.
+        rank: This process's rank in it.
+        lengths: Tokens on each rank; some may be 0.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def agree(cls, length: int, group: dist.ProcessGroup, device: torch.device) -> "SequenceShards":
+        """Tell the other ranks how many tokens this one holds, and hear it of them. All ranks call it together."""
+        lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
+        dist.all_gather(lengths, torch.tensor([length], device=device), group=group)
+        return cls(group, group.rank(), tuple(torch.cat(lengths).tolist()))
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole sequence."""
+        return sum(self.lengths)
+
+
+def parallel_dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segment_lengths: Sequence[int],
+    dilated_ratios: Sequence[int],
+    is_causal: bool = False,
+    *,
+    shards: SequenceShards,
+    scale: float | None = None,
+) -> Tensor:
+    """`dilated_attention` of a sequence of which this rank holds a part. All ranks of the group call it together.
+
+    The gradients are those of the sum of what all ranks differentiate.
+
+    Args:
+        q: `(B, n, H, D)` queries of this rank's tokens; n may be 0. B, H, D and the dtype are the same on all ranks.
+        k: `(B, n, H, D)` keys.
+        v: `(B, n, H, D)` values.
+        segment_lengths: As in `dilated_attention`.
+        dilated_ratios: As in `dilated_attention`.
+        is_causal: As in `dilated_attention`.
+        shards: How the sequence is spread over the ranks.
+        scale: As in `dilated_attention`.
+
+    Returns:
+        `(B, n, H, D)`, of the dtype of `q`.
+
+    Raises:
+        ValueError: Shapes or branches do not fit.
+    """
+    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape or q.shape[1] != shards.lengths[shards.rank]:
+        raise ValueError(
+            f"q, k and v must be (B, {shards.lengths[shards.rank]}, H, D) on rank {shards.rank}, not "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if len(segment_lengths) != len(dilated_ratios) or min([*segment_lengths, *dilated_ratios], default=0) < 1:
+        raise ValueError(
+            f"segment_lengths {segment_lengths} and dilated_ratios {dilated_ratios} must be positive, one of each a branch"
+        )
+    branches = tuple((min(int(w), shards.total), int(r)) for w, r in zip(segment_lengths, dilated_ratios, strict=True))
+    plan = make_plan(shards.lengths, shards.rank, q.shape[2], branches, is_causal, q.device)
+    output: Tensor = _ParallelAttention.apply(
+        q, k, v, plan, shards.group, is_causal, q.shape[-1] ** -0.5 if scale is None else scale
+    )
+    return output
+
+
+class _ParallelAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: "Plan",
+        group: dist.ProcessGroup,
+        is_causal: bool,
+        scale: float,
+    ) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        batch, length, heads, dim = q.shape
+        sent = torch.stack([x.view(batch, -1, dim)[:, plan.send] for x in (k, v)], dim=2).transpose(0, 1).contiguous()
+        received = sent.new_empty(sum(plan.receive_sizes), batch, 2, dim)
+        work = _exchange(received, sent, plan.receive_sizes, plan.send_sizes, group)
+
+        accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+        output = q.new_zeros(batch, length * heads, dim, dtype=accumulate)
+        log_sum = q.new_full((batch, length * heads), -torch.inf, dtype=accumulate)
+        for index, shape, zero_slots in plan.own:
+            piece, piece_sum = attend(*(take(x, index, shape) for x in (q, k, v)), is_causal, scale)
+            merge(output, log_sum, index, piece, piece_sum, 0 if is_causal else zero_slots)
+        work.wait()
+        received_k, received_v = received.transpose(0, 1).unbind(2)
+        for part in plan.others:
+            taken_k, taken_v = (take(x, part.keys, part.key_shape) for x in (received_k, received_v))
+            piece, piece_sum = attend(take(q, part.queries, part.query_shape), taken_k, taken_v, False, scale)
+            merge(output, log_sum, part.queries, piece, piece_sum)
+
+        result = output.to(q.dtype).view(q.shape)
+        ctx.save_for_backward(q, k, v, result, log_sum, received_k, received_v)
+        ctx.settings = (plan, group, is_causal, scale)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, output, log_sum, received_k, received_v = ctx.saved_tensors
+        plan, group, is_causal, scale = ctx.settings
+        grad = grad.contiguous()
+        batch, length, heads, dim = q.shape
+        grads = [torch.zeros(batch, length * heads, dim, dtype=log_sum.dtype, device=q.device) for _ in range(3)]
+        back = [torch.zeros(received_k.shape, dtype=log_sum.dtype, device=q.device) for _ in range(2)]
+        for part in plan.others:
+            queries = (take(x, part.queries, part.query_shape) for x in (grad, q, output, log_sum[..., None]))
+            taken_grad, taken_q, taken_output, taken_sum = queries
+            taken_k, taken_v = (take(x, part.keys, part.key_shape) for x in (received_k, received_v))
+            pieces = attend_backward(
+                taken_grad, taken_q, taken_k, taken_v, taken_output, taken_sum[..., 0], False, scale
+            )
+            grads[0][:, part.queries] += flat(pieces[0], batch)
+            for total, piece in zip(back, pieces[1:], strict=True):
+                total[:, part.keys] += flat(piece, batch)
+        sent = torch.stack(back, dim=2).to(q.dtype).transpose(0, 1).contiguous()
+        returned = sent.new_empty(sum(plan.send_sizes), batch, 2, dim)
+        work = _exchange(returned, sent, plan.send_sizes, plan.receive_sizes, group)
+
+        for index, shape, _ in plan.own:
+            taken = [take(x, index, shape) for x in (grad, q, k, v, output)]
+            pieces = attend_backward(*taken, take(log_sum[..., None], index, shape)[..., 0], is_causal, scale)
+            for total, piece in zip(grads, pieces, strict=True):
+                total[:, index] += flat(piece, batch)
+        work.wait()
+        per_rank = zip(plan.send.split(plan.send_sizes), returned.split(plan.send_sizes), strict=True)
+        for index, part in per_rank:  # one rank asks for a token and head once: no index comes twice
+            for total, piece in zip(grads[1:], part.transpose(0, 1).unbind(2), strict=True):
+                total[:, index] += piece
+        return (*(total.to(q.dtype).view(q.shape) for total in grads), None, None, None, None)
+
+
+def _exchange(
+    received: Tensor, sent: Tensor, receive_sizes: list[int], send_sizes: list[int], group: dist.ProcessGroup
+) -> dist.Work:
+    work = dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group, async_op=True)
+    assert work is not None
+    return work
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries of this rank that attend to keys of others.
+
+    Attributes:
+        queries: Flat indices `token * heads + head` among this rank's tokens, in the order (slot, head).
+        query_shape: (1, slots, heads).
+        keys: Indices among the rows received, in the order (slot, head).
+        key_shape: (1, slots, heads).
+    """
+
+    queries: Tensor
+    query_shape: tuple[int, int, int]
+    keys: Tensor
+    key_shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rank computes, sends and receives. A row is one token and head, with its key and value.
+
+    Attributes:
+        own: Pieces whose queries and keys are this rank's.
+        others: Pieces whose keys are received.
+        send: Flat indices of the rows to send, by the receiving rank.
+        send_sizes: Rows for each rank.
+        receive_sizes: Rows from each rank.
+    """
+
+    own: list[Piece]
+    others: list[Part]
+    send: Tensor
+    send_sizes: list[int]
+    receive_sizes: list[int]
+
+
+@lru_cache(maxsize=4)  # every layer asks for the same one
+def make_plan(
+    lengths: tuple[int, ...],
+    rank: int,
+    heads: int,
+    branches: tuple[tuple[int, int], ...],
+    is_causal: bool,
+    device: torch.device,
+) -> Plan:
+    """Plan a layer by arithmetic alone: no rank asks another.
+
+    Args:
+        lengths: Tokens on each rank.
+        rank: This rank.
+        heads: Attention heads.
+        branches: Segment length, at most the sequence's, and ratio of each branch.
+        is_causal: Whether later keys are hidden.
+        device: Where the indices go.
+
+    Returns:
+        The plan.
+    """
+    bounds = [0, *itertools.accumulate(lengths)]
+    shards = list(itertools.pairwise(bounds))
+    first, stop = shards[rank]
+
+    own: list[Piece] = []
+    for width, ratio in branches:
+        whole, after = -(-first // width), stop // width  # the segments that lie within the shard
+        if after > whole:
+            shift = (whole * width - first) * heads
+            pieces = branch_pieces((after - whole) * width, heads, width, ratio, device)
+            own += [(index + shift, shape, zero_slots) for index, shape, zero_slots in pieces]
+    borders = list(_borders(shards[rank], bounds[-1], heads, branches))
+    for border in borders:
+        slots = torch.arange(border.first_query, border.after_query)
+        queries = (border.rows(slots) - first * heads).to(device)
+        own.append((queries, (1, len(slots), len(border.heads)), border.zero_slots))
+
+    wanted = [_wanted(borders, owner, is_causal) if i != rank else _NONE for i, owner in enumerate(shards)]
+    received = torch.cat(wanted)  # in order: shards are in a row
+    others = []
+    for border in borders:
+        slots = border.other_slots(is_causal)
+        if len(slots):
+            keys = torch.searchsorted(received, border.rows(slots)).to(device)
+            queries = torch.arange(border.first_query, border.after_query)
+            index = (border.rows(queries) - first * heads).to(device)
+            count = len(border.heads)
+            others.append(Part(index, (1, len(queries), count), keys, (1, len(slots), count)))
+
+    sent = [
+        _wanted(_borders(reader, bounds[-1], heads, branches), shards[rank], is_causal) if i != rank else _NONE
+        for i, reader in enumerate(shards)
+    ]
+    send = (torch.cat(sent) - first * heads).to(device)
+    return Plan(own, others, send, [len(rows) for rows in sent], [len(rows) for rows in wanted])
+
+
+_NONE = torch.zeros(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class _Border:
+    """Heads that have the same slots in a segment of which a shard holds a part.
+
+    Attributes:
+        start: First token of the segment.
+        ratio: Ratio of the branch.
+        heads: The heads.
+        offsets: Their offsets.
+        all_heads: Number of heads of the layer.
+        real_slots: Slots with a token.
+        zero_slots: Slots without.
+        first_query: First slot whose token is in the shard.
+        after_query: The slot after the last of these.
+    """
+
+    start: int
+    ratio: int
+    heads: Tensor
+    offsets: Tensor
+    all_heads: int
+    real_slots: int
+    zero_slots: int
+    first_query: int
+    after_query: int
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Flat indices `token * heads + head` of these slots, in the order (slot, head)."""
+        return ((self.start + slots[:, None] * self.ratio + self.offsets) * self.all_heads + self.heads).flatten()
+
+    def other_slots(self, is_causal: bool, first: int = 0, stop: int | None = None) -> Tensor:
+        """Slots that the shard's queries see and other shards hold, from `first` to before `stop`."""
+        stop = self.real_slots if stop is None else stop
+        before = torch.arange(max(0, first), max(0, first, min(self.first_query, stop)))
+        if is_causal:
+            return before
+        begin = max(first, self.after_query)
+        return torch.cat([before, torch.arange(begin, max(begin, min(self.real_slots, stop)))])
+
+
+def _borders(
+    shard: tuple[int, int], total: int, heads: int, branches: tuple[tuple[int, int], ...]
+) -> Iterator[_Border]:
+    """The segments of which the shard holds a part, and a short last one."""
+    first, stop = shard
+    if first == stop:
+        return
+    for width, ratio in branches:
+        offsets = [head // math.ceil(heads / ratio) for head in range(heads)]
+        for segment in sorted({first // width, (stop - 1) // width}):
+            start, end = segment * width, min(segment * width + width, total)
+            if first <= start and start + width <= stop:
+                continue
+            alike: dict[tuple[int, int, int], list[int]] = {}
+            for head, offset in enumerate(offsets):
+                counts = [
+                    max(0, -(-(token - start - offset) // ratio)) for token in (max(first, start), min(stop, end), end)
+                ]
+                if counts[1] > counts[0]:
+                    alike.setdefault((counts[0], counts[1], counts[2]), []).append(head)
+            for (first_query, after_query, real), chosen in alike.items():
+                yield _Border(
+                    start, ratio, torch.tensor(chosen), torch.tensor([offsets[head] for head in chosen]), heads,
+                    real, math.ceil(width / ratio) - real, first_query, after_query,
+                )  # fmt: skip
+
+
+def _wanted(borders: Iterator[_Border] | list[_Border], owner: tuple[int, int], is_causal: bool) -> Tensor:
+    """Rows (token * heads + head) that a shard with these borders wants of another one, sorted, each once."""
+    first, stop = owner
+    found = [_NONE]
+    for border in borders:
+        # Slots that may lie in the owner's shard for one of the heads; then exactly those that do.
+        low = (first - border.start - int(border.offsets.max())) // border.ratio
+        high = (stop - border.start) // border.ratio + 1
+        slots = border.other_slots(is_causal, max(0, low), max(0, high))
+        rows = border.rows(slots)
+        found.append(rows[(rows >= first * border.all_heads) & (rows < stop * border.all_heads)])
+    return torch.unique(torch.cat(found))

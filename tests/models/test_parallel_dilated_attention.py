@@ -1,0 +1,96 @@
+"""A sequence spread over processes gives what it gives in one; only what the queries see travels."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from longslide import dilated_attention
+from longslide.models.dilated_attention.parallel import SequenceShards, make_plan, parallel_dilated_attention
+
+RANKS = Path(__file__).parent / "attention_ranks.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[int], tuple[object, ...], float]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = [
+        subprocess.Popen([sys.executable, str(RANKS), str(folder), str(rank), "4"], stderr=subprocess.PIPE, text=True)
+        for rank in range(4)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, "\n".join(errors)
+    return [result for rank in range(4) for result in torch.load(folder / f"rank{rank}.pt")]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("torch.float64", 1e-10), ("torch.float32", 2e-6), ("torch.bfloat16", 2e-2)]
+)
+def test_outputs_and_gradients_are_those_of_one_process(
+    results: list[tuple[str, list[int], tuple[object, ...], float]], ranks: int, dtype: str, bound: float
+) -> None:
+    errors = [
+        (error, lengths, branches)
+        for name, lengths, branches, error in results
+        if (name, len(lengths)) == (dtype, ranks)
+    ]
+    assert len(errors) >= 4
+    assert max(errors)[0] < bound, max(errors)
+
+
+def seen_keys(length: int, heads: int, branches: tuple[tuple[int, int], ...], causal: bool) -> torch.Tensor:
+    """(L, H, L) whether a query sees a key: with equal logits and unit vectors for values the output is the weights."""
+    nothing = torch.zeros(1, length, heads, length)
+    values = torch.eye(length)[None, :, None].expand(1, length, heads, length)
+    widths, ratios = zip(*branches, strict=True)
+    return dilated_attention(nothing, nothing, values, widths, ratios, causal, backend="naive")[0] > 0
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "branches"),
+    [
+        ((9, 0, 14, 1), ((8, 1), (24, 3))),
+        ((20, 21), ((7, 2), (41, 5))),
+        ((5, 5, 5), ((15, 1),)),
+    ],
+)
+def test_exactly_the_keys_travel_that_queries_of_another_rank_see(
+    lengths: tuple[int, ...], branches: tuple[tuple[int, int], ...], causal: bool
+) -> None:
+    heads, ranks = 3, range(len(lengths))
+    seen = seen_keys(sum(lengths), heads, branches, causal)
+    first = [sum(lengths[:rank]) for rank in ranks]
+    plans = [make_plan(lengths, rank, heads, branches, causal, torch.device("cpu")) for rank in ranks]
+    for sender in ranks:
+        for reader, rows in enumerate(plans[sender].send.split(plans[sender].send_sizes)):
+            here, there = (slice(first[rank], first[rank] + lengths[rank]) for rank in (sender, reader))
+            wanted = seen[there, :, here].any(0).T if sender != reader else torch.zeros(lengths[sender], heads)
+            assert rows.tolist() == wanted.flatten().nonzero().flatten().tolist()
+            assert plans[reader].receive_sizes[sender] == len(rows)
+
+
+def test_nothing_travels_where_shards_end_with_segments() -> None:
+    plan = make_plan((64, 128, 64), 1, 4, ((16, 1), (64, 4)), False, torch.device("cpu"))
+    assert plan.send_sizes == plan.receive_sizes == [0, 0, 0]
+
+
+def test_what_travels_does_not_grow_with_the_sequence() -> None:
+    branches = ((32, 1), (512, 8))
+    received = [
+        sum(make_plan((1000,) * ranks, ranks // 2, 8, branches, False, torch.device("cpu")).receive_sizes)
+        for ranks in (3, 5, 9, 33)
+    ]
+    assert max(received) <= 8 * sum(2 * (width / ratio + 1) for width, ratio in branches)
+
+
+@pytest.mark.parametrize(
+    ("length", "branches", "message"), [(5, [4], "rank 0"), (6, [4, 5], "one of each"), (6, [0], "positive")]
+)
+def test_input_that_does_not_fit_is_refused(length: int, branches: list[int], message: str) -> None:
+    shards = SequenceShards(group=None, rank=0, lengths=(6, 2))  # type: ignore[arg-type]
+    x = torch.zeros(1, length, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        parallel_dilated_attention(x, x, x, branches, [1], shards=shards)
