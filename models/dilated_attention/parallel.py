@@ -135,14 +135,15 @@ class _ParallelAttention(torch.autograd.Function):
         output = q.new_zeros(batch, length * heads, dim, dtype=accumulate)
         log_sum = q.new_full((batch, length * heads), -torch.inf, dtype=accumulate)
         for index, shape, zero_slots in plan.own:
-            piece, piece_sum = attend(*(take(x, index, shape) for x in (q, k, v)), is_causal, scale)
+            taken_q, taken_k, taken_v = (take(x, index, shape) for x in (q, k, v))
+            piece, piece_sum = attend(taken_q, taken_k, taken_v, is_causal, scale)
             merge(output, log_sum, index, piece, piece_sum, 0 if is_causal else zero_slots)
         work.wait()
         received_k, received_v = received.transpose(0, 1).unbind(2)
-        for part in plan.others:
-            taken_k, taken_v = (take(x, part.keys, part.key_shape) for x in (received_k, received_v))
-            piece, piece_sum = attend(take(q, part.queries, part.query_shape), taken_k, taken_v, False, scale)
-            merge(output, log_sum, part.queries, piece, piece_sum)
+        for other in plan.others:
+            taken_k, taken_v = (take(x, other.keys, other.key_shape) for x in (received_k, received_v))
+            piece, piece_sum = attend(take(q, other.queries, other.query_shape), taken_k, taken_v, False, scale)
+            merge(output, log_sum, other.queries, piece, piece_sum)
 
         result = output.to(q.dtype).view(q.shape)
         ctx.save_for_backward(q, k, v, result, log_sum, received_k, received_v)
@@ -158,30 +159,36 @@ class _ParallelAttention(torch.autograd.Function):
         batch, length, heads, dim = q.shape
         grads = [torch.zeros(batch, length * heads, dim, dtype=log_sum.dtype, device=q.device) for _ in range(3)]
         back = [torch.zeros(received_k.shape, dtype=log_sum.dtype, device=q.device) for _ in range(2)]
-        for part in plan.others:
-            queries = (take(x, part.queries, part.query_shape) for x in (grad, q, output, log_sum[..., None]))
-            taken_grad, taken_q, taken_output, taken_sum = queries
-            taken_k, taken_v = (take(x, part.keys, part.key_shape) for x in (received_k, received_v))
+        for other in plan.others:
+            taken_grad, taken_q, taken_output, taken_sum = (
+                take(x, other.queries, other.query_shape) for x in (grad, q, output, log_sum[..., None])
+            )
+            taken_k, taken_v = (take(x, other.keys, other.key_shape) for x in (received_k, received_v))
             pieces = attend_backward(
                 taken_grad, taken_q, taken_k, taken_v, taken_output, taken_sum[..., 0], False, scale
             )
-            grads[0][:, part.queries] += flat(pieces[0], batch)
+            grads[0][:, other.queries] += flat(pieces[0], batch)
             for total, piece in zip(back, pieces[1:], strict=True):
-                total[:, part.keys] += flat(piece, batch)
+                total[:, other.keys] += flat(piece, batch)
         sent = torch.stack(back, dim=2).to(q.dtype).transpose(0, 1).contiguous()
         returned = sent.new_empty(sum(plan.send_sizes), batch, 2, dim)
         work = _exchange(returned, sent, plan.send_sizes, plan.receive_sizes, group)
 
         for index, shape, _ in plan.own:
-            taken = [take(x, index, shape) for x in (grad, q, k, v, output)]
-            pieces = attend_backward(*taken, take(log_sum[..., None], index, shape)[..., 0], is_causal, scale)
+            taken_grad, taken_q, taken_k, taken_v, taken_output, taken_sum = (
+                take(x, index, shape) for x in (grad, q, k, v, output, log_sum[..., None])
+            )
+            pieces = attend_backward(
+                taken_grad, taken_q, taken_k, taken_v, taken_output, taken_sum[..., 0], is_causal, scale
+            )
             for total, piece in zip(grads, pieces, strict=True):
                 total[:, index] += flat(piece, batch)
         work.wait()
-        per_rank = zip(plan.send.split(plan.send_sizes), returned.split(plan.send_sizes), strict=True)
-        for index, part in per_rank:  # one rank asks for a token and head once: no index comes twice
-            for total, piece in zip(grads[1:], part.transpose(0, 1).unbind(2), strict=True):
-                total[:, index] += piece
+        ends = itertools.accumulate(plan.send_sizes)
+        for size, end in zip(plan.send_sizes, ends, strict=True):
+            part = slice(end - size, end)  # one rank asks for a token and head once: no index comes twice
+            for which, total in enumerate(grads[1:]):
+                total[:, plan.send[part]] += returned[part, :, which].transpose(0, 1)
         return (*(total.to(q.dtype).view(q.shape) for total in grads), None, None, None, None)
 
 
@@ -369,4 +376,5 @@ def _wanted(borders: Iterator[_Border] | list[_Border], owner: tuple[int, int], 
         slots = border.other_slots(is_causal, max(0, low), max(0, high))
         rows = border.rows(slots)
         found.append(rows[(rows >= first * border.all_heads) & (rows < stop * border.all_heads)])
-    return torch.unique(torch.cat(found))
+    once: Tensor = torch.unique(torch.cat(found))
+    return once
