@@ -86,7 +86,8 @@ def dilated_attention(
 @lru_cache(maxsize=64)
 def equal_lengths(batch: int, length: int, device: torch.device) -> Tensor:
     """`(batch + 1,)` int32 cumulative lengths of sequences of one length."""
-    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # kept for later calls, which may save it for their backward
+        return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
 
 
 def _fused(q: Tensor, dilated_ratios: Sequence[int], scale: float, backend: str) -> bool:

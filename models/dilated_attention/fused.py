@@ -130,11 +130,15 @@ def _forward_keys(
         total = total * shrink + tl.sum(share, 1)
         largest = raised
         share = share.to(q1.dtype)
+        # Both accumulators are scaled before either product starts: else the matrix instructions wait for one another.
+        acc1 = acc1 * shrink[:, None]
         v1 = _load(v + where, lane, there, D, 0, D1, MASK)
-        acc1 = tl.dot(share, v1, acc1 * shrink[:, None], input_precision=PRECISION)
         if D2 > 0:
+            acc2 = acc2 * shrink[:, None]
             v2 = _load(v + where, lane, there, D, D1, D2, MASK)
-            acc2 = tl.dot(share, v2, acc2 * shrink[:, None], input_precision=PRECISION)
+        acc1 = tl.dot(share, v1, acc1, input_precision=PRECISION)
+        if D2 > 0:
+            acc2 = tl.dot(share, v2, acc2, input_precision=PRECISION)
     return acc1, acc2, largest, total
 
 
@@ -163,6 +167,7 @@ def _forward(
         acc2 = tl.zeros((BM, D2), tl.float32)
     largest = tl.full((BM,), -1.0e30, tl.float32)
     total = tl.zeros((BM,), tl.float32)
+    zeros = tl.zeros((BM,), tl.int32)
     factor = scale * LOG2_E
     for branch in range(NB):
         width = tl.minimum(tl.load(branches + 2 * branch), length)
@@ -179,15 +184,7 @@ def _forward(
                     real = tl.minimum(real, (last - start - offset) // ratio + 1)
                     full = tl.where(whole, tl.minimum(full, ((first - start - offset) // ratio + 1) // BN * BN), 0)
                 else:
-                    zeros = slots - real
-                    if zeros > 0:
-                        raised = tl.where(inside, tl.maximum(largest, 0.0), largest)
-                        shrink = tl.exp2(largest - raised)
-                        total = total * shrink + tl.where(inside, zeros * tl.exp2(-raised), 0.0)
-                        acc1 = acc1 * shrink[:, None]
-                        if D2 > 0:
-                            acc2 = acc2 * shrink[:, None]
-                        largest = raised
+                    zeros += tl.where(inside, slots - real, 0)
                 key = start + offset
                 key_base = base + key.to(tl.int64) * stride_l
                 key_base_step = (BN * ratio * stride_l).to(tl.int64)
@@ -199,6 +196,12 @@ def _forward(
                     q1, q2, acc1, acc2, largest, total, k, v, lane, key_base, key_base_step, full, real, key, ratio,
                     real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, PRECISION,
                 )  # fmt: skip
+    if not CAUSAL:  # at the end: scaling the accumulators within the loops would serialise their matrix instructions
+        raised = tl.where(zeros > 0, tl.maximum(largest, 0.0), largest)
+        shrink = tl.exp2(largest - raised)
+        total = total * shrink + zeros * tl.exp2(-raised)
+        acc1 = acc1 * shrink[:, None]
+        acc2 = acc2 * shrink[:, None]
     covered = total > 0
     inverse = tl.where(covered, 1.0 / tl.where(covered, total, 1.0), 0.0)
     # +inf where nothing covers the token: the backward's exp(logit - lse) is then 0.
@@ -209,6 +212,22 @@ def _forward(
     if D2 > 0:
         _store(out + out_base, out_offsets, valid, acc2 * inverse[:, None], D, D1, D2)
     tl.store(lse + head.to(tl.int64) * tokens + begin + rows, log_sum, mask=valid)
+
+
+@triton.jit
+def _store_stats(stats, rows, valid, minus_log_sum, minus_inner):
+    """Two float32 a row as columns 0..2 and 3..5 of a matrix with 16, each the sum of three numbers of its dtype.
+
+    A product with a row of ones adds them to the logits and their gradients in the matrix units, exactly enough: 24 bits.
+    """
+    columns = tl.arange(0, 16)[None, :]
+    value = tl.where(columns < 3, minus_log_sum[:, None], minus_inner[:, None])
+    high = value.to(stats.dtype.element_ty)
+    value -= high.to(tl.float32)
+    middle = value.to(stats.dtype.element_ty)
+    low = (value - middle.to(tl.float32)).to(stats.dtype.element_ty)
+    part = tl.where(columns % 3 == 0, high, tl.where(columns % 3 == 1, middle, low))
+    tl.store(stats + rows[:, None] * 16 + columns, tl.where(columns < 6, part, 0.0), mask=valid[:, None])
 
 
 @triton.jit
@@ -246,7 +265,7 @@ def _backward_q_keys(
 
 @triton.jit
 def _backward_q(
-    q, k, v, out, grad, lse, delta, grad_q, branches, cu_seqlens, sequences, tokens, stride_l, stride_h, scale,
+    q, k, v, out, grad, lse, stats, grad_q, branches, cu_seqlens, sequences, tokens, stride_l, stride_h, scale,
     H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     NB: tl.constexpr, LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -262,7 +281,6 @@ def _backward_q(
     row_offsets = rows.to(tl.int64) * stride_l
     out_base = (begin.to(tl.int64) * H + head) * D
     out_offsets = rows.to(tl.int64) * (H * D)
-    stat_offsets = head.to(tl.int64) * tokens + begin + rows
     q1 = _load(q + base, row_offsets, valid, D, 0, D1, True)
     g1 = _load(grad + out_base, out_offsets, valid, D, 0, D1, True)
     o1 = _load(out + out_base, out_offsets, valid, D, 0, D1, True)
@@ -277,9 +295,9 @@ def _backward_q(
         o2 = _load(out + out_base, out_offsets, valid, D, D1, D2, True)
         inner += tl.sum(g2.to(tl.float32) * o2.to(tl.float32), 1)
         acc2 = tl.zeros((BM, D2), tl.float32)
-    tl.store(delta + stat_offsets, inner, mask=valid)
-    log_sum = tl.load(lse + stat_offsets, mask=valid, other=float("inf"))
+    log_sum = tl.load(lse + head.to(tl.int64) * tokens + begin + rows, mask=valid, other=float("inf"))
     factor = scale * LOG2_E
+    _store_stats(stats, (begin + rows).to(tl.int64) * H + head, valid, tl.maximum(-log_sum / factor, -1.0e30), -inner)
     for branch in range(NB):
         width = tl.minimum(tl.load(branches + 2 * branch), length)
         ratio = tl.load(branches + 2 * branch + 1)
@@ -311,8 +329,9 @@ def _backward_q(
 
 @triton.jit
 def _backward_kv_queries(
-    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, q, grad, lse, delta, lane, base, base_step,
-    grad_lane, grad_base, grad_base_step, stat_base, low, high, query, query_step, real, rows, inside, factor,
+    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane, base, base_step,
+    grad_lane, grad_base, grad_base_step, stat_lane, stat_base, stat_base_step, low, high, query, query_step, real, rows,
+    inside, factor,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -321,29 +340,26 @@ def _backward_kv_queries(
         there = slot < real
         where = base + (j // BN) * base_step
         grad_where = grad_base + (j // BN) * grad_base_step
+        stat = _load(stats + stat_base + (j // BN) * stat_base_step, stat_lane, there, 16, 0, 16, MASK)
         q1 = _load(q + where, lane, there, D, 0, D1, MASK)
         g1 = _load(grad + grad_where, grad_lane, there, D, 0, D1, MASK)
-        if MASK:
-            log_sum = tl.load(lse + stat_base + slot * query_step, mask=there, other=float("inf"))
-            inner = tl.load(delta + stat_base + slot * query_step, mask=there, other=0.0)
-        else:
-            log_sum = tl.load(lse + stat_base + slot * query_step)
-            inner = tl.load(delta + stat_base + slot * query_step)
-        logits = tl.dot(k1, tl.trans(q1), input_precision=PRECISION)
-        grad_share = tl.dot(v1, tl.trans(g1), input_precision=PRECISION)
+        logits = tl.dot(ones_log_sum, tl.trans(stat), input_precision=PRECISION)
+        logits = tl.dot(k1, tl.trans(q1), logits, input_precision=PRECISION)
+        grad_share = tl.dot(ones_inner, tl.trans(stat), input_precision=PRECISION)
+        grad_share = tl.dot(v1, tl.trans(g1), grad_share, input_precision=PRECISION)
         if D2 > 0:
             q2 = _load(q + where, lane, there, D, D1, D2, MASK)
             g2 = _load(grad + grad_where, grad_lane, there, D, D1, D2, MASK)
             logits = tl.dot(k2, tl.trans(q2), logits, input_precision=PRECISION)
             grad_share = tl.dot(v2, tl.trans(g2), grad_share, input_precision=PRECISION)
-        share = tl.exp2(logits * factor - log_sum[None, :])
+        share = tl.exp2(logits * factor)
         if MASK:
             seen = inside[:, None] & there[None, :]
             if CAUSAL:
                 queries = query + slot * query_step
                 seen = seen & (queries[None, :] >= rows[:, None])
             share = tl.where(seen, share, 0.0)
-        grad_logits = (share * (grad_share - inner[None, :])).to(k1.dtype)
+        grad_logits = (share * grad_share).to(k1.dtype)
         share = share.to(k1.dtype)
         acc_v1 = tl.dot(share, g1, acc_v1, input_precision=PRECISION)
         acc_k1 = tl.dot(grad_logits, q1, acc_k1, input_precision=PRECISION)
@@ -355,7 +371,7 @@ def _backward_kv_queries(
 
 @triton.jit
 def _backward_kv(
-    q, k, v, grad, lse, delta, grad_k, grad_v, branches, cu_seqlens, sequences, tokens, stride_l, stride_h, scale,
+    q, k, v, grad, stats, grad_k, grad_v, branches, cu_seqlens, sequences, tokens, stride_l, stride_h, scale,
     H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     NB: tl.constexpr, LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -385,6 +401,10 @@ def _backward_kv(
         v2 = _load(v + base, row_offsets, valid, D, D1, D2, True)
         acc_k2 = tl.zeros((BM, D2), tl.float32)
         acc_v2 = tl.zeros((BM, D2), tl.float32)
+    columns = tl.arange(0, 16)[None, :]
+    nought = tl.zeros((BM, 16), tl.int32)
+    ones_log_sum = (columns + nought < 3).to(stats.dtype.element_ty)
+    ones_inner = ((columns + nought >= 3) & (columns + nought < 6)).to(stats.dtype.element_ty)
     factor = scale * LOG2_E
     for branch in range(NB):
         width = tl.minimum(tl.load(branches + 2 * branch), length)
@@ -392,6 +412,7 @@ def _backward_kv(
         offset = head // ((H + ratio - 1) // ratio)
         lane = tl.arange(0, BN) * (ratio * stride_l)
         grad_lane = tl.arange(0, BN) * (ratio * H * D)
+        stat_lane = tl.arange(0, BN) * (ratio * H * 16)
         for segment in range(first // width, last // width + 1):
             start = segment * width
             if (first + 2 * R - start % R - offset) % tl.minimum(ratio, step) == 0:
@@ -401,26 +422,27 @@ def _backward_kv(
                 query_base_step = (BN * ratio * stride_l).to(tl.int64)
                 grad_base = out_base + query.to(tl.int64) * (H * D)
                 grad_base_step = (BN * ratio).to(tl.int64) * (H * D)
-                stat_base = head.to(tl.int64) * tokens + begin + query
+                stat_base = ((begin + query).to(tl.int64) * H + head) * 16
+                stat_base_step = (BN * ratio).to(tl.int64) * (H * 16)
                 low = 0
                 full = tl.where(whole, real // BN * BN, 0)
                 if CAUSAL:  # masked up to the last row, then whole
                     low = tl.maximum(first - start - offset, 0) // ratio // BN * BN
                     seam = tl.minimum(((last - start - offset) // ratio + BN) // BN * BN, full)
                     acc_k1, acc_k2, acc_v1, acc_v2 = _backward_kv_queries(
-                        k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, q, grad, lse, delta, lane, query_base,
-                        query_base_step, grad_lane, grad_base, grad_base_step, stat_base, low, seam, query, ratio, real,
+                        k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane, query_base,
+                        query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base, stat_base_step, low, seam, query, ratio, real,
                         rows, inside, factor, D, D1, D2, BN, True, CAUSAL, PRECISION,
                     )  # fmt: skip
                     low = tl.maximum(low, seam)
                 acc_k1, acc_k2, acc_v1, acc_v2 = _backward_kv_queries(
-                    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, q, grad, lse, delta, lane, query_base,
-                    query_base_step, grad_lane, grad_base, grad_base_step, stat_base, low, full, query, ratio, real,
+                    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane, query_base,
+                    query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base, stat_base_step, low, full, query, ratio, real,
                     rows, inside, factor, D, D1, D2, BN, False, CAUSAL, PRECISION,
                 )  # fmt: skip
                 acc_k1, acc_k2, acc_v1, acc_v2 = _backward_kv_queries(
-                    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, q, grad, lse, delta, lane, query_base,
-                    query_base_step, grad_lane, grad_base, grad_base_step, stat_base, tl.maximum(low, full), real, query,
+                    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane, query_base,
+                    query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base, stat_base_step, tl.maximum(low, full), real, query,
                     ratio, real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, PRECISION,
                 )  # fmt: skip
     _store(grad_k + out_base, out_offsets, valid, acc_k1 * scale, D, 0, D1)
@@ -543,13 +565,14 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _alike(q, k, v)
     grad = grad.contiguous()
-    delta = torch.empty_like(lse)
+    dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16  # of the range of float32 in any case
+    stats = torch.empty((*q.shape[:2], 16), dtype=dtype, device=q.device)
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     shape = (cu_seqlens, len(cu_seqlens) - 1, q.shape[0], q.stride(0), q.stride(1), scale)
     grid, constants, branches = _settings(q, cu_seqlens, "backward_q", segment_lengths, dilated_ratios, is_causal)
-    _backward_q[grid](q, k, v, out, grad, lse, delta, grad_q, branches, *shape, **constants)
+    _backward_q[grid](q, k, v, out, grad, lse, stats, grad_q, branches, *shape, **constants)
     grid, constants, branches = _settings(q, cu_seqlens, "backward_kv", segment_lengths, dilated_ratios, is_causal)
-    _backward_kv[grid](q, k, v, grad, lse, delta, grad_k, grad_v, branches, *shape, **constants)
+    _backward_kv[grid](q, k, v, grad, stats, grad_k, grad_v, branches, *shape, **constants)
     return grad_q, grad_k, grad_v
 
 
