@@ -6,7 +6,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from .dilated_attention import dilated_attention
+from .attention_pattern import Pattern, attention
+from .dilated_attention.parallel import SequenceShards, parallel_dilated_attention
 
 
 class LongNetLayer(nn.Module):
@@ -20,6 +21,9 @@ class LongNetLayer(nn.Module):
         dilated_ratios: Every how many-th token takes part, for each branch.
         dropout: Share of values dropped after each half.
         drop_path: Share of samples for which a half is left out.
+        pattern: Which keys a query sees; see `attention`.
+        window: Tokens seen on either side, for the pattern `sliding-window`.
+        period: Distance of the keys from one another, for the pattern `strided`.
     """
 
     def __init__(
@@ -31,11 +35,17 @@ class LongNetLayer(nn.Module):
         dilated_ratios: Sequence[int],
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        pattern: Pattern = "dilated",
+        window: int = 0,
+        period: int = 0,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.segment_lengths = tuple(segment_lengths)
         self.dilated_ratios = tuple(dilated_ratios)
+        self.pattern = pattern
+        self.window = window
+        self.period = period
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_inner_norm = nn.LayerNorm(width)
@@ -47,11 +57,31 @@ class LongNetLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, width) -> (B, L, width)."""
+    def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        """(B, L, width) -> (B, L, width); with `shards` the tokens of this rank alone, all ranks together."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.heads, -1)).unbind(2)
-        attended = dilated_attention(q, k, v, self.segment_lengths, self.dilated_ratios).flatten(2)
-        x = x + self.drop_path(self.dropout(self.attention_out(self.attention_inner_norm(attended))))
+        attended = self._attend(q, k, v, shards).flatten(2)
+        x = x + self._drop_path(self.dropout(self.attention_out(self.attention_inner_norm(attended))), shards)
         hidden = self.ffn_inner_norm(gelu(self.ffn_in(self.ffn_norm(x))))
-        output: Tensor = x + self.drop_path(self.dropout(self.ffn_out(hidden)))
-        return output
+        return x + self._drop_path(self.dropout(self.ffn_out(hidden)), shards)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, shards: SequenceShards | None) -> Tensor:
+        if shards is not None:
+            return parallel_dilated_attention(q, k, v, self.segment_lengths, self.dilated_ratios, shards=shards)
+        return attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            segment_lengths=self.segment_lengths,
+            dilated_ratios=self.dilated_ratios,
+            window=self.window,
+            period=self.period,
+        )
+
+    def _drop_path(self, x: Tensor, shards: SequenceShards | None) -> Tensor:
+        rate = self.drop_path.drop_prob
+        if shards is None or rate == 0 or not self.training:
+            return self.drop_path(x)  # type: ignore[no-any-return]
+        kept = shards.first(x.new_empty(len(x), 1, 1).bernoulli_(1 - rate))  # a half goes on all ranks
+        return x * (kept / (1 - rate))

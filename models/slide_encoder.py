@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
 from ..errors import LongslideError
+from .attention_pattern import Pattern, check_pattern
 from .checkpoint_file import digest, download
+from .dilated_attention.parallel import SequenceShards
 from .longnet import LongNetLayer
 from .slide_encoder_checkpoint import load_published
 
@@ -41,6 +44,9 @@ class SlideEncoderSpec:
         paper: Link to the paper.
         dropout: Share of values dropped in training.
         drop_path: Share of samples for which the last layer's halves are left out in training; less before it.
+        pattern: Which keys a token sees: `dilated`, or to compare `dense`, `sliding-window` or `strided`; see `attention`.
+        window: Tokens seen on either side, for the pattern `sliding-window`.
+        period: Distance of the keys from one another, for the pattern `strided`.
     """
 
     name: str
@@ -60,6 +66,9 @@ class SlideEncoderSpec:
     paper: str
     dropout: float = 0.0
     drop_path: float = 0.0
+    pattern: Pattern = "dilated"
+    window: int = 0
+    period: int = 0
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:
@@ -108,15 +117,26 @@ class SlideEncoder(nn.Module):
             raise ValueError(f"width {spec.width} must be a multiple of 4 and of heads {spec.heads}")
         if pool not in ("mean", "cls"):
             raise LongslideError(f"pool {pool!r} is none of mean, cls")
+        check_pattern(spec.pattern, spec.window, spec.period)
         self.spec = spec
         self.pool = pool
         self.weights = weights
+        self.sequence_group: dist.ProcessGroup | None = None
         self.tile_projection = nn.Linear(spec.tile_dim, spec.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
         drop_path = [spec.drop_path * i / max(1, spec.layers - 1) for i in range(spec.layers)]
         self.layers = nn.ModuleList(
             LongNetLayer(
-                spec.width, spec.heads, spec.ffn_width, spec.segment_lengths, spec.dilated_ratios, spec.dropout, rate
+                spec.width,
+                spec.heads,
+                spec.ffn_width,
+                spec.segment_lengths,
+                spec.dilated_ratios,
+                spec.dropout,
+                rate,
+                spec.pattern,
+                spec.window,
+                spec.period,
             )
             for rate in drop_path
         )
@@ -133,6 +153,26 @@ class SlideEncoder(nn.Module):
         """The encoder's name."""
         return self.spec.name
 
+    def shard_sequence(self, group: dist.ProcessGroup | None) -> None:
+        """Spread the tokens of a slide over the ranks of a group, or no longer.
+
+        Each rank then gives a part of the tiles, all ranks together and in the order of the ranks (`own_tiles`), and gets
+        the embedding of the whole slide. A rank may have none; tiles of different ranks are not checked for a common cell.
+        Every rank must use the embedding for its loss: the gradients are those of the sum of the ranks' losses, so that
+        their average over all ranks, which DDP and FSDP take, is the gradient of the loss itself.
+
+        Args:
+            group: The ranks that share a slide: a process group, such as `mesh["sequence"].get_group()`; None for none.
+
+        Raises:
+            LongslideError: The encoder's attention pattern is not `dilated`.
+        """
+        if group is not None and self.spec.pattern != "dilated":
+            raise LongslideError(
+                f"attention pattern {self.spec.pattern!r} runs on one device: only 'dilated' spreads a slide over several"
+            )
+        self.sequence_group = group
+
     def forward(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
         """Embed slides.
 
@@ -146,10 +186,10 @@ class SlideEncoder(nn.Module):
         Raises:
             LongslideError: Two tiles of a slide in one cell, a negative cell, or shapes that do not fit.
         """
-        x = self._embed(tile_features, grid_cells)
+        x, shards = self._embed(tile_features, grid_cells)
         for layer in self.layers:
-            x = layer(x)
-        return self._pool(self.layers_norm(x))
+            x = layer(x, shards)
+        return self._pool(self.layers_norm(x), shards)
 
     def layer_embeddings(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
         """The slide embedding after each layer, before it the one of the projected tiles.
@@ -164,24 +204,39 @@ class SlideEncoder(nn.Module):
         Raises:
             LongslideError: Two tiles of a slide in one cell, a negative cell, or shapes that do not fit.
         """
-        x = self._embed(tile_features, grid_cells)
-        embeddings = [self._pool(x)]
+        x, shards = self._embed(tile_features, grid_cells)
+        embeddings = [self._pool(x, shards)]
         for layer in self.layers:
-            x = layer(x)
-            embeddings.append(self._pool(x))
+            x = layer(x, shards)
+            embeddings.append(self._pool(x, shards))
         return torch.stack(embeddings)
 
-    def _embed(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
-        check_cells(tile_features, grid_cells, self.spec)
+    def _embed(self, tile_features: Tensor, grid_cells: Tensor) -> tuple[Tensor, SequenceShards | None]:
+        group = self.sequence_group
+        check_cells(tile_features, grid_cells, self.spec, may_be_empty=group is not None)
         weight = self.tile_projection.weight
         x = self.tile_projection(tile_features.to(weight.dtype))
         # Under autocast x is half; positions in the dtype of the weights keep the residuals float32, as published.
         x = x + grid_positions(grid_cells, self.spec.width).to(weight.dtype)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        # The cls token is the first rank's. The others take none of it, not leave it out: its gradient there is zero.
+        cls_token = self.cls_token[:, : 1 if group is None or group.rank() == 0 else 0]
+        x = torch.cat([cls_token.expand(len(x), -1, -1), x], dim=1)
+        if group is None:
+            return x, None
+        shards = SequenceShards.agree(x.shape[1], group, x.device)
+        if shards.total == 1:
+            raise LongslideError("no rank has a tile: a slide has one at least")
+        return x, shards
 
-    def _pool(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.norm(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1))
-        return pooled
+    def _pool(self, x: Tensor, shards: SequenceShards | None) -> Tensor:
+        if shards is None:
+            pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)
+        else:
+            cls_tokens = 1 if shards.rank == 0 else 0
+            own = x[:, :cls_tokens] if self.pool == "cls" else x[:, cls_tokens:] / (shards.total - 1)
+            pooled = shards.sum(own.sum(1))
+        embedding: Tensor = self.norm(pooled)
+        return embedding
 
 
 def grid_positions(grid_cells: Tensor, width: int) -> Tensor:
@@ -203,13 +258,16 @@ def grid_positions(grid_cells: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()[which].flatten(-2)
 
 
-def check_cells(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:
+def check_cells(
+    tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec, *, may_be_empty: bool = False
+) -> None:
     """Refuse input whose positions cannot be right.
 
     Raises:
         LongslideError: Shapes or dtypes do not fit, a negative cell, or two tiles of a slide in one cell.
     """
-    if tile_features.ndim != 3 or grid_cells.shape != (*tile_features.shape[:2], 2) or tile_features.shape[1] == 0:
+    fits = tile_features.ndim == 3 and grid_cells.shape == (*tile_features.shape[:2], 2)
+    if not fits or (tile_features.shape[1] == 0 and not may_be_empty):
         raise LongslideError(
             f"tile_features {tuple(tile_features.shape)} and grid_cells {tuple(grid_cells.shape)} must be (B, N, "
             f"{spec.tile_dim}) and (B, N, 2) with N at least 1"
@@ -221,6 +279,8 @@ def check_cells(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpe
         )
     if grid_cells.is_floating_point():
         raise LongslideError("grid_cells must be integers (column, row), not level-0 pixels as floats")
+    if grid_cells.numel() == 0:
+        return
     cells = grid_cells.long()
     if (cells < 0).any():
         raise LongslideError("negative grid cell: cells are coords // step_level0, counted from the slide's corner")

@@ -64,6 +64,33 @@ class SequenceShards:
         """Tokens of the whole sequence."""
         return sum(self.lengths)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of the ranks' tensors, on every rank. Its gradient is the sum of the gradients on all ranks."""
+        summed: Tensor = _Sum.apply(x, self.group)
+        return summed
+
+    def first(self, x: Tensor) -> Tensor:
+        """The tensor of the first rank, on every rank; it has no gradient."""
+        x = x.contiguous()
+        dist.broadcast(x, group=self.group, group_src=0)
+        return x
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
 
 def parallel_dilated_attention(
     q: Tensor,
