@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from timm.layers import DropPath
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -20,7 +20,7 @@ class LongNetLayer(nn.Module):
         segment_lengths: Tokens of a segment, for each branch of the attention.
         dilated_ratios: Every how many-th token takes part, for each branch.
         dropout: Share of values dropped after each half.
-        drop_path: Share of samples for which a half is left out.
+        drop_path: Share of sequences for which a half is left out in training.
         pattern: Which keys a query sees; see `attention`.
         window: Tokens seen on either side, for the pattern `sliding-window`.
         period: Distance of the keys from one another, for the pattern `strided`.
@@ -55,33 +55,40 @@ class LongNetLayer(nn.Module):
         self.ffn_inner_norm = nn.LayerNorm(ffn_width)
         self.ffn_out = nn.Linear(ffn_width, width)
         self.dropout = nn.Dropout(dropout)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
 
-    def forward(self, x: Tensor, shards: SequenceShards | None = None) -> Tensor:
-        """(B, L, width) -> (B, L, width); with `shards` the tokens of this rank alone, all ranks together."""
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.heads, -1)).unbind(2)
-        attended = self._attend(q, k, v, shards).flatten(2)
-        x = x + self._drop_path(self.dropout(self.attention_out(self.attention_inner_norm(attended))), shards)
-        hidden = self.ffn_inner_norm(gelu(self.ffn_in(self.ffn_norm(x))))
-        return x + self._drop_path(self.dropout(self.ffn_out(hidden)), shards)
+    def forward(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        """Sequences end to end, each attending within itself.
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, shards: SequenceShards | None) -> Tensor:
-        if shards is not None:
-            return parallel_dilated_attention(q, k, v, self.segment_lengths, self.dilated_ratios, shards=shards)
-        return attention(
-            q,
-            k,
-            v,
-            self.pattern,
-            segment_lengths=self.segment_lengths,
-            dilated_ratios=self.dilated_ratios,
-            window=self.window,
-            period=self.period,
+        Args:
+            x: `(T, width)` tokens.
+            cu_seqlens: `(B + 1,)` int32: where each sequence begins, and T.
+            shards: How the one sequence is spread over ranks of which this one holds T tokens.
+
+        Returns:
+            `(T, width)`.
+        """
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(1, (3, self.heads, -1)).unbind(1)
+        attended = self._attend(q, k, v, cu_seqlens, shards).flatten(1)
+        x = x + self._drop_path(
+            self.dropout(self.attention_out(self.attention_inner_norm(attended))), cu_seqlens, shards
         )
+        hidden = self.ffn_inner_norm(gelu(self.ffn_in(self.ffn_norm(x))))
+        return x + self._drop_path(self.dropout(self.ffn_out(hidden)), cu_seqlens, shards)
 
-    def _drop_path(self, x: Tensor, shards: SequenceShards | None) -> Tensor:
-        rate = self.drop_path.drop_prob
-        if shards is None or rate == 0 or not self.training:
-            return self.drop_path(x)  # type: ignore[no-any-return]
-        kept = shards.first(x.new_empty(len(x), 1, 1).bernoulli_(1 - rate))  # a half goes on all ranks
-        return x * (kept / (1 - rate))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
+        lengths, ratios = self.segment_lengths, self.dilated_ratios
+        if shards is not None:
+            return parallel_dilated_attention(q[None], k[None], v[None], lengths, ratios, shards=shards)[0]
+        return attention(
+            q, k, v, self.pattern, segment_lengths=lengths, dilated_ratios=ratios, window=self.window, period=self.period,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+
+    def _drop_path(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
+        if self.drop_path == 0 or not self.training:
+            return x
+        kept = (torch.rand(len(cu_seqlens) - 1, device=x.device) >= self.drop_path).to(x.dtype) / (1 - self.drop_path)
+        if shards is not None:
+            kept = shards.first(kept)  # the half is left out on all ranks or on none
+        return x * kept.repeat_interleave(cu_seqlens.diff(), output_size=len(x))[:, None]

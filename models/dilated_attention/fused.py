@@ -150,9 +150,7 @@ def _forward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    begin, length, first, step = _place(
-        cu_seqlens, sequences, branches, head // ((H + R - 1) // R), R, S, LARGEST, BM
-    )
+    begin, length, first, step = _place(cu_seqlens, sequences, branches, head // ((H + R - 1) // R), R, S, LARGEST, BM)
     if first >= length:
         return
     rows = first + step * tl.arange(0, BM)
@@ -273,9 +271,7 @@ def _backward_q(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    begin, length, first, step = _place(
-        cu_seqlens, sequences, branches, head // ((H + R - 1) // R), R, S, LARGEST, BM
-    )
+    begin, length, first, step = _place(cu_seqlens, sequences, branches, head // ((H + R - 1) // R), R, S, LARGEST, BM)
     if first >= length:
         return
     rows = first + step * tl.arange(0, BM)
@@ -382,9 +378,7 @@ def _backward_kv(
 ):  # fmt: skip
     """The queries of a segment are the positions of its keys: the loops are those of the forward, with rows for keys."""
     head = tl.program_id(1)
-    begin, length, first, step = _place(
-        cu_seqlens, sequences, branches, head // ((H + R - 1) // R), R, S, LARGEST, BM
-    )
+    begin, length, first, step = _place(cu_seqlens, sequences, branches, head // ((H + R - 1) // R), R, S, LARGEST, BM)
     if first >= length:
         return
     rows = first + step * tl.arange(0, BM)
@@ -481,7 +475,9 @@ BLOCKS: dict[str, dict[str, int]] = {
 FLOAT32_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 
 
-def _settings(q: Tensor, cu_seqlens: Tensor, kernel: str, segment_lengths: Sequence[int], ratios: Sequence[int], causal: bool) -> Any:
+def _settings(
+    q: Tensor, cu_seqlens: Tensor, kernel: str, segment_lengths: Sequence[int], ratios: Sequence[int], causal: bool
+) -> Any:
     first, rest = _split(q.shape[2])
     largest = max(ratios)
     half = largest // 2
@@ -522,7 +518,19 @@ def _op(
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     grid, constants, branches = _settings(q, cu_seqlens, "forward", segment_lengths, dilated_ratios, is_causal)
     _forward[grid](
-        q, k, v, out, lse, branches, cu_seqlens, len(cu_seqlens) - 1, tokens, q.stride(0), q.stride(1), scale, **constants
+        q,
+        k,
+        v,
+        out,
+        lse,
+        branches,
+        cu_seqlens,
+        len(cu_seqlens) - 1,
+        tokens,
+        q.stride(0),
+        q.stride(1),
+        scale,
+        **constants,
     )
     return out, lse
 

@@ -1,4 +1,4 @@
-"""One rank of the test of parallel dilated attention: `python attention_ranks.py FOLDER RANK WORLD_SIZE`."""
+"""One rank of the test of parallel dilated attention: `python attention_ranks.py FOLDER` starts four."""
 
 import random
 import sys
@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from longslide import dilated_attention
 from longslide.models.dilated_attention.parallel import SequenceShards, parallel_dilated_attention
+from torch.multiprocessing import start_processes
 
 
 def configurations(count: int) -> list[tuple[list[int], int, list[int], list[int], bool]]:
@@ -31,8 +32,8 @@ def configurations(count: int) -> list[tuple[list[int], int, list[int], list[int
     return found
 
 
-def main(folder: Path, rank: int, world_size: int) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+def main(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=4)
     groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
     results = []
     for number, (lengths, heads, widths, ratios, causal) in enumerate(configurations(45)):
@@ -67,5 +68,5 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+if __name__ == "__main__":  # forked: everything is imported once
+    start_processes(main, (Path(sys.argv[1]),), nprocs=4, start_method="fork")

@@ -1,4 +1,4 @@
-"""One rank of the tests of sequence parallelism in the slide encoder: `python encoder_ranks.py FOLDER RANK`; four ranks."""
+"""One rank of the tests of sequence parallelism in the slide encoder: `python encoder_ranks.py FOLDER` starts four."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ from longslide import LongslideError, create_slide_encoder
 from longslide.models.sequence_parallel import SequenceParallelStrategy, own_tiles
 from longslide.models.slide_encoder import SlideEncoder
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader
 
 SLIDES = (23, 40, 3, 31)
@@ -43,11 +44,11 @@ class Regression(lightning.LightningModule):
         nn.init.ones_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def loss(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
-        return (self.head(self.encoder(tile_features[None], grid_cells[None])) - 1).square().mean()
+    def loss(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return (self.head(self.encoder(tile_features, grid_cells, cu_seqlens)) - 1).square().mean()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.loss(batch["tile_features"], batch["grid_cells"])
+        loss = self.loss(**batch)
         self.log("loss", loss)
         return loss
 
@@ -91,6 +92,8 @@ def check_the_encoder(rank: int) -> None:
     shared.shard_sequence(group)
     with pytest.raises(LongslideError, match="no rank has a tile"):
         shared(features[None, :0], cells[None, :0])
+    with pytest.raises(LongslideError, match="comes alone, not with others: got 2"):
+        shared(features, cells, torch.tensor([0, 10, 45]))
 
 
 def check_the_trainer(folder: Path) -> None:
@@ -114,14 +117,14 @@ def check_the_trainer(folder: Path) -> None:
     optimizer = alone.configure_optimizers()
     for step in range(2):  # the sampler of two replicas takes slides in turn
         optimizer.zero_grad()
-        sum(alone.loss(*slide(SLIDES[2 * step + replica])) / 2 for replica in range(2)).backward()
+        sum(alone.loss(**batch) / 2 for batch in batches[2 * step : 2 * step + 2]).backward()
         optimizer.step()
     for (name, one), other in zip(alone.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(other, one, msg=lambda text, name=name: f"{name}: {text}")
     assert not torch.equal(alone.encoder.cls_token, Regression().encoder.cls_token), "the training does something"
 
 
-def main(folder: Path, rank: int) -> None:
+def main(rank: int, folder: Path) -> None:
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4"}
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=4)
     assert own_tiles(7, 1, 3) == slice(2, 4)
@@ -130,5 +133,5 @@ def main(folder: Path, rank: int) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+if __name__ == "__main__":  # forked: everything is imported once
+    start_processes(main, (Path(sys.argv[1]),), nprocs=4, start_method="fork")
