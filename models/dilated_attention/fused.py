@@ -107,9 +107,9 @@ def _segment(
 def _forward_keys(
     q1, q2, acc1, acc2, largest, total, k, v, lane, base, base_step, low, high, key, key_step, real, rows, inside, factor,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ONLINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take slots low..high of a segment into the running softmax."""
+    """Take slots low..high of a segment into the softmax; `largest` is raised if ONLINE, else taken as it is."""
     for j in range(low, high, BN):
         there = j + tl.arange(0, BN) < real
         where = base + (j // BN) * base_step
@@ -124,21 +124,75 @@ def _forward_keys(
                 keys = key + (j + tl.arange(0, BN)) * key_step
                 seen = seen & (keys[None, :] <= rows[:, None])
             logits = tl.where(seen, logits, -float("inf"))
-        raised = tl.maximum(largest, tl.max(logits, 1) * factor)
-        share = tl.exp2(logits * factor - raised[:, None])
-        shrink = tl.exp2(largest - raised)
-        total = total * shrink + tl.sum(share, 1)
-        largest = raised
+        if ONLINE:
+            raised = tl.maximum(largest, tl.max(logits, 1) * factor)
+            shrink = tl.exp2(largest - raised)
+            largest = raised
+            acc1 = acc1 * shrink[:, None]
+            total = total * shrink
+            if D2 > 0:
+                acc2 = acc2 * shrink[:, None]
+        share = tl.exp2(logits * factor - largest[:, None])
+        total += tl.sum(share, 1)
         share = share.to(q1.dtype)
-        # Both accumulators are scaled before either product starts: else the matrix instructions wait for one another.
-        acc1 = acc1 * shrink[:, None]
         v1 = _load(v + where, lane, there, D, 0, D1, MASK)
-        if D2 > 0:
-            acc2 = acc2 * shrink[:, None]
-            v2 = _load(v + where, lane, there, D, D1, D2, MASK)
         acc1 = tl.dot(share, v1, acc1, input_precision=PRECISION)
         if D2 > 0:
+            v2 = _load(v + where, lane, there, D, D1, D2, MASK)
             acc2 = tl.dot(share, v2, acc2, input_precision=PRECISION)
+    return acc1, acc2, largest, total
+
+
+@triton.jit
+def _forward_branches(
+    q1, q2, largest, k, v, branches, base, head, rows, first, last, step, length, stride_l, factor,
+    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+    NB: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The softmax over all branches before its division: (sums of values, in two parts; reference; sum of exponentials)."""
+    acc1 = tl.zeros((BM, D1), tl.float32)
+    acc2 = acc1
+    if D2 > 0:
+        acc2 = tl.zeros((BM, D2), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    zeros = tl.zeros((BM,), tl.int32)
+    for branch in range(NB):
+        width = tl.minimum(tl.load(branches + 2 * branch), length)
+        ratio = tl.load(branches + 2 * branch + 1)
+        offset = head // ((H + ratio - 1) // ratio)
+        lane = tl.arange(0, BN) * (ratio * stride_l)
+        for segment in range(first // width, last // width + 1):
+            start = segment * width
+            if (first + 2 * R - start % R - offset) % tl.minimum(ratio, step) == 0:  # the branch covers rows here
+                real, inside, whole = _segment(rows, first, last, step, length, start, width, ratio, offset, R, S)
+                full = tl.where(whole, real // BN * BN, 0)
+                if CAUSAL:
+                    real = tl.minimum(real, (last - start - offset) // ratio + 1)
+                    full = tl.where(whole, tl.minimum(full, ((first - start - offset) // ratio + 1) // BN * BN), 0)
+                else:
+                    zeros += tl.where(inside, (width + ratio - 1) // ratio - real, 0)
+                key = start + offset
+                key_base = base + key.to(tl.int64) * stride_l
+                key_base_step = (BN * ratio * stride_l).to(tl.int64)
+                acc1, acc2, largest, total = _forward_keys(
+                    q1, q2, acc1, acc2, largest, total, k, v, lane, key_base, key_base_step, 0, full, key, ratio, real,
+                    rows, inside, factor, D, D1, D2, BN, False, CAUSAL, ONLINE, PRECISION,
+                )  # fmt: skip
+                acc1, acc2, largest, total = _forward_keys(
+                    q1, q2, acc1, acc2, largest, total, k, v, lane, key_base, key_base_step, full, real, key, ratio,
+                    real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, ONLINE, PRECISION,
+                )  # fmt: skip
+    if not CAUSAL:  # at the end: scaling the accumulators within the loops would serialise their matrix instructions
+        raised = largest
+        if ONLINE:
+            raised = tl.where(zeros > 0, tl.maximum(largest, 0.0), largest)
+            shrink = tl.exp2(largest - raised)
+            total = total * shrink
+            acc1 = acc1 * shrink[:, None]
+            acc2 = acc2 * shrink[:, None]
+        total += tl.where(zeros > 0, zeros * tl.exp2(-raised), 0.0)
+        largest = raised
     return acc1, acc2, largest, total
 
 
@@ -150,7 +204,9 @@ def _forward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    begin, length, first, step = _place(cu_seqlens, sequences, branches, head // ((H + R - 1) // R), R, S, LARGEST, BM)
+    begin, length, first, step = _place(
+        cu_seqlens, sequences, branches, head // ((H + R - 1) // R), R, S, LARGEST, BM
+    )  # fmt: skip
     if first >= length:
         return
     rows = first + step * tl.arange(0, BM)
@@ -158,50 +214,27 @@ def _forward(
     last = tl.minimum(first + step * (BM - 1), length - 1)
     base = begin.to(tl.int64) * stride_l + head * stride_h
     row_offsets = rows.to(tl.int64) * stride_l
+    factor = scale * LOG2_E
     q1 = _load(q + base, row_offsets, valid, D, 0, D1, True)
-    acc1 = tl.zeros((BM, D1), tl.float32)
+    k1 = _load(k + base, row_offsets, valid, D, 0, D1, True)
+    own = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
     q2 = q1
-    acc2 = acc1
     if D2 > 0:
         q2 = _load(q + base, row_offsets, valid, D, D1, D2, True)
-        acc2 = tl.zeros((BM, D2), tl.float32)
-    largest = tl.full((BM,), -1.0e30, tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    zeros = tl.zeros((BM,), tl.int32)
-    factor = scale * LOG2_E
-    for branch in range(NB):
-        width = tl.minimum(tl.load(branches + 2 * branch), length)
-        ratio = tl.load(branches + 2 * branch + 1)
-        offset = head // ((H + ratio - 1) // ratio)
-        slots = (width + ratio - 1) // ratio
-        lane = tl.arange(0, BN) * (ratio * stride_l)
-        for segment in range(first // width, last // width + 1):
-            start = segment * width
-            if (first + 2 * R - start % R - offset) % tl.minimum(ratio, step) == 0:  # the branch covers rows here
-                real, inside, whole = _segment(rows, first, last, step, length, start, width, ratio, offset, R, S)
-                full = tl.where(whole, real // BN * BN, 0)
-                if CAUSAL:
-                    real = tl.minimum(real, (last - start - offset) // ratio + 1)
-                    full = tl.where(whole, tl.minimum(full, ((first - start - offset) // ratio + 1) // BN * BN), 0)
-                else:
-                    zeros += tl.where(inside, slots - real, 0)
-                key = start + offset
-                key_base = base + key.to(tl.int64) * stride_l
-                key_base_step = (BN * ratio * stride_l).to(tl.int64)
-                acc1, acc2, largest, total = _forward_keys(
-                    q1, q2, acc1, acc2, largest, total, k, v, lane, key_base, key_base_step, 0, full, key, ratio, real,
-                    rows, inside, factor, D, D1, D2, BN, False, CAUSAL, PRECISION,
-                )  # fmt: skip
-                acc1, acc2, largest, total = _forward_keys(
-                    q1, q2, acc1, acc2, largest, total, k, v, lane, key_base, key_base_step, full, real, key, ratio,
-                    real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, PRECISION,
-                )  # fmt: skip
-    if not CAUSAL:  # at the end: scaling the accumulators within the loops would serialise their matrix instructions
-        raised = tl.where(zeros > 0, tl.maximum(largest, 0.0), largest)
-        shrink = tl.exp2(largest - raised)
-        total = total * shrink + zeros * tl.exp2(-raised)
-        acc1 = acc1 * shrink[:, None]
-        acc2 = acc2 * shrink[:, None]
+        k2 = _load(k + base, row_offsets, valid, D, D1, D2, True)
+        own += tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
+    # A token sees its own key. Its logit is a good enough reference for the exponentials, unless another one is larger by
+    # more than 41 (2 ** 60): then once more, with the running maximum. Shares of float16 are too narrow for that.
+    acc1, acc2, largest, total = _forward_branches(
+        q1, q2, own * factor, k, v, branches, base, head, rows, first, last, step, length, stride_l, factor,
+        H, D, D1, D2, R, S, NB, CAUSAL, BM, BN, q.dtype.element_ty == tl.float16, PRECISION,
+    )  # fmt: skip
+    if q.dtype.element_ty != tl.float16:
+        if tl.max(tl.where(valid & ~(total < 1.0e18), 1, 0), 0) > 0:
+            acc1, acc2, largest, total = _forward_branches(
+                q1, q2, own * factor, k, v, branches, base, head, rows, first, last, step, length, stride_l, factor,
+                H, D, D1, D2, R, S, NB, CAUSAL, BM, BN, True, PRECISION,
+            )  # fmt: skip
     covered = total > 0
     inverse = tl.where(covered, 1.0 / tl.where(covered, total, 1.0), 0.0)
     # +inf where nothing covers the token: the backward's exp(logit - lse) is then 0.
