@@ -1,4 +1,4 @@
-"""One rank of the test of parallel dilated attention: `python attention_ranks.py FOLDER` starts four."""
+"""Ranks of the test of parallel dilated attention: `python attention_ranks.py FOLDER BACKEND RANKS` starts them."""
 
 import random
 import sys
@@ -32,21 +32,24 @@ def configurations(count: int) -> list[tuple[list[int], int, list[int], list[int
     return found
 
 
-def main(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=4)
-    groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
+def main(rank: int, folder: Path, backend: str, ranks: int) -> None:
+    dist.init_process_group(backend, f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    groups = {size: dist.new_group(list(range(size))) for size in range(2, ranks + 1)}
     results = []
     for number, (lengths, heads, widths, ratios, causal) in enumerate(configurations(45)):
-        if rank >= len(lengths):
+        if not rank < len(lengths) <= ranks:
             continue
         for dtype in (torch.float64, torch.float32, torch.bfloat16)[: 3 if number < 10 else 1]:
             generator = torch.Generator().manual_seed(number)
             whole = [torch.randn(2, sum(lengths), heads, 8, generator=generator, dtype=torch.float64) for _ in range(4)]
             first = sum(lengths[:rank])
-            *qkv, direction = (x[:, first : first + lengths[rank]].to(dtype) for x in whole)
+            *qkv, direction = (x[:, first : first + lengths[rank]].to(device, dtype) for x in whole)
             qkv = [x.requires_grad_() for x in qkv]
             group = groups[len(lengths)]
-            shards = SequenceShards.agree(lengths[rank], group, qkv[0].device)
+            shards = SequenceShards.agree(lengths[rank], group, device)
             assert shards.lengths == tuple(lengths)
             runs = []
             for _ in range(2):
@@ -60,7 +63,7 @@ def main(rank: int, folder: Path) -> None:
             wanted = [expected, *torch.autograd.grad(expected, whole_qkv, whole_direction)]
             # The floor: where the true gradient is zero (one key alone) only rounding is left to compare.
             errors = [
-                ((a.double() - b[:, first : first + lengths[rank]]).norm() / (b.norm() + 1)).item()
+                ((a.cpu().double() - b[:, first : first + lengths[rank]]).norm() / (b.norm() + 1)).item()
                 for a, b in zip(runs[0], wanted, strict=True)
             ]
             results.append((str(dtype), lengths, (heads, widths, ratios, causal), max(errors)))
@@ -69,4 +72,6 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":  # forked: everything is imported once
-    start_processes(main, (Path(sys.argv[1]),), nprocs=4, start_method="fork")
+    start_processes(
+        main, (Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])), nprocs=int(sys.argv[3]), start_method="fork"
+    )

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from longslide import LongslideError
+from longslide import LongslideError, create_slide_encoder
 from longslide.models.attention_pattern import attention, check_pattern, window_block_mask
+from longslide.models.slide_encoder import SlideEncoder
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -104,6 +105,37 @@ def test_a_block_mask_made_without_gradients_serves_a_later_backward() -> None:
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(LongslideError, match=message):
         check_pattern(**({"pattern": "dilated", "window": 0, "period": 0} | settings))  # type: ignore[arg-type]
+
+
+def encoder(**settings: object) -> SlideEncoder:
+    small = {"layers": 2, "width": 64, "ffn_width": 64, "tile_dim": 8, "checkpoint": "random"}
+    return create_slide_encoder("gigapath", **(small | settings))  # type: ignore[arg-type]
+
+
+def test_the_encoders_configuration_selects_the_pattern() -> None:
+    slides, bounds = torch.randn(70, 8), torch.tensor([0, 50, 70])
+    cells = torch.stack([torch.arange(70), torch.zeros(70, dtype=torch.long)], dim=1)
+    with torch.inference_mode():
+        dilated, dense, wide, narrow, every, few = (
+            encoder(**settings)(slides, cells, bounds)
+            for settings in (
+                {},
+                {"pattern": "dense"},
+                {"pattern": "sliding-window", "window": 51},
+                {"pattern": "sliding-window", "window": 3},
+                {"pattern": "strided", "period": 1},
+                {"pattern": "strided", "period": 4},
+            )
+        )
+    torch.testing.assert_close(wide, dense)
+    torch.testing.assert_close(every, dense)
+    for other in (dilated, narrow, few):
+        assert (other - dense).abs().max() > 1e-3
+
+
+def test_an_encoder_of_a_pattern_without_its_settings_is_refused() -> None:
+    with pytest.raises(LongslideError, match="'strided' needs a period"):
+        encoder(pattern="strided")
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

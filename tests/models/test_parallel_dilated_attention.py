@@ -12,12 +12,20 @@ from longslide.models.dilated_attention.parallel import SequenceShards, make_pla
 RANKS = Path(__file__).parent / "attention_ranks.py"
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[int], tuple[object, ...], float]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run([sys.executable, str(RANKS), str(folder)], capture_output=True, text=True, timeout=240)
+Result = tuple[str, list[int], tuple[object, ...], float]
+"""Data type, shards, configuration, and the largest relative error of output and gradients on one rank."""
+
+
+def results_of(folder: Path, backend: str, ranks: int) -> list[Result]:
+    command = [sys.executable, str(RANKS), str(folder), backend, str(ranks)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    return [result for rank in range(4) for result in torch.load(folder / f"rank{rank}.pt")]
+    return [result for rank in range(ranks) for result in torch.load(folder / f"rank{rank}.pt")]
+
+
+@pytest.fixture(scope="module")
+def gloo_results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
+    return results_of(tmp_path_factory.mktemp("gloo"), "gloo", 4)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -25,15 +33,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, list[in
     ("dtype", "bound"), [("torch.float64", 1e-10), ("torch.float32", 2e-6), ("torch.bfloat16", 2e-2)]
 )
 def test_outputs_and_gradients_are_those_of_one_process(
-    results: list[tuple[str, list[int], tuple[object, ...], float]], ranks: int, dtype: str, bound: float
+    gloo_results: list[Result], ranks: int, dtype: str, bound: float
 ) -> None:
-    errors = [
-        (error, lengths, branches)
-        for name, lengths, branches, error in results
-        if (name, len(lengths)) == (dtype, ranks)
-    ]
+    errors = [result[::-1] for result in gloo_results if (result[0], len(result[1])) == (dtype, ranks)]
     assert len(errors) >= 4
     assert max(errors)[0] < bound, max(errors)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_outputs_and_gradients_over_two_gpus_are_those_of_one_process(tmp_path: Path) -> None:
+    bounds = {"torch.float64": 1e-10, "torch.float32": 1e-4, "torch.bfloat16": 4e-2}
+    results = results_of(tmp_path, "nccl", 2)
+    assert len(results) >= 20
+    for dtype, lengths, configuration, error in results:
+        assert error < bounds[dtype], (dtype, lengths, configuration)
 
 
 def seen_keys(length: int, heads: int, branches: tuple[tuple[int, int], ...], causal: bool) -> torch.Tensor:
