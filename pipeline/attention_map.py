@@ -31,6 +31,7 @@ class AttentionMap:
         output: The PNG file.
         share: Query-key pairs that are scored, as a share of dense attention's.
         seen: Query-key pairs that some head sees, as a share of dense attention's.
+        ok: Whether it was drawn, as the command line asks of every result.
     """
 
     output: Path

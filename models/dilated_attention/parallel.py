@@ -18,8 +18,8 @@ A branch over everything (w = L) costs L / r, which does not grow either where r
 
 One billion tokens with GigaPath's branches (H D = 768, bfloat16; segments of 1,024 to 1,048,576, ratios 1 to 16), as
 `make_plan` counts them: on 1,024 ranks n = 976,563, x = 97,000: a rank holds 1.5 GB for each of its tensors and receives
-0.30 GB a layer (with the whole of a segment's keys in place of its slots it would be 3.2 GB or more); on 256 ranks 6.0 GB
-and 0.36 GB; on 64 ranks 24 GB and 0.30 GB.
+0.30 GB a layer (3.4 GB if all keys of those segments travelled); on 256 ranks it holds 6.0 GB and receives up to 0.36 GB;
+on 64 ranks 24 GB and 0.30 GB. `benchmarks/sequence_parallel.py` measures it.
 """
 
 import itertools
