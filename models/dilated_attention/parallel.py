@@ -9,8 +9,8 @@ in every run.
 
 With H heads of D dimensions in numbers of s bytes, a layer and a sequence take on rank p
     held      3 n_p H D s     queries, keys and values; as much again for their gradients, and n_p H D s for the output
-    received  2 H D s x       keys and values; the backward sends as many bytes back
-    x         <= sum over branches of (E - n_p) / r: E counts the tokens of all segments that meet the shard, so that
+    received  2 H D s x       keys and values, kept for the backward, which sends as many bytes back
+    x         <= sum over branches of (E - n_p) / r + 2: E counts the tokens of all segments that meet the shard, so that
               E <= min(L, n_p + 2 (w - 1)), and E = n_p where the shard's borders are borders of segments. Causal: only
               the tokens before the shard count.
 What travels depends on segment lengths w and ratios r, not on L: less than 2 w / r tokens a branch, on any number of ranks.
@@ -302,7 +302,10 @@ def make_plan(
         queries = (border.rows(slots) - first * heads).to(device)
         own.append((queries, (1, len(slots), len(border.heads)), border.zero_slots))
 
-    wanted = [_wanted(borders, owner, is_causal) if i != rank else _NONE for i, owner in enumerate(shards)]
+    wanted = [
+        _wanted(borders, owner, is_causal) if i != rank and _meet(shards[rank], owner, branches) else _NONE
+        for i, owner in enumerate(shards)
+    ]
     received = torch.cat(wanted)  # in order: shards are in a row
     others = []
     for border in borders:
@@ -315,7 +318,9 @@ def make_plan(
             others.append(Part(index, (1, len(queries), count), keys, (1, len(slots), count)))
 
     sent = [
-        _wanted(_borders(reader, bounds[-1], heads, branches), shards[rank], is_causal) if i != rank else _NONE
+        _wanted(_borders(reader, bounds[-1], heads, branches), shards[rank], is_causal)
+        if i != rank and _meet(reader, shards[rank], branches)
+        else _NONE
         for i, reader in enumerate(shards)
     ]
     send = (torch.cat(sent) - first * heads).to(device)
@@ -323,6 +328,12 @@ def make_plan(
 
 
 _NONE = torch.zeros(0, dtype=torch.int64)
+
+
+def _meet(shard: tuple[int, int], other: tuple[int, int], branches: tuple[tuple[int, int], ...]) -> bool:
+    """Whether a segment lies in both shards: of thousands of ranks only a few need a closer look."""
+    first, stop = shard
+    return any(other[0] < -(-stop // width) * width and other[1] > first // width * width for width, _ in branches)
 
 
 @dataclass(frozen=True)
