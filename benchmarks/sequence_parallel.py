@@ -15,7 +15,7 @@ import time
 import torch
 import torch.distributed as dist
 from longslide import create_slide_encoder
-from longslide.models.dilated_attention.parallel import make_plan
+from longslide.models.dilated_attention.parallel_plan import make_plan
 from longslide.models.sequence_parallel import own_tiles
 from longslide.models.slide_encoder import SlideEncoder
 

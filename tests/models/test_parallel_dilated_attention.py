@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from longslide import dilated_attention
-from longslide.models.dilated_attention.parallel import SequenceShards, make_plan, parallel_dilated_attention
+from longslide.models.dilated_attention.parallel import SequenceShards, parallel_dilated_attention
+from longslide.models.dilated_attention.parallel_plan import make_plan
 
 RANKS = Path(__file__).parent / "attention_ranks.py"
 
