@@ -1,4 +1,4 @@
-"""Which keys and values travel between ranks that share a sequence, by arithmetic alone: every rank knows it of every other."""
+"""Which keys and values travel between ranks that share a sequence: by arithmetic, that of every rank known to all."""
 
 import itertools
 import math
