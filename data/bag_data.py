@@ -282,7 +282,7 @@ class BagDataModule(lightning.LightningDataModule):
         task = self.task
         if task.kind not in (*CLASSIFICATION, "multilabel"):
             return None
-        targets = self._training_targets
+        targets = self.training_targets
         if task.kind == "multilabel":
             positives, negatives = (targets == 1).sum(0), (targets == 0).sum(0)
             return torch.from_numpy((negatives / positives).astype(np.float32))
@@ -290,7 +290,8 @@ class BagDataModule(lightning.LightningDataModule):
         return torch.from_numpy((len(targets) / (len(task.classes) * counts)).astype(np.float32))
 
     @property
-    def _training_targets(self) -> np.ndarray:
+    def training_targets(self) -> np.ndarray:
+        """Targets of the training bags, as in `Cohort.targets`."""
         return np.stack([bag.target for bag in self.bags("train") if bag.target is not None])
 
     @property
@@ -383,7 +384,7 @@ class BagDataModule(lightning.LightningDataModule):
 
     def _stratum(self) -> np.ndarray:
         """What is balanced: the class; the combination of labels; whether there was an event."""
-        task, targets = self.task, self._training_targets
+        task, targets = self.task, self.training_targets
         if task.kind == "regression":
             raise LongslideError("--data.balance needs classes; a regression task has none")
         if task.kind == "survival":

@@ -195,9 +195,11 @@ class _Patients:
             or np.count_nonzero(counts) > min(size, len(chosen) - size)
         ):
             part = iterative_stratification(self.labels[chosen], np.array([1 - share, share]), rng)
-            return chosen[part == 1]
-        taken: np.ndarray = np.asarray(train_test_split(chosen, test_size=size, stratify=stratum, random_state=rng)[1])
-        return taken
+            picked: np.ndarray = chosen[part == 1]
+            return picked
+        _, taken = train_test_split(chosen, test_size=size, stratify=stratum, random_state=rng)
+        held_out: np.ndarray = chosen[np.isin(chosen, taken)]
+        return held_out
 
 
 def _quarters(values: np.ndarray) -> np.ndarray:
