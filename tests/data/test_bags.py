@@ -211,10 +211,11 @@ def test_packing_keeps_the_budget_and_visits_every_bag_once(
             assert sum(lengths[index] for index, _, _ in batch) <= budget or len(batch) == 1
             seen += [index for index, _, _ in batch]
     assert len(counts) == 1, "as many batches on each rank"
-    if len(lengths) >= ranks:
-        assert sorted(seen) == list(range(len(lengths)))
-    else:
-        assert set(seen) == set(range(len(lengths)))
+    assert set(seen) == set(range(len(lengths)))
+    # Ranks take as many batches each: where there are not bags enough for that, a few come twice.
+    assert len(seen) - len(lengths) < ranks
+    if ranks == 1:
+        assert len(seen) == len(lengths)
 
 
 def test_the_number_of_batches_never_changes_and_they_are_full() -> None:
