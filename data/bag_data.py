@@ -83,7 +83,7 @@ class BagDataModule(lightning.LightningDataModule):
         times: list[float] | None = None,
         discrete_time: bool = False,
         task_file: Path | None = None,
-        splits: Path | Literal["train", "test"] | None = None,
+        splits: Literal["train", "test"] | Path | None = None,
         fold: int = 0,
         folds: int = 1,
         val_share: float = 0.15,
@@ -120,7 +120,8 @@ class BagDataModule(lightning.LightningDataModule):
         self.times = times
         self.discrete_time = discrete_time
         self.task_file = None if task_file is None else Path(task_file)
-        self.splits_source = splits
+        self.only_part = str(splits) if splits is not None and str(splits) in ("train", "test") else None
+        self.splits_file = None if splits is None or self.only_part else Path(splits)
         self.fold = fold
         self.folds = folds
         self.val_share = val_share
@@ -151,7 +152,7 @@ class BagDataModule(lightning.LightningDataModule):
             times=self.times,
             discrete_time=self.discrete_time,
             task_file=self.task_file,
-            all_classes=self.splits_source != "test",
+            all_classes=self.only_part != "test",
         )
 
     @property
@@ -167,12 +168,10 @@ class BagDataModule(lightning.LightningDataModule):
 
     @cached_property
     def _splits_and_notes(self) -> tuple[pd.DataFrame, list[str]]:
-        cohort, source = self.cohort, self.splits_source
+        cohort, path = self.cohort, self.splits_file
         notes: list[str] = []
-        if source in ("train", "test"):
-            splits = cohort.rows[["slide_id", "patient_id"]].assign(fold_0=source)
-            return splits, notes
-        path = None if source is None else Path(source)
+        if self.only_part is not None:
+            return cohort.rows[["slide_id", "patient_id"]].assign(fold_0=self.only_part), notes
         if path is not None and path.exists():
             splits, notes = read_splits(path, cohort)
             notes.append(f"splits are those of {path}")
@@ -305,7 +304,7 @@ class BagDataModule(lightning.LightningDataModule):
                 f"{self.truncated['bags']} training bags have more than {self.max_tiles} tiles: "
                 f"{self.truncated['tiles']:,} tiles are left out in each epoch (--data.max_tiles)"
             )
-        if self.splits_source not in ("train", "test"):
+        if self.only_part is None:
             notes += [f"fold {self.fold} has no {part} part" for part in ("val", "test") if not len(self._rows[part])]
         return notes
 
@@ -344,7 +343,7 @@ class BagDataModule(lightning.LightningDataModule):
         """Read and check everything, and tell what was found."""
         first = "_bags" not in self.__dict__
         _ = self._bags
-        if self.splits_source != "test":
+        if self.only_part != "test":
             _ = self.training_features
         if first and _first_rank():
             for note in self.notes:
