@@ -21,7 +21,7 @@ from .augmentation import Augmentation
 from .bags import Bag, BagDataset, make_bags
 from .batch_sampler import BagLoader, TokenBudgetBatchSampler
 from .cohort import Cohort, read_cohort
-from .cohort_table import FOLD_COLUMN
+from .cohort_table import FOLD_COLUMN, listed
 from .feature_cache import FeatureCache
 from .feature_statistics import FeatureStatistics
 from .feature_survey import FeatureSurvey, survey_features
@@ -305,7 +305,19 @@ class BagDataModule(lightning.LightningDataModule):
                 f"{self.truncated['tiles']:,} tiles are left out in each epoch (--data.max_tiles)"
             )
         if self.only_part is None:
-            notes += [f"fold {self.fold} has no {part} part" for part in ("val", "test") if not len(self._rows[part])]
+            notes += self._notes_of_fold()
+        return notes
+
+    def _notes_of_fold(self) -> list[str]:
+        """What the validation and test parts lack: metrics need all classes."""
+        notes = []
+        for row in self.counts()[1:]:
+            if not row["slides"]:
+                notes.append(f"fold {self.fold} has no {row['part']} part")
+                continue
+            absent = [name for name, count in row.get("classes", {}).items() if not count]
+            if absent:
+                notes.append(f"the {row['part']} part of fold {self.fold} has no slide of class {listed(absent)}")
         return notes
 
     @property
@@ -316,7 +328,7 @@ class BagDataModule(lightning.LightningDataModule):
         return {"bags": len(surplus), "tiles": sum(surplus)}
 
     def counts(self) -> list[dict[str, Any]]:
-        """A row for each part of the fold: `part`, `patients`, `slides`, `tiles`, and slides of each class (or events)."""
+        """For each part of the fold: `part`, `patients`, `slides`, `tiles`; slides of each of the `classes`, or `events`."""
         rows = []
         task = self.cohort.task
         for part, index in self._rows.items():
@@ -329,9 +341,9 @@ class BagDataModule(lightning.LightningDataModule):
             if task is not None and self.cohort.targets is not None:
                 targets = self.cohort.targets[index]
                 if task.kind in CLASSIFICATION:
-                    row |= {name: int((targets == number).sum()) for number, name in enumerate(task.classes)}
+                    row["classes"] = {name: int((targets == i).sum()) for i, name in enumerate(task.classes)}
                 elif task.kind == "multilabel":
-                    row |= {name: int((targets[:, number] == 1).sum()) for number, name in enumerate(task.classes)}
+                    row["classes"] = {name: int((targets[:, i] == 1).sum()) for i, name in enumerate(task.classes)}
                 elif task.kind == "survival":
                     row["events"] = int(targets[:, 1].sum())
             rows.append(row)

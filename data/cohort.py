@@ -17,12 +17,10 @@ from .cohort_table import (
     read_split_folder,
     read_text_table,
     require_columns,
+    without_suffix,
 )
 from .labels import LabelReader
-from .slide_table import SLIDE_SUFFIXES
 from .task_file import TaskFile, read_task_file
-
-_SUFFIXES = SLIDE_SUFFIXES | {".h5", ".hdf5", ".pt"}
 
 
 @dataclass(frozen=True)
@@ -171,18 +169,12 @@ def _read_table(table: Path, never_missing: frozenset[str]) -> tuple[pd.DataFram
     return frame.drop(columns=folds), frame[["slide_id", *folds]]
 
 
-def _slide_id(name: str, there: Collection[str]) -> str:
-    """The name of the feature file: without the suffix of the slide file, unless the feature file has it too."""
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and f".{suffix.lower()}" in _SUFFIXES and name not in there else name
-
-
 def _with_ids(frame: pd.DataFrame, source: Path, there: Collection[str], notes: list[str]) -> pd.DataFrame:
     require_columns(source, frame, ["slide_id"])
     empty = frame["slide_id"].isna()
     if empty.any():
         raise LongslideError(f"{source}: row {int(empty.argmax()) + 1} has no slide_id")
-    ids = frame["slide_id"].map(lambda name: _slide_id(name, there))
+    ids = frame["slide_id"].map(lambda name: without_suffix(name, there))
     twice = ids[ids.duplicated()]
     if len(twice):
         raise LongslideError(

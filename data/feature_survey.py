@@ -96,7 +96,8 @@ def survey_features(
 
     def read(path: Path) -> SlideMoments:
         features = cache.read(path).features
-        mean = features.mean(0, dtype=np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):
+            mean = features.mean(0, dtype=np.float32)
         if not np.isfinite(mean).all():
             if np.isfinite(features).all():  # sums of large float16 numbers
                 raise LongslideError(f"{path}: embeddings too large to average; embed the slide again in float32")

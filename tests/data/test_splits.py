@@ -152,6 +152,9 @@ def test_what_cannot_be_split_is_refused() -> None:
     assert "2 sites are fewer than" in refusal(make_splits, two, folds=3, keep_sites_apart=True)
     moved = binary([0, 1] * 10, patients=[f"p{i // 2}" for i in range(20)], site=["a", "b"] * 10)
     assert "patient p0 has slides from two sites" in refusal(make_splits, moved, folds=2, keep_sites_apart=True)
+    survival = Task("survival", ("t", "e"), times=(5,))
+    rare = in_memory(survival, np.stack([np.arange(1, 31), np.arange(30) < 2], axis=1).astype(np.float32))
+    assert "2 patients have an event, fewer than the 5 folds need (5)" in refusal(make_splits, rare, folds=5)
     assert "--data.folds must be at least 1" in refusal(make_splits, binary([0, 1]), folds=0)
 
 
@@ -215,8 +218,8 @@ def test_bad_splits_are_refused(tmp_path: Path, rows: Write) -> None:
     assert "no column fold_0" in refusal(read_splits, alike, cohort)
     strange = rows([{"slide_id": f"t{i}", "fold_0": "train"} for i in range(4)], "b.csv")
     assert "none of the cohort's slides is in it" in refusal(read_splits, strange, cohort)
-    double = rows([{"slide_id": "s0", "fold_0": "train"}] * 2, "c.csv")
-    assert "s0 is there more than once" in refusal(read_splits, double, cohort)
+    double = rows([{"slide_id": "s0.svs", "fold_0": part} for part in ("train", "test")], "c.csv")
+    assert "s0 is there with different parts" in refusal(read_splits, double, cohort)
     rows([{"slide_id": "s0"}], "folder/train_0.csv")
     rows([{"slide_id": "s0"}], "folder/test_0.csv")
     assert "s0 is also in t" in refusal(read_splits, tmp_path / "folder", cohort)
