@@ -210,9 +210,16 @@ class BagDataModule(lightning.LightningDataModule):
 
     @cached_property
     def survey(self) -> FeatureSurvey:
-        """What the feature files are; the first call reads and checks them all."""
-        threads = max(2, self.workers)
-        return survey_features(self.cohort.files, self.cache, threads=threads, quiet=not _first_rank())
+        """What the feature files are; the first call reads and checks them all, those of the training part first."""
+        rows = self._rows
+        unused = np.setdiff1d(np.arange(len(self.cohort.files)), np.concatenate(list(rows.values())))
+        return survey_features(
+            self.cohort.files,
+            self.cache,
+            order=np.concatenate([*rows.values(), unused]).tolist(),
+            threads=max(2, self.workers),
+            quiet=not _first_rank(),
+        )
 
     @property
     def feature_dim(self) -> int:

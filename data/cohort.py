@@ -131,6 +131,8 @@ def read_cohort(
         notes.append(f"{len(without_features)} slides of {source} have no feature file: {listed(without_features)}")
     if without_label:
         notes.append(f"{len(without_label)} feature files have no label: {listed(without_label)}")
+    if problem is not None and not names:
+        notes += _choices(problem, times)
     rows = frame[keep].reset_index(drop=True)
     return Cohort(
         rows=rows,
@@ -152,6 +154,19 @@ def _asked(task: TaskKind | None, task_file: Path | None) -> TaskFile | None:
     if task is not None and task != asked.kind and not {task, asked.kind} <= set(CLASSIFICATION):
         raise LongslideError(f"{task_file}: a task of kind {asked.kind}, and {task} was asked for; drop one of the two")
     return replace(asked, kind=task or asked.kind)
+
+
+def _choices(task: Task, times: Sequence[float] | None) -> list[str]:
+    """What was settled for the user, who may want it otherwise."""
+    if task.kind in CLASSIFICATION:
+        what = f"classes of {task.label[0]}, in this order: {', '.join(task.classes)}"
+        positive = f"; the positive one is {task.classes[-1]}" if task.kind == "binary" else ""
+        return [f"{what}{positive} (--data.classes for another order)"]
+    if task.kind == "survival" and times is None:
+        return [
+            f"survival is reported at the times {', '.join(f'{time:g}' for time in task.times)} (--data.times for others)"
+        ]
+    return []
 
 
 def _every_file(there: Collection[str], features: Path) -> pd.DataFrame:

@@ -197,6 +197,17 @@ def test_processes_and_memory_change_nothing(two_classes: tuple[Path, Path], bal
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_little_memory_is_for_the_training_part(two_classes: tuple[Path, Path]) -> None:
+    whole = data(*two_classes)
+    wanted = sum(sum(bag.tiles) for bag in whole.bags("train")) * (6 * 2 + 16)
+    module = data(*two_classes, cache_gb=wanted / 1e9)
+    module.setup("fit")
+    for part in ("val", "test"):
+        for bag in module.bags(part):
+            bag.files[0].unlink()
+    assert len(list(module.train_dataloader())) > 0
+
+
 def test_memory_is_filled_once_and_files_are_not_read_again(two_classes: tuple[Path, Path]) -> None:
     module = data(*two_classes, workers=2)
     module.setup("fit")

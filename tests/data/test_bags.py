@@ -1,5 +1,6 @@
 """Bags, augmentation, packing, the cache: what a batch holds, and that only seed, epoch and bag decide it."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,14 @@ def test_the_cache_keeps_what_fits_and_no_more(slide: Callable[..., Path]) -> No
     assert len(cache.read(paths[2]).features) == 100
     with pytest.raises(LongslideError, match="no such feature file"):
         cache.read(paths[4])
+
+
+def test_a_cache_that_is_sent_to_another_process_is_empty(slide: Callable[..., Path]) -> None:
+    cache = FeatureCache(1.0, slide_embeddings=False)
+    cache.read(slide("a"))
+    sent = pickle.loads(pickle.dumps(cache))
+    assert (len(sent), sent.limit) == (0, 0)
+    assert len(sent.read(slide("a")).features) == 12
 
 
 lengths = st.lists(st.integers(1, 120), min_size=1, max_size=60).map(np.array)

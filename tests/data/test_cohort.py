@@ -78,6 +78,7 @@ def test_truth_values_are_classes_false_first(features: Path, rows: Write) -> No
     cohort = read_cohort(rows(labelled(True, False, True), "t.parquet"), features, task="binary")
     assert cohort.task is not None
     assert cohort.task.classes == ("False", "True")
+    assert "classes of label, in this order: False, True; the positive one is True" in "\n".join(cohort.notes)
     np.testing.assert_array_equal(cohort.targets, [1, 0, 1])
 
 
