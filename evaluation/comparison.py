@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import LongslideError
-from ..task import Task
+from ..task import CLASSIFICATION, Task
 from .bootstrap import percentile_interval, sign_p_value
 from .classification import Classes, Labels
 from .delong import delong_p_value
@@ -40,7 +40,12 @@ def check_same_patients(predictions: Mapping[str, pd.DataFrame], task: Task) -> 
                 f"{first} and {name} were not tested on the same patients: {only_first} only in the first, {only_other} "
                 f"only in the second, {shared} in both; --common-patients compares on those"
             )
-        differ = (known[columns].astype(str) != theirs.loc[known.index, columns].astype(str)).any(axis=1)
+        ours, their_targets = known[columns], theirs.loc[known.index, columns]
+        if task.kind in CLASSIFICATION:
+            differ = (ours.astype(str) != their_targets.astype(str)).any(axis=1)
+        else:
+            close = np.isclose(ours.astype(float), their_targets.astype(float), equal_nan=True)
+            differ = pd.Series(~close.all(axis=1), index=known.index, dtype=bool)
         if differ.any():
             raise LongslideError(
                 f"{first} and {name} have different targets for {int(differ.sum())} of {len(known)} patients, such as "

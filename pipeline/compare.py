@@ -140,8 +140,8 @@ def _on_common_patients(predictions: "dict[str, pd.DataFrame]") -> "tuple[dict[s
         name: set(table.loc[(table["part"] == "test") & (table["level"] == "patient"), "patient_id"])
         for name, table in predictions.items()
     }
-    every: set[object] = set().union(*tested.values())
-    common = every.intersection(*tested.values())
+    every: set[str] = set().union(*tested.values())
+    common = {patient for patient in every if all(patient in patients for patients in tested.values())}
     if not common:
         raise LongslideError("the runs have no test patient in common; nothing can be compared")
     kept = {name: table[table["patient_id"].isin(common)] for name, table in predictions.items()}
@@ -151,8 +151,11 @@ def _on_common_patients(predictions: "dict[str, pd.DataFrame]") -> "tuple[dict[s
 def _on_common_times(predictions: "dict[str, pd.DataFrame]") -> "dict[str, pd.DataFrame]":
     """Only the times at which every run predicts survival: Brier scores over other times are other scores."""
     every = [{name for name in map(str, table) if name.startswith("survival_")} for table in predictions.values()]
-    other = set.union(*every) - set.intersection(*every)
-    return {name: table.drop(columns=list(other & set(table))) for name, table in predictions.items()}
+    common = set(every[0]).intersection(*every)
+    return {
+        name: table.drop(columns=list(own - common))
+        for (name, table), own in zip(predictions.items(), every, strict=True)
+    }
 
 
 def _one_table(values: "Mapping[str, pd.DataFrame]", differences: "pd.DataFrame") -> "pd.DataFrame":

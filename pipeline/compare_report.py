@@ -195,7 +195,9 @@ def _pictures(
             pictures.append(picture(run_figures.precision_recall(curves), "Precision-recall curves", caption))
         of, is_so = f"Predicted probability of {task.classes[1]}", f"Share that is {task.classes[1]}"
         figure = run_figures.calibration(calibration, of, is_so)
-        pictures.append(picture(figure, "Calibration curves", "Calibration; larger points hold more patients."))
+        pictures.append(
+            picture(figure, "Calibration curves", "Calibration in bins of 0.1; larger points hold more patients.")
+        )
     return pictures
 
 

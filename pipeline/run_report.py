@@ -74,7 +74,7 @@ def write_run_report(run: Path) -> Path:
         level=level,
         task_kind=read.task.kind,
         metrics=metrics_table(here, read.task),
-        per_class=per_class_table(here),
+        per_class=per_class_table(here, outcomes),
         folds=folds_table(here),
         slides=metrics_table(metrics[metrics["level"] == "slide"], read.task) if level == "patient" else None,
         subgroups=_subgroups(here, read.task),
@@ -95,10 +95,10 @@ def _subgroups(metrics: "pd.DataFrame", task: Task) -> "list[tuple[str, Picture,
     """For each subgroup column: its name, a forest plot of the first metric, and a table."""
     result = []
     rows = metrics[metrics["scope"].str.startswith("subgroup:") & ~metrics["metric"].str.contains(":")]
-    parts = rows["scope"].str.removeprefix("subgroup:").str.partition("=")
+    columns_of = rows["scope"].map(lambda scope: scope.removeprefix("subgroup:").partition("=")[0])
     primary = PRIMARY_METRIC[task.kind]
-    for column in dict.fromkeys(parts[0]):
-        of_column = rows[parts[0] == column]
+    for column in dict.fromkeys(columns_of):
+        of_column = rows[columns_of == column]
         names = list(dict.fromkeys(of_column["metric"]))
         columns = [column, "n", *map(metric_name, names)]
         table: list[list[Cell]] = []
@@ -219,7 +219,11 @@ def _calibration(outcomes: Classes | Labels, curves: dict[str, Curve]) -> Pictur
         figure = run_figures.calibration({"": (correct, confidence)}, xlabel, ylabel)
     else:
         figure = run_figures.calibration(curves, "Predicted probability", "Share that is positive")
-    return picture(figure, "Calibration curve", "Calibration in bins of 0.1; larger points hold more patients.")
+    return picture(
+        figure,
+        "Calibration curve",
+        "Calibration in bins of 0.1; larger points hold more patients, bins of fewer than 5 are not drawn.",
+    )
 
 
 def _survival_pictures(

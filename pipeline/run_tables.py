@@ -7,7 +7,7 @@ import numpy as np
 
 from ..evaluation.classification import Classes, Labels
 from ..evaluation.evaluate import PRIMARY_METRIC
-from ..evaluation.outcomes import read_outcomes
+from ..evaluation.outcomes import Outcomes, read_outcomes
 from ..evaluation.regression import Values
 from ..evaluation.scopes import select
 from ..task import CLASSIFICATION, Task
@@ -79,6 +79,8 @@ def with_interval(value: float, low: float, high: float) -> str:
 
 def task_text(task: Task) -> str:
     """What was predicted, in a few words."""
+    if task.kind == "survival":
+        return f"Survival: time {task.label[0]}, event {task.label[1]}"
     text = f"{TASK_NAMES[task.kind]} of {' and '.join(task.label[:3])}" + (" and others" if len(task.label) > 3 else "")
     if task.kind in CLASSIFICATION:
         text += f" ({', '.join(task.classes[:6])}{', …' if len(task.classes) > 6 else ''})"
@@ -94,22 +96,17 @@ def metrics_table(metrics: "pd.DataFrame", task: Task) -> Table | None:
     used = [scope for scope in scopes if (plain["scope"] == scope).any()]
     columns = [
         "Metric",
-        *(f"{scopes[scope]} (95% interval)" if len(used) > 1 else "Value (95% interval)" for scope in used),
+        *(scopes[scope] if len(used) > 1 else "Value, 95% interval" for scope in used),
     ]
     order = sorted(dict.fromkeys(plain["metric"]), key=lambda name: name != PRIMARY_METRIC[task.kind])
     rows: list[list[Cell]] = [
-        [metric_name(metric), *(_cell(plain, scope, metric) for scope in used)] for metric in order
+        [metric_name(metric), *(narrow_cell(plain, scope, metric) for scope in used)] for metric in order
     ]
     return Table(columns, rows, columns[1:])
 
 
-def _cell(metrics: "pd.DataFrame", scope: str, metric: str) -> str:
-    chosen = metrics[(metrics["scope"] == scope) & (metrics["metric"] == metric)]
-    return with_interval(*chosen.iloc[0][["value", "low", "high"]]) if len(chosen) else "–"
-
-
 def narrow_cell(metrics: "pd.DataFrame", scope: str, metric: str) -> Cell:
-    """A metric of a scope with its interval below, for wide tables."""
+    """A metric of a scope with its interval below."""
     chosen = metrics[(metrics["scope"] == scope) & (metrics["metric"] == metric)]
     if not len(chosen):
         return "–"
@@ -117,18 +114,23 @@ def narrow_cell(metrics: "pd.DataFrame", scope: str, metric: str) -> Cell:
     return (number(value), f"{number(low)} to {number(high)}") if np.isfinite([low, high]).all() else number(value)
 
 
-def per_class_table(metrics: "pd.DataFrame") -> Table | None:
-    """Classes or labels down, metrics across, pooled."""
+def per_class_table(metrics: "pd.DataFrame", outcomes: Outcomes) -> Table | None:
+    """Classes or labels down, with how many patients are of each; metrics across, pooled."""
     rows = metrics[(metrics["scope"] == "pooled") & metrics["metric"].str.contains(":")]
     if not len(rows):
         return None
     parts = rows["metric"].str.partition(":")
     names, of = list(dict.fromkeys(parts[0])), list(dict.fromkeys(parts[2]))
-    columns = ["", "n", *(metric_name(name) for name in names)]
     table: list[list[Cell]] = []
     for label in of:
-        n = rows.loc[parts[2] == label, "n"].iloc[0]
-        table.append([label, f"{n:,}", *(narrow_cell(rows, "pooled", f"{name}:{label}") for name in names)])
+        if isinstance(outcomes, Labels):
+            target = outcomes.target[:, outcomes.names.index(label)]
+            n = f"{int(np.nansum(target)):,} of {int((~np.isnan(target)).sum()):,}"
+        else:
+            assert isinstance(outcomes, Classes)
+            n = f"{int((outcomes.target == outcomes.names.index(label)).sum()):,} of {len(outcomes):,}"
+        table.append([label, n, *(narrow_cell(rows, "pooled", f"{name}:{label}") for name in names)])
+    columns = ["Label" if isinstance(outcomes, Labels) else "Class", "Positive", *(metric_name(name) for name in names)]
     return Table(columns, table, columns[1:])
 
 
