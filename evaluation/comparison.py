@@ -42,14 +42,14 @@ def check_same_patients(predictions: Mapping[str, pd.DataFrame], task: Task) -> 
             )
         ours, their_targets = known[columns], theirs.loc[known.index, columns]
         if task.kind in CLASSIFICATION:
-            differ = (ours.astype(str) != their_targets.astype(str)).any(axis=1)
+            same = (ours.astype(str) == their_targets.astype(str)).to_numpy()
         else:
-            close = np.isclose(ours.astype(float), their_targets.astype(float), equal_nan=True)
-            differ = pd.Series(~close.all(axis=1), index=known.index, dtype=bool)
-        if differ.any():
+            same = np.isclose(ours.astype(float), their_targets.astype(float), equal_nan=True)
+        differ = known.index[~same.all(axis=1)]
+        if len(differ):
             raise LongslideError(
-                f"{first} and {name} have different targets for {int(differ.sum())} of {len(known)} patients, such as "
-                f"{differ.idxmax()}; train both on the same table"
+                f"{first} and {name} have different targets for {len(differ)} of {len(known)} patients, such as "
+                f"{differ[0]}; train both on the same table"
             )
 
 
