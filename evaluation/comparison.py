@@ -45,7 +45,7 @@ def check_same_patients(predictions: Mapping[str, pd.DataFrame], task: Task) -> 
             same = (ours.astype(str) == their_targets.astype(str)).to_numpy()
         else:
             same = np.isclose(ours.astype(float), their_targets.astype(float), equal_nan=True)
-        differ = known.index[~same.all(axis=1)]
+        differ = known.index[np.flatnonzero(~same.all(axis=1))]
         if len(differ):
             raise LongslideError(
                 f"{first} and {name} have different targets for {len(differ)} of {len(known)} patients, such as "

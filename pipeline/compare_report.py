@@ -19,7 +19,7 @@ from .page import Picture, picture, write_page
 from .run_figures import Curve
 from .run_folder import Run
 from .run_report import class_curves
-from .run_tables import Cell, Table, metric_name, narrow_cell, number, task_text, with_interval
+from .run_tables import Cell, Table, interval, metric_name, narrow_cell, number, task_text, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,8 +82,8 @@ def write_comparison_page(
     facts = []
     for name, metrics in values.items():
         first = metrics[(metrics["scope"] == "pooled") & (metrics["metric"] == primary)].iloc[0]
-        interval = f"{number(first['low'])}–{number(first['high'])}" if np.isfinite(first["low"]) else ""
-        facts.append((name, number(first["value"]), f"{metric_name(primary)} {interval}"))
+        small = interval(first["low"], first["high"]) if np.isfinite(first["low"]) else ""
+        facts.append((name, number(first["value"]), f"{metric_name(primary)} {small}"))
     return write_page(
         path,
         "comparison.html",

@@ -23,6 +23,7 @@ from .run_tables import (
     Table,
     cohort_table,
     folds_table,
+    interval,
     metric_name,
     metrics_table,
     missing_slides,
@@ -121,7 +122,7 @@ def _delong(outcomes: Outcomes, rows: "pd.DataFrame") -> str | None:
     if not isinstance(outcomes, Classes) or len(outcomes.names) != 2 or rows["patient_id"].duplicated().any():
         return None
     low, high = delong_interval(outcomes.target == 1, outcomes.probability[:, 1])
-    return f"{number(low)} to {number(high)}" if np.isfinite(low) else None
+    return interval(low, high) if np.isfinite(low) else None
 
 
 def _description(run: Run) -> str:
@@ -136,7 +137,7 @@ def _facts(run: Run, metrics: "pd.DataFrame", rows: "pd.DataFrame") -> list[tupl
     facts = []
     if primary in pooled.index:
         value, low, high = (float(pooled[column][primary]) for column in ("value", "low", "high"))
-        small = f"95% interval {number(low)}–{number(high)}" if np.isfinite(low) else "no interval"
+        small = f"95% interval {interval(low, high)}" if np.isfinite(low) else "no interval"
         facts.append((metric_name(primary), number(value), small))
     facts.append(("Test patients", f"{rows['patient_id'].nunique():,}", ""))
     slides = run.predictions[(run.predictions["level"] == "slide") & (run.predictions["part"] == "test")]

@@ -28,7 +28,7 @@ METRIC_NAMES = {
     "f1": "F1",
     "quadratic_kappa": "Quadratic kappa",
     "brier": "Brier score",
-    "ece": "Expected calibration error",
+    "ece": "Calibration error",
     "log_loss": "Log-loss",
     "mae": "Mean absolute error",
     "r2": "R²",
@@ -72,16 +72,21 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.4g}"
 
 
+def interval(low: float, high: float) -> str:
+    """`0.870–0.948`, or `-0.020 to 0.110` where a dash could be taken for a minus."""
+    return f"{number(low)}{'–' if low >= 0 else ' to '}{number(high)}"
+
+
 def with_interval(value: float, low: float, high: float) -> str:
-    """`0.912 (0.870 to 0.948)`."""
-    return f"{number(value)} ({number(low)} to {number(high)})" if np.isfinite([low, high]).all() else number(value)
+    """`0.912 (0.870–0.948)`."""
+    return f"{number(value)} ({interval(low, high)})" if np.isfinite([low, high]).all() else number(value)
 
 
 def task_text(task: Task) -> str:
     """What was predicted, in a few words."""
     if task.kind == "survival":
         return f"Survival: time {task.label[0]}, event {task.label[1]}"
-    text = f"{TASK_NAMES[task.kind]} of {' and '.join(task.label[:3])}" + (" and others" if len(task.label) > 3 else "")
+    text = f"{TASK_NAMES[task.kind]} of {', '.join(task.label[:6])}{', …' if len(task.label) > 6 else ''}"
     if task.kind in CLASSIFICATION:
         text += f" ({', '.join(task.classes[:6])}{', …' if len(task.classes) > 6 else ''})"
     return text
@@ -111,7 +116,7 @@ def narrow_cell(metrics: "pd.DataFrame", scope: str, metric: str) -> Cell:
     if not len(chosen):
         return "–"
     value, low, high = chosen.iloc[0][["value", "low", "high"]]
-    return (number(value), f"{number(low)} to {number(high)}") if np.isfinite([low, high]).all() else number(value)
+    return (number(value), interval(low, high)) if np.isfinite([low, high]).all() else number(value)
 
 
 def per_class_table(metrics: "pd.DataFrame", outcomes: Outcomes) -> Table | None:

@@ -106,7 +106,7 @@ def test_the_numbers_are_those_of_metrics_csv_with_subgroups(tmp_path: Path, wri
     for scope in ("pooled", "mean", "fold_2", "subgroup:site=Turin"):
         row = metrics[(metrics["scope"] == scope) & (metrics["level"] == "patient") & (metrics["metric"] == "auroc")]
         value, low, high = row.iloc[0][["value", "low", "high"]]
-        assert f"{value:.3f}{low:.3f} to {high:.3f}" in page.text, scope
+        assert f"{value:.3f}{low:.3f}–{high:.3f}" in page.text, scope
     assert "AUROC by site" in [image["alt"] for image in page.images]
 
 
