@@ -28,12 +28,12 @@ MOST_BARS = 24
 """Rows of a forest plot."""
 
 
-def print_comparison(values: "Mapping[str, pd.DataFrame]", differences: "pd.DataFrame", task: Task) -> None:
+def print_comparison(values: "Mapping[str, pd.DataFrame]", differences: "pd.DataFrame", task: Task, level: str) -> None:
     """Print the metrics of each run and the differences in the first metric."""
     console = Console(highlight=False)
     primary = PRIMARY_METRIC[task.kind]
     n = int(next(iter(values.values()))["n"].max())
-    table = TerminalTable(title=f"{n} test patients, 95% intervals", title_justify="left", box=SIMPLE)
+    table = TerminalTable(title=f"{n} test {level}s, 95% intervals", title_justify="left", box=SIMPLE)
     table.add_column("")
     for name in values:
         table.add_column(name, justify="right")
@@ -61,6 +61,7 @@ def write_comparison_page(
     values: "Mapping[str, pd.DataFrame]",
     differences: "pd.DataFrame",
     left_out: int,
+    level: str,
 ) -> Path:
     """Write the page of a comparison.
 
@@ -72,6 +73,7 @@ def write_comparison_page(
         values: Their metrics.
         differences: The differences between all pairs.
         left_out: Patients that not all runs were tested on.
+        level: `patient` or `slide`.
 
     Returns:
         `path`.
@@ -88,7 +90,7 @@ def write_comparison_page(
         path,
         "comparison.html",
         title=" vs. ".join(runs) if len(runs) < 4 else f"{len(runs)} runs compared",
-        description=f"{task_text(task)}, on the same {int(pooled['n'].max()):,} test patients.",
+        description=f"{task_text(task)}, on the same {int(pooled['n'].max()):,} test {level}s.",
         facts=facts,
         left_out=left_out,
         primary=metric_name(primary),
@@ -97,7 +99,7 @@ def write_comparison_page(
         differences=_differences_table(pooled[pooled["metric"] == primary], with_metric=False, corrected=several),
         delong=(pooled["test"] == "delong").any(),
         several=several,
-        pictures=_pictures(predictions, task, values, pooled, primary),
+        pictures=_pictures(predictions, level, task, values, pooled, primary),
         others=_differences_table(pooled[pooled["metric"] != primary], with_metric=True, corrected=several),
         mean=_differences_table(differences[differences["scope"] == "mean"], with_metric=True, corrected=several),
         subgroups=_subgroups(values, differences, primary),
@@ -161,6 +163,7 @@ def _differences_table(differences: "pd.DataFrame", *, with_metric: bool, correc
 
 def _pictures(
     predictions: "Mapping[str, pd.DataFrame]",
+    level: str,
     task: Task,
     values: "Mapping[str, pd.DataFrame]",
     pooled: "pd.DataFrame",
@@ -182,7 +185,7 @@ def _pictures(
         curves: dict[str, Curve] = {}
         calibration: dict[str, Curve] = {}
         for run, table in predictions.items():
-            outcomes = read_outcomes(select(table, "patient"), task)
+            outcomes = read_outcomes(select(table, level), task)
             assert isinstance(outcomes, Classes)
             curve = class_curves(outcomes).get("")
             if curve is not None:

@@ -87,6 +87,7 @@ def write_run_report(run: Path) -> Path:
         cohort=cohort_table(read),
         splits=splits_table(read),
         missing=missing_slides(read),
+        remarks=[str(note) for note in read.facts.get("notes") or []],
         settings=settings_table(read),
         configuration=read.configuration,
     )

@@ -270,8 +270,8 @@ def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
     """Slides that are in the table or the folder but not in the run."""
     found = []
     for key, name in (
-        ("slides_without_features", "Slides without features"),
-        ("features_without_label", "Features without a label"),
+        ("without_features", "Slides without features"),
+        ("without_label", "Features without a label"),
     ):
         slides = run.facts.get(key) or []
         if slides:
@@ -281,7 +281,7 @@ def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
 
 def settings_table(run: Run) -> Table:
     """What `run.json` says of the run, without what is told elsewhere."""
-    told = {"task", "slides_without_features", "features_without_label", "counts"}
+    told = {"task", "without_features", "without_label", "notes", "counts", "finished", "trained_folds"}
     rows: list[list[Cell]] = []
 
     def add(name: str, value: Any) -> None:

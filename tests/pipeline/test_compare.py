@@ -98,6 +98,18 @@ def test_brier_scores_are_compared_over_the_times_that_both_runs_predict(tmp_pat
     assert brier["value"].tolist()[-1] == 0
 
 
+def test_runs_without_predictions_of_patients_are_compared_by_slides(tmp_path: Path, write_run: WriteRun) -> None:
+    folders = [write_run(tmp_path / name, skill=skill, patients=40) for name, skill in (("a", 2.0), ("b", 0.5))]
+    for folder in folders:
+        predictions = pd.read_csv(folder / "predictions.csv")
+        predictions[predictions["level"] == "slide"].to_csv(folder / "predictions.csv", index=False)
+    first, _ = compare(folders, tmp_path / "out", bootstrap=100)
+    assert first.n == predictions[(predictions["level"] == "slide") & (predictions["part"] == "test")].shape[0]
+    assert "test slides" in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    table = pd.read_csv(tmp_path / "out" / "comparison.csv")
+    assert set(table["test"].dropna()) == {"bootstrap"}, "slides of one patient are not independent"
+
+
 def test_runs_of_the_same_name_go_by_more_of_their_path(runs: Path, tmp_path: Path) -> None:
     for seed in ("seed-0", "seed-1"):
         shutil.copytree(runs / "abmil", tmp_path / seed / "abmil")
@@ -111,12 +123,16 @@ def test_what_cannot_be_compared_is_one_clear_line(runs: Path, tmp_path: Path, w
     facts = json.loads((other_label / "run.json").read_text())
     facts["task"]["label"] = ["her2"]
     (other_label / "run.json").write_text(json.dumps(facts))
+    untested = write_run(tmp_path / "untested", patients=30)
+    predictions = pd.read_csv(untested / "predictions.csv")
+    predictions.assign(part="val").to_csv(untested / "predictions.csv", index=False)
     longnet = runs / "longnet"
     for folders, message in (
         ([longnet], "two or more"),
         ([longnet, longnet], "named twice"),
         ([longnet, tmp_path / "none"], "no such folder"),
         ([longnet, tmp_path], "no run.json"),
+        ([longnet, untested], "untested has none"),
         ([longnet, survival], "kind is binary and survival"),
         ([longnet, other_label], "label is status and her2"),
     ):
