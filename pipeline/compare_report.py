@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as TerminalTable
 
 from ..evaluation.classification import Classes
@@ -36,20 +37,22 @@ def print_comparison(values: "Mapping[str, pd.DataFrame]", differences: "pd.Data
     table = TerminalTable(title=f"{n} test {level}s, 95% intervals", title_justify="left", box=SIMPLE)
     table.add_column("")
     for name in values:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for metric in _metrics(values, primary):
         table.add_row(metric_name(metric), *(_terminal_cell(metrics, metric) for metrics in values.values()))
     console.print(table)
     for scope in _scopes(differences):
         pairs = differences[(differences["scope"] == scope) & (differences["metric"] == primary)]
         table = TerminalTable(
-            title=f"Difference in {metric_name(primary)}, {_scope_name(scope)}", title_justify="left", box=SIMPLE
+            title=escape(f"Difference in {metric_name(primary)}, {_scope_name(scope)}"),
+            title_justify="left",
+            box=SIMPLE,
         )
         for column in ("", "difference (95% interval)", "p", "p (Holm)"):
             table.add_column(column, justify="left" if not column else "right")
         for row in pairs.to_dict("records"):
             shown = with_interval(row["difference"], row["low"], row["high"])
-            table.add_row(f"{row['run_a']} - {row['run_b']}", shown, p_text(row["p"]), p_text(row["p_holm"]))
+            table.add_row(escape(f"{row['run_a']} - {row['run_b']}"), shown, p_text(row["p"]), p_text(row["p_holm"]))
         console.print(table)
 
 

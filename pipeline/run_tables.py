@@ -1,6 +1,5 @@
 """The words and tables of run reports and comparisons."""
 
-import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -249,19 +248,27 @@ def cohort_table(run: Run) -> Table | None:
 
 
 def splits_table(run: Run) -> Table | None:
-    """Patients and slides by part of each fold."""
-    splits = run.splits
+    """Patients and slides by part of each fold, with the patients of each class below."""
+    splits, cohort, task = run.splits, run.cohort, run.task
     if splits is None or "patient_id" not in splits:
         return None
     folds = [name for name in map(str, splits) if name.startswith("fold_")]
     parts = [part for part in ("train", "val", "test") if any((splits[fold] == part).any() for fold in folds)]
+    labels = None
+    if task.kind in CLASSIFICATION and cohort is not None and task.label[0] in cohort:
+        labels = cohort.set_index("slide_id")[task.label[0]]
     rows: list[list[Cell]] = []
     for fold in folds:
-        cells = []
+        cells: list[Cell] = [fold.removeprefix("fold_")]
         for part in parts:
             chosen = splits[splits[fold] == part]
-            cells.append(f"{chosen['patient_id'].nunique():,} / {len(chosen):,}")
-        rows.append([fold.removeprefix("fold_"), *cells])
+            text = f"{chosen['patient_id'].nunique():,} / {len(chosen):,}"
+            if labels is None:
+                cells.append(text)
+            else:
+                of_class = chosen.groupby(chosen["slide_id"].map(labels).astype(str))["patient_id"].nunique()
+                cells.append((text, ", ".join(f"{count:,} {name}" for name, count in of_class.items())))
+        rows.append(cells)
     columns = ["Fold", *({"train": "Training", "val": "Validation", "test": "Test"}[part] for part in parts)]
     return Table(columns, rows, columns[1:])
 
@@ -282,23 +289,18 @@ def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
 def settings_table(run: Run) -> Table:
     """What `run.json` says of the run, without what is told elsewhere."""
     told = {"task", "without_features", "without_label", "notes", "counts", "finished", "trained_folds"}
-    rows: list[list[Cell]] = []
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                add(f"{name}, {key}" if name else str(key), inner)
-        elif value is not None and value != "":
-            text = (
-                json.dumps(value)
-                if isinstance(value, list)
-                else f"{value:.6g}"
-                if isinstance(value, float)
-                else str(value)
-            )
-            rows.append([name.replace("_", " "), text])
-
-    for key, value in run.facts.items():
-        if key not in told:
-            add(str(key), value)
+    facts = {name: _fact(value) for name, value in run.facts.items() if name not in told}
+    rows: list[list[Cell]] = [[name.replace("_", " "), text] for name, text in facts.items() if text]
     return Table(["Setting", "Value"], rows, [])
+
+
+def _fact(value: Any) -> str:
+    """A value of JSON in words; nothing for null."""
+    if isinstance(value, dict):
+        parts = {str(name).replace("_", " "): _fact(inner) for name, inner in value.items()}
+        return ", ".join(f"{name} {text}" for name, text in parts.items() if text)
+    if isinstance(value, list):
+        return ", ".join(map(_fact, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
