@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-EPOCHS = {"contains": "8", "arrangement": "5", "permuted": "3"}
+EPOCHS = {"contains": "5", "arrangement": "4", "permuted": "3"}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def digits() -> ModuleType:
 @pytest.fixture(scope="module")
 def bags(digits: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
-    digits.write_bags(folder / "contains", "contains", 240, tiles=(8, 16), nines=0.2)
+    digits.write_bags(folder / "contains", "contains", 280, tiles=(8, 12), nines=0.4)
     digits.write_bags(folder / "arrangement", "arrangement", 160, tiles=(16, 64))
     digits.write_bags(folder / "permuted", "permuted", 160, tiles=(8, 16))
     return folder
@@ -43,7 +43,8 @@ def bags(digits: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bags_of_digits(
     question: str, model: str, least: float, most: float, digits: ModuleType, bags: Path, tmp_path: Path
 ) -> None:
-    words = ["--trainer.max_epochs", EPOCHS[question], "--trainer.accelerator", "cpu", "--bootstrap", "100"]
+    words = ["--model.optimiser.learning_rate", "0.003"]
+    words += ["--trainer.max_epochs", EPOCHS[question], "--trainer.accelerator", "cpu", "--bootstrap", "100"]
     metrics = digits.train(bags / question, model, tmp_path / "run", *words)
     row = metrics[(metrics["metric"] == "auroc") & (metrics["level"] == "patient")].iloc[0]
     assert least <= row["value"] <= most
