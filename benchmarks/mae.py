@@ -7,15 +7,12 @@ it the same with an encoder that has not been trained, and the whole model from 
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 
 import pandas as pd
+from digits import train, write_bags  # type: ignore[import-not-found]  # beside this file
 from longslide.pipeline.cli import main as longslide
-
-sys.path.insert(0, str(Path(__file__).parent))
-from digits import train, write_bags
 
 SIZE = "{layers: 2, width: 64, heads: 4, ffn_width: 128, dropout: 0.0}"
 
