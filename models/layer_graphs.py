@@ -23,7 +23,7 @@ class LayerGraphs:
     bucket's; the rows past the end are computed and never read.
 
     Args:
-        run: Maps `(T, width)` tokens and `(B + 1,)` int32 cumulative lengths to `(T, width)`, on one GPU, without a gradient.
+        run: Maps `(T, width)` tokens and `(B + 1,)` int32 cumulative lengths to `(T, width)`, on one GPU, without gradients.
         module: Whose parameters it uses: graphs are thrown away when these have moved.
     """
 
