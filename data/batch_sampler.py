@@ -104,9 +104,8 @@ class TokenBudgetBatchSampler(DistributedSampler[list[BagKey]]):
             if len(packed) <= self._count:
                 break
         else:
-            packed = self._pack(self._longest_first(order))[
-                : self._count
-            ]  # cuts off only where bags are drawn, not visited
+            packed = self._pack(self._longest_first(order))
+            packed = packed[: self._count]  # there are more only where bags are drawn, not visited
         draws: dict[int, int] = {}
         batches: list[list[BagKey]] = []
         for batch in packed:
