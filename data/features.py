@@ -1,8 +1,6 @@
 """Feature files: what is known of a slide after embedding, in HDF5; and the layouts other tools write."""
 
-import errno
 import io
-import os
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,6 +11,7 @@ import h5py
 import numpy as np
 
 from ..errors import LongslideError
+from .whole_file import write_whole
 
 SCHEMA = 1
 """Version of the layout, in the file attribute `schema`."""
@@ -107,30 +106,10 @@ def write_features(path: str | Path, features: Features) -> None:
     Raises:
         LongslideError: The file cannot be written (full disk, read-only folder). Nothing is left behind then.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = io.BytesIO()  # in memory first: HDF5 cannot close a file that it could not write
     with h5py.File(content, "w") as file:
         _fill(file, features)
-    try:
-        try:
-            with temporary.open("wb") as raw:
-                raw.write(content.getbuffer())
-                raw.flush()
-                os.fsync(raw.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise LongslideError(
-            f"{path}: cannot write the feature file ({reason}); make room or choose another --output"
-        ) from error
+    write_whole(Path(path), content.getbuffer())
 
 
 def _fill(file: h5py.File, features: Features) -> None:
@@ -160,11 +139,12 @@ def _fill(file: h5py.File, features: Features) -> None:
     file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_features(path: str | Path) -> Features:
+def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
     """Read a feature file of Longslide, TRIDENT, CLAM, prov-gigapath or STAMP.
 
     Args:
         path: The file.
+        embeddings: Whether to read the tile embeddings, nearly all of a file; else `features` is `(N, 0)`.
 
     Returns:
         Its content; `layout` says what the file was taken for. The tiles are row by row, in whatever order the file
@@ -178,20 +158,20 @@ def read_features(path: str | Path) -> Features:
         raise LongslideError(f"{path}: no such feature file")
     try:
         with h5py.File(path, "r") as file:
-            return _read(path, file)
-    except OSError as error:
+            return _read(path, file, embeddings)
+    except (OSError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:  # what broken bytes lead to
         raise LongslideError(
             f"{path}: not a readable HDF5 file, perhaps truncated; delete it and embed the slide again"
         ) from error
 
 
-def _read(path: Path, file: h5py.File) -> Features:
+def _read(path: Path, file: h5py.File, embeddings: bool) -> Features:
     name = next((name for name in ("features", "feats", "tile_embeds") if name in file), None)
     if name is None or "coords" not in file:
         raise LongslideError(
             f"{path}: not a feature file: it has {', '.join(file) or 'nothing'}, and not `features` and `coords`"
         )
-    features, raw = file[name][()], file["coords"][()]
+    features, raw = file[name][() if embeddings else (..., slice(0))], file["coords"][()]
     batched = features.ndim == 3 and features.shape[0] == 1
     if batched:
         features = features[0]
@@ -199,7 +179,7 @@ def _read(path: Path, file: h5py.File) -> Features:
         raw = raw[0]
     if features.ndim != 2 or raw.ndim != 2 or raw.shape[1] < 2 or len(features) != len(raw):
         raise LongslideError(
-            f"{path}: `{name}` {features.shape} and `coords` {raw.shape} do not belong together; expected (N, D) and (N, 2)"
+            f"{path}: `{name}` {file[name].shape} and `coords` {raw.shape} do not belong together; expected (N, D) and (N, 2)"
         )
     raw = raw[:, :2]
     attributes = {**file.attrs, **file["coords"].attrs}

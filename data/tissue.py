@@ -207,16 +207,24 @@ def read_tissue_mask(path: str | Path, slide: Slide) -> Tissue:
         LongslideError: The file cannot be read, or does not belong to a slide of this size.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LongslideError(f"{path}: cannot read the tissue mask ({error.strerror})") from error
-    method = f"mask:{path.name}:{hashlib.sha256(content).hexdigest()[:16]}"
+    content = _read_bytes(path)
     if path.suffix.lower() in (".geojson", ".json"):
         mask, downsample = _rasterise(path, content, slide)
     else:
         mask, downsample = _read_raster(path, content, slide)
-    return Tissue(mask, downsample, method)
+    return Tissue(mask, downsample, mask_method(path))
+
+
+def mask_method(path: Path) -> str:
+    """What feature files record of the user's own mask: its name and digest."""
+    return f"mask:{path.name}:{hashlib.sha256(_read_bytes(path)).hexdigest()[:16]}"
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LongslideError(f"{path}: cannot read the tissue mask ({error.strerror})") from error
 
 
 def _read_raster(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:

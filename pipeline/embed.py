@@ -16,9 +16,10 @@ from ..data.slide import Slide, open_slide
 from ..data.slide_table import SlideEntry, find_slides
 from ..data.stream import TileStream
 from ..data.tissue import METHOD as TISSUE_METHOD
-from ..data.tissue import Tissue, find_tissue, read_tissue_mask
+from ..data.tissue import Tissue, find_tissue, mask_method, read_tissue_mask
+from ..data.whole_file import remove_leftovers
 from ..errors import LongslideError
-from .job import SUMMARY, SlideResult, claim, make_output_folder, record
+from .job import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
 from .progress import JobProgress
 from .qc import draw_qc, save_qc
 
@@ -118,7 +119,10 @@ def embed(
         progress.note(job.description)
         for prepared in _one_ahead(job, entries):
             result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
-            record(output, result)
+            try:
+                record(output, result)
+            except LongslideError as error:
+                progress.note(str(error))
             progress.slide_ended(result)
             results.append(result)
     counts = {status: sum(result.status == status for result in results) for status in ("done", "failed", "skipped")}
@@ -169,8 +173,7 @@ class _Prepared:
     """A slide that is claimed and waits for the encoders; `resources` frees it."""
 
     entry: SlideEntry
-    existing: Features | None  # a file that lacks nothing but the slide embedding
-    tiled: tuple[Slide, Tissue, Grid] | None  # what there is to embed otherwise
+    tiled: tuple[Slide, Tissue, Grid] | None  # None: the feature file lacks nothing but the slide embedding
     resources: ExitStack
     started: float
 
@@ -220,17 +223,19 @@ class _Job:
             try:
                 lock = claim(self.output, entry.slide_id)
                 if lock is None:
-                    return _result(entry, "skipped", "another process is working on it")
+                    return _result(entry, "skipped", BUSY)
                 resources.callback(lock.release)
                 existing = self._existing(entry)
-                if existing is not None and (self.slide_encoder is None or existing.slide_embedding is not None):
-                    return self._done(entry, existing, "was there already")
-                tiled = None
-                if existing is None:
-                    tiled = self._tile(entry, resources)
-                    if not len(tiled[2].coords):
-                        return self._nothing_to_embed(entry, *tiled)
-                return _Prepared(entry, existing, tiled, resources.pop_all(), started)
+                if existing is not None:
+                    if self.slide_encoder is None or existing.slide_embedding is not None:
+                        return self._done(entry, existing, "was there already")
+                    return _Prepared(entry, None, resources.pop_all(), started)
+                for path in (self._path(entry), self._qc_path(entry)):
+                    remove_leftovers(path)
+                tiled = self._tile(entry, resources)
+                if not len(tiled[2].coords):
+                    return self._nothing_to_embed(entry, *tiled)
+                return _Prepared(entry, tiled, resources.pop_all(), started)
             except Exception as error:
                 return _failed(entry, error)
 
@@ -239,20 +244,22 @@ class _Job:
         entry = prepared.entry
         with prepared.resources:
             try:
-                bad_tiles = 0
-                features = prepared.existing
-                if prepared.tiled is not None:
-                    features, bad_tiles = self._embed_tiles(entry, *prepared.tiled, progress)
-                assert features is not None
+                if prepared.tiled is None:
+                    features = read_features(self._path(entry))
+                else:
+                    features = self._embed_tiles(entry, *prepared.tiled, progress)
                 if self.slide_encoder is not None:
                     features = self._embed_slide(features)
                 write_features(self._path(entry), features)
-                return self._done(entry, features, bad_tiles=bad_tiles, seconds=time.monotonic() - prepared.started)
+                return self._done(entry, features, seconds=time.monotonic() - prepared.started)
             except Exception as error:
                 return _failed(entry, error)
 
     def _path(self, entry: SlideEntry) -> Path:
         return self.output / f"{entry.slide_id}.h5"
+
+    def _qc_path(self, entry: SlideEntry) -> Path:
+        return self.output / "qc" / f"{entry.slide_id}.jpg"
 
     def _existing(self, entry: SlideEntry) -> Features | None:
         """What is there already and may stay.
@@ -264,8 +271,12 @@ class _Job:
         if not path.exists():
             return None
         try:
-            existing = read_features(path)
+            existing = read_features(path, embeddings=False)
             wanted = self._settings(entry)
+            if entry.mpp is None and existing.settings.get("mpp_source") == "option":
+                wanted["mpp_source"] = "the file's own"
+            if existing.settings.get("bad_tiles", 0) > self.max_bad_tiles:
+                wanted["bad_tiles"] = f"at most {self.max_bad_tiles}"
             if existing.slide_embedding is not None and self.slide_encoder is not None:
                 wanted |= self._slide_settings()
             _check_same(path, existing, wanted)
@@ -289,8 +300,7 @@ class _Job:
         }
         if entry.mpp is not None:
             settings["level0_mpp"] = entry.mpp
-        if entry.tissue_mask is None:
-            settings["tissue_method"] = TISSUE_METHOD
+        settings["tissue_method"] = TISSUE_METHOD if entry.tissue_mask is None else mask_method(entry.tissue_mask)
         return settings
 
     def _slide_settings(self) -> dict[str, Any]:
@@ -307,7 +317,7 @@ class _Job:
         grid = make_grid(
             slide, tissue, mpp=self.mpp, tile_px=self.tile_px, overlap=self.overlap, min_tissue=self.min_tissue
         )
-        save_qc(self.output / "qc" / f"{entry.slide_id}.jpg", draw_qc(slide, tissue, grid))
+        save_qc(self._qc_path(entry), draw_qc(slide, tissue, grid))
         need = len(grid.coords) * (self.embedder.encoder.dim * 4 + 16) + 2**20
         free = shutil.disk_usage(self.output).free
         if need > free:
@@ -318,7 +328,7 @@ class _Job:
 
     def _embed_tiles(
         self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid, progress: JobProgress
-    ) -> tuple[Features, int]:
+    ) -> Features:
         progress.slide_started(entry.slide_id, len(grid.coords))
         stream = TileStream(
             slide, grid, batch_size=self.batch_size, threads=self.threads, max_bad_tiles=self.max_bad_tiles
@@ -343,11 +353,12 @@ class _Job:
                 "mpp_source": slide.mpp.source,
                 "level": grid.level,
                 "tissue_mm2": tissue.area_mm2(slide.mpp.value),
+                "bad_tiles": len(stream.bad_tiles),
             },
         )
         made_with = self._settings(entry) | {"level0_mpp": slide.mpp.value, "tissue_method": tissue.method}
         del made_with["slide"], made_with["min_tissue"]
-        return replace(features, **made_with), len(stream.bad_tiles)
+        return replace(features, **made_with)
 
     def _embed_slide(self, features: Features) -> Features:
         assert self.slide_encoder is not None
@@ -362,22 +373,18 @@ class _Job:
         reason = "no tissue found"
         if tissue.mask.any():
             reason = f"no tile has {self.min_tissue:.0%} tissue or more (--min-tissue)"
+        self._path(entry).unlink(missing_ok=True)  # with --overwrite there may be one, of other settings
         result = _result(entry, "skipped", f"{reason}; see qc/{entry.slide_id}.jpg")
         area = tissue.area_mm2(slide.mpp.value)
         return replace(result, tiles=0, mpp=slide.mpp.value, mpp_source=slide.mpp.source, tissue_mm2=area)
 
     def _done(
-        self,
-        entry: SlideEntry,
-        features: Features,
-        reason: str = "",
-        bad_tiles: int | None = None,
-        seconds: float | None = None,
+        self, entry: SlideEntry, features: Features, reason: str = "", seconds: float | None = None
     ) -> SlideResult:
         return replace(
             _result(entry, "done", reason),
             tiles=len(features.coords),
-            bad_tiles=bad_tiles,
+            bad_tiles=features.settings.get("bad_tiles"),
             mpp=features.level0_mpp,
             mpp_source=features.settings.get("mpp_source"),
             tissue_mm2=features.settings.get("tissue_mm2"),
@@ -393,10 +400,17 @@ def _result(entry: SlideEntry, status: Literal["done", "failed", "skipped"], rea
 def _failed(entry: SlideEntry, error: Exception) -> SlideResult:
     if isinstance(error, LongslideError):
         return _result(entry, "failed", str(error))
+    if isinstance(error, OSError):  # the disk, not the program
+        return _result(entry, "failed", f"{error.filename or entry.path}: {error.strerror or error}")
     traceback.print_exception(error)  # not the user's mistake: whoever reports it needs to know where
     return _result(
         entry, "failed", f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     )
+
+
+def _identity(value: object) -> object:
+    """What must be equal: of weights the digest, wherever they lie."""
+    return value.partition(" sha256:")[2] or value if isinstance(value, str) else value
 
 
 def _check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
@@ -405,7 +419,7 @@ def _check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
     different = [
         f"{name} {made_with.get(name)} there, {value} now"
         for name, value in wanted.items()
-        if made_with.get(name) != value
+        if _identity(made_with.get(name)) != _identity(value)
     ]
     if different:
         raise LongslideError(

@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,7 @@ def test_killed_in_the_middle_and_run_again_gives_what_an_undisturbed_run_gives(
     assert (job["output"] / "a.h5").stat().st_mtime_ns == first, "done before, not done again"
     for name in ("b", "c"):
         assert content(job["output"] / f"{name}.h5") == content(undisturbed / f"{name}.h5")
+    assert left_behind(job["output"]) == []
 
 
 def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(job: dict[str, Any]) -> None:
@@ -227,6 +230,25 @@ def test_a_second_run_does_nothing_and_is_still_done(job: dict[str, Any]) -> Non
     results = embed(**job)
     assert {result.status for result in results} == {"done"}
     assert {path: path.stat().st_mtime_ns for path in job["output"].glob("*.h5")} == before
+    assert all(row["seconds"] for row in summary(job["output"]).values()), "the rows still tell of the first run"
+
+
+def test_a_slide_may_have_the_name_of_a_file_of_the_job(job: dict[str, Any], slides: Path, tmp_path: Path) -> None:
+    names = ["a.svs", "summary.svs", "summary.csv.svs"]
+    paths = [shutil.copy(slides / "a.svs", tmp_path / name) for name in names]
+    done = subprocess.run(command(job | {"slides": paths}), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert set(summary(job["output"])) == {"a", "summary", "summary.csv"}
+
+
+def test_made_anew_without_tissue_the_old_file_does_not_stay(job: dict[str, Any], slides: Path) -> None:
+    job |= {"slides": [slides / "a.svs"]}
+    embed(**job)
+    [result] = embed(**job, min_tissue=1.0, tile_px=700, overwrite=True)
+    assert (result.status, result.tiles) == ("skipped", 0)
+    assert "--min-tissue" in result.reason
+    assert not (job["output"] / "a.h5").exists()
+    assert summary(job["output"])["a"]["status"] == "skipped"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +277,49 @@ def test_a_file_made_with_other_settings_is_refused_unless_overwrite(
     [result] = embed(**job | change, overwrite=True)
     assert result.status == "done"
     assert content(job["output"] / "a.h5") != before
+
+
+def test_a_mask_or_mpp_given_or_taken_back_later_is_another_setting(job: dict[str, Any], tmp_path: Path) -> None:
+    write_synthetic_slide(tmp_path / "a.svs", size=(1536, 1024))
+    for name in ("one.png", "other.png"):
+        mask = np.zeros((64, 96), np.uint8)
+        mask[16:32, 24 : 48 if name == "one.png" else 60] = 255
+        Image.fromarray(mask).save(tmp_path / name)
+    tables = {
+        "plain": "slide\na.svs\n",
+        "mpp": "slide,mpp\na.svs,0.499\n",
+        "mask": "slide,tissue_mask\na.svs,one.png\n",
+        "other mask": "slide,tissue_mask\na.svs,other.png\n",
+    }
+    for name, table in tables.items():
+        (tmp_path / f"{name}.csv").write_text(table)
+
+    def made_anew(name: str) -> str:
+        [result] = embed(**job | {"slides": [tmp_path / f"{name}.csv"]})
+        embed(**job | {"slides": [tmp_path / f"{name}.csv"]}, overwrite=True)
+        return f"{result.status}: {result.reason}"
+
+    assert made_anew("mpp") == "done: "
+    assert "mpp_source option there, the file's own now" in made_anew("plain")
+    assert "tissue_method longslide-tissue-1 there, mask:one.png" in made_anew("mask")
+    assert "now" in made_anew("other mask")
+    assert "there, longslide-tissue-1 now" in made_anew("plain")
+    assert made_anew("plain") == "done: was there already"
+
+
+def test_weights_are_the_same_wherever_they_lie(
+    job: dict[str, Any], slides: Path, encoder: Path, tmp_path: Path
+) -> None:
+    from longslide import create_tile_encoder
+
+    for name, seed in (("one", 0), ("other", 1)):
+        network = create_tile_encoder(encoder, checkpoint="random", seed=seed).network
+        torch.save(network.state_dict(), tmp_path / f"{name}.pth")
+    shutil.copy(tmp_path / "one.pth", tmp_path / "copy.pth")
+    job |= {"slides": [slides / "a.svs"]}
+    results = [embed(**job | {"tile_checkpoint": str(tmp_path / f"{name}.pth")})[0] for name in ("one", "copy", "other")]
+    assert [result.status for result in results] == ["done", "done", "failed"]
+    assert "weights" in results[2].reason
 
 
 def test_another_slide_of_the_same_name_is_not_taken_for_the_one_embedded(
@@ -360,6 +425,36 @@ def test_a_full_disk_fails_the_slide_before_the_work(job: dict[str, Any], monkey
     assert not list(job["output"].glob("*.h5"))
 
 
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """No file of this process may grow beyond 50 kB, as on a disk that is full."""
+    limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, action)
+
+
+def test_a_disk_that_is_full_in_the_middle_is_one_line_and_leaves_nothing_half_written(
+    job: dict[str, Any], slides: Path, little_room: None
+) -> None:
+    [result] = embed(**job | {"slides": [slides / "a.svs"]})
+    assert result.status == "failed"
+    assert "a.jpg: cannot write it" in result.reason
+    assert [path.name for path in job["output"].rglob("*") if path.is_file() and path.suffix != ".lock"] == [
+        "summary.csv"
+    ]
+
+
+def test_a_summary_that_cannot_be_written_is_said_and_ends_nothing(
+    job: dict[str, Any], slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job["output"] / "summary.csv").mkdir(parents=True)
+    [result] = embed(**job | {"slides": [slides / "a.svs"]})
+    assert result.status == "done"
+    assert "summary.csv: cannot write it" in capsys.readouterr().err
+
+
 def test_a_truncated_feature_file_is_named_and_replaced_on_request(job: dict[str, Any], slides: Path) -> None:
     job |= {"slides": [slides / "a.svs"]}
     embed(**job)
@@ -450,6 +545,11 @@ def test_more_unreadable_tiles_than_allowed_fail_the_slide_and_fewer_are_left_ou
     assert result.status == "done"
     assert result.bad_tiles
     assert 0 < result.bad_tiles <= 16
+    [again] = embed(**job | {"slides": [broken]}, max_bad_tiles=16)
+    assert (again.reason, again.bad_tiles) == ("was there already", result.bad_tiles)
+    [again] = embed(**job | {"slides": [broken]})
+    assert again.status == "failed"
+    assert f"bad_tiles {result.bad_tiles} there, at most 0 now" in again.reason
     coords = read_features(result.features or "").coords
     inside = (coords // 256 == [x // 256, y // 256]).all(1)
     assert not inside.any(), "no tile of the unreadable region"
