@@ -154,14 +154,17 @@ def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
         LongslideError: Not a feature file, a truncated one, or one whose parts do not fit together.
     """
     path = Path(path)
-    if not path.is_file():
-        raise LongslideError(f"{path}: no such feature file")
     try:
         with h5py.File(path, "r") as file:
             return _read(path, file, embeddings)
-    except (OSError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:  # what broken bytes lead to
+    except (FileNotFoundError, IsADirectoryError):
+        raise LongslideError(f"{path}: no such feature file") from None
+    except PermissionError as error:
+        raise LongslideError(f"{path}: no permission to read it") from error
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what broken bytes lead to
         raise LongslideError(
-            f"{path}: not a readable HDF5 file, perhaps truncated; delete it and embed the slide again"
+            f"{path}: not a readable HDF5 file, perhaps truncated ({str(error).splitlines()[0]}); delete it and embed "
+            "the slide again"
         ) from error
 
 

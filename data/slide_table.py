@@ -1,5 +1,6 @@
 """Which slides a job is about: files, folders and slide tables."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -54,8 +55,8 @@ def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) ->
     """
     entries: list[SlideEntry] = []
     for item in map(Path, inputs):
-        if not item.exists():
-            raise LongslideError(f"{item}: no such file or folder")
+        if not os.path.exists(item):  # Path.exists raises where a folder above may not be entered
+            raise LongslideError(f"{item}: no such file or folder, or no permission to see it")
         if item.is_dir():
             found = list(_slides_in(item))
             if not found:
@@ -83,7 +84,7 @@ def _slides_in(folder: Path) -> Iterator[SlideEntry]:
         # A folder beside a .mrxs file and of its name holds that slide's data.
         if any((folder / f"{parent}.mrxs").is_file() for parent in inside.parents if parent.name):
             continue
-        if not path.is_file():
+        if path.is_dir():
             continue
         if path.suffix.lower() != ".dcm":
             yield SlideEntry(path, path.stem)
@@ -97,7 +98,8 @@ def _read_table(table: Path) -> list[SlideEntry]:
 
     try:
         if table.suffix.lower() == ".csv":
-            frame = pd.read_csv(table, dtype={"slide": str, "slide_id": str, "patient_id": str, "tissue_mask": str})
+            # As text: an id may be 007, or NA.
+            frame = pd.read_csv(table, dtype=str, keep_default_na=False, na_values={"mpp": ["NA", "N/A", "nan", "NaN"]})
         else:
             frame = pd.read_parquet(table)
     except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors are ValueErrors

@@ -53,6 +53,12 @@ def test_pictures_beside_slides_are_no_slides_but_a_folder_of_pictures_alone_is_
     assert [entry.slide_id for entry in find_slides([tmp_path / "pictures"])] == ["b", "c"]
 
 
+def test_a_link_to_a_slide_that_is_gone_is_not_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path / "a.svs")
+    (tmp_path / "b.svs").symlink_to("nowhere.svs")
+    assert [entry.slide_id for entry in find_slides([tmp_path])] == ["a", "b"]
+
+
 @pytest.mark.parametrize("stem", ["a", "S21.1234"])
 def test_the_data_folder_of_an_mrxs_is_no_slide(tmp_path: Path, stem: str) -> None:
     touch(tmp_path / f"{stem}.mrxs", *(tmp_path / stem / name for name in ("Index.dat", "label.tif", "deeper/x.tif")))
@@ -99,6 +105,15 @@ def test_a_table_says_everything_about_a_slide(tmp_path: Path, suffix: str) -> N
 def test_an_mpp_for_all_gives_way_to_the_tables(tmp_path: Path) -> None:
     table = write_table(tmp_path / "cohort.csv", [{"slide": "a.svs", "mpp": 0.265}, {"slide": "b.svs", "mpp": None}])
     assert [entry.mpp for entry in find_slides([table], slide_mpp=0.5)] == [0.265, 0.5]
+
+
+def test_ids_are_text_and_an_mpp_may_be_unknown(tmp_path: Path) -> None:
+    (tmp_path / "cohort.csv").write_text("slide,slide_id,patient_id,mpp\na.svs,NA,null,NA\nb.svs,007,1e3,0.5\n")
+    entries = find_slides([tmp_path / "cohort.csv"])
+    assert [(entry.slide_id, entry.patient_id, entry.mpp) for entry in entries] == [
+        ("NA", "null", None),
+        ("007", "1e3", 0.5),
+    ]
 
 
 def test_a_table_without_the_column_says_which_it_has(tmp_path: Path) -> None:
