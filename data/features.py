@@ -144,7 +144,8 @@ def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
 
     Args:
         path: The file.
-        embeddings: Whether to read the tile embeddings, nearly all of a file; else `features` is `(N, 0)`.
+        embeddings: False leaves the tile embeddings on the disk: `features` then has their shape and dtype, is all zeros
+            and takes no memory. For a look at how many tiles there are, and what made them.
 
     Returns:
         Its content; `layout` says what the file was taken for. The tiles are row by row, in whatever order the file
@@ -163,8 +164,8 @@ def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
         raise LongslideError(f"{path}: no permission to read it") from error
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what broken bytes lead to
         raise LongslideError(
-            f"{path}: not a readable HDF5 file, perhaps truncated ({str(error).splitlines()[0]}); delete it and embed "
-            "the slide again"
+            f"{path}: not a readable HDF5 file, perhaps truncated ({' '.join(str(error).split())}); delete it and "
+            "embed the slide again"
         ) from error
 
 
@@ -174,7 +175,8 @@ def _read(path: Path, file: h5py.File, embeddings: bool) -> Features:
         raise LongslideError(
             f"{path}: not a feature file: it has {', '.join(file) or 'nothing'}, and not `features` and `coords`"
         )
-    features, raw = file[name][() if embeddings else (..., slice(0))], file["coords"][()]
+    raw = file["coords"][()]
+    features = file[name][()] if embeddings else np.broadcast_to(np.zeros((), file[name].dtype), file[name].shape)
     batched = features.ndim == 3 and features.shape[0] == 1
     if batched:
         features = features[0]
@@ -182,7 +184,7 @@ def _read(path: Path, file: h5py.File, embeddings: bool) -> Features:
         raw = raw[0]
     if features.ndim != 2 or raw.ndim != 2 or raw.shape[1] < 2 or len(features) != len(raw):
         raise LongslideError(
-            f"{path}: `{name}` {file[name].shape} and `coords` {raw.shape} do not belong together; expected (N, D) and (N, 2)"
+            f"{path}: `{name}` {features.shape} and `coords` {raw.shape} do not belong together; expected (N, D) and (N, 2)"
         )
     raw = raw[:, :2]
     attributes = {**file.attrs, **file["coords"].attrs}
@@ -221,7 +223,9 @@ def _read(path: Path, file: h5py.File, embeddings: bool) -> Features:
 def _row_by_row(features: Features) -> Features:
     column, row = features.cells.T
     order = np.lexsort((column, row))
-    return replace(features, features=features.features[order], coords=features.coords[order])
+    left_on_disk = not any(features.features.strides)
+    tiles = features.features if left_on_disk else features.features[order]
+    return replace(features, features=tiles, coords=features.coords[order])
 
 
 def _read_longslide(path: Path, file: h5py.File, features: np.ndarray, coords: np.ndarray) -> Features:

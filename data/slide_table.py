@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import LongslideError
+from .mpp import plausible
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """Plain images: slides only in a folder without others. Beside slides they are thumbnails, masks or parts of a .vms."""
@@ -51,8 +52,11 @@ def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) ->
         The slides, in the order of the input; those of a folder by path.
 
     Raises:
-        LongslideError: Nothing there, a table that is broken or lacks the column, or two slides with one id.
+        LongslideError: Nothing there, a table that is broken or lacks the column, two slides with one id, or a
+            `slide_mpp` that is not plausible.
     """
+    if slide_mpp is not None:
+        plausible(slide_mpp, f"--slide-mpp {slide_mpp:g}", "it is microns per pixel of level 0")
     entries: list[SlideEntry] = []
     for item in map(Path, inputs):
         if not os.path.exists(item):  # Path.exists raises where a folder above may not be entered

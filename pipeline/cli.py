@@ -2,10 +2,11 @@
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -29,6 +30,17 @@ class _Parser(ArgumentParser):
             kwargs |= {"nargs": "?", "const": True}
         names = (name.replace("_", "-") if name.startswith("--") else name for name in args)
         return super().add_argument(*names, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """One line, instead of the usage of all options and a paragraph on types."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = parser.prog.replace(" [options]", "")
+        if value := re.search(r'key "(\S+)":.*Given value: (.*)', message, re.DOTALL):
+            message = f"--{value[1].replace('_', '-')} cannot be {value[2]}"
+        elif "does not support item assignment" in message:  # `slides: a.svs` in a YAML file
+            message = "slides must be a list in a YAML file: `slides: [a.svs]`"
+        print(f"{command}: {' '.join(message.split()).rstrip('.')}; see {command} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def _command_function(command: str) -> Callable[..., Sequence[Any]]:
@@ -82,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     del options["config"]
     function = _command_function(command)
     if "slides" in inspect.signature(function).parameters and not options.get("slides"):
-        parser.error(f"longslide {command} needs slides: files, folders or a table")
+        parser.error(f"{command} needs slides: files, folders or a table")
     try:
         results = function(**options)
     except LongslideError as error:

@@ -279,8 +279,8 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 def test_broken_bytes_are_never_more_than_one_line(tmp_path: Path) -> None:
     write_features(tmp_path / "a.h5", complete())
     whole = (tmp_path / "a.h5").read_bytes()
-    rng = np.random.default_rng(0)
-    refused = 0
+    rng = np.random.default_rng(1)
+    refusals = []
     for _ in range(100):
         broken = bytearray(whole)
         start = int(rng.integers(len(whole) - 60))
@@ -289,16 +289,15 @@ def test_broken_bytes_are_never_more_than_one_line(tmp_path: Path) -> None:
         try:
             read_features(tmp_path / "a.h5")
         except LongslideError as error:
-            assert "a.h5: " in str(error)
-            assert "\n" not in str(error)
-            refused += 1
-    assert refused > 10
+            refusals.append(str(error))
+    assert len(refusals) > 10
+    assert all("a.h5: " in refusal and len(refusal.splitlines()) == 1 for refusal in refusals)
 
 
 def test_everything_but_the_embeddings_can_be_read_alone(tmp_path: Path) -> None:
     write_features(tmp_path / "a.h5", complete())
     whole, rest = read_features(tmp_path / "a.h5"), read_features(tmp_path / "a.h5", embeddings=False)
-    assert rest.features.shape == (len(whole.coords), 0)
+    assert (rest.features.shape, rest.features.dtype) == (whole.features.shape, whole.features.dtype)
     np.testing.assert_array_equal(rest.coords, whole.coords)
     assert (rest.weights, rest.tissue, rest.settings) == (whole.weights, whole.tissue, whole.settings)
 

@@ -317,7 +317,9 @@ def test_weights_are_the_same_wherever_they_lie(
         torch.save(network.state_dict(), tmp_path / f"{name}.pth")
     shutil.copy(tmp_path / "one.pth", tmp_path / "copy.pth")
     job |= {"slides": [slides / "a.svs"]}
-    results = [embed(**job | {"tile_checkpoint": str(tmp_path / f"{name}.pth")})[0] for name in ("one", "copy", "other")]
+    results = [
+        embed(**job | {"tile_checkpoint": str(tmp_path / f"{name}.pth")})[0] for name in ("one", "copy", "other")
+    ]
     assert [result.status for result in results] == ["done", "done", "failed"]
     assert "weights" in results[2].reason
 
@@ -495,7 +497,12 @@ def test_a_mask_and_mpp_of_the_table_are_used(job: dict[str, Any], tmp_path: Pat
         ({"device": "cuda:99"}, "cuda:99"),
         ({"device": "gpu"}, "gpu"),
         ({"tile_px": 4}, "--tile-px"),
-        ({"tile_px": 64, "overlap": 64}, "--overlap"),
+        ({"overlap": 64}, "--overlap 64 must be at least 0 and less than --tile-px 64"),
+        ({"tile_px": 0}, "--tile-px"),
+        ({"mpp": 0.0}, "--mpp"),
+        ({"slide_mpp": 250.0}, "--slide-mpp 250 is not plausible"),
+        ({"threads": 0}, "--threads"),
+        ({"max_bad_tiles": -1}, "--max-bad-tiles"),
         ({"min_tissue": 2.0}, "--min-tissue"),
         ({"mpp": -1.0}, "--mpp"),
         ({"batch_size": 0}, "--batch-size"),
