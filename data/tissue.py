@@ -152,9 +152,11 @@ def _optical_density(picture: np.ndarray) -> np.ndarray:
     if len(bright) > 0.001 * len(pixels):
         level = np.percentile(bright.min(1), 90)
         near = bright[np.abs(bright.min(1).astype(np.float32) - level) < 8]
-        # A slide full of pale tissue has no glass to measure: never take a coloured level for it.
+        # A slide full of pale tissue has no glass to measure: never take the colour of a stain for it. Stains absorb
+        # green more than red or blue; glass of another colour, blue or yellow, may have more of it.
         candidate = np.median(near, axis=0)
-        if candidate.max() - candidate.min() < 22 and candidate.min() > 180:
+        spread, lacks_green = np.ptp(candidate), candidate[[0, 2]].min() > candidate[1] + 3
+        if candidate.min() > 180 and spread < (22 if lacks_green else 45):
             glass = candidate
     return np.asarray(np.maximum(-np.log10(np.maximum(picture, 1) / glass), 0), np.float32)
 
