@@ -41,7 +41,8 @@ def demo(output: Path = Path("longslide-demo"), device: str = "auto") -> list[Sl
     for seed, (name, texture, file_mpp, _) in enumerate(SLIDES):
         if not (slides / name).exists():
             size = (6144, 4608) if file_mpp == 0.25 else (4096, 3072)
-            write_synthetic_slide(slides / name, size=size, mpp=file_mpp, texture=texture, seed=seed)
+            unfinished = write_synthetic_slide(slides / f".{name}", size=size, mpp=file_mpp, texture=texture, seed=seed)
+            unfinished.replace(slides / name)  # so that a demo that was stopped can be run again
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["slide", "patient_id", "mpp"])

@@ -106,16 +106,16 @@ def embed(
     from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
 
     torch_device = resolve_device(device)
+    slide_model = None
+    if slide_encoder is not None:  # before the tile encoder, whose weights are far larger
+        slide_model = create_slide_encoder(
+            slide_encoder, checkpoint=slide_checkpoint, pool=pool, seed=seed, tile_dim=spec.dim
+        ).to(torch_device)
     encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed).to(torch_device)
-    resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
     job = EmbedJob(
         output=output,
-        embedder=TileEmbedder(encoder, torch_device, resolved),
-        slide_encoder=None
-        if slide_encoder is None
-        else create_slide_encoder(
-            slide_encoder, checkpoint=slide_checkpoint, pool=pool, seed=seed, tile_dim=encoder.dim
-        ).to(torch_device),
+        embedder=TileEmbedder(encoder, torch_device, resolve_precision(precision, spec.precision, torch_device)),
+        slide_encoder=slide_model,
         mpp=mpp,
         tile_px=tile_px,
         overlap=overlap,
@@ -271,7 +271,11 @@ class EmbedJob:
                 else:
                     features = self._embed_tiles(entry, *prepared.tiled, progress)
                 if self.slide_encoder is not None:
-                    features = self._embed_slide(features)
+                    try:
+                        features = self._embed_slide(features)
+                    except Exception:
+                        write_features(self._path(entry), features)  # the tiles' embeddings took the time: keep them
+                        raise
                 write_features(self._path(entry), features)
                 return self._done(entry, features, seconds=time.monotonic() - prepared.started)
             except Exception as error:

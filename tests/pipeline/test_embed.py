@@ -19,6 +19,7 @@ import openslide
 import pytest
 import torch
 from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
+from longslide.models.slide_encoder import SlideEncoder
 from longslide.pipeline.job import claim
 from PIL import Image
 
@@ -353,6 +354,28 @@ def test_the_slide_embedding_is_added_later_without_reading_the_slide_again(
     [result] = embed(**job, slide_encoder="gigapath", slide_checkpoint="random", pool="cls")
     assert result.status == "failed"
     assert "pool mean there, cls now" in result.reason
+
+
+def test_a_slide_encoder_that_runs_out_of_memory_does_not_cost_the_tile_embeddings(
+    job: dict[str, Any], slides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job |= {"slides": [slides / "a.svs"], "slide_encoder": "gigapath", "slide_checkpoint": "random"}
+    with monkeypatch.context() as small_memory:
+
+        def out_of_memory(*_: Any, **__: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        small_memory.setattr(SlideEncoder, "forward", out_of_memory)
+        [result] = embed(**job)
+    assert result.status == "failed"
+    assert "--device cpu" in result.reason
+    tiles = read_features(job["output"] / "a.h5")
+    assert tiles.slide_embedding is None
+    [result] = embed(**job)
+    assert result.status == "done"
+    both = read_features(job["output"] / "a.h5")
+    assert both.slide_embedding is not None
+    np.testing.assert_array_equal(both.features, tiles.features)
 
 
 def test_two_processes_on_one_folder_share_the_work(job: dict[str, Any], tmp_path: Path) -> None:
