@@ -10,7 +10,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from ..data.whole_file import write_whole
+from ..data.whole_file import remove_leftovers, write_whole
 from ..errors import LongslideError
 
 SUMMARY = "summary.csv"
@@ -110,6 +110,7 @@ def record(output: Path, result: SlideResult) -> None:
             writer = csv.DictWriter(table, [field.name for field in fields(SlideResult)], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows[slide_id] for slide_id in sorted(rows))
+            remove_leftovers(path)
             write_whole(path, table.getvalue().encode())
     except OSError as error:
         raise LongslideError(f"{path}: cannot write it ({error.strerror})") from error

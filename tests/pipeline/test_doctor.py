@@ -1,15 +1,34 @@
 """The check before the GPU hours: every problem it finds is one that `embed` would meet."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from longslide import LongslideError, doctor, write_synthetic_slide
+from longslide.pipeline.cli import main
 from longslide.pipeline.doctor import DiskCheck, EncoderCheck, SlideCheck
 from PIL import Image
+
+ENCODER = """
+name: tiny
+architecture: vit_tiny_patch16_224
+timm_args: {img_size: 32, depth: 2, embed_dim: 48, num_heads: 3}
+dim: 48
+resize: 32
+interpolation: bicubic
+crop: 32
+mean: [0.5, 0.5, 0.5]
+std: [0.5, 0.5, 0.5]
+pooling: cls
+precision: float32
+mpp: 0.5
+tile_px: 64
+licence: none
+gated: false
+paper: none
+hub_id: null
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +69,8 @@ def test_the_estimate_of_tiles_is_what_embed_makes(slides: Path, tmp_path: Path)
 
     check, _ = doctor([slides / "good.svs"], tile_px=64)
     assert isinstance(check, SlideCheck)
-    [result] = embed(
-        [slides / "good.svs"], tmp_path, "vit_tiny_patch16_224", tile_checkpoint="random", tile_px=64, mpp=0.5
-    )
+    (tmp_path / "tiny.yaml").write_text(ENCODER)
+    [result] = embed([slides / "good.svs"], tmp_path, str(tmp_path / "tiny.yaml"), tile_checkpoint="random")
     assert check.tiles == result.tiles
 
 
@@ -130,8 +148,7 @@ def test_tissue_below_min_tissue_is_not_called_none(slides: Path) -> None:
 
 def test_the_exit_status_says_whether_there_is_a_problem(slides: Path) -> None:
     def status(*words: str | Path) -> int:
-        command = [sys.executable, "-m", "longslide.pipeline.cli", "doctor", *map(str, words), "--tile-px", "64"]
-        return subprocess.run(command, capture_output=True).returncode
+        return main(["doctor", *map(str, words), "--tile-px", "64"])
 
     assert status(slides / "good.svs") == 0
     assert status(slides) == 1
