@@ -39,7 +39,7 @@ class SlideEntry:
     tissue_mask: Path | None = None
 
 
-def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) -> list[SlideEntry]:
+def find_slides(inputs: str | Path | Sequence[str | Path], slide_mpp: float | None = None) -> list[SlideEntry]:
     """List the slides of a job.
 
     Args:
@@ -58,7 +58,7 @@ def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) ->
     if slide_mpp is not None:
         plausible(slide_mpp, f"--slide-mpp {slide_mpp:g}", "it is microns per pixel of level 0")
     entries: list[SlideEntry] = []
-    for item in map(Path, inputs):
+    for item in map(Path, [inputs] if isinstance(inputs, str | Path) else inputs):
         if not os.path.exists(item):  # Path.exists raises where a folder above may not be entered
             raise LongslideError(f"{item}: no such file or folder, or no permission to see it")
         if item.is_dir():

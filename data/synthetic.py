@@ -90,7 +90,7 @@ def _draw(size: tuple[int, int], mpp: float, texture: str, rng: np.random.Genera
     picture = np.float32(EOSIN - STROMA) * share
     picture += np.float32(STROMA)
     (_draw_glands if texture == "glandular" else _draw_sheets)(picture, tissue, mpp, rng)
-    picture = cv2.GaussianBlur(picture, (0, 0), max(0.4, 0.35 / mpp))
+    picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), max(0.4, 0.35 / mpp)), np.float32)
     soft = cv2.GaussianBlur(tissue.astype(np.float32), (0, 0), 2 / mpp)[..., None]
     picture -= np.float32(GLASS)
     picture *= soft

@@ -23,7 +23,7 @@ SLIDES: tuple[tuple[str, Texture, float | None, float | None], ...] = (
 )
 
 
-def demo(output: Path = Path("longslide-demo"), device: str = "auto") -> list[SlideResult]:
+def demo(output: str | Path = "longslide-demo", device: str = "auto") -> list[SlideResult]:
     """Make synthetic slides and embed them with small models of random weights.
 
     Args:
@@ -34,6 +34,7 @@ def demo(output: Path = Path("longslide-demo"), device: str = "auto") -> list[Sl
         One result a slide.
     """
     console = Console(soft_wrap=True, highlight=False)
+    output = Path(output)
     make_output_folder(output)
     slides, features, table = output / "slides", output / "features", output / "cohort.csv"
     slides.mkdir(exist_ok=True)

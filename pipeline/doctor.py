@@ -129,10 +129,10 @@ class DiskCheck:
 
 def doctor(
     slides: Sequence[str | Path],
-    tile_encoder: str | None = None,
-    tile_checkpoint: str | None = None,
+    tile_encoder: str | Path | None = None,
+    tile_checkpoint: str | Path | None = None,
     slide_encoder: str | None = None,
-    slide_checkpoint: str | None = None,
+    slide_checkpoint: str | Path | None = None,
     slide_mpp: float | None = None,
     mpp: float | None = None,
     tile_px: int | None = None,
@@ -141,7 +141,7 @@ def doctor(
     threads: int = 4,
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
-    output: Path = Path(),
+    output: str | Path = ".",
 ) -> "list[SlideCheck | EncoderCheck | DiskCheck]":
     """Open every slide, find its tissue, read some tiles, and look at the weights, the GPU and the disk.
 
@@ -191,7 +191,7 @@ def doctor(
         if slide_encoder is not None:
             encoders.append(_check_slide_encoder(slide_encoder, slide_checkpoint, spec))
 
-    disk = _check_disk(checks, encoders, spec.dim if spec else DIM_WITHOUT_ENCODER, output)
+    disk = _check_disk(checks, encoders, spec.dim if spec else DIM_WITHOUT_ENCODER, Path(output))
 
     console.print(_table(checks))
     _print_problems(console, [*checks, *encoders, disk])
@@ -242,7 +242,9 @@ def _mark_duplicates(checks: list[SlideCheck]) -> list[SlideCheck]:
     return marked
 
 
-def _check_tile_encoder(name: str, checkpoint: str | None, tile_px: int, device: str, precision: str) -> EncoderCheck:
+def _check_tile_encoder(
+    name: str | Path, checkpoint: str | Path | None, tile_px: int, device: str, precision: str
+) -> EncoderCheck:
     """Load the weights for real, and time a few batches of noise."""
     from ..models.tile_encoder import create_tile_encoder
     from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
@@ -251,7 +253,7 @@ def _check_tile_encoder(name: str, checkpoint: str | None, tile_px: int, device:
         torch_device = resolve_device(device)
         encoder = create_tile_encoder(name, checkpoint=checkpoint).to(torch_device)
     except LongslideError as error:
-        return EncoderCheck(name, problem=str(error))
+        return EncoderCheck(str(name), problem=str(error))
     resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
     batch, batches = (64, 8) if torch_device.type == "cuda" else (2, 2)
     rng = np.random.default_rng(0)
@@ -261,10 +263,10 @@ def _check_tile_encoder(name: str, checkpoint: str | None, tile_px: int, device:
     started = time.perf_counter()
     embedder([noise] * batches)
     speed = batch * batches / (time.perf_counter() - started)
-    return EncoderCheck(name, "", encoder.weights, str(torch_device), resolved, speed)
+    return EncoderCheck(str(name), "", encoder.weights, str(torch_device), resolved, speed)
 
 
-def _check_slide_encoder(name: str, checkpoint: str | None, tile_encoder: "TileEncoderSpec") -> EncoderCheck:
+def _check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: "TileEncoderSpec") -> EncoderCheck:
     from ..models.slide_encoder import create_slide_encoder
 
     try:

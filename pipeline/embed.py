@@ -39,11 +39,11 @@ DEFAULT_TILE_PX = 256
 
 def embed(
     slides: Sequence[str | Path],
-    output: Path,
-    tile_encoder: str,
-    tile_checkpoint: str | None = None,
+    output: str | Path,
+    tile_encoder: str | Path,
+    tile_checkpoint: str | Path | None = None,
     slide_encoder: str | None = None,
-    slide_checkpoint: str | None = None,
+    slide_checkpoint: str | Path | None = None,
     pool: Literal["mean", "cls"] = "mean",
     slide_mpp: float | None = None,
     mpp: float | None = None,
@@ -92,6 +92,7 @@ def embed(
     """
     from ..models.tile_encoder_spec import load_tile_encoder_spec
 
+    output = Path(output)
     entries = find_slides(slides, slide_mpp)
     spec = load_tile_encoder_spec(tile_encoder)
     mpp, tile_px = resolve_tiles(spec, mpp, tile_px, overlap, min_tissue)
@@ -167,7 +168,7 @@ def resolve_tiles(
     return mpp, tile_px
 
 
-def check_slide_encoder(name: str, checkpoint: str | None, tile_encoder: str) -> None:
+def check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: str) -> None:
     """Published slide encoders read the embeddings of one tile encoder; those of another may have the same length.
 
     Raises:

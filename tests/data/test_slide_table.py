@@ -36,6 +36,11 @@ def test_files_keep_the_users_order_whatever_their_suffix(tmp_path: Path) -> Non
     assert entries == [SlideEntry(tmp_path / "b.svs", "b"), SlideEntry(tmp_path / "a.unusual", "a")]
 
 
+def test_a_single_path_is_a_list_of_one(tmp_path: Path) -> None:
+    touch(tmp_path / "a.svs")
+    assert find_slides(str(tmp_path / "a.svs")) == find_slides([tmp_path / "a.svs"]) == find_slides(tmp_path)
+
+
 def test_a_folder_is_searched_through_its_subfolders(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("z.SVS", "sub/deep/a.ndpi", "sub/b.tif", "notes.txt", "sub/table.xlsx")))
     assert sorted(entry.slide_id for entry in find_slides([tmp_path])) == ["a", "b", "z"]

@@ -124,6 +124,12 @@ def test_each_slide_becomes_a_feature_file_a_picture_and_a_row(job: dict[str, An
     assert left_behind(job["output"]) == []
 
 
+def test_paths_may_be_text_in_python(job: dict[str, Any], slides: Path, encoder: Path) -> None:
+    [result] = embed([str(slides / "a.svs")], output=str(job["output"]), tile_encoder=encoder, tile_checkpoint="random")
+    assert (job["output"] / "a.h5").exists()
+    assert result.features == str(job["output"] / "a.h5")
+
+
 def test_the_embedding_of_a_tile_is_that_of_the_pixels_at_its_coordinates(job: dict[str, Any], encoder: Path) -> None:
     from longslide import create_tile_encoder
 
