@@ -18,6 +18,10 @@ from ..errors import LongslideError
 COMMANDS = {
     "doctor": (".doctor", "Check slides, weights and this machine before the GPU hours are spent."),
     "embed": (".embed", "Embed slides: one feature file a slide, with tile embeddings and a slide embedding."),
+    "attention-map": (
+        ".attention_map",
+        "Draw which keys each query sees under an attention pattern, and what it costs.",
+    ),
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
 }
 
@@ -44,7 +48,8 @@ class _Parser(ArgumentParser):
 
 
 def _command_function(command: str) -> Callable[..., Sequence[Any]]:
-    return getattr(import_module(COMMANDS[command][0], __package__), command)  # type: ignore[no-any-return]
+    module = import_module(COMMANDS[command][0], __package__)
+    return getattr(module, command.replace("-", "_"))  # type: ignore[no-any-return]
 
 
 def _add_command_arguments(parser: _Parser, function: Callable[..., Any]) -> None:
