@@ -43,7 +43,8 @@ class _Parser(ArgumentParser):
             message = f"--{value[1].replace('_', '-')} cannot be {value[2]}"
         elif "does not support item assignment" in message:  # `slides: a.svs` in a YAML file
             message = "slides must be a list in a YAML file: `slides: [a.svs]`"
-        print(f"{command}: {' '.join(message.split()).rstrip('.')}; see {command} --help", file=sys.stderr)
+        message = " ".join(message.split()).removeprefix(f"{command} ").rstrip(".")
+        print(f"{command}: {message}; see {command} --help", file=sys.stderr)
         sys.exit(2)
 
 
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     del options["config"]
     function = _command_function(command)
     if "slides" in inspect.signature(function).parameters and not options.get("slides"):
-        parser.error(f"{command} needs slides: files, folders or a table")
+        parser.error(f"longslide {command} needs slides: files, folders or a table")
     try:
         results = function(**options)
     except LongslideError as error:
