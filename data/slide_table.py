@@ -88,8 +88,8 @@ def _slides_in(folder: Path) -> Iterator[SlideEntry]:
         # A folder beside a .mrxs file and of its name holds that slide's data.
         if any((folder / f"{parent}.mrxs").is_file() for parent in inside.parents if parent.name):
             continue
-        if path.is_dir():
-            continue
+        if path.is_dir() or (path.parent.name == "qc" and (path.parent.parent / "summary.csv").is_file()):
+            continue  # a folder, or a picture that an earlier job made
         if path.suffix.lower() != ".dcm":
             yield SlideEntry(path, path.stem)
         elif path.parent not in dicom_folders:  # a folder of DICOM files is one slide, and any of its files opens it

@@ -64,6 +64,11 @@ def test_a_link_to_a_slide_that_is_gone_is_not_passed_over(tmp_path: Path) -> No
     assert [entry.slide_id for entry in find_slides([tmp_path])] == ["a", "b"]
 
 
+def test_the_pictures_of_an_earlier_job_are_no_slides(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("a.png", "features/summary.csv", "features/a.h5", "features/qc/a.jpg")))
+    assert [entry.path.name for entry in find_slides(tmp_path)] == ["a.png"]
+
+
 @pytest.mark.parametrize("stem", ["a", "S21.1234"])
 def test_the_data_folder_of_an_mrxs_is_no_slide(tmp_path: Path, stem: str) -> None:
     touch(tmp_path / f"{stem}.mrxs", *(tmp_path / stem / name for name in ("Index.dat", "label.tif", "deeper/x.tif")))
