@@ -65,7 +65,8 @@ def scatter_dilated_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             .view(segments, slots, heads, dim)
             for x in (q, k, v)
         ]
-        output, log_sum = attend(*(x.transpose(1, 2) for x in sparse), False, dim**-0.5)
+        sparse_q, sparse_k, sparse_v = (x.transpose(1, 2) for x in sparse)
+        output, log_sum = attend(sparse_q, sparse_k, sparse_v, False, dim**-0.5)
         dense = q.new_zeros(padded * heads, dim).index_copy(0, index, output.transpose(1, 2).reshape(-1, dim))
         weight = torch.full((padded * heads,), -1e8, device=q.device).index_copy(
             0, index, log_sum.float().transpose(1, 2).flatten()
@@ -73,7 +74,7 @@ def scatter_dilated_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outputs.append(dense.view(padded, heads, dim)[:length])
         log_sums.append(weight.view(padded, heads)[:length])
     weights = torch.stack(log_sums).detach().softmax(0).to(q.dtype)
-    return sum(output * weight[..., None] for output, weight in zip(outputs, weights, strict=True))[None]  # type: ignore[index]
+    return (torch.stack(outputs) * weights[..., None]).sum(0)[None]
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
