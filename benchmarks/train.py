@@ -2,10 +2,10 @@
 
     python benchmarks/train.py [--slides 16] [--tiles 10000] [--max-tokens 20000 80000]
 
-Feature files of random numbers are written, then read, packed and trained on as `longslide fit` does it, through Lightning
-in mixed bfloat16, from random weights: they cost the same. Side by side: `training`, the last of three epochs, with the files
-in the cache; `model`, the same steps on a batch that stays on the GPU. The GPU idles for the share of the epochs' wall time in
-which no kernel runs, by the profiler.
+Feature files of random numbers are written, then read, packed and trained on as `longslide fit` does it, through
+Lightning in mixed bfloat16, from random weights: they cost the same. Side by side: `training`, the last of three epochs,
+with the files in the cache; `model`, the same steps on a batch that stays on the GPU. The GPU idles for the share of the
+epochs' wall time in which no kernel runs, by the profiler.
 """
 
 import argparse
