@@ -93,7 +93,7 @@ class SlideClassifier(BagWeightedModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.facts = facts
+        self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
         self.aggregator_name = aggregator
         self.optimiser = optimiser
         self.temperature: float | None = None

@@ -91,7 +91,7 @@ class MaskedAutoencoder(BagWeightedModule):
         super().__init__()
         if not 0 < mask_ratio < 1:
             raise LongslideError(f"--model.mask_ratio {mask_ratio} must be above 0 and below 1")
-        self.facts = facts
+        self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
         tile_encoder = facts.preprocessing.get("tile_encoder")
         if encoder == "longnet":
             self.encoder = create_longnet(facts.feature_dim, longnet, checkpoint, tile_encoder).encoder

@@ -9,9 +9,11 @@ import pandas as pd
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from ..data.bag_data import Part
 from ..models.classifier import SlideClassifier
 from ..models.classifier_checkpoint import load_classifier
-from .prediction_table import calibrate, prediction_rows, run_classifier
+from ..models.objective import Cox
+from .prediction_table import Outputs, calibrate, prediction_rows, run_classifier
 from .training_cli import Training, TrainingCLI
 from .training_run import TrainingRun, tell, write_bytes
 
@@ -95,17 +97,23 @@ def held_out_predictions(training: Training) -> list[pd.DataFrame]:
     classifier = load_classifier(best)
     data = training.data.with_fold(training.data.fold)  # without the trainer: all bags, on this device
     device = training.trainer.strategy.root_device
+
+    def outputs_of(part: Part) -> Outputs:
+        return run_classifier(
+            classifier, data.in_order(part), device, training.trainer.precision_plugin.forward_context()
+        )
+
     tables = []
-    for part in ("val", "test"):
-        bags = data.bags(part)
-        if not bags:
-            continue
-        precision = training.trainer.precision_plugin.forward_context()
-        outputs = run_classifier(classifier, data.in_order(part), device, precision)
-        if part == "val":
-            calibrate(classifier, outputs)
-            store_calibration(best, classifier)
-        tables.append(prediction_rows(classifier, outputs, bags, fold=data.fold, part=part))
+    if data.bags("val"):
+        validation = outputs_of("val")
+        calibrate(classifier, validation)
+        tables.append(prediction_rows(classifier, validation, data.bags("val"), fold=data.fold, part="val"))
+    elif isinstance(classifier.objective, Cox):  # survival needs a baseline, if need be that of the training part
+        training_outputs = outputs_of("train")
+        classifier.objective.fit_baseline(training_outputs.raw, training_outputs.target)
+    store_calibration(best, classifier)
+    if data.bags("test"):
+        tables.append(prediction_rows(classifier, outputs_of("test"), data.bags("test"), fold=data.fold, part="test"))
     return tables
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jsonargparse import ArgumentParser
 from lightning import Trainer
 
 from ..data.bag_data import BagDataModule
@@ -12,7 +11,7 @@ from ..errors import LongslideError
 from ..models.classifier import SlideClassifier
 from ..models.classifier_checkpoint import check_preprocessing, load_classifier
 from .prediction_table import prediction_rows, run_classifier
-from .training_cli import quieten
+from .training_cli import TrainingParser, quieten
 from .training_run import TrainingRun, tell
 
 # What the checkpoint says, and the command line does not.
@@ -72,8 +71,8 @@ def test(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+def _parser() -> TrainingParser:
+    parser = TrainingParser(
         prog="longslide test",
         description="Evaluate a trained classifier on another cohort.",
         print_config="--print_config",

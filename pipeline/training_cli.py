@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import yaml
@@ -64,6 +64,17 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+class TrainingParser(LightningArgumentParser):
+    """A parser whose errors are one line: there are too many options to list them each time."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong, and exit with status 2."""
+        if self.exit_on_error:
+            line = " ".join(message.split())
+            self.exit(2, f"{self.prog}: {line}; `{self.prog} --help` lists the options\n")
+        super().error(message, ex)
+
+
 class TrainingCLI(LightningCLI):
     """Options from YAML files and the command line. Nothing is built before `build`.
 
@@ -89,6 +100,7 @@ class TrainingCLI(LightningCLI):
                 "description": f"Recipes for --config: {', '.join(list_recipes())}.",
                 "dump_header": None,
             },
+            parser_class=TrainingParser,
             args=words,
             run=False,
             auto_configure_optimizers=False,
@@ -232,16 +244,25 @@ def list_recipes() -> list[str]:
 
 
 def with_recipe_paths(argv: Sequence[str]) -> list[str]:
-    """The words, with `--config <name>` of a recipe of the package replaced by its path."""
+    """The words, with `--config <name>` of a recipe of the package replaced by its path.
+
+    Raises:
+        LongslideError: A name that is neither a file's nor a recipe's.
+    """
     words = list(argv)
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if name not in ("--config", "-c"):
+        if name not in ("--config", "-c") or (not equals and i + 1 == len(words)):
             continue
-        if equals and value in list_recipes() and not Path(value).exists():
-            words[i] = f"{name}={recipes() / value}.yaml"
-        elif not equals and i + 1 < len(words) and words[i + 1] in list_recipes() and not Path(words[i + 1]).exists():
-            words[i + 1] = f"{recipes() / words[i + 1]}.yaml"
+        value = value if equals else words[i + 1]
+        if Path(value).exists() or Path(value).suffix:
+            continue
+        if value not in list_recipes():
+            raise LongslideError(
+                f"--config {value}: neither a file nor a recipe; recipes are {', '.join(list_recipes())}"
+            )
+        path = f"{recipes() / value}.yaml"
+        words[i if equals else i + 1] = f"{name}={path}" if equals else path
     return words
 
 

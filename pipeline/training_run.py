@@ -111,9 +111,13 @@ class TrainingRun:
         from ..evaluation import evaluate
         from .run_report import write_run_report
 
+        metrics = None
+        if not predictions:
+            self.facts["finished"] = True
+            self.write()
+            return metrics
         table = pd.concat(predictions, ignore_index=True)
         write_text(self.folder / "predictions.csv", table.to_csv(index=False))
-        metrics = None
         if (table["part"] == "test").any():
             metrics = evaluate(table, task, bootstrap=bootstrap, cohort=cohort)
             write_text(self.folder / "metrics.csv", metrics.to_csv(index=False))

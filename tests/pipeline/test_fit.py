@@ -291,3 +291,25 @@ def test_a_mistake_is_one_line_before_training(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("longslide fit: ")
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit"], "the following arguments are required: data.features"),
+        (["fit", "--config", "no-such-recipe"], "neither a file nor a recipe; recipes are abmil, binary"),
+        (["fit", "--data.features", "f", "--model.abmil.wdth", "3"], "--model.abmil.wdth"),
+        (["fit", "--data.features", "f", "--model.aggregator", "abml"], "model.aggregator"),
+        (["crossval", "--data.features", "f", "--folds", "many"], "folds"),
+        (["test", "--data.features", "f"], "required: checkpoint"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(words: list[str], said: str, capsys) -> None:
+    try:
+        status = main(words)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
