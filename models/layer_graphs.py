@@ -13,7 +13,7 @@ MAX_TOKENS = 16_384
 def bucket(tokens: int) -> int:
     """The length that a sequence is run as: an eighth of a power of two further at most, so that graphs are few."""
     step = max(32, 2 ** ((tokens - 1).bit_length() - 4))
-    return -(-tokens // step) * step
+    return int(-(-tokens // step) * step)
 
 
 class LayerGraphs:
@@ -23,7 +23,7 @@ class LayerGraphs:
     bucket's; the rows past the end are computed and never read.
 
     Args:
-        run: Maps `(T, width)` tokens and `(B + 1,)` int32 cumulative lengths to `(T, width)`, on one GPU, without a gradient.
+        run: Maps `(T, width)` tokens and `(B + 1,)` int32 cumulative lengths to `(T, width)`, on one GPU, without gradients.
         module: Whose parameters it uses: graphs are thrown away when these have moved.
     """
 
@@ -57,7 +57,7 @@ class LayerGraphs:
 
     def _capture(self, rows: int, x: Tensor, cu_seqlens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
         tokens, lengths = x.new_zeros(rows, x.shape[1]), cu_seqlens.clone()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside the graph: kernels are compiled and their look-ups made
             self._run(tokens, lengths)

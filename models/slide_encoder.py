@@ -221,6 +221,24 @@ class SlideEncoder(nn.Module):
             embeddings.append(self._pool(x, slides))
         return torch.stack(embeddings)
 
+    def tile_tokens(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The tiles themselves after all layers: what the slide embedding is the mean of.
+
+        Args:
+            tile_features: Packed as for `forward`.
+            grid_cells: As for `forward`.
+            cu_seqlens: As for `forward`.
+
+        Returns:
+            `(T, width)`.
+
+        Raises:
+            LongslideError: As for `forward`.
+        """
+        x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
+        rows = torch.arange(len(slides.of_tile), device=x.device) + slides.of_tile + 1  # without the cls tokens
+        return self._encode(x, slides.cu_seqlens)[rows]
+
     def _encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
         for layer in self.layers:
             x = self._run(layer, x, cu_seqlens, shards)

@@ -20,11 +20,29 @@ from ..errors import LongslideError
 COMMANDS = {
     "doctor": (".doctor", "Check slides, weights and this machine before the GPU hours are spent."),
     "embed": (".embed", "Embed slides: one feature file a slide, with tile embeddings and a slide embedding."),
+    "compare": (
+        ".compare",
+        "Compare runs on the same patients: every metric with its interval, and paired differences.",
+    ),
     "attention-map": (
         ".attention_map",
         "Draw which keys each query sees under an attention pattern, and what it costs.",
     ),
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
+}
+
+# Commands whose options are those of trainer, data module and model: they take the words after them.
+TRAINING_COMMANDS = {
+    "fit": (".fit", "Train a slide classifier on feature files, or pretrain a slide encoder."),
+    "crossval": (".crossval", "Train a classifier a fold, and evaluate on the patients each has not seen."),
+    "test": (".test", "Evaluate a trained classifier on another cohort."),
+}
+
+
+# Arguments that are given without a name, by their name in the function and in YAML.
+POSITIONAL = {
+    "slides": "Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.",
+    "runs": "Run folders of longslide fit, crossval or test.",
 }
 
 
@@ -57,14 +75,14 @@ def _command_function(command: str) -> Callable[..., Sequence[Any]]:
 
 def _add_command_arguments(parser: _Parser, function: Callable[..., Any]) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of these options as keys.")
-    positional = {"slides"} & set(inspect.signature(function).parameters)
-    if positional:
+    positional = set(POSITIONAL) & set(inspect.signature(function).parameters)
+    for name in positional:
         parser.add_argument(
-            "slides",
+            name,
             nargs="*",
             type=str,
-            default=argparse.SUPPRESS,  # so that none on the command line leaves the YAML key `slides` in force
-            help="Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.",
+            default=argparse.SUPPRESS,  # so that none on the command line leaves the YAML key of that name in force
+            help=POSITIONAL[name],
         )
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
 
@@ -76,7 +94,7 @@ def _parser(command: str | None) -> _Parser:
         version=__version__,
     )
     subcommands = parser.add_subcommands(required=True)
-    for name, (_, summary) in COMMANDS.items():
+    for name, (_, summary) in (COMMANDS | TRAINING_COMMANDS).items():
         subparser = _Parser(description=summary, print_config="--print-config")
         if name == command:
             _add_command_arguments(subparser, _command_function(name))
@@ -103,14 +121,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
+    if command in TRAINING_COMMANDS and argv[0] == command:
+        return _train(command, argv[1:])
     parser = _parser(command if command in COMMANDS else None)
     arguments = parser.parse_args(argv)
     command = str(arguments.subcommand)
     options = arguments[command].as_dict()
     del options["config"]
     function = _command_function(command)
-    if "slides" in inspect.signature(function).parameters and not options.get("slides"):
-        parser.error(f"longslide {command} needs slides: files, folders or a table")
+    for name in set(POSITIONAL) & set(inspect.signature(function).parameters):
+        if not options.get(name):
+            parser.error(f"longslide {command} needs {name}: {POSITIONAL[name]}")
     default_hook, sys.unraisablehook = sys.unraisablehook, _ctrl_c_again
     try:
         results = function(**options)
@@ -123,6 +144,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         sys.unraisablehook = default_hook
     return 0 if all(result.ok for result in results) else 1
+
+
+def _train(command: str, argv: Sequence[str]) -> int:
+    module = import_module(TRAINING_COMMANDS[command][0], __package__)
+    try:
+        return int(getattr(module, command)(argv))
+    except KeyboardInterrupt:
+        print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LongslideError):
+            cause = cause.__cause__  # jsonargparse wraps what is raised while it builds objects
+        if cause is None:
+            raise
+        print(f"longslide {command}: {cause}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
