@@ -3,12 +3,12 @@
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..data.features import Features, read_features, write_features
 from ..data.grid import Grid, make_grid
@@ -25,6 +25,8 @@ from .qc import draw_qc, save_qc
 if TYPE_CHECKING:
     from ..models.slide_encoder import SlideEncoder
     from .tile_embedding import TileEmbedder
+
+T = TypeVar("T")
 
 DEFAULT_MPP = 0.5
 """Microns per pixel of the tiles where the encoder recommends none: 20x."""
@@ -96,7 +98,7 @@ def embed(
     if slide_encoder is not None and slide_checkpoint is None:
         _check_pair(slide_encoder, encoder.spec.name)
     resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
-    job = _Job(
+    job = EmbedJob(
         output=output,
         embedder=TileEmbedder(encoder, torch_device, resolved),
         slide_encoder=None
@@ -116,7 +118,7 @@ def embed(
     results = []
     with JobProgress(len(entries)) as progress:
         progress.note(job.description)
-        for prepared in _one_ahead(job, entries):
+        for prepared in one_ahead(job.prepare, entries):
             result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
             record(output, result)
             progress.slide_ended(result)
@@ -165,7 +167,7 @@ def _check_pair(slide_encoder: str, tile_encoder: str) -> None:
 
 
 @dataclass
-class _Prepared:
+class PreparedSlide:
     """A slide that is claimed and waits for the encoders; `resources` frees it."""
 
     entry: SlideEntry
@@ -175,19 +177,21 @@ class _Prepared:
     started: float
 
 
-def _one_ahead(job: "_Job", entries: Sequence[SlideEntry]) -> Iterator[_Prepared | SlideResult]:
+def one_ahead(prepare: Callable[[SlideEntry], T], entries: Sequence[SlideEntry]) -> Iterator[T]:
     """Prepare the next slide (open it, find tissue) while the encoder works on the present one."""
     with ThreadPoolExecutor(1, thread_name_prefix="prepare") as executor:
-        following = executor.submit(job.prepare, entries[0])
+        following = executor.submit(prepare, entries[0])
         for entry in [*entries[1:], None]:
             current = following.result()
             if entry is not None:
-                following = executor.submit(job.prepare, entry)
+                following = executor.submit(prepare, entry)
             yield current
 
 
 @dataclass
-class _Job:
+class EmbedJob:
+    """Embeds slides one after the other into one folder: `prepare` in a thread ahead, `finish` where the encoders are."""
+
     output: Path
     embedder: "TileEmbedder"
     slide_encoder: "SlideEncoder | None"
@@ -213,7 +217,7 @@ class _Job:
             text += f" (recommended for {encoder.spec.name}: {recommended[0]} px at {recommended[1]:g} um/px)"
         return f"{text}; {self.embedder.device}, {self.embedder.precision}"
 
-    def prepare(self, entry: SlideEntry) -> _Prepared | SlideResult:
+    def prepare(self, entry: SlideEntry) -> PreparedSlide | SlideResult:
         """All that comes before the encoders: claim the slide, see what exists, open it, find tissue, lay the grid."""
         started = time.monotonic()
         with ExitStack() as resources:
@@ -230,11 +234,11 @@ class _Job:
                     tiled = self._tile(entry, resources)
                     if not len(tiled[2].coords):
                         return self._nothing_to_embed(entry, *tiled)
-                return _Prepared(entry, existing, tiled, resources.pop_all(), started)
+                return PreparedSlide(entry, existing, tiled, resources.pop_all(), started)
             except Exception as error:
-                return _failed(entry, error)
+                return failed_slide(entry, error)
 
-    def finish(self, prepared: _Prepared, progress: JobProgress) -> SlideResult:
+    def finish(self, prepared: PreparedSlide, progress: JobProgress) -> SlideResult:
         """All that needs the encoders, and the feature file."""
         entry = prepared.entry
         with prepared.resources:
@@ -249,7 +253,7 @@ class _Job:
                 write_features(self._path(entry), features)
                 return self._done(entry, features, bad_tiles=bad_tiles, seconds=time.monotonic() - prepared.started)
             except Exception as error:
-                return _failed(entry, error)
+                return failed_slide(entry, error)
 
     def _path(self, entry: SlideEntry) -> Path:
         return self.output / f"{entry.slide_id}.h5"
@@ -268,7 +272,7 @@ class _Job:
             wanted = self._settings(entry)
             if existing.slide_embedding is not None and self.slide_encoder is not None:
                 wanted |= self._slide_settings()
-            _check_same(path, existing, wanted)
+            check_same(path, existing, wanted)
         except LongslideError:
             if self.overwrite:
                 return None
@@ -390,7 +394,8 @@ def _result(entry: SlideEntry, status: Literal["done", "failed", "skipped"], rea
     return SlideResult(entry.slide_id, str(entry.path), status, reason)
 
 
-def _failed(entry: SlideEntry, error: Exception) -> SlideResult:
+def failed_slide(entry: SlideEntry, error: Exception) -> SlideResult:
+    """The result of a slide that an exception ended; one that is no user's mistake is printed with its traceback."""
     if isinstance(error, LongslideError):
         return _result(entry, "failed", str(error))
     traceback.print_exception(error)  # not the user's mistake: whoever reports it needs to know where
@@ -399,7 +404,7 @@ def _failed(entry: SlideEntry, error: Exception) -> SlideResult:
     )
 
 
-def _check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
+def check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
     """Refuse a file made with other settings: mixed in one folder, they would be compared as if they were alike."""
     made_with = vars(existing) | existing.settings | {"slide": Path(existing.slide_path or "").name}
     different = [
