@@ -1,0 +1,303 @@
+"""The slide classifier: an aggregator, a linear head, and how the two are trained."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from ..errors import LongslideError
+from ..task import Task
+from .abmil import ABMIL, ABMILOptions
+from .aggregator import Aggregator, AggregatorName, LinearProbe, Pool, PoolOptions
+from .objective import Cox, create_objective
+from .optimisation import OptimiserOptions, configure
+from .selection import BagOutputs, class_of, selection_metric
+from .slide_encoder_aggregator import GigaPathOptions, LongNetOptions, create_gigapath, create_longnet
+from .transmil import TransMIL, TransMILOptions
+
+SCHEMA = 1
+"""Version of what a checkpoint holds under `longslide`."""
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a classifier must know of its training data.
+
+    Attributes:
+        task: The task.
+        feature_dim: Length of a tile embedding; of a slide embedding for the linear probe.
+        positives: Training bags of each class, or with each label.
+        observed: Training bags whose class, or label, is known; one number a class or label.
+        target_mean: Mean of the training targets of a regression.
+        target_std: Their standard deviation.
+        preprocessing: `tile_encoder`, `tile_weights`, `mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`; None for
+            what the feature files do not say.
+    """
+
+    task: Task
+    feature_dim: int
+    positives: tuple[int, ...] = ()
+    observed: tuple[int, ...] = ()
+    target_mean: float = 0.0
+    target_std: float = 1.0
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for checkpoints."""
+        return asdict(self) | {
+            "task": self.task.to_dict(),
+            "positives": [*self.positives],
+            "observed": [*self.observed],
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "TrainingFacts":
+        """What `to_dict` wrote."""
+        lists = {name: tuple(content[name]) for name in ("positives", "observed")}
+        return cls(**content | lists | {"task": Task.from_dict(content["task"])})
+
+
+class SlideClassifier(LightningModule):
+    """An aggregator and a linear head.
+
+    Args:
+        facts: What must be known of the training data.
+        aggregator: How the tiles of a bag become one vector: `longnet` from scratch, a pretrained `gigapath`, the baselines
+            `abmil`, `transmil`, `mean` and `max`, or a `linear-probe` on the slide embeddings of the feature files.
+        checkpoint: Weights of the slide encoder that `longnet` or `gigapath` begins with: a checkpoint of masked
+            autoencoding, for `gigapath` also a published file, or the word `random`. Default: random weights for `longnet`,
+            the published ones for `gigapath`.
+        longnet: Options of `longnet`.
+        gigapath: Options of `gigapath`.
+        abmil: Options of `abmil`.
+        transmil: Options of `transmil`.
+        pool: Options of `mean` and `max`.
+        head_dropout: Share of the values of a bag's vector that are dropped before the head.
+        class_weights: Weights of the classes in the loss: `none`, `balanced` (inverse to the number of training bags), or a
+            number for each class; for multilabel, of each label's positives.
+        optimiser: Options of the optimiser.
+        compile: Whether the aggregator is compiled by `torch.compile`.
+        architecture: How to build the aggregator without weights, as a checkpoint says it.
+
+    Attributes:
+        temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
+        thresholds: Threshold of the probability, by class name (the second one of `binary`) or label; None for 0.5.
+        training_features: Statistics of the training features, as a checkpoint holds them.
+        fold: The fold it was trained on.
+        slide_ids: Numbers of slides in training and validation: `train` and `val`.
+    """
+
+    def __init__(
+        self,
+        facts: TrainingFacts,
+        aggregator: AggregatorName = "longnet",
+        checkpoint: str | None = None,
+        longnet: LongNetOptions = LongNetOptions(),
+        gigapath: GigaPathOptions = GigaPathOptions(),
+        abmil: ABMILOptions = ABMILOptions(),
+        transmil: TransMILOptions = TransMILOptions(),
+        pool: PoolOptions = PoolOptions(),
+        head_dropout: float = 0.0,
+        class_weights: Literal["none", "balanced"] | list[float] = "none",
+        optimiser: OptimiserOptions = OptimiserOptions(),
+        compile: bool = False,
+        architecture: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.facts = facts
+        self.aggregator_name = aggregator
+        self.optimiser = optimiser
+        self.temperature: float | None = None
+        self.thresholds: dict[str, float] | None = None
+        self.training_features: dict[str, Any] = {}
+        self.fold = 0
+        self.slide_ids = {"train": 0, "val": 0}
+        self.options: Any = {
+            "longnet": longnet, "gigapath": gigapath, "abmil": abmil, "transmil": transmil, "mean": pool, "max": pool,
+        }.get(aggregator)  # fmt: skip
+        if checkpoint is not None and aggregator not in ("longnet", "gigapath"):
+            raise LongslideError(f"--model.checkpoint {checkpoint}: {aggregator} has no slide encoder to load it into")
+        tile_encoder = facts.preprocessing.get("tile_encoder")
+        self.aggregator: Aggregator
+        if aggregator == "longnet":
+            self.aggregator = create_longnet(facts.feature_dim, longnet, checkpoint, tile_encoder, architecture)
+        elif aggregator == "gigapath":
+            self.aggregator = create_gigapath(facts.feature_dim, gigapath, checkpoint, tile_encoder, architecture)
+        elif aggregator == "abmil":
+            self.aggregator = ABMIL(facts.feature_dim, abmil)
+        elif aggregator == "transmil":
+            self.aggregator = TransMIL(facts.feature_dim, transmil)
+        elif aggregator == "linear-probe":
+            self.aggregator = LinearProbe(facts.feature_dim)
+        else:
+            self.aggregator = Pool(facts.feature_dim, pool, aggregator)
+        self.head_dropout = nn.Dropout(head_dropout)
+        self.head = nn.Linear(self.aggregator.width, facts.task.outputs)
+        self.objective = create_objective(
+            facts.task, _class_weights(class_weights, facts), facts.target_mean, facts.target_std
+        )
+        if compile:
+            self.aggregator.compile(dynamic=True)  # in place: the names of the weights stay
+        self.train_loss = MeanMetric()
+        self.validation = BagOutputs()
+        self._group_weight = 0.0
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return self.facts.task
+
+    def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The raw outputs of bags, differentiable in `tile_features`.
+
+        Args:
+            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe slide embeddings.
+            grid_cells: `(T, 2)` int64 (column, row) of each tile.
+            cu_seqlens: `(B + 1,)` int32 cumulative lengths of the bags, from 0 to T.
+
+        Returns:
+            `(B, n_outputs)`, float32 or float64.
+
+        Raises:
+            LongslideError: The embeddings are not of the length that it was trained on.
+        """
+        if tile_features.shape[-1] != self.facts.feature_dim:
+            raise LongslideError(
+                f"the classifier reads embeddings of length {self.facts.feature_dim}, not {tile_features.shape[-1]}"
+            )
+        pooled = self.aggregator(tile_features, grid_cells, cu_seqlens)
+        outputs: Tensor = self.head(self.head_dropout(pooled.to(self.head.weight.dtype)))
+        return outputs.float() if outputs.element_size() < 4 else outputs
+
+    def outputs_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """The raw outputs `(B, n_outputs)` of a batch as the data module makes it."""
+        if not self.aggregator.reads_slide_embedding:
+            return self(batch["tile_features"], batch["grid_cells"], batch["cu_seqlens"])  # type: ignore[no-any-return]
+        if "slide_embedding" not in batch:
+            raise LongslideError(
+                "linear-probe reads slide embeddings, and the feature files have none: embed the slides with --slide-encoder"
+            )
+        embeddings = batch["slide_embedding"]
+        ones = torch.arange(len(embeddings) + 1, dtype=torch.int32, device=embeddings.device)
+        return self(embeddings, ones.new_zeros(len(embeddings), 2), ones)  # type: ignore[no-any-return]
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Predictions of raw outputs, calibrated.
+
+        Args:
+            outputs: `(B, n_outputs)`.
+
+        Returns:
+            `probability` `(B, C)` and `prediction` (`(B,)` int64 class, or `(B, C)` 0 or 1 for multilabel); `value` `(B,)`
+            for regression; `risk` `(B,)` and `survival` `(B, n_times)` for survival.
+        """
+        predictions = self.objective.predict(outputs, self.temperature)
+        if "probability" in predictions:
+            predictions["prediction"] = class_of(self.task, predictions["probability"], self.thresholds)
+        return predictions
+
+    # Training
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The sum of the losses of a batch: `on_before_optimizer_step` divides by the weight of all that is accumulated."""
+        loss, weight = self.objective(self.outputs_of(batch), batch["target"])
+        if not math.isfinite(value := float(loss.detach())):
+            raise LongslideError(
+                f"the loss is {value} at step {self.global_step}: lower --model.optimiser.learning_rate, set "
+                "--trainer.gradient_clip_val 1, or train with --trainer.precision bf16-mixed instead of 16-mixed"
+            )
+        self._group_weight += float(weight)
+        if weight > 0:
+            self.train_loss.update(loss.detach() / weight, weight)
+            self.log("train_loss_step", loss.detach() / weight, prog_bar=True, logger=False)
+        return loss  # type: ignore[no-any-return]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the gradient that of the mean over all bags of the accumulated batches, on all devices."""
+        total = self.trainer.strategy.reduce(
+            torch.tensor(self._group_weight, device=self.device, dtype=torch.float32), reduce_op="sum"
+        )
+        # Lightning divided each loss by the number of batches, DDP the gradients by the number of devices.
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(float(total), 1e-12)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        self._start_group()
+
+    def on_train_epoch_start(self) -> None:
+        """Nothing is accumulated over the end of an epoch."""
+        self._start_group()
+
+    def _start_group(self) -> None:
+        self._group_weight = 0.0
+        if isinstance(self.objective, Cox):
+            self.objective.start_group()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the mean loss of the epoch's bags, as they were trained on."""
+        self.log("train_loss", self.train_loss.compute())
+        self.train_loss.reset()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Gather the outputs: the loss and the metric are those of all validation bags together."""
+        self.validation.update(self.outputs_of(batch), batch["target"], batch["index"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val_loss` and `val_metric`."""
+        outputs, target, _ = self.validation.compute()
+        self.validation.reset()
+        loss, weight = self.objective(outputs, target)
+        self.log("val_loss", loss / weight.clamp(min=1e-12), prog_bar=True)
+        metric = selection_metric(self.task, self.objective.predict(outputs), target)
+        self.log("val_metric", torch.tensor(metric, device=self.device), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with warm-up and cosine at every step."""
+        return configure(self, self.optimiser, self.trainer)
+
+    # Checkpoints
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint holds under `longslide`: all that inference needs beside the weights, in plain types."""
+        architecture = self.aggregator.architecture()
+        return {
+            "schema": SCHEMA,
+            "kind": "classifier",
+            "software": f"longslide {version('longslide')}",
+            "task": self.task.to_dict(),
+            "aggregator": {
+                "name": self.aggregator_name,
+                "options": {} if self.options is None else asdict(self.options),
+                "architecture": architecture or None,
+            },
+            "facts": self.facts.to_dict(),
+            "preprocessing": dict(self.facts.preprocessing),
+            "training_features": dict(self.training_features),
+            "thresholds": self.thresholds,
+            "temperature": self.temperature,
+            "fold": self.fold,
+            "slide_ids": dict(self.slide_ids),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the description."""
+        checkpoint["longslide"] = self.description()
+
+
+def _class_weights(choice: str | Sequence[float], facts: TrainingFacts) -> list[float] | None:
+    """Weights of the classes in the loss."""
+    if not isinstance(choice, str):
+        return list(choice)
+    if choice == "none" or not facts.positives:
+        return None
+    if facts.task.kind == "multilabel":
+        return [(n - positive) / max(1, positive) for positive, n in zip(facts.positives, facts.observed, strict=True)]
+    return [
+        n / len(facts.positives) / max(1, positive) for positive, n in zip(facts.positives, facts.observed, strict=True)
+    ]

@@ -1,0 +1,81 @@
+"""Classifier checkpoints: read without unpickling, built again without the training data."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import LongslideError
+from .abmil import ABMILOptions
+from .aggregator import PoolOptions
+from .checkpoint_file import read_checkpoint
+from .classifier import SCHEMA, SlideClassifier, TrainingFacts
+from .slide_encoder_aggregator import GigaPathOptions, LongNetOptions
+from .transmil import TransMILOptions
+
+_OPTIONS: dict[str, tuple[str, type]] = {
+    "longnet": ("longnet", LongNetOptions),
+    "gigapath": ("gigapath", GigaPathOptions),
+    "abmil": ("abmil", ABMILOptions),
+    "transmil": ("transmil", TransMILOptions),
+    "mean": ("pool", PoolOptions),
+    "max": ("pool", PoolOptions),
+}
+"""Aggregator -> the argument of `SlideClassifier` with its options, and their type."""
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint of Longslide holds under `longslide`, with the weights under `state_dict`.
+
+    Raises:
+        LongslideError: No such file, a truncated one, one with pickled code, or one of other software or a newer Longslide.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise LongslideError(f"{path}: no such checkpoint")
+    content = read_checkpoint(path)
+    description = content.get("longslide") if isinstance(content, dict) else None
+    if not isinstance(description, dict) or "schema" not in description or "state_dict" not in content:
+        raise LongslideError(f"{path}: not a checkpoint of `longslide fit`")
+    if description["schema"] > SCHEMA:
+        raise LongslideError(f"{path}: written by a newer Longslide (schema {description['schema']}); update Longslide")
+    return description | {"state_dict": content["state_dict"]}
+
+
+def load_classifier(path: str | Path) -> SlideClassifier:
+    """Load a classifier.
+
+    Args:
+        path: A `.ckpt` that `longslide fit` or `crossval` wrote.
+
+    Returns:
+        The classifier, on the CPU and in evaluation mode.
+
+    Raises:
+        LongslideError: No such file, a truncated one, one with pickled code, one of a newer Longslide, or no classifier.
+    """
+    description = read_description(path)
+    if description.get("kind") != "classifier":
+        raise LongslideError(
+            f"{path}: a checkpoint of {description.get('kind')!r}, not of a classifier; `longslide fit "
+            "--model.checkpoint` trains a classifier from it"
+        )
+    name = description["aggregator"]["name"]
+    options: dict[str, Any] = {}
+    if name in _OPTIONS:
+        argument, kind = _OPTIONS[name]
+        known = {option.name for option in fields(kind)}
+        options[argument] = kind(**{k: v for k, v in description["aggregator"]["options"].items() if k in known})
+    try:
+        classifier = SlideClassifier(
+            TrainingFacts.from_dict(description["facts"]),
+            name,
+            architecture=description["aggregator"].get("architecture"),
+            **options,
+        )
+        classifier.load_state_dict(description["state_dict"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise LongslideError(f"{path}: does not fit this version of Longslide: {reason}") from error
+    for attribute in ("temperature", "thresholds", "training_features", "fold", "slide_ids"):
+        setattr(classifier, attribute, description[attribute])
+    return classifier.eval()

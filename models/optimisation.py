@@ -1,0 +1,102 @@
+"""AdamW with layer-wise learning rates, and a learning rate that warms up and then falls as a cosine."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from lightning import Trainer
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class OptimiserOptions:
+    """Options of the optimiser.
+
+    Attributes:
+        learning_rate: The highest learning rate, at the end of the warm-up.
+        min_learning_rate: The one that the cosine ends at.
+        weight_decay: Weight decay of matrices; biases, norms and tokens have none.
+        warmup_epochs: Epochs over which the learning rate rises from 0, fractions too; counted in steps.
+        layer_decay: Factor of the learning rate from each layer of a slide encoder to the one below it; 1 for none.
+        betas: AdamW's two decay rates.
+    """
+
+    learning_rate: float = 2e-4
+    min_learning_rate: float = 0.0
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    layer_decay: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+class WarmupCosine:
+    """The factor of the learning rate at a step. Saved with the scheduler, so that a resumed run keeps its course.
+
+    Args:
+        warmup: Steps of the linear rise.
+        total: Steps of the whole training.
+        floor: The factor at the end.
+    """
+
+    def __init__(self, warmup: int, total: int, floor: float) -> None:
+        self.warmup, self.total, self.floor = warmup, total, floor
+
+    def __call__(self, step: int) -> float:
+        """The factor at a step, 0 the first."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(model: nn.Module, options: OptimiserOptions) -> list[dict[str, Any]]:
+    """The parameters that train, in groups of one learning rate and one weight decay.
+
+    Args:
+        model: The module; parameters `...layers.<i>...` beside a `tile_projection` are taken for a slide encoder's layers.
+        options: The options.
+
+    Returns:
+        Groups for `AdamW`, those of the lowest layers first, in an order that depends on the names only.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    depths = {name: _depth(name) for name, _ in named}
+    top = 1 + max((depth for depth in depths.values() if depth is not None), default=0)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        depth = depths[name]
+        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "mask_token"))
+        groups.setdefault((top if depth is None else depth, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": options.learning_rate * options.layer_decay ** (top - depth),
+            "weight_decay": options.weight_decay if decays else 0.0,
+        }
+        for (depth, decays), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]
+
+
+def _depth(name: str) -> int | None:
+    """0 for what feeds the slide encoder's layers, i + 1 for layer i, None for all that comes after or is no encoder's."""
+    if not re.search(r"(^|\.)encoder\.", name):
+        return None
+    if match := re.search(r"encoder\.layers\.(\d+)\.", name):
+        return int(match[1]) + 1
+    return 0 if re.search(r"encoder\.(tile_projection|cls_token)", name) else None
+
+
+def configure(model: nn.Module, options: OptimiserOptions, trainer: Trainer) -> dict[str, Any]:
+    """What `LightningModule.configure_optimizers` returns: AdamW, and the learning rate set at every step."""
+    total = max(1, int(trainer.estimated_stepping_batches))
+    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+    steps_per_epoch = total / epochs if epochs else trainer.num_training_batches / trainer.accumulate_grad_batches
+    warmup = min(total - 1, round(options.warmup_epochs * steps_per_epoch))
+    floor = options.min_learning_rate / options.learning_rate
+    optimiser = AdamW(parameter_groups(model, options), betas=options.betas)
+    groups = len(optimiser.param_groups)
+    schedule = LambdaLR(optimiser, [WarmupCosine(warmup, total, floor) for _ in range(groups)])
+    return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
