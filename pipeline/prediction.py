@@ -116,7 +116,9 @@ def with_numbers(prediction: Prediction, task: Task, found: "EnsemblePrediction"
     result = replace(result, spread={name: float(spread[name])} if spread else {})
     if name == "value":
         return replace(result, value=float(mean["value"]))
-    curve = dict(zip(task.times, mean["survival"].tolist(), strict=True))
+    # Without a fitted baseline hazard a Cox model knows risks alone.
+    known = bool(mean["survival"].isfinite().all())
+    curve = dict(zip(task.times, mean["survival"].tolist(), strict=True)) if known else None
     return replace(result, risk=float(mean["risk"]), survival=curve)
 
 
