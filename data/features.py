@@ -160,11 +160,13 @@ def _fill(file: h5py.File, features: Features) -> None:
     file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_features(path: str | Path) -> Features:
+def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
     """Read a feature file of Longslide, TRIDENT, CLAM, prov-gigapath or STAMP.
 
     Args:
         path: The file.
+        embeddings: False leaves the tile embeddings on the disk: `features` then has their shape and dtype, is all zeros
+            and takes no memory. For a look at how many tiles there are, and what made them.
 
     Returns:
         Its content; `layout` says what the file was taken for. The tiles are row by row, in whatever order the file
@@ -178,20 +180,21 @@ def read_features(path: str | Path) -> Features:
         raise LongslideError(f"{path}: no such feature file")
     try:
         with h5py.File(path, "r") as file:
-            return _read(path, file)
+            return _read(path, file, embeddings)
     except OSError as error:
         raise LongslideError(
             f"{path}: not a readable HDF5 file, perhaps truncated; delete it and embed the slide again"
         ) from error
 
 
-def _read(path: Path, file: h5py.File) -> Features:
+def _read(path: Path, file: h5py.File, embeddings: bool) -> Features:
     name = next((name for name in ("features", "feats", "tile_embeds") if name in file), None)
     if name is None or "coords" not in file:
         raise LongslideError(
             f"{path}: not a feature file: it has {', '.join(file) or 'nothing'}, and not `features` and `coords`"
         )
-    features, raw = file[name][()], file["coords"][()]
+    raw = file["coords"][()]
+    features = file[name][()] if embeddings else np.broadcast_to(np.zeros((), file[name].dtype), file[name].shape)
     batched = features.ndim == 3 and features.shape[0] == 1
     if batched:
         features = features[0]
@@ -238,7 +241,9 @@ def _read(path: Path, file: h5py.File) -> Features:
 def _row_by_row(features: Features) -> Features:
     column, row = features.cells.T
     order = np.lexsort((column, row))
-    return replace(features, features=features.features[order], coords=features.coords[order])
+    left_on_disk = not any(features.features.strides)
+    tiles = features.features if left_on_disk else features.features[order]
+    return replace(features, features=tiles, coords=features.coords[order])
 
 
 def _read_longslide(path: Path, file: h5py.File, features: np.ndarray, coords: np.ndarray) -> Features:

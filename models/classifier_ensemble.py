@@ -18,7 +18,7 @@ from .selection import class_of
 
 @dataclass(frozen=True)
 class EnsemblePrediction:
-    """What an ensemble says of one bag.
+    """What an ensemble says of one slide or patient.
 
     Attributes:
         mean: Mean over the classifiers of `probability` `(C,)`, `value` `()`, `risk` `()`, `survival` `(n_times,)`: those
@@ -86,20 +86,26 @@ class ClassifierEnsemble(nn.Module):
         } or None
 
     @torch.no_grad()
-    def predict(self, batch: dict[str, Tensor]) -> EnsemblePrediction:
-        """Predict one bag.
+    def predict(self, bags: Sequence[dict[str, Tensor]]) -> EnsemblePrediction:
+        """Predict one bag, or a patient from several.
 
         Args:
-            batch: As the data module makes it, of one bag, on the device of the classifiers.
+            bags: Batches as the data module makes them, of one bag each, on the device of the classifiers. What a
+                classifier says of several is the mean.
 
         Returns:
             The prediction, on the CPU.
         """
-        found = [classifier.predict(classifier.outputs_of(batch)) for classifier in self.classifiers]
-        names = [name for name in found[0] if name != "prediction"]
-        stacked = {name: torch.stack([one[name][0].float().cpu() for one in found]) for name in names}
-        mean = {name: values.mean(0) for name, values in stacked.items()}
-        spread = {name: values.std(0) for name, values in stacked.items()} if len(found) > 1 else {}
+        # (classifiers, bags, ...) of each kind of number.
+        found: dict[str, list[Tensor]] = {}
+        for classifier in self.classifiers:
+            of_bags = [classifier.predict(classifier.outputs_of(bag)) for bag in bags]
+            for name in of_bags[0]:
+                if name != "prediction":
+                    found.setdefault(name, []).append(torch.stack([one[name][0].float().cpu() for one in of_bags]))
+        means = {name: torch.stack(values).mean(1) for name, values in found.items()}
+        mean = {name: values.mean(0) for name, values in means.items()}
+        spread = {name: values.std(0) for name, values in means.items()} if len(self) > 1 else {}
         predicted = None
         if "probability" in mean:
             predicted = class_of(self.task, mean["probability"][None], self.thresholds)[0]

@@ -1,0 +1,209 @@
+"""Which bags form a batch: sequences of different lengths under a budget of tokens."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from .bags import BagKey
+
+_TRIES = 8
+
+
+class TokenBudgetBatchSampler(DistributedSampler[list[BagKey]]):
+    """Packs bags into batches of at most `max_tokens` tiles; a bag with more goes alone.
+
+    Shuffled, it visits every bag once an epoch (or draws them balanced by class), in an order that is a function of seed and
+    epoch only; the number of batches is the same in every epoch, as schedules of the learning rate need it. In order, it
+    is for evaluation. Ranks get different batches: the same number of them when shuffled.
+
+    It is a `DistributedSampler`, so that Lightning neither replaces it nor shards it a second time.
+
+    Args:
+        lengths: `(bags,)` tiles of each bag.
+        max_tokens: Budget of a batch; None for no limit.
+        max_bags: Bags in a batch at most; None for no limit.
+        shuffle: For training.
+        stratum: `(bags,)` class of each bag, to draw each class as often as any; with that, a bag may come several times
+            in an epoch or not at all.
+        num_replicas: Ranks.
+        rank: This rank.
+        seed: Of the order.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        max_tokens: int | None = None,
+        max_bags: int | None = None,
+        shuffle: bool = False,
+        stratum: np.ndarray | None = None,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(lengths, num_replicas, rank, shuffle, seed)  # type: ignore[arg-type]
+        self.lengths = np.asarray(lengths, np.int64)
+        self.max_tokens = max_tokens if max_tokens is not None else np.iinfo(np.int64).max
+        self.max_bags = max_bags if max_bags is not None else len(self.lengths)
+        self.stratum = stratum
+        self.start = 0
+        self._in_order = [] if shuffle else self._evaluation()
+        self._count = self._training_count() if shuffle else len(self._in_order)
+        self._packed: tuple[int, list[list[BagKey]]] | None = None
+
+    def __len__(self) -> int:
+        """Batches of this rank in an epoch."""
+        if self.shuffle:
+            return self._count // self.num_replicas
+        return len(range(self.rank, self._count, self.num_replicas))
+
+    def __iter__(self) -> Iterator[list[BagKey]]:
+        """The batches of this rank, from batch `start` on."""
+        batches = self.batches(self.epoch)[self.rank :: self.num_replicas]
+        yield from batches[self.start :]
+
+    def batches(self, epoch: int) -> list[list[BagKey]]:
+        """The batches of all ranks: batch i is that of rank i modulo the number of ranks."""
+        if not self.shuffle:
+            return self._in_order
+        if self._packed is None or self._packed[0] != epoch:
+            self._packed = (epoch, self._training(epoch))
+        return self._packed[1]
+
+    def _evaluation(self) -> list[list[BagKey]]:
+        """All bags in order. A rank without a batch would wait for the others for ever: it repeats the last one."""
+        batches: list[list[BagKey]] = []
+        room, tokens = 0, 0
+        for index, length in enumerate(self.lengths.tolist()):
+            if not batches or room == 0 or tokens + length > self.max_tokens:
+                batches.append([])
+                room, tokens = self.max_bags, 0
+            batches[-1].append((index, 0, 0))
+            room, tokens = room - 1, tokens + length
+        while 0 < len(batches) < self.num_replicas:
+            batches = _halve_largest(batches)[0] or [*batches, batches[-1]]
+        return batches
+
+    def _training_count(self) -> int:
+        """Batches in an epoch: what the worst of a few orders needs, so that most orders fit."""
+        if not len(self.lengths):
+            return 0
+        orders = [self._order(0, attempt) for attempt in range(_TRIES)]
+        most = max(len(self._pack(order)) for order in (*orders, self._longest_first(orders[0])))
+        return -(-most // self.num_replicas) * self.num_replicas
+
+    def _training(self, epoch: int) -> list[list[BagKey]]:
+        for attempt in range(_TRIES * 8):
+            order = self._order(epoch, attempt)
+            packed = self._pack(order)
+            if len(packed) <= self._count:
+                break
+        else:
+            packed = self._pack(self._longest_first(order))[
+                : self._count
+            ]  # cuts off only where bags are drawn, not visited
+        draws: dict[int, int] = {}
+        batches: list[list[BagKey]] = []
+        for batch in packed:
+            keys = []
+            for index in batch:
+                draws[index] = draws.get(index, -1) + 1
+                keys.append((index, epoch, draws[index]))
+            batches.append(keys)
+        while len(batches) < self._count:
+            halved, done = _halve_largest(batches)
+            # Fewer bags than ranks: some come twice.
+            batches = halved if done else [*batches, batches[len(batches) % max(1, len(self.lengths))]]
+        return batches
+
+    def _order(self, epoch: int, attempt: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch, attempt])
+        bags = np.arange(len(self.lengths))
+        if self.stratum is not None:
+            classes = np.unique(self.stratum)
+            wanted = -(-len(bags) // len(classes))
+            bags = np.concatenate([_draw(np.flatnonzero(self.stratum == value), wanted, rng) for value in classes])
+            return rng.permutation(bags)[: len(self.lengths)]
+        return rng.permutation(bags)
+
+    def _longest_first(self, order: np.ndarray) -> np.ndarray:
+        return order[np.argsort(-self.lengths[order], kind="stable")]
+
+    def _pack(self, order: np.ndarray) -> list[list[int]]:
+        """First fit: each bag goes to the first batch that has room for it."""
+        tokens = np.zeros(len(order), np.int64)  # of each batch; at most one batch a bag
+        room = np.full(len(order), self.max_bags)
+        batches: list[list[int]] = []
+        first = 0  # batches before it are full
+        for index in order.tolist():
+            length = self.lengths[index]
+            fits = (tokens[first : len(batches)] + length <= self.max_tokens) & (room[first : len(batches)] > 0)
+            batch = first + int(fits.argmax()) if fits.any() else len(batches)
+            if batch == len(batches):
+                batches.append([])
+            batches[batch].append(index)
+            tokens[batch] += length
+            room[batch] -= 1
+            while first < len(batches) and (room[first] == 0 or tokens[first] >= self.max_tokens):
+                first += 1
+        return batches
+
+
+def _draw(bags: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` of the bags, each as often as any other, give or take one."""
+    whole = np.repeat(bags, count // len(bags))
+    return np.concatenate([whole, rng.choice(bags, count - len(whole), replace=False)])
+
+
+def _halve_largest(batches: Sequence[list[BagKey]]) -> tuple[list[list[BagKey]], bool]:
+    """Make two of the batch with the most bags; False if all have one."""
+    largest = max(range(len(batches)), key=lambda number: len(batches[number]))
+    batch = batches[largest]
+    half = len(batch) // 2
+    if half == 0:
+        return list(batches), False
+    return [*batches[:largest], batch[:half], batch[half:], *batches[largest + 1 :]], True
+
+
+class BagLoader(DataLoader[Any]):
+    """A data loader over a `TokenBudgetBatchSampler` that goes on within an epoch after a resume.
+
+    `state_dict` counts the batches handed out in this epoch. Lightning keeps it in the checkpoint and gives it back.
+    """
+
+    def __init__(self, dataset: Any, sampler: TokenBudgetBatchSampler, **options: Any) -> None:
+        super().__init__(dataset, batch_size=None, sampler=sampler, **options)
+        self._epoch = 0
+        self._handed_out = 0
+        self._resume: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """The batches; workers start with the first one, when the sampler knows its epoch."""
+        sampler: Any = self.sampler
+        self._epoch, self._handed_out = sampler.epoch, 0
+        if (
+            self._resume is not None
+            and self._resume["epoch"] == sampler.epoch
+            and self._resume["batches"] < len(sampler)
+        ):
+            self._handed_out = self._resume["batches"]
+        self._resume = None
+        sampler.start = self._handed_out
+        try:
+            for batch in super().__iter__():
+                self._handed_out += 1
+                yield batch
+        finally:
+            sampler.start = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and batches handed out in it."""
+        return {"epoch": self._epoch, "batches": self._handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after these batches, if the next epoch is theirs."""
+        self._resume = dict(state)

@@ -1,0 +1,90 @@
+"""What training features look like: to standardise them, and to tell later how far a new slide is from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class SlideMoments:
+    """Of the tiles of one slide.
+
+    Attributes:
+        tiles: Number of tiles.
+        mean: `(D,)` float32.
+        variance: `(D,)` float32, around the slide's own mean.
+        level0_mpp: Microns per pixel of level 0, if known.
+    """
+
+    tiles: int
+    mean: np.ndarray
+    variance: np.ndarray
+    level0_mpp: float | None = None
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Of the tiles of all training slides.
+
+    Attributes:
+        mean: `(D,)` float32 mean over all tiles.
+        std: `(D,)` float32 standard deviation over all tiles.
+        distance_quantiles: Quantile (`"0.99"`) -> `distance` of the training slides' mean embeddings.
+        level0_mpp: Least and greatest microns per pixel of level 0; None if no file says.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    distance_quantiles: dict[str, float]
+    level0_mpp: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, slides: Sequence[SlideMoments]) -> "FeatureStatistics":
+        """Join the moments of slides."""
+        share = np.array([slide.tiles for slide in slides], np.float64)
+        share /= share.sum()
+        mean = np.zeros(len(slides[0].mean))
+        for weight, slide in zip(share, slides, strict=True):
+            mean += weight * slide.mean
+        variance = np.zeros_like(mean)
+        for weight, slide in zip(share, slides, strict=True):
+            variance += weight * (slide.variance + (slide.mean - mean) ** 2)
+        std = np.sqrt(variance)
+        distances = [distance(slide.mean, mean, std) for slide in slides]
+        mpps = [slide.level0_mpp for slide in slides if slide.level0_mpp is not None]
+        return cls(
+            mean=mean.astype(np.float32),
+            std=std.astype(np.float32),
+            distance_quantiles={f"{q:g}": float(np.quantile(distances, q)) for q in QUANTILES},
+            level0_mpp=(min(mpps), max(mpps)) if mpps else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types and tensors, for checkpoints."""
+        return {
+            "mean": torch.from_numpy(self.mean.copy()),
+            "std": torch.from_numpy(self.std.copy()),
+            "distance_quantiles": dict(self.distance_quantiles),
+            "level0_mpp": list(self.level0_mpp) if self.level0_mpp else None,
+            "dim": len(self.mean),
+        }
+
+
+def distance(slide_mean: np.ndarray, mean: np.ndarray, std: np.ndarray) -> float:
+    """How far a slide is from the training slides: root mean square of its mean embedding's standardised values.
+
+    Args:
+        slide_mean: `(D,)` mean over the slide's tiles.
+        mean: `(D,)` mean over all training tiles.
+        std: `(D,)` standard deviation over all training tiles; dimensions without spread do not count.
+    """
+    used = std > 1e-6
+    if not used.any():
+        return 0.0
+    standardised = (slide_mean[used].astype(np.float64) - mean[used]) / std[used]
+    return float(np.sqrt(np.mean(standardised**2)))
