@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .models.tile_encoder import create_tile_encoder as create_tile_encoder
     from .pipeline.doctor import doctor as doctor
     from .pipeline.embed import embed as embed
+    from .pipeline.explain import explain as explain
+    from .pipeline.predict import predict as predict
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,8 @@ _HOME = {
     "create_tile_encoder": ".models.tile_encoder",
     "doctor": ".pipeline.doctor",
     "embed": ".pipeline.embed",
+    "explain": ".pipeline.explain",
+    "predict": ".pipeline.predict",
 }
 
 __all__ = ["__version__", *_HOME]

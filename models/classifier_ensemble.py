@@ -148,7 +148,11 @@ def checkpoint_digests(ensemble: ClassifierEnsemble) -> list[str]:
 
 def _facts(classifier: SlideClassifier) -> dict[str, Any]:
     """What classifiers must agree on, under names for a message."""
-    facts = {"task": classifier.task.kind, "classes": classifier.task.classes, "label": classifier.task.label}
+    facts: dict[str, Any] = {
+        "task": classifier.task.kind,
+        "classes": classifier.task.classes,
+        "label": classifier.task.label,
+    }
     facts |= {"times": classifier.task.times, "embedding length": classifier.facts.feature_dim}
     facts["reads slide embeddings"] = classifier.aggregator.reads_slide_embedding
     return facts | classifier.facts.preprocessing

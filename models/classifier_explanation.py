@@ -86,9 +86,7 @@ def explain_ensemble(
     return ClassScores(method, tuple(names), scores, change, error)
 
 
-def _explain(
-    classifier: SlideClassifier, tile_features: Tensor, grid_cells: Tensor, method: Method
-) -> TileScores:
+def _explain(classifier: SlideClassifier, tile_features: Tensor, grid_cells: Tensor, method: Method) -> TileScores:
     model = explained_numbers(classifier)
     # The mean training tile says nothing; a black one, all zeros, may say much.
     mean = classifier.training_features.get("mean")

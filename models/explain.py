@@ -61,8 +61,8 @@ def class_log_odds(logits: Tensor) -> Tensor:
     """
     classes = logits.shape[1]
     others = ~torch.eye(classes, dtype=torch.bool, device=logits.device)
-    rest = logits[:, None, :].expand(-1, classes, -1)[:, others].unflatten(1, (classes, classes - 1))
-    return logits - rest.logsumexp(2)
+    rest = logits[:, None, :].expand(-1, classes, -1)[:, others].reshape(len(logits), classes, classes - 1)
+    return logits - torch.logsumexp(rest, dim=2)
 
 
 def integrated_gradients(
@@ -146,7 +146,7 @@ def occlusion(
     lost = []
     with torch.no_grad():
         whole = model(tile_features, grid_cells, _one_bag(tile_features))
-        for some in torch.arange(len(count), device=square.device).split(copies):
+        for some in torch.split(torch.arange(len(count), device=square.device), copies):
             hidden = (square == some[:, None]).flatten()
             packed = torch.where(hidden[:, None], baseline, tile_features.repeat(len(some), 1))
             lengths = torch.arange(len(some) + 1, dtype=torch.int32, device=square.device) * tiles
