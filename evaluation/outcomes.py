@@ -1,0 +1,103 @@
+"""Predictions as a table -> arrays of outcomes, checked."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..errors import LongslideError
+from ..task import CLASSIFICATION, Task
+from .classification import Classes, Labels
+from .regression import Values
+from .survival import Survival
+from .weighted import Floats, Integers
+
+Outcomes = Classes | Labels | Values | Survival
+"""What was true and what was predicted, for n rows: `scores()`, `resampled(weights)`, `take(rows)`, `len()`."""
+
+
+def read_outcomes(predictions: pd.DataFrame, task: Task) -> Outcomes:
+    """The outcomes in the rows of a predictions table.
+
+    Args:
+        predictions: Rows of `predictions.csv`, all of one level.
+        task: What was predicted.
+
+    Returns:
+        The rows in the same order.
+
+    Raises:
+        LongslideError: A column is missing, a class is unknown, or a number is missing or impossible.
+    """
+    if task.kind in CLASSIFICATION:
+        return _classes(predictions, task)
+    if task.kind == "multilabel":
+        probability = _numbers(predictions, [f"probability_{name}" for name in task.classes])
+        _check_probabilities(probability)
+        return Labels(
+            target=_numbers(predictions, [f"target_{name}" for name in task.classes], missing=True),
+            prediction=_numbers(predictions, [f"prediction_{name}" for name in task.classes]),
+            probability=probability,
+            names=task.classes,
+        )
+    if task.kind == "regression":
+        both = _numbers(predictions, ["target", "prediction"])
+        return Values(both[:, 0], both[:, 1])
+    time, event, risk = _numbers(predictions, ["time", "event", "risk"]).T
+    named = {
+        float(name.removeprefix("survival_")): name for name in map(str, predictions) if name.startswith("survival_")
+    }
+    times = np.array(sorted(named), dtype=np.float64)
+    survival = _numbers(predictions, [named[moment] for moment in times]).reshape(len(predictions), len(times))
+    return Survival(time, event == 1, risk, survival, times)
+
+
+def _classes(predictions: pd.DataFrame, task: Task) -> Classes:
+    probability = _numbers(predictions, [f"probability_{name}" for name in task.classes])
+    _check_probabilities(probability)
+    total = probability.sum(1, keepdims=True)
+    if (np.abs(total - 1) > 1e-3).any():
+        raise LongslideError("the predictions have rows whose class probabilities do not sum to 1; predict anew")
+    return Classes(
+        target=_indices(predictions, "target", task.classes),
+        prediction=_indices(predictions, "prediction", task.classes),
+        probability=probability / total,
+        names=task.classes,
+        ordinal=task.kind == "ordinal",
+    )
+
+
+def _column(predictions: pd.DataFrame, name: str) -> "pd.Series[Any]":
+    if name not in predictions:
+        raise LongslideError(f"the predictions have no column {name!r}, which this task needs; predict anew")
+    return predictions[name]
+
+
+def _numbers(predictions: pd.DataFrame, names: list[str], *, missing: bool = False) -> Floats:
+    """Columns as `(n, len(names))` float64."""
+    columns = [pd.to_numeric(_column(predictions, name), errors="coerce").to_numpy(np.float64) for name in names]
+    for name, column in zip(names, columns, strict=True):
+        if not missing and not np.isfinite(column).all():
+            rows = int((~np.isfinite(column)).sum())
+            raise LongslideError(
+                f"column {name!r} of the predictions is not a finite number in {rows} of {len(column)} rows; "
+                "look for NaN in the features or a training run that diverged"
+            )
+    return np.stack(columns, 1) if columns else np.empty((len(predictions), 0))
+
+
+def _check_probabilities(probability: Floats) -> None:
+    if ((probability < 0) | (probability > 1)).any():
+        raise LongslideError("the predictions hold probabilities outside 0 to 1; predict anew")
+
+
+def _indices(predictions: pd.DataFrame, name: str, classes: tuple[str, ...]) -> Integers:
+    """A column of class names as `(n,)` int64 class numbers."""
+    column = _column(predictions, name)
+    index = pd.Index(classes).get_indexer(pd.Index(column.astype(str)))
+    if (index < 0).any():
+        unknown = column[index < 0].iloc[0]
+        raise LongslideError(
+            f"column {name!r} of the predictions holds {unknown!r}, which is none of the classes {', '.join(classes)}"
+        )
+    return np.asarray(index, np.int64)
