@@ -17,7 +17,10 @@ from ..errors import LongslideError
 COMMANDS = {
     "doctor": (".doctor", "Check slides, weights and this machine before the GPU hours are spent."),
     "embed": (".embed", "Embed slides: one feature file a slide, with tile embeddings and a slide embedding."),
-    "predict": (".predict", "Predict new slides with a trained classifier, and show which tiles speak for and against."),
+    "predict": (
+        ".predict",
+        "Predict new slides with a trained classifier, and show which tiles speak for and against.",
+    ),
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
 }
 

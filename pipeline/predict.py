@@ -1,6 +1,5 @@
 """The prediction job: slide files and a classifier in; predictions, explanations and pictures out."""
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from .checkpoint_features import FeatureMaker, doubts
 from .embed import PreparedSlide, failed_slide, one_ahead
 from .explain import explain_features, write_explanation
 from .job import SUMMARY, SlideResult, claim, make_output_folder, record
-from .prediction import PREDICTIONS, Prediction, with_numbers, write_json, write_predictions
+from .prediction import PREDICTIONS, SCHEMA, Prediction, read_json, with_numbers, write_json, write_predictions
 from .progress import JobProgress
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
     from ..models.classifier_ensemble import ClassifierEnsemble
     from ..models.explain import Method
-
-SCHEMA = 1
-"""Version of the JSON of a slide, in its key `schema`."""
 
 THUMBNAIL_PX = 1024
 OVERLAY_PX = 2048
@@ -382,25 +378,6 @@ class _Job:
         slides = [Prediction.from_dict(read_json(path)) for path in sorted(self.output.glob("*.json"))]
         patients = [one for one in predictions if one.level == "patient" and one.status == "done"]
         write_predictions(self.output, self.ensemble.task, [*slides, *patients])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON of a slide.
-
-    Raises:
-        LongslideError: It is not one, or of a newer Longslide.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LongslideError(
-            f"{path}: cannot be read as JSON ({error}); delete it and predict the slide again"
-        ) from error
-    if not isinstance(content, dict) or "schema" not in content:
-        raise LongslideError(f"{path}: not the prediction of a slide; delete it, or choose another --output")
-    if content["schema"] > SCHEMA:
-        raise LongslideError(f"{path}: written by a newer Longslide (schema {content['schema']}); update Longslide")
-    return content
 
 
 def _save_thumbnail(path: Path, thumbnail: np.ndarray) -> None:

@@ -8,12 +8,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..errors import LongslideError
 from ..task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from ..models.classifier_ensemble import EnsemblePrediction
 
 PREDICTIONS = "predictions.csv"
+
+SCHEMA = 1
+"""Version of the JSON of a slide, in its key `schema`."""
 
 
 @dataclass(frozen=True)
@@ -176,3 +180,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON of a slide.
+
+    Raises:
+        LongslideError: It is not one, or of a newer Longslide.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LongslideError(
+            f"{path}: cannot be read as JSON ({error}); delete it and predict the slide again"
+        ) from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise LongslideError(f"{path}: not the prediction of a slide; delete it, or choose another --output")
+    if content["schema"] > SCHEMA:
+        raise LongslideError(f"{path}: written by a newer Longslide (schema {content['schema']}); update Longslide")
+    return content
