@@ -21,7 +21,20 @@ COMMANDS = {
         ".predict",
         "Predict new slides with a trained classifier, and show which tiles speak for and against.",
     ),
+    "report": (".report", "Write an HTML page over the results of predict: table, overlays, galleries, failures."),
+    "compare": (
+        ".compare",
+        "Compare runs on the same patients: every metric with its interval, and paired differences.",
+    ),
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
+}
+
+
+# Arguments that are given without a name, by their name in the function and in YAML.
+POSITIONAL = {
+    "slides": "Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.",
+    "results": "Output folders of longslide predict.",
+    "runs": "Run folders of longslide fit, crossval or test.",
 }
 
 
@@ -41,14 +54,14 @@ def _command_function(command: str) -> Callable[..., Sequence[Any]]:
 
 def _add_command_arguments(parser: _Parser, function: Callable[..., Any]) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of these options as keys.")
-    positional = {"slides"} & set(inspect.signature(function).parameters)
-    if positional:
+    positional = set(POSITIONAL) & set(inspect.signature(function).parameters)
+    for name in positional:
         parser.add_argument(
-            "slides",
+            name,
             nargs="*",
             type=str,
-            default=argparse.SUPPRESS,  # so that none on the command line leaves the YAML key `slides` in force
-            help="Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.",
+            default=argparse.SUPPRESS,  # so that none on the command line leaves the YAML key of that name in force
+            help=POSITIONAL[name],
         )
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
 
@@ -85,8 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments[command].as_dict()
     del options["config"]
     function = _command_function(command)
-    if "slides" in inspect.signature(function).parameters and not options.get("slides"):
-        parser.error(f"longslide {command} needs slides: files, folders or a table")
+    for name in set(POSITIONAL) & set(inspect.signature(function).parameters):
+        if not options.get(name):
+            parser.error(f"longslide {command} needs {name}: {POSITIONAL[name]}")
     try:
         results = function(**options)
     except LongslideError as error:

@@ -8,7 +8,7 @@ import base64
 import io
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
 from ..errors import LongslideError
@@ -16,6 +16,20 @@ from ..errors import LongslideError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
+
+
+class Picture(NamedTuple):
+    """A picture of a page, for the macro `figure`.
+
+    Attributes:
+        uri: Data URI.
+        alt: What it shows, in words.
+        caption: What is written below.
+    """
+
+    uri: str
+    alt: str
+    caption: str = ""
 
 
 def write_page(path: Path, template: str, *, title: str, **content: Any) -> Path:
@@ -61,6 +75,11 @@ def figure_uri(figure: "Figure") -> str:
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "longslide"}):
         figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+
+
+def picture(figure: "Figure", alt: str, caption: str = "") -> Picture:
+    """A matplotlib figure as a picture of a page."""
+    return Picture(figure_uri(figure), alt, caption.strip())
 
 
 def image_uri(image: "Image", *, quality: int = 85) -> str:
