@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from timm.layers import DropPath
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -19,7 +19,7 @@ class LongNetLayer(nn.Module):
         segment_lengths: Tokens of a segment, for each branch of the attention.
         dilated_ratios: Every how many-th token takes part, for each branch.
         dropout: Share of values dropped after each half.
-        drop_path: Share of samples for which a half is left out.
+        drop_path: Share of sequences for which a half is left out in training.
     """
 
     def __init__(
@@ -45,13 +45,28 @@ class LongNetLayer(nn.Module):
         self.ffn_inner_norm = nn.LayerNorm(ffn_width)
         self.ffn_out = nn.Linear(ffn_width, width)
         self.dropout = nn.Dropout(dropout)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, width) -> (B, L, width)."""
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.heads, -1)).unbind(2)
-        attended = dilated_attention(q, k, v, self.segment_lengths, self.dilated_ratios).flatten(2)
-        x = x + self.drop_path(self.dropout(self.attention_out(self.attention_inner_norm(attended))))
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Sequences end to end, each attending within itself.
+
+        Args:
+            x: `(T, width)` tokens.
+            cu_seqlens: `(B + 1,)` int32: where each sequence begins, and T.
+
+        Returns:
+            `(T, width)`.
+        """
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(1, (3, self.heads, -1)).unbind(1)
+        attended = dilated_attention(q, k, v, self.segment_lengths, self.dilated_ratios, cu_seqlens=cu_seqlens)
+        x = x + self._drop_path(
+            self.dropout(self.attention_out(self.attention_inner_norm(attended.flatten(1)))), cu_seqlens
+        )
         hidden = self.ffn_inner_norm(gelu(self.ffn_in(self.ffn_norm(x))))
-        output: Tensor = x + self.drop_path(self.dropout(self.ffn_out(hidden)))
-        return output
+        return x + self._drop_path(self.dropout(self.ffn_out(hidden)), cu_seqlens)
+
+    def _drop_path(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        if self.drop_path == 0 or not self.training:
+            return x
+        kept = (torch.rand(len(cu_seqlens) - 1, device=x.device) >= self.drop_path).to(x.dtype) / (1 - self.drop_path)
+        return x * kept.repeat_interleave(cu_seqlens.diff(), output_size=len(x))[:, None]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import LongslideError
 from .checkpoint_file import digest, download
@@ -40,7 +41,8 @@ class SlideEncoderSpec:
         gated: Whether the hub asks for an account that has accepted the terms.
         paper: Link to the paper.
         dropout: Share of values dropped in training.
-        drop_path: Share of samples for which the last layer's halves are left out in training; less before it.
+        drop_path: Share of slides for which the last layer's halves are left out in training; less before it.
+        checkpointing: Whether layers are computed again in the backward instead of kept: less memory, more time.
     """
 
     name: str
@@ -60,6 +62,7 @@ class SlideEncoderSpec:
     paper: str
     dropout: float = 0.0
     drop_path: float = 0.0
+    checkpointing: bool = False
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:
@@ -133,55 +136,95 @@ class SlideEncoder(nn.Module):
         """The encoder's name."""
         return self.spec.name
 
-    def forward(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
-        """Embed slides.
+    def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Embed slides: a batch of one length, or slides of any lengths packed end to end.
 
         Args:
-            tile_features: `(B, N, tile_dim)` tile embeddings, row by row; N at least 1.
-            grid_cells: `(B, N, 2)` integer (column, row) of each tile.
+            tile_features: `(B, N, tile_dim)` tile embeddings, row by row; N at least 1. Packed: `(T, tile_dim)`.
+            grid_cells: `(B, N, 2)` integer (column, row) of each tile. Packed: `(T, 2)`.
+            cu_seqlens: For packed slides `(B + 1,)` integer: where each slide's tiles begin, and T.
 
         Returns:
             `(B, width)` slide embeddings.
 
         Raises:
-            LongslideError: Two tiles of a slide in one cell, a negative cell, or shapes that do not fit.
+            LongslideError: Two tiles of a slide in one cell, a negative cell, an empty slide, or shapes that do not fit.
         """
-        x = self._embed(tile_features, grid_cells)
+        x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
         for layer in self.layers:
-            x = layer(x)
-        return self._pool(self.layers_norm(x))
+            x = self._run(layer, x, slides)
+        return self._pool(self.layers_norm(x), slides)
 
-    def layer_embeddings(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
+    def layer_embeddings(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The slide embedding after each layer, before it the one of the projected tiles.
 
         Args:
-            tile_features: `(B, N, tile_dim)` tile embeddings, row by row; N at least 1.
-            grid_cells: `(B, N, 2)` integer (column, row) of each tile.
+            tile_features: As for `forward`.
+            grid_cells: As for `forward`.
+            cu_seqlens: As for `forward`.
 
         Returns:
             `(layers + 1, B, width)`.
 
         Raises:
-            LongslideError: Two tiles of a slide in one cell, a negative cell, or shapes that do not fit.
+            LongslideError: As for `forward`.
         """
-        x = self._embed(tile_features, grid_cells)
-        embeddings = [self._pool(x)]
+        x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
+        embeddings = [self._pool(x, slides)]
         for layer in self.layers:
-            x = layer(x)
-            embeddings.append(self._pool(x))
+            x = self._run(layer, x, slides)
+            embeddings.append(self._pool(x, slides))
         return torch.stack(embeddings)
 
-    def _embed(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
-        check_cells(tile_features, grid_cells, self.spec)
+    def _run(self, layer: nn.Module, x: Tensor, slides: "_Slides") -> Tensor:
+        if self.spec.checkpointing and torch.is_grad_enabled():
+            output: Tensor = recompute(layer, x, slides.cu_seqlens, use_reentrant=False)
+        else:
+            output = layer(x, slides.cu_seqlens)
+        return output
+
+    def _embed(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, "_Slides"]:
+        """`(T + B, width)` tokens, each slide's cls token before its tiles, and where they are."""
+        if cu_seqlens is None:
+            check_shapes(tile_features, grid_cells, self.spec)
+            lengths = [tile_features.shape[1]] * len(tile_features)
+            tile_features, grid_cells = tile_features.flatten(0, 1), grid_cells.flatten(0, 1)
+        else:
+            lengths = cu_seqlens.diff().tolist()
+            check_shapes(tile_features[None], grid_cells[None], self.spec)
+            if min(lengths) < 1 or sum(lengths) != len(tile_features):
+                raise LongslideError(
+                    f"cu_seqlens of slides with {lengths} tiles do not fit {len(tile_features)} tile embeddings; each slide "
+                    "has at least one tile"
+                )
+        slides = _Slides(lengths, tile_features.device)
+        check_cells(grid_cells, slides.of_tile)
         weight = self.tile_projection.weight
         x = self.tile_projection(tile_features.to(weight.dtype))
         # Under autocast x is half; positions in the dtype of the weights keep the residuals float32, as published.
         x = x + grid_positions(grid_cells, self.spec.width).to(weight.dtype)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        tiles = torch.arange(len(x), device=x.device) + slides.of_tile + 1
+        tokens = x.new_empty(len(x) + len(lengths), self.spec.width).index_copy(0, tiles, x)
+        cls_tokens = self.cls_token[0].to(x.dtype).expand(len(lengths), -1)
+        return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens), slides
 
-    def _pool(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.norm(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1))
-        return pooled
+    def _pool(self, x: Tensor, slides: "_Slides") -> Tensor:
+        if self.pool == "cls":
+            pooled = x[slides.cu_seqlens[:-1].long()]
+        else:
+            pooled = torch.stack([tokens[1:].mean(0) for tokens in x.split([n + 1 for n in slides.lengths])])
+        normed: Tensor = self.norm(pooled)
+        return normed
+
+
+class _Slides:
+    """Where packed slides are: `lengths` in tiles, `of_tile` `(T,)` each tile's slide, `cu_seqlens` with the cls tokens."""
+
+    def __init__(self, lengths: list[int], device: torch.device) -> None:
+        self.lengths = lengths
+        counts = torch.tensor([0, *(n + 1 for n in lengths)])
+        self.cu_seqlens = counts.cumsum(0).int().to(device)
+        self.of_tile = torch.arange(len(lengths)).repeat_interleave(counts[1:] - 1).to(device)
 
 
 def grid_positions(grid_cells: Tensor, width: int) -> Tensor:
@@ -203,11 +246,11 @@ def grid_positions(grid_cells: Tensor, width: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1).float()[which].flatten(-2)
 
 
-def check_cells(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:
-    """Refuse input whose positions cannot be right.
+def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:
+    """Hold a batch `(B, N, tile_dim)` and its cells `(B, N, 2)` against what an encoder reads.
 
     Raises:
-        LongslideError: Shapes or dtypes do not fit, a negative cell, or two tiles of a slide in one cell.
+        LongslideError: Shapes or dtypes do not fit.
     """
     if tile_features.ndim != 3 or grid_cells.shape != (*tile_features.shape[:2], 2) or tile_features.shape[1] == 0:
         raise LongslideError(
@@ -221,11 +264,24 @@ def check_cells(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpe
         )
     if grid_cells.is_floating_point():
         raise LongslideError("grid_cells must be integers (column, row), not level-0 pixels as floats")
-    cells = grid_cells.long()
-    if (cells < 0).any():
+
+
+def check_cells(grid_cells: Tensor, slide: Tensor) -> None:
+    """Refuse positions that cannot be right.
+
+    Args:
+        grid_cells: `(T, 2)` integer (column, row) of each tile.
+        slide: `(T,)` the slide each tile belongs to.
+
+    Raises:
+        LongslideError: A negative cell, or two tiles of a slide in one cell.
+    """
+    columns, rows = grid_cells.long().unbind(-1)
+    ordered = ((slide * (rows.max() + 1) + rows) * (columns.max() + 1) + columns).sort().values
+    negative, twice = torch.stack([(grid_cells < 0).any(), (ordered[1:] == ordered[:-1]).any()]).tolist()
+    if negative:
         raise LongslideError("negative grid cell: cells are coords // step_level0, counted from the slide's corner")
-    ordered = (cells[..., 1] * (cells[..., 0].max() + 1) + cells[..., 0]).sort(dim=1).values
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
+    if twice:
         raise LongslideError(
             "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 pixels"
         )

@@ -1,31 +1,17 @@
 """Dilated attention (LongNet, https://arxiv.org/abs/2307.02486): linear in the number of tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .gather import gather_dilated_attention
 from .naive import naive_dilated_attention
 
 BACKENDS = ("naive", "gather", "fused")
-
-
-def _backend(q: Tensor, dilated_ratios: Sequence[int], backend: str) -> Callable[..., Tensor]:
-    if backend == "naive":
-        return naive_dilated_attention
-    if backend == "gather" or (backend == "auto" and (not q.is_cuda or find_spec("triton") is None)):
-        return gather_dilated_attention
-    from .fused import eligible, fused_dilated_attention  # imports triton, which not every machine has
-
-    if eligible(q, dilated_ratios):
-        return fused_dilated_attention
-    if backend == "fused":
-        raise ValueError(
-            f"the fused kernels do not take {q.dtype}, head dimension {q.shape[-1]}, ratios {dilated_ratios}"
-        )
-    return gather_dilated_attention
 
 
 def dilated_attention(
@@ -36,6 +22,7 @@ def dilated_attention(
     dilated_ratios: Sequence[int],
     is_causal: bool = False,
     *,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     backend: Literal["auto", "naive", "gather", "fused"] = "auto",
 ) -> Tensor:
@@ -47,25 +34,29 @@ def dilated_attention(
     were trained (https://doi.org/10.1038/s41586-024-07441-w). The gradient is the true one of this function.
 
     Args:
-        q: `(B, L, H, D)` queries: batch, tokens, heads, head dimension; any floating dtype.
-        k: `(B, L, H, D)` keys.
-        v: `(B, L, H, D)` values.
+        q: `(B, L, H, D)` queries: batch, tokens, heads, head dimension; any floating dtype. With `cu_seqlens`
+            `(T, H, D)`: sequences of any lengths end to end.
+        k: Keys, shaped like `q`.
+        v: Values, shaped like `q`.
         segment_lengths: Tokens of a segment, for each branch.
         dilated_ratios: Every how many-th token takes part, for each branch.
         is_causal: Whether key slot j of a segment is visible to query slot i only when j <= i.
+        cu_seqlens: `(B + 1,)` int32 on the device of `q`: where each packed sequence begins, and T. Each has segments of
+            its own; none is empty.
         scale: Factor of the logits; `D ** -0.5` by default.
         backend: `naive` for the readable version, `gather` for plain PyTorch, `fused` for Triton kernels; `auto` takes
             `fused` on a GPU where it fits (ratios that divide the largest one, no float64), else `gather`.
 
     Returns:
-        `(B, L, H, D)`, of the dtype of `q`; zero where no branch covers a token and head.
+        The shape and dtype of `q`; zero where no branch covers a token and head.
 
     Raises:
         ValueError: Shapes, segment lengths or ratios do not fit.
     """
-    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape or 0 in q.shape:
+    if q.ndim != (4 if cu_seqlens is None else 3) or q.shape != k.shape or q.shape != v.shape or 0 in q.shape:
         raise ValueError(
-            f"q, k and v must be (B, L, H, D) alike, not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"q, k and v must be {'(B, L, H, D)' if cu_seqlens is None else '(T, H, D)'} alike, not {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must be of one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
@@ -76,5 +67,37 @@ def dilated_attention(
         )
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is none of auto, {', '.join(BACKENDS)}")
-    function = _backend(q, ratios, backend)
-    return function(q, k, v, segments, ratios, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
+    settings = (segments, ratios, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
+    if _fused(q, ratios, settings[3], backend):
+        from .fused import fused_dilated_attention
+
+        if cu_seqlens is not None:
+            return fused_dilated_attention(q, k, v, cu_seqlens, *settings)
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        return fused_dilated_attention(*packed, equal_lengths(len(q), q.shape[1], q.device), *settings).view(q.shape)
+    function = naive_dilated_attention if backend == "naive" else gather_dilated_attention
+    if cu_seqlens is None:
+        return function(q, k, v, *settings)
+    lengths = cu_seqlens.diff().tolist()
+    sequences = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([function(q[None], k[None], v[None], *settings)[0] for q, k, v in sequences])
+
+
+@lru_cache(maxsize=64)
+def equal_lengths(batch: int, length: int, device: torch.device) -> Tensor:
+    """`(batch + 1,)` int32 cumulative lengths of sequences of one length."""
+    with torch.inference_mode(False):  # kept for later calls, which may save it for their backward
+        return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+
+
+def _fused(q: Tensor, dilated_ratios: Sequence[int], scale: float, backend: str) -> bool:
+    if backend in ("naive", "gather") or (backend == "auto" and (not q.is_cuda or find_spec("triton") is None)):
+        return False
+    from .fused import eligible  # imports triton, which not every machine has
+
+    fits = eligible(q, dilated_ratios, scale)
+    if backend == "fused" and not fits:
+        raise ValueError(
+            f"the fused kernels do not take {q.dtype}, head dimension {q.shape[-1]}, ratios {dilated_ratios}, scale {scale}"
+        )
+    return fits

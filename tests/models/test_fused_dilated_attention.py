@@ -80,7 +80,8 @@ def test_views_of_one_packed_projection_are_read_where_they_are() -> None:
 def test_it_is_a_well_behaved_torch_operation() -> None:
     from longslide.models.dilated_attention.fused import _op
 
-    arguments = (*qkv(1, 20, 2, 16), [8, 16], [1, 2], False, 0.25)
+    cu_seqlens = torch.tensor([0, 12, 20], dtype=torch.int32, device=DEVICE)
+    arguments = (*qkv(20, 2, 16), cu_seqlens, [8, 16], [1, 2], False, 0.25)
     torch.library.opcheck(_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
@@ -100,3 +101,20 @@ def test_what_the_kernels_do_not_take_is_said_or_left_to_plain_pytorch() -> None
     torch.testing.assert_close(
         dilated_attention(q, k, v, [4, 6], [2, 3]), dilated_attention(q, k, v, [4, 6], [2, 3], backend="naive")
     )
+
+
+def test_packed_sequences_are_those_one_at_a_time() -> None:
+    lengths = [1, 33, 130, 7, 64]
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    inputs = qkv(sum(lengths), 3, 16)
+    direction = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    packed = dilated_attention(*inputs, [16, 50, 128], [1, 2, 4], cu_seqlens=cu_seqlens, backend="fused")
+    alone = torch.cat(
+        [
+            dilated_attention(*(x[None] for x in parts), [16, 50, 128], [1, 2, 4], backend="fused")[0]
+            for parts in zip(*(x.split(lengths) for x in inputs), strict=True)
+        ]
+    )
+    assert torch.equal(packed, alone)
+    grads = [torch.autograd.grad(output, inputs, direction) for output in (packed, alone)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

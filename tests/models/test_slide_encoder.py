@@ -96,6 +96,41 @@ def test_a_batch_gives_what_its_slides_give_one_at_a_time(pool: str) -> None:
             torch.testing.assert_close(encoder(x[i : i + 1], where[i : i + 1])[0], batch[i], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_slides_give_what_they_give_one_at_a_time_and_so_do_their_gradients(checkpointing: bool) -> None:
+    encoder = create_slide_encoder("gigapath", checkpoint="random", checkpointing=checkpointing, **SMALL).double()
+    lengths, where = [1, 30, 6], [cells(1, 1)[0], cells(6, 5)[0], cells(2, 3)[0]]
+    x = [torch.randn(n, 48, dtype=torch.float64) for n in lengths]
+    weight = torch.randn(3, 64, dtype=torch.float64)
+    alone = torch.cat([encoder(a[None], b[None]) for a, b in zip(x, where, strict=True)])
+    (alone * weight).sum().backward()
+    wanted = [p.grad.clone() for p in encoder.parameters()]
+    encoder.zero_grad()
+    packed = (torch.cat(x), torch.cat(where), torch.tensor([0, 1, 31, 37]))
+    together = encoder(*packed)
+    (together * weight).sum().backward()
+    torch.testing.assert_close(together, alone)
+    for parameter, grad in zip(encoder.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+    assert encoder.layer_embeddings(*packed).shape == (3, 3, 64)
+
+
+def test_a_dropped_path_is_dropped_for_whole_slides() -> None:
+    encoder = create_slide_encoder("gigapath", checkpoint="random", drop_path=0.5, **SMALL).train()
+    last = encoder.layers[-1]
+    x, cu_seqlens = torch.randn(60, 64), torch.arange(0, 61, 5, dtype=torch.int32)
+    torch.manual_seed(0)
+    changed = (last(x, cu_seqlens) - x).abs().amax(1).view(12, 5)
+    dropped = changed == 0
+    assert dropped.any(), "with half of the halves left out some slide loses both"
+    assert (dropped.all(1) == dropped.any(1)).all()
+
+
+def test_an_empty_slide_among_packed_ones_is_refused(small: SlideEncoder) -> None:
+    with pytest.raises(LongslideError, match="at least one tile"):
+        small(torch.zeros(2, 48), cells(2, 1)[0], torch.tensor([0, 2, 2]))
+
+
 def test_one_tile_is_enough(small: SlideEncoder) -> None:
     assert small(torch.randn(1, 1, 48), torch.zeros(1, 1, 2, dtype=torch.long)).shape == (1, 64)
 
