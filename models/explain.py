@@ -7,6 +7,7 @@ weights do not require gradients), and gives a score a tile and number. Scores a
 number would be lower.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -24,8 +25,11 @@ METHODS: tuple[Method, ...] = get_args(Method)
 STEPS = 50
 """Points of the integral of integrated gradients."""
 
-WINDOW = 3
-"""Edge of the neighbourhood that occlusion takes away, in tiles."""
+WINDOW = 4
+"""Smallest edge of the neighbourhood that occlusion takes away, in tiles, unless asked otherwise."""
+
+WINDOWS = 1000
+"""About so many neighbourhoods of a large slide: their edge grows with the slide, not the time a tile takes."""
 
 TOKENS_PER_BATCH = 2**18
 """Tiles that occlusion packs into one pass of the model: about what training on a GPU of 80 GB holds without gradients."""
@@ -120,38 +124,59 @@ def occlusion(
     grid_cells: Tensor,
     *,
     baseline: Tensor,
-    window: int = WINDOW,
+    window: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> TileScores:
     """What is lost when the tiles of a neighbourhood become the baseline, shared equally by these tiles.
 
-    The neighbourhoods are squares of the grid, side by side; several occluded copies of the slide go through the model
-    together, packed end to end.
+    The neighbourhoods are squares of the grid that overlap by half; a tile's score is the mean over those it is in. Several
+    occluded copies of the slide go through the model together, packed end to end.
 
     Args:
         model: The model.
         tile_features: `(T, D)` floating tile embeddings of one slide.
         grid_cells: `(T, 2)` int64 (column, row) of each tile.
         baseline: `(D,)` embedding of a tile that says nothing.
-        window: Edge of a square in tiles.
+        window: Edge of a square in tiles. Default: 4, more where that would make more than about a thousand squares.
         tokens_per_batch: Tiles, of all copies together, that go through the model at once; one copy always does.
 
     Returns:
         The scores.
     """
     tiles = len(tile_features)
-    squares = (grid_cells - grid_cells.min(0).values) // window
-    _, square, count = torch.unique(squares, dim=0, return_inverse=True, return_counts=True)
-    copies = max(1, min(len(count), tokens_per_batch // tiles))
-    lost = []
+    window = window or max(WINDOW, 2 * math.ceil(math.sqrt(tiles / WINDOWS)))
+    # Squares that overlap by half are those of four grids of squares side by side, each shifted by half a square.
+    shifts = sorted({0, window // 2})
+    squares = [grid_cells - grid_cells.min(0).values + grid_cells.new_tensor([x, y]) for y in shifts for x in shifts]
     with torch.no_grad():
         whole = model(tile_features, grid_cells, _one_bag(tile_features))
-        for some in torch.split(torch.arange(len(count), device=square.device), copies):
-            hidden = (square == some[:, None]).flatten()
-            packed = torch.where(hidden[:, None], baseline, tile_features.repeat(len(some), 1))
-            lengths = torch.arange(len(some) + 1, dtype=torch.int32, device=square.device) * tiles
-            lost.append((whole - model(packed, grid_cells.repeat(len(some), 1), lengths)).float())
-    return TileScores((torch.cat(lost) / count[:, None])[square].cpu())
+        scores = [
+            _occlude(
+                model, whole, tile_features, grid_cells, baseline, cells // window, max(1, tokens_per_batch // tiles)
+            )
+            for cells in squares
+        ]
+    return TileScores(torch.stack(scores).mean(0).cpu())
+
+
+def _occlude(
+    model: PackedModel,
+    whole: Tensor,
+    tile_features: Tensor,
+    grid_cells: Tensor,
+    baseline: Tensor,
+    squares: Tensor,
+    copies: int,
+) -> Tensor:
+    """`(T, C)` share of each tile in what is lost without its square; `squares` `(T, 2)` says which that is."""
+    _, square, count = torch.unique(squares, dim=0, return_inverse=True, return_counts=True)
+    lost = []
+    for some in torch.split(torch.arange(len(count), device=square.device), copies):
+        hidden = (square == some[:, None]).flatten()
+        packed = torch.where(hidden[:, None], baseline, tile_features.repeat(len(some), 1))
+        lengths = torch.arange(len(some) + 1, dtype=torch.int32, device=square.device) * len(tile_features)
+        lost.append((whole - model(packed, grid_cells.repeat(len(some), 1), lengths)).float())
+    return (torch.cat(lost) / count[:, None])[square]
 
 
 def attention(model: nn.Module, tile_features: Tensor, grid_cells: Tensor) -> TileScores:

@@ -38,7 +38,7 @@ ExplainMethod = Literal["integrated-gradients", "gradient-x-input", "occlusion",
 
 def predict(
     slides: str | Path | Sequence[str | Path],
-    checkpoint: list[str],
+    checkpoint: list[str] | str,
     output: Path | None = None,
     features: Path | None = None,
     explain: ExplainMethod | None = None,
@@ -61,7 +61,7 @@ def predict(
     Args:
         slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`; with a column `patient_id`
             patients are predicted too.
-        checkpoint: Checkpoint of a classifier, or a run folder, whose folds are averaged; several are averaged too.
+        checkpoint: Checkpoint of a classifier; or a run folder, whose folds are averaged; or several, as `[a.ckpt, b.ckpt]`.
         output: Folder for `predictions.csv`, `summary.csv`, `<slide_id>.json` and pictures. Without one the predictions are
             only printed and returned.
         features: Folder of feature files: those there are used, new ones are written there. Default: `features` in the

@@ -84,21 +84,38 @@ def test_the_gradient_is_that_of_finite_differences(slide: tuple[Tensor, Tensor,
         torch.testing.assert_close(found[tile], slope.float(), rtol=1e-3, atol=1e-6)
 
 
-def test_occlusion_takes_away_squares_of_the_grid_and_shares_what_is_lost(
+def test_occlusion_takes_away_squares_that_overlap_by_half_and_shares_what_is_lost(
     slide: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     features, cells, baseline = slide
     model, one_bag = Curved(), torch.tensor([0, 35])
-    scores = occlusion(model, features, cells, baseline=baseline, window=3).scores
-    for left, top in ((0, 0), (3, 0), (6, 0), (0, 3), (3, 3), (6, 3)):  # of 7 x 5 tiles, the last squares are cut
-        inside = ((cells - torch.tensor([11, 3]) - torch.tensor([left, top])) // 3 == 0).all(1)
-        hidden = torch.where(inside[:, None], baseline, features)
-        with torch.no_grad():
-            lost = (model(features, cells, one_bag) - model(hidden, cells, one_bag))[0]
-        torch.testing.assert_close(scores[inside], (lost / inside.sum()).float().expand(int(inside.sum()), -1))
+    expected, squares = torch.zeros(35, 3), torch.zeros(35, 1)
+    for left in range(-2, 7, 2):
+        for top in range(-2, 5, 2):
+            corner = torch.tensor([11 + left, 3 + top])
+            inside = ((cells >= corner) & (cells < corner + 4)).all(1)
+            hidden = torch.where(inside[:, None], baseline, features)
+            with torch.no_grad():
+                lost = (model(features, cells, one_bag) - model(hidden, cells, one_bag))[0]
+            expected[inside] += (lost / inside.sum()).float()
+            squares[inside] += 1
+    assert (squares == 4).all()
     for budget in (1, 35, 100, 1000):
-        again = occlusion(model, features, cells, baseline=baseline, window=3, tokens_per_batch=budget).scores
-        torch.testing.assert_close(again, scores)
+        scores = occlusion(model, features, cells, baseline=baseline, window=4, tokens_per_batch=budget).scores
+        torch.testing.assert_close(scores, expected / 4)
+
+
+def test_a_large_slide_has_larger_squares_not_more_of_them() -> None:
+    index = torch.arange(12_000)
+    cells, seen = torch.stack([index % 120, index // 120], 1), []
+    features = torch.zeros(12_000, 1)
+
+    def model(tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        seen.append(len(cu_seqlens) - 1)
+        return torch.zeros(len(cu_seqlens) - 1, 1)
+
+    occlusion(model, features, cells, baseline=torch.ones(1))
+    assert 800 < sum(seen) < 1300
 
 
 def test_occlusion_never_packs_more_than_its_budget(slide: tuple[Tensor, Tensor, Tensor]) -> None:
