@@ -1,1 +1,1 @@
-"""YAML only: one file per tile encoder and slide encoder."""
+"""YAML only: one file per tile encoder, slide encoder and training recipe."""

@@ -17,8 +17,7 @@ class Aggregator(nn.Module):
 
     Attributes:
         width: Length of the vector of a bag.
-        reads_slide_embedding: Whether it reads the slide embeddings of the feature files, each as a bag of one, in place of
-            the tile embeddings.
+        reads_slide_embedding: Whether each bag's only tile is the slide embedding of the feature file.
     """
 
     width: int

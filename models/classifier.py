@@ -1,20 +1,20 @@
 """The slide classifier: an aggregator, a linear head, and how the two are trained."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from ..errors import LongslideError
 from ..task import Task
 from .abmil import ABMIL, ABMILOptions
 from .aggregator import Aggregator, AggregatorName, LinearProbe, Pool, PoolOptions
+from .bag_weights import BagWeightedModule
 from .objective import Cox, create_objective
 from .optimisation import OptimiserOptions, configure
 from .selection import BagOutputs, class_of, selection_metric
@@ -25,45 +25,30 @@ SCHEMA = 1
 """Version of what a checkpoint holds under `longslide`."""
 
 
-@dataclass(frozen=True)
-class TrainingFacts:
+class TrainingFacts(NamedTuple):
     """What a classifier must know of its training data.
 
     Attributes:
         task: The task.
         feature_dim: Length of a tile embedding; of a slide embedding for the linear probe.
-        positives: Training bags of each class, or with each label.
-        observed: Training bags whose class, or label, is known; one number a class or label.
+        balanced_weights: Weights that even out the classes of the training bags, or each label's positives and negatives.
         target_mean: Mean of the training targets of a regression.
         target_std: Their standard deviation.
         preprocessing: `tile_encoder`, `tile_weights`, `mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`; None for
             what the feature files do not say.
+        architecture: How to build the aggregator without weights, as a checkpoint says it; None for a new one.
     """
 
     task: Task
     feature_dim: int
-    positives: tuple[int, ...] = ()
-    observed: tuple[int, ...] = ()
+    balanced_weights: tuple[float, ...] = ()
     target_mean: float = 0.0
     target_std: float = 1.0
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for checkpoints."""
-        return asdict(self) | {
-            "task": self.task.to_dict(),
-            "positives": [*self.positives],
-            "observed": [*self.observed],
-        }
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "TrainingFacts":
-        """What `to_dict` wrote."""
-        lists = {name: tuple(content[name]) for name in ("positives", "observed")}
-        return cls(**content | lists | {"task": Task.from_dict(content["task"])})
+    preprocessing: Mapping[str, Any] = MappingProxyType({})
+    architecture: dict[str, Any] | None = None
 
 
-class SlideClassifier(LightningModule):
+class SlideClassifier(BagWeightedModule):
     """An aggregator and a linear head.
 
     Args:
@@ -83,7 +68,6 @@ class SlideClassifier(LightningModule):
             number for each class; for multilabel, of each label's positives.
         optimiser: Options of the optimiser.
         compile: Whether the aggregator is compiled by `torch.compile`.
-        architecture: How to build the aggregator without weights, as a checkpoint says it.
 
     Attributes:
         temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
@@ -107,7 +91,6 @@ class SlideClassifier(LightningModule):
         class_weights: Literal["none", "balanced"] | list[float] = "none",
         optimiser: OptimiserOptions = OptimiserOptions(),
         compile: bool = False,
-        architecture: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.facts = facts
@@ -123,7 +106,7 @@ class SlideClassifier(LightningModule):
         }.get(aggregator)  # fmt: skip
         if checkpoint is not None and aggregator not in ("longnet", "gigapath"):
             raise LongslideError(f"--model.checkpoint {checkpoint}: {aggregator} has no slide encoder to load it into")
-        tile_encoder = facts.preprocessing.get("tile_encoder")
+        tile_encoder, architecture = facts.preprocessing.get("tile_encoder"), facts.architecture
         self.aggregator: Aggregator
         if aggregator == "longnet":
             self.aggregator = create_longnet(facts.feature_dim, longnet, checkpoint, tile_encoder, architecture)
@@ -144,9 +127,7 @@ class SlideClassifier(LightningModule):
         )
         if compile:
             self.aggregator.compile(dynamic=True)  # in place: the names of the weights stay
-        self.train_loss = MeanMetric()
         self.validation = BagOutputs()
-        self._group_weight = 0.0
 
     @property
     def task(self) -> Task:
@@ -157,7 +138,7 @@ class SlideClassifier(LightningModule):
         """The raw outputs of bags, differentiable in `tile_features`.
 
         Args:
-            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe slide embeddings.
+            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe one slide's each.
             grid_cells: `(T, 2)` int64 (column, row) of each tile.
             cu_seqlens: `(B + 1,)` int32 cumulative lengths of the bags, from 0 to T.
 
@@ -177,15 +158,18 @@ class SlideClassifier(LightningModule):
 
     def outputs_of(self, batch: dict[str, Tensor]) -> Tensor:
         """The raw outputs `(B, n_outputs)` of a batch as the data module makes it."""
-        if not self.aggregator.reads_slide_embedding:
-            return self(batch["tile_features"], batch["grid_cells"], batch["cu_seqlens"])  # type: ignore[no-any-return]
-        if "slide_embedding" not in batch:
-            raise LongslideError(
-                "linear-probe reads slide embeddings, and the feature files have none: embed the slides with --slide-encoder"
-            )
-        embeddings = batch["slide_embedding"]
-        ones = torch.arange(len(embeddings) + 1, dtype=torch.int32, device=embeddings.device)
-        return self(embeddings, ones.new_zeros(len(embeddings), 2), ones)  # type: ignore[no-any-return]
+        return self(batch["tile_features"], batch["grid_cells"], batch["cu_seqlens"])  # type: ignore[no-any-return]
+
+    def use_training_features(self, statistics: dict[str, Any]) -> None:
+        """Keep the statistics of the training features for the checkpoint; the linear probe standardises by them.
+
+        Args:
+            statistics: `mean` `(D,)` and `std` `(D,)` float32, and what else is known, in plain types and tensors.
+        """
+        self.training_features = statistics
+        if isinstance(self.aggregator, LinearProbe):
+            self.aggregator.mean.copy_(statistics["mean"])
+            self.aggregator.std.copy_(statistics["std"].clamp(min=1e-6))
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         """Predictions of raw outputs, calibrated.
@@ -205,44 +189,24 @@ class SlideClassifier(LightningModule):
     # Training
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The sum of the losses of a batch: `on_before_optimizer_step` divides by the weight of all that is accumulated."""
+        """The sum of the losses of a batch.
+
+        Raises:
+            LongslideError: It is not finite.
+        """
         loss, weight = self.objective(self.outputs_of(batch), batch["target"])
         if not math.isfinite(value := float(loss.detach())):
             raise LongslideError(
                 f"the loss is {value} at step {self.global_step}: lower --model.optimiser.learning_rate, set "
                 "--trainer.gradient_clip_val 1, or train with --trainer.precision bf16-mixed instead of 16-mixed"
             )
-        self._group_weight += float(weight)
-        if weight > 0:
-            self.train_loss.update(loss.detach() / weight, weight)
-            self.log("train_loss_step", loss.detach() / weight, prog_bar=True, logger=False)
-        return loss  # type: ignore[no-any-return]
+        return self.weighted_loss(loss, weight)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the gradient that of the mean over all bags of the accumulated batches, on all devices."""
-        total = self.trainer.strategy.reduce(
-            torch.tensor(self._group_weight, device=self.device, dtype=torch.float32), reduce_op="sum"
-        )
-        # Lightning divided each loss by the number of batches, DDP the gradients by the number of devices.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(float(total), 1e-12)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        self._start_group()
-
-    def on_train_epoch_start(self) -> None:
-        """Nothing is accumulated over the end of an epoch."""
-        self._start_group()
-
-    def _start_group(self) -> None:
-        self._group_weight = 0.0
+    def start_group(self) -> None:
+        """Begin to accumulate anew."""
+        super().start_group()
         if isinstance(self.objective, Cox):
             self.objective.start_group()
-
-    def on_train_epoch_end(self) -> None:
-        """Log the mean loss of the epoch's bags, as they were trained on."""
-        self.log("train_loss", self.train_loss.compute())
-        self.train_loss.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Gather the outputs: the loss and the metric are those of all validation bags together."""
@@ -263,7 +227,7 @@ class SlideClassifier(LightningModule):
 
     # Checkpoints
 
-    def description(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What a checkpoint holds under `longslide`: all that inference needs beside the weights, in plain types."""
         architecture = self.aggregator.architecture()
         return {
@@ -276,7 +240,8 @@ class SlideClassifier(LightningModule):
                 "options": {} if self.options is None else asdict(self.options),
                 "architecture": architecture or None,
             },
-            "facts": self.facts.to_dict(),
+            "target": {"mean": self.facts.target_mean, "std": self.facts.target_std},
+            "feature_dim": self.facts.feature_dim,
             "preprocessing": dict(self.facts.preprocessing),
             "training_features": dict(self.training_features),
             "thresholds": self.thresholds,
@@ -285,19 +250,9 @@ class SlideClassifier(LightningModule):
             "slide_ids": dict(self.slide_ids),
         }
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the description."""
-        checkpoint["longslide"] = self.description()
 
-
-def _class_weights(choice: str | Sequence[float], facts: TrainingFacts) -> list[float] | None:
+def _class_weights(choice: str | Sequence[float], facts: TrainingFacts) -> Sequence[float] | None:
     """Weights of the classes in the loss."""
     if not isinstance(choice, str):
-        return list(choice)
-    if choice == "none" or not facts.positives:
-        return None
-    if facts.task.kind == "multilabel":
-        return [(n - positive) / max(1, positive) for positive, n in zip(facts.positives, facts.observed, strict=True)]
-    return [
-        n / len(facts.positives) / max(1, positive) for positive, n in zip(facts.positives, facts.observed, strict=True)
-    ]
+        return choice
+    return (facts.balanced_weights or None) if choice == "balanced" else None

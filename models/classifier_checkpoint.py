@@ -1,10 +1,13 @@
 """Classifier checkpoints: read without unpickling, built again without the training data."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import LongslideError
+from ..task import Task
 from .abmil import ABMILOptions
 from .aggregator import PoolOptions
 from .checkpoint_file import read_checkpoint
@@ -41,6 +44,37 @@ def read_description(path: str | Path) -> dict[str, Any]:
     return description | {"state_dict": content["state_dict"]}
 
 
+def check_preprocessing(
+    path: str | Path, classifier: SlideClassifier, preprocessing: Mapping[str, Any], feature_dim: int
+) -> None:
+    """Refuse features that a classifier was not trained on.
+
+    Args:
+        path: The classifier's checkpoint, for the message.
+        classifier: The classifier.
+        preprocessing: What made the features: `tile_encoder`, `tile_weights`, `mpp`, `tile_px`, ...; None where not known.
+        feature_dim: Length of an embedding.
+
+    Raises:
+        LongslideError: They are of another encoder, other weights, another resolution or another length.
+    """
+    trained = classifier.facts.preprocessing
+    names = ("tile_encoder", "tile_weights", "mpp", "tile_px", "slide_encoder", "slide_weights", "pool")
+    for name in names:
+        then, now = trained.get(name), preprocessing.get(name)
+        alike = (
+            math.isclose(then, now, rel_tol=0.01) if isinstance(then, float) and isinstance(now, float) else then == now
+        )
+        if then is not None and now is not None and not alike:
+            raise LongslideError(
+                f"{path}: trained on features with {name} {then}, but these have {now}; embed the slides as those were"
+            )
+    if feature_dim != classifier.facts.feature_dim:
+        raise LongslideError(
+            f"{path}: reads embeddings of length {classifier.facts.feature_dim}, but these have {feature_dim}"
+        )
+
+
 def load_classifier(path: str | Path) -> SlideClassifier:
     """Load a classifier.
 
@@ -67,9 +101,15 @@ def load_classifier(path: str | Path) -> SlideClassifier:
         options[argument] = kind(**{k: v for k, v in description["aggregator"]["options"].items() if k in known})
     try:
         classifier = SlideClassifier(
-            TrainingFacts.from_dict(description["facts"]),
+            TrainingFacts(
+                task=Task.from_dict(description["task"]),
+                feature_dim=description["feature_dim"],
+                target_mean=description["target"]["mean"],
+                target_std=description["target"]["std"],
+                preprocessing=description["preprocessing"],
+                architecture=description["aggregator"]["architecture"],
+            ),
             name,
-            architecture=description["aggregator"].get("architecture"),
             **options,
         )
         classifier.load_state_dict(description["state_dict"])

@@ -91,12 +91,30 @@ def _depth(name: str) -> int | None:
 
 def configure(model: nn.Module, options: OptimiserOptions, trainer: Trainer) -> dict[str, Any]:
     """What `LightningModule.configure_optimizers` returns: AdamW, and the learning rate set at every step."""
-    total = max(1, int(trainer.estimated_stepping_batches))
-    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-    steps_per_epoch = total / epochs if epochs else trainer.num_training_batches / trainer.accumulate_grad_batches
+    total, steps_per_epoch = _steps(trainer)
     warmup = min(total - 1, round(options.warmup_epochs * steps_per_epoch))
     floor = options.min_learning_rate / options.learning_rate
     optimiser = AdamW(parameter_groups(model, options), betas=options.betas)
     groups = len(optimiser.param_groups)
     schedule = LambdaLR(optimiser, [WarmupCosine(warmup, total, floor) for _ in range(groups)])
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _steps(trainer: Trainer) -> tuple[int, float]:
+    """Optimiser steps of the whole training, and of an epoch.
+
+    Not by `estimated_stepping_batches` where there is a data module: it would set up the loaders before a checkpoint is
+    restored, and a run that was stopped within an epoch would begin that epoch anew.
+    """
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+    if datamodule is None:
+        total = max(1, int(trainer.estimated_stepping_batches))
+        return total, total / epochs if epochs else trainer.num_training_batches / trainer.accumulate_grad_batches
+    batches = len(datamodule.train_dataloader())
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    totals = [steps * epochs] if epochs else []
+    totals += [trainer.max_steps] if trainer.max_steps > 0 else []
+    return max(1, min(totals)) if totals else steps, steps

@@ -176,6 +176,25 @@ class SlideEncoder(nn.Module):
             embeddings.append(self._pool(x, slides))
         return torch.stack(embeddings)
 
+    def tile_tokens(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The tiles themselves after all layers: what the slide embedding is the mean of.
+
+        Args:
+            tile_features: Packed as for `forward`.
+            grid_cells: As for `forward`.
+            cu_seqlens: As for `forward`.
+
+        Returns:
+            `(T, width)`.
+
+        Raises:
+            LongslideError: As for `forward`.
+        """
+        x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
+        for layer in self.layers:
+            x = self._run(layer, x, slides)
+        return self.layers_norm(x)[slides.rows]  # type: ignore[no-any-return]
+
     def _run(self, layer: nn.Module, x: Tensor, slides: "_Slides") -> Tensor:
         if self.spec.checkpointing and torch.is_grad_enabled():
             output: Tensor = recompute(layer, x, slides.cu_seqlens, use_reentrant=False)
@@ -203,8 +222,7 @@ class SlideEncoder(nn.Module):
         x = self.tile_projection(tile_features.to(weight.dtype))
         # Under autocast x is half; positions in the dtype of the weights keep the residuals float32, as published.
         x = x + grid_positions(grid_cells, self.spec.width).to(weight.dtype)
-        tiles = torch.arange(len(x), device=x.device) + slides.of_tile + 1
-        tokens = x.new_empty(len(x) + len(lengths), self.spec.width).index_copy(0, tiles, x)
+        tokens = x.new_empty(len(x) + len(lengths), self.spec.width).index_copy(0, slides.rows, x)
         cls_tokens = self.cls_token[0].to(x.dtype).expand(len(lengths), -1)
         return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens), slides
 
@@ -218,13 +236,15 @@ class SlideEncoder(nn.Module):
 
 
 class _Slides:
-    """Where packed slides are: `lengths` in tiles, `of_tile` `(T,)` each tile's slide, `cu_seqlens` with the cls tokens."""
+    """Where packed slides are: `lengths` in tiles, `cu_seqlens` with the cls tokens, and `(T,)` each tile's slide (`of_tile`)
+    and place among the tokens (`rows`)."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.lengths = lengths
         counts = torch.tensor([0, *(n + 1 for n in lengths)])
         self.cu_seqlens = counts.cumsum(0).int().to(device)
         self.of_tile = torch.arange(len(lengths)).repeat_interleave(counts[1:] - 1).to(device)
+        self.rows = torch.arange(len(self.of_tile), device=device) + self.of_tile + 1
 
 
 def grid_positions(grid_cells: Tensor, width: int) -> Tensor:

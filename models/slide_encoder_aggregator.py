@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LongslideError
-from .aggregator import Aggregator, split_bags
+from .aggregator import Aggregator
 from .checkpoint_file import digest, read_checkpoint
 from .slide_encoder import SlideEncoder, SlideEncoderSpec, create_slide_encoder
 
@@ -29,6 +29,7 @@ class LongNetOptions:
         pool: What the bag's vector is: the `mean` over the tiles, or the `cls` token.
         dropout: Share of values dropped in training.
         drop_path: Share of bags for which the last layer's halves are left out in training; less before it.
+        checkpointing: Whether layers are computed again in the backward, for memory.
     """
 
     layers: int = 4
@@ -41,6 +42,7 @@ class LongNetOptions:
     pool: Literal["mean", "cls"] = "mean"
     dropout: float = 0.1
     drop_path: float = 0.0
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class GigaPathOptions:
         frozen: Whether the encoder stays as it is and only the head is trained.
         dropout: Share of values dropped in training.
         drop_path: Share of bags for which the last layer's halves are left out in training; less before it.
+        checkpointing: Whether layers are computed again in the backward, for memory.
     """
 
     slide_encoder: str = "gigapath"
@@ -63,6 +66,7 @@ class GigaPathOptions:
     frozen: bool = False
     dropout: float = 0.1
     drop_path: float = 0.0
+    checkpointing: bool = False
 
 
 class SlideEncoderAggregator(Aggregator):
@@ -107,16 +111,11 @@ class SlideEncoderAggregator(Aggregator):
 
     def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Aggregator.forward`."""
-        outputs = []
-        for features, cells in zip(
-            split_bags(tile_features, cu_seqlens), split_bags(grid_cells, cu_seqlens), strict=True
-        ):
-            if self.layers:
-                every = self.encoder.layer_embeddings(features[None], cells[None])
-                outputs.append(torch.cat([every[layer] for layer in self.layers], dim=-1))
-            else:
-                outputs.append(self.encoder(features[None], cells[None]))
-        return torch.cat(outputs)
+        if not self.layers:
+            embeddings: Tensor = self.encoder(tile_features, grid_cells, cu_seqlens)
+            return embeddings
+        every = self.encoder.layer_embeddings(tile_features, grid_cells, cu_seqlens)
+        return torch.cat([every[layer] for layer in self.layers], dim=1)
 
 
 def create_longnet(
@@ -141,7 +140,7 @@ def create_longnet(
     if architecture is not None:
         return SlideEncoderAggregator(_from_architecture(architecture, options.pool))
     if checkpoint is not None and checkpoint != "random":
-        encoder = load_pretrained(Path(checkpoint), options.pool, options.dropout, options.drop_path)
+        encoder = load_pretrained(Path(checkpoint), options)
         check_features(encoder, checkpoint, feature_dim, tile_encoder)
         return SlideEncoderAggregator(encoder)
     size = {key: value for key, value in asdict(options).items() if key != "pool"}
@@ -182,10 +181,10 @@ def create_gigapath(
     if architecture is not None:
         encoder = _from_architecture(architecture, options.pool)
     elif checkpoint is not None and Path(checkpoint).suffix == ".ckpt":
-        encoder = load_pretrained(Path(checkpoint), options.pool, options.dropout, options.drop_path)
+        encoder = load_pretrained(Path(checkpoint), options)
         check_features(encoder, checkpoint, feature_dim, tile_encoder)
     else:
-        overrides: dict[str, Any] = {"dropout": options.dropout, "drop_path": options.drop_path}
+        overrides: dict[str, Any] = {name: getattr(options, name) for name in ("dropout", "drop_path", "checkpointing")}
         if checkpoint == "random":
             overrides["tile_dim"] = feature_dim
         encoder = create_slide_encoder(options.slide_encoder, checkpoint=checkpoint, pool=options.pool, **overrides)
@@ -194,14 +193,12 @@ def create_gigapath(
     return SlideEncoderAggregator(encoder, options.layers, options.frozen)
 
 
-def load_pretrained(file: Path, pool: Literal["mean", "cls"], dropout: float, drop_path: float) -> SlideEncoder:
+def load_pretrained(file: Path, options: LongNetOptions | GigaPathOptions) -> SlideEncoder:
     """The slide encoder of a masked autoencoder's checkpoint.
 
     Args:
         file: The checkpoint.
-        pool: What the slide embedding is.
-        dropout: Share of values dropped in further training.
-        drop_path: Share of bags for which the last layer's halves are left out in further training.
+        options: How it is pooled and trained further; its size is the checkpoint's.
 
     Raises:
         LongslideError: No such file, or not a checkpoint of the masked autoencoder.
@@ -215,12 +212,9 @@ def load_pretrained(file: Path, pool: Literal["mean", "cls"], dropout: float, dr
             f"{file}: not a checkpoint of the masked autoencoder (`longslide fit --config mae`); "
             "published weights go with --model.aggregator gigapath"
         )
-    architecture = facts["slide_encoder"] | {
-        "weights": f"{file} {digest(file)}",
-        "dropout": dropout,
-        "drop_path": drop_path,
-    }
-    encoder = _from_architecture(architecture, pool)
+    regularisation = {name: getattr(options, name) for name in ("dropout", "drop_path", "checkpointing")}
+    architecture = facts["slide_encoder"] | {"weights": f"{file} {digest(file)}"} | regularisation
+    encoder = _from_architecture(architecture, options.pool)
     prefix = "encoder."
     state = {key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
     encoder.load_state_dict(state)

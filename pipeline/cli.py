@@ -29,6 +29,13 @@ COMMANDS = {
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
 }
 
+# Commands whose options are those of trainer, data module and model: they take the words after them.
+TRAINING_COMMANDS = {
+    "fit": (".fit", "Train a slide classifier on feature files, or pretrain a slide encoder."),
+    "crossval": (".crossval", "Train a classifier a fold, and evaluate on the patients each has not seen."),
+    "test": (".test", "Evaluate a trained classifier on another cohort."),
+}
+
 
 # Arguments that are given without a name, by their name in the function and in YAML.
 POSITIONAL = {
@@ -73,7 +80,7 @@ def _parser(command: str | None) -> _Parser:
         version=__version__,
     )
     subcommands = parser.add_subcommands(required=True)
-    for name, (_, summary) in COMMANDS.items():
+    for name, (_, summary) in (COMMANDS | TRAINING_COMMANDS).items():
         subparser = _Parser(description=summary, print_config="--print-config")
         if name == command:
             _add_command_arguments(subparser, _command_function(name))
@@ -92,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
+    if command in TRAINING_COMMANDS and argv[0] == command:
+        return _train(command, argv[1:])
     parser = _parser(command if command in COMMANDS else None)
     arguments = parser.parse_args(argv)
     command = str(arguments.subcommand)
@@ -110,6 +119,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0 if all(result.ok for result in results) else 1
+
+
+def _train(command: str, argv: Sequence[str]) -> int:
+    module = import_module(TRAINING_COMMANDS[command][0], __package__)
+    try:
+        return int(getattr(module, command)(argv))
+    except KeyboardInterrupt:
+        print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LongslideError):
+            cause = cause.__cause__  # jsonargparse wraps what is raised while it builds objects
+        if cause is None:
+            raise
+        print(f"longslide {command}: {cause}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -95,6 +95,8 @@ def _subgroups(metrics: "pd.DataFrame", task: Task) -> "list[tuple[str, Picture,
     """For each subgroup column: its name, a forest plot of the first metric, and a table."""
     result = []
     rows = metrics[metrics["scope"].str.startswith("subgroup:") & ~metrics["metric"].str.contains(":")]
+    if rows.empty:
+        return []
     parts = rows["scope"].str.removeprefix("subgroup:").str.partition("=")
     primary = PRIMARY_METRIC[task.kind]
     for column in dict.fromkeys(parts[0]):

@@ -1,0 +1,136 @@
+"""Do the models find what there is to find, and nothing where there is nothing? Bags of scikit-learn's digits.
+
+Each tile is one of the 8 x 8 images, embedded by a fixed random projection. Bags for training and for test have images of
+different writers' halves of the data set.
+
+- `contains`: bags with a 9 among 10 to 400 other digits.
+- `arrangement`: every bag has as many ones as zeros; the ones lie in the left half of the grid in half of the bags, in the
+  right half in the others. Without the places of the tiles there is nothing to see.
+- `permuted`: `contains` with its labels shuffled.
+
+    python benchmarks/digits.py --work /tmp/digits
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from longslide.data.features import Features, write_features
+from longslide.pipeline.cli import main as longslide
+from sklearn.datasets import load_digits
+
+Question = Literal["contains", "arrangement", "permuted"]
+
+DIM = 64
+
+
+def write_bags(
+    folder: Path, question: Question, bags: int, *, tiles: tuple[int, int] = (10, 400), seed: int = 0
+) -> None:
+    """Write `features/` and `cohort.csv` (with `split`: 60% train, 15% val, 25% test) to a folder."""
+    images, digits = load_digits(return_X_y=True)
+    images = images / 16
+    rng = np.random.default_rng(seed)
+    embeddings = (images - images.mean(0)) @ rng.normal(size=(64, DIM)) / 2
+    halves = rng.permutation(len(digits)) % 2  # images for training and validation, and images for test
+    labels = rng.permutation(np.arange(bags) % 2)
+    shown = rng.permutation(labels) if question == "permuted" else labels
+    parts = np.where(np.arange(bags) < 0.75 * bags, np.where(np.arange(bags) < 0.6 * bags, "train", "val"), "test")
+    (folder / "features").mkdir(parents=True)
+    for bag in range(bags):
+        half = halves == (parts[bag] == "test")
+        if question == "arrangement":
+            chosen, cells = _arranged(rng, digits, half, tiles, left=bool(labels[bag]))
+        else:
+            chosen, cells = _containing(rng, digits, half, tiles, nine=bool(labels[bag]))
+        _write(folder / "features" / f"bag{bag}.h5", embeddings[chosen], cells)
+    table = {"slide_id": [f"bag{i}" for i in range(bags)], "label": np.where(shown, "yes", "no"), "split": parts}
+    pd.DataFrame(table).to_csv(folder / "cohort.csv", index=False)
+
+
+def _containing(
+    rng: np.random.Generator, digits: np.ndarray, half: np.ndarray, tiles: tuple[int, int], nine: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    count = int(np.exp(rng.uniform(*np.log(tiles))))
+    chosen = rng.choice(np.flatnonzero(half & (digits != 9)), count)
+    if nine:
+        nines = 1 + count // 50
+        chosen[rng.choice(count, nines, replace=False)] = rng.choice(np.flatnonzero(half & (digits == 9)), nines)
+    side = int(np.ceil(np.sqrt(count)))
+    return chosen, np.stack([np.arange(count) % side, np.arange(count) // side], 1)
+
+
+def _arranged(
+    rng: np.random.Generator, digits: np.ndarray, half: np.ndarray, tiles: tuple[int, int], left: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    rows, columns = rng.integers(4, 1 + int(np.sqrt(tiles[1])), 2) // 2 * 2
+    column, row = np.meshgrid(np.arange(columns), np.arange(rows))
+    ones = (column < columns / 2) == left
+    chosen = np.where(
+        ones.ravel(),
+        rng.choice(np.flatnonzero(half & (digits == 1)), ones.size),
+        rng.choice(np.flatnonzero(half & (digits == 0)), ones.size),
+    )
+    return chosen, np.stack([column.ravel(), row.ravel()], 1)
+
+
+def _write(path: Path, embeddings: np.ndarray, cells: np.ndarray) -> None:
+    write_features(
+        path,
+        Features(
+            slide_id=path.stem,
+            features=embeddings.astype(np.float32),
+            coords=cells * 256,
+            step_level0=256,
+            tile_size_level0=256,
+            tile_px=256,
+            overlap=0,
+            target_mpp=0.5,
+            level0_mpp=0.5,
+            encoder="random projection",
+            weights="seed 0",
+            precision="float32",
+        ),
+    )
+
+
+def train(folder: Path, aggregator: str, run: Path, *words: str) -> pd.DataFrame:
+    """Train on the bags and return `metrics.csv`."""
+    small = ["--model.longnet", "{layers: 2, width: 64, heads: 4, ffn_width: 128, dropout: 0.1}"]
+    small += ["--model.transmil.width", "64", "--model.transmil.landmarks", "32"]
+    options = ["--model.aggregator", aggregator, "--data.task", "binary", "--data.workers", "0", "--data.max_bags", "8"]
+    options += ["--data.table", f"{folder}/cohort.csv", "--data.features", f"{folder}/features", "--run", str(run)]
+    options += ["--trainer.enable_progress_bar", "false", "--model.optimiser.learning_rate", "0.001"]
+    status = longslide(["fit", *options, *small, *words])
+    if status:
+        raise SystemExit(status)
+    return pd.read_csv(run / "metrics.csv")
+
+
+def main() -> None:
+    """Train every model on every question, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=None, help="Folder for bags and runs; a temporary one by default.")
+    parser.add_argument("--bags", type=int, default=800)
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--questions", nargs="+", default=["contains", "arrangement", "permuted"])
+    parser.add_argument("--models", nargs="+", default=["longnet", "transmil", "abmil", "mean", "max"])
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp())
+    lines = [f"{'question':12} {'model':10} {'AUROC':>6}  95% interval"]
+    for question in arguments.questions:
+        if not (work / question).exists():
+            write_bags(work / question, question, arguments.bags)
+        for model in arguments.models:
+            words = ["--trainer.max_epochs", str(arguments.epochs)]
+            metrics = train(work / question, model, work / "runs" / f"{question}-{model}", *words)
+            row = metrics[(metrics["metric"] == "auroc") & (metrics["level"] == "patient")].iloc[0]
+            lines.append(f"{question:12} {model:10} {row['value']:6.3f}  {row['low']:.3f} to {row['high']:.3f}")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

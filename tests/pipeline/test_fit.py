@@ -1,0 +1,293 @@
+"""Training as users do it: recipes, run folders, resume, cross-validation, test on another cohort."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from longslide.models.classifier_checkpoint import load_classifier
+from longslide.pipeline.cli import main
+from longslide.pipeline.training_cli import list_recipes, recipes
+
+sys.path.insert(0, str(Path(__file__).parent))
+from training_cohort import quick, write_cohort  # noqa: E402
+
+BINARY = ["--config", "abmil", "--data.task", "binary", "--trainer.max_epochs", "3", "--model.abmil.width", "32"]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("cohort")
+    return folder, write_cohort(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(cohort: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    run = tmp_path_factory.mktemp("runs") / "abmil"
+    words = ["--trainer.max_epochs", "12", "--model.optimiser.learning_rate", "0.003", "--data.test_share", "0.3"]
+    assert main(["fit", *BINARY, *cohort[1], *quick(run), *words]) == 0
+    return run
+
+
+def cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "longslide.pipeline.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_leaves_what_comparison_report_and_inference_need(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        *("config.yaml", "run.json", "splits.csv", "cohort.csv", "history.csv", "predictions.csv", "metrics.csv"),
+        *("report.html", "best.ckpt", "last.ckpt"),
+    }
+    facts = json.loads((finished / "run.json").read_text())
+    assert facts["task"]["classes"] == ["negative", "positive"]
+    assert facts["aggregator"]["name"] == "abmil"
+    assert facts["finished"]
+    assert {row["part"] for row in facts["counts"]} == {"train", "val", "test"}
+    history = pd.read_csv(finished / "history.csv")
+    assert history["epoch"].tolist() == list(range(len(history)))
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+    predictions = pd.read_csv(finished / "predictions.csv")
+    assert set(predictions["level"]) == {"slide", "patient"}
+    splits = pd.read_csv(finished / "splits.csv")
+    test = predictions[(predictions["part"] == "test") & (predictions["level"] == "slide")]
+    assert set(test["slide_id"]) == set(splits["slide_id"][splits["fold_0"] == "test"])
+    metrics = pd.read_csv(finished / "metrics.csv")
+    auroc = metrics[(metrics["metric"] == "auroc") & (metrics["level"] == "patient")]["value"]
+    assert auroc.iloc[0] > 0.9, "the class is plain to see in the features"
+
+
+def test_the_checkpoint_is_plain_tensors_and_says_all_that_inference_needs(finished: Path) -> None:
+    content = torch.load(finished / "best.ckpt", weights_only=True)["longslide"]
+    assert content["preprocessing"] == {
+        "tile_encoder": "toy",
+        "tile_weights": "toy weights",
+        "mpp": 0.5,
+        "tile_px": 256,
+        "overlap": 0,
+        "min_tissue": 0.1,
+        "tissue_method": "otsu",
+    }
+    assert content["thresholds"].keys() == {"positive"}
+    assert content["temperature"] > 0
+    assert content["training_features"]["dim"] == 6
+    assert content["slide_ids"]["train"] > content["slide_ids"]["val"] > 0
+    torch.load(finished / "last.ckpt", weights_only=True)
+
+
+def test_the_checkpoint_predicts_what_the_run_predicted(finished: Path, cohort: tuple[Path, list[str]]) -> None:
+    from longslide.data.features import read_features
+
+    classifier = load_classifier(finished / "best.ckpt")
+    predictions = pd.read_csv(finished / "predictions.csv")
+    for row in predictions[predictions["level"] == "slide"].head(4).itertuples():
+        features = read_features(cohort[0] / "features" / f"{row.slide_id}.h5")
+        tiles = torch.from_numpy(features.features)
+        cu_seqlens = torch.tensor([0, len(tiles)], dtype=torch.int32)
+        with torch.inference_mode():
+            outputs = classifier(tiles, torch.from_numpy(features.cells), cu_seqlens)
+        predicted = classifier.predict(outputs)
+        assert predicted["probability"][0, 1].item() == pytest.approx(row.probability_positive, abs=1e-5)
+        assert classifier.task.classes[int(predicted["prediction"][0])] == row.prediction
+
+
+def test_thresholds_and_temperature_come_from_validation_patients_alone(finished: Path) -> None:
+    from longslide.evaluation.calibration import best_threshold
+
+    predictions = pd.read_csv(finished / "predictions.csv")
+    rows = predictions[(predictions["part"] == "val") & (predictions["level"] == "slide")]
+    expected = best_threshold((rows["target"] == "positive").to_numpy(), rows["probability_positive"].to_numpy())
+    thresholds = load_classifier(finished / "best.ckpt").thresholds
+    assert thresholds is not None
+    assert thresholds["positive"] == pytest.approx(expected)
+
+
+def test_a_finished_run_is_not_overwritten(finished: Path, cohort: tuple[Path, list[str]], capsys) -> None:
+    before = (finished / "best.ckpt").read_bytes()
+    assert main(["fit", *BINARY, *cohort[1], *quick(finished)]) == 2
+    error = capsys.readouterr().err
+    assert "a finished run is there" in error
+    assert "Traceback" not in error
+    assert (finished / "best.ckpt").read_bytes() == before
+
+
+def test_fit_then_test_on_another_cohort_from_the_command_line(finished: Path, tmp_path: Path) -> None:
+    options = write_cohort(tmp_path / "external", 18, seed=5)
+    words = ["--checkpoint", finished / "best.ckpt", "--run", tmp_path / "run", "--bootstrap", "20"]
+    result = cli("test", *words, *options)
+    assert result.returncode == 0, result.stderr
+    assert "auroc" in result.stdout
+    predictions = pd.read_csv(tmp_path / "run" / "predictions.csv")
+    assert set(predictions["part"]) == {"test"}
+    assert (predictions["level"] == "slide").sum() == 18
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_features_of_another_encoder_are_refused(finished: Path, tmp_path: Path, capsys) -> None:
+    options = write_cohort(tmp_path, 6, encoder="uni")
+    assert main(["test", "--checkpoint", str(finished / "best.ckpt"), "--run", f"{tmp_path}/run", *options]) == 2
+    error = capsys.readouterr().err
+    assert "tile_encoder toy" in error
+    assert "these have uni" in error
+
+
+STOP = """
+from lightning import Callback
+from longslide.errors import LongslideError
+from pathlib import Path
+
+class StopOnce(Callback):
+    def __init__(self, flag: str, epoch: int, batch: int) -> None:
+        self.flag, self.epoch, self.batch = Path(flag), epoch, batch
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch) and not self.flag.exists():
+            self.flag.touch()
+            raise LongslideError("the power went off")
+"""
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["between epochs", "within an epoch"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    within: bool, cohort: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "stopping.py").write_text(STOP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tmp_path / "stop.yaml"
+    callback = {"class_path": "stopping.StopOnce", "init_args": {"flag": f"{tmp_path}/flag", "epoch": 2, "batch": 4}}
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    words = [*BINARY, *cohort[1], "--config", str(config), "--ema", "0.9", "--data.max_bags", "3"]
+    words += ["--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "4", "--data.augment.noise", "0.1"]
+    words += ["--checkpoint_every_n_steps", "1"] if within else []
+
+    (tmp_path / "flag").touch()
+    assert main(["fit", *words, *quick(tmp_path / "whole")]) == 0
+    (tmp_path / "flag").unlink()
+    assert main(["fit", *words, *quick(tmp_path / "stopped")]) == 2
+    assert "the power went off" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "stopped" / "history.csv")) == 2
+    assert main(["fit", *words, *quick(tmp_path / "stopped")]) == 0
+    assert "going on from" in capsys.readouterr().err
+
+    whole, stopped = (pd.read_csv(tmp_path / run / "history.csv") for run in ("whole", "stopped"))
+    pd.testing.assert_frame_equal(whole, stopped)
+    one, other = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("whole", "stopped"))
+    for state in ("state_dict", "current_model_state"):
+        for name, tensor in one[state].items():
+            assert torch.equal(tensor, other[state][name]), name
+
+
+def test_a_stopped_run_does_not_go_on_with_other_options(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    words = [*BINARY, *cohort[1], *quick(run)]
+    assert main(["fit", *words]) == 0
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"finished": False}))
+    assert main(["fit", *words, "--model.optimiser.learning_rate", "0.5"]) == 2
+    assert "--model.optimiser.learning_rate 0.0002 there, 0.5 now" in capsys.readouterr().err
+
+
+def test_crossval_predicts_every_patient_once_by_a_model_that_has_not_seen_it(
+    cohort: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    words = ["--config", "mean", "--data.task", "ordinal", "--data.label", "grade", "--model.pool.width", "16"]
+    words += ["--data.classes", "[low, middle, high]", "--folds", "3", "--trainer.max_epochs", "2"]
+    assert main(["crossval", *words, *cohort[1], *quick(tmp_path / "cv")]) == 0
+    predictions = pd.read_csv(tmp_path / "cv" / "predictions.csv")
+    test = predictions[(predictions["part"] == "test") & (predictions["level"] == "patient")]
+    assert sorted(test["patient_id"]) == sorted({f"p{i}" for i in range(40)})
+    splits = pd.read_csv(tmp_path / "cv" / "splits.csv").set_index("patient_id")
+    for row in test.itertuples():
+        assert splits.loc[row.patient_id, f"fold_{row.fold}"] == "test"
+    assert {(tmp_path / "cv" / f"fold_{k}" / "best.ckpt").is_file() for k in range(3)} == {True}
+    assert set(pd.read_csv(tmp_path / "cv" / "history.csv")["fold"]) == {0, 1, 2}
+    assert "pooled" in set(pd.read_csv(tmp_path / "cv" / "metrics.csv")["scope"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("multilabel", ["--data.label", "[mutated, metastatic]"]),
+        ("regression", ["--data.label", "score"]),
+        ("survival", ["--data.label", "[months, died]"]),
+        ("survival", ["--data.label", "[months, died]", "--data.discrete_time", "true", "--model.aggregator", "mean"]),
+        (
+            "ordinal",
+            ["--data.label", "grade", "--data.classes", "[low, middle, high]", "--model.aggregator", "transmil"],
+        ),
+        ("multiclass", ["--data.label", "grade", "--model.aggregator", "max"]),
+        ("linear-probe", ["--data.label", "grade"]),
+        ("gigapath", ["--data.label", "grade", "--model.checkpoint", "random", "--trainer.precision", "32-true"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_task_and_every_aggregator_trains_from_its_recipe(
+    recipe: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if recipe == "gigapath":  # the published size takes minutes on a CPU
+        import longslide.models.slide_encoder as slide_encoder
+
+        published = slide_encoder.load_slide_encoder_spec
+        small = {"layers": 11, "width": 8, "heads": 2, "ffn_width": 8}
+        monkeypatch.setattr(
+            slide_encoder, "load_slide_encoder_spec", lambda name: type(s := published(name))(**vars(s) | small)
+        )
+    options = write_cohort(tmp_path / "cohort", 36, slides_a_patient=2)
+    small_words = ["--model.longnet", "{layers: 1, width: 16, heads: 2, ffn_width: 16}", "--model.transmil.width", "16"]
+    small_words += ["--model.transmil.landmarks", "8", "--trainer.max_epochs", "1", "--data.test_share", "0.3"]
+    run = tmp_path / "run"
+    assert main(["fit", "--config", recipe, *small_words, *words, *options, *quick(run)]) == 0
+    metrics = pd.read_csv(run / "metrics.csv")
+    assert np.isfinite(metrics["value"]).any()
+    predictions = pd.read_csv(run / "predictions.csv")
+    assert (predictions["level"] == "patient").any()
+    load_classifier(run / "best.ckpt")
+
+
+def test_every_recipe_is_a_yaml_of_known_options() -> None:
+    assert {"binary", "multiclass", "multilabel", "ordinal", "regression", "survival", "abmil", "transmil"} <= set(
+        list_recipes()
+    )
+    for name in list_recipes():
+        if name == "mae":
+            result = main_prints_config("fit", "--config", name, "--data.features", "f")
+        else:
+            result = main_prints_config("fit", "--config", name, "--data.features", "f", "--data.table", "t.csv")
+        recipe = yaml.safe_load((recipes() / f"{name}.yaml").read_text())
+        assert result["trainer"]["max_epochs"] == recipe["trainer"]["max_epochs"]
+
+
+def main_prints_config(*words: str) -> dict:
+    import contextlib
+    import io
+
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream), pytest.raises(SystemExit):
+        main([*words, "--print_config"])
+    return yaml.safe_load(stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.label", "no_such_column"], "no_such_column"),
+        (["--model.aggregator", "longnet", "--model.checkpoint", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
+        (["--model.checkpoint", "some.ckpt"], "abmil has no slide encoder"),
+        (["--model.class_weights", "[1, 2, 3]"], "3 class weights for a binary task with 2 classes"),
+    ],
+)
+def test_a_mistake_is_one_line_before_training(
+    words: list[str], said: str, cohort: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
+    assert main(["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("longslide fit: ")
+    assert said in error
