@@ -1,6 +1,6 @@
 """Classifiers of one task as one: those of the folds of a cross-validation, or a single one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class ClassifierEnsemble(nn.Module):
         return self.classifiers[0].task  # type: ignore[no-any-return]
 
     @property
-    def preprocessing(self) -> dict[str, Any]:
+    def preprocessing(self) -> Mapping[str, Any]:
         """How the training features were made; None for what their files did not say."""
         return self.classifiers[0].facts.preprocessing  # type: ignore[no-any-return]
 
@@ -155,4 +155,4 @@ def _facts(classifier: SlideClassifier) -> dict[str, Any]:
     }
     facts |= {"times": classifier.task.times, "embedding length": classifier.facts.feature_dim}
     facts["reads slide embeddings"] = classifier.aggregator.reads_slide_embedding
-    return facts | classifier.facts.preprocessing
+    return facts | dict(classifier.facts.preprocessing)

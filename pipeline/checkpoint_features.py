@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.feature_statistics import distance
 from ..data.features import Features
 from ..data.slide_table import SlideEntry
 from ..errors import LongslideError
@@ -140,7 +139,7 @@ class FeatureMaker:
         return self._job
 
     def _make_job(self) -> EmbedJob:
-        from ..models.tile_encoder import create_tile_encoder
+        from ..models.tile_encoder import create_tile_encoder, load_tile_encoder_spec
         from .tile_embedding import TileEmbedder, resolve_precision
 
         facts = self.preprocessing
@@ -154,7 +153,14 @@ class FeatureMaker:
             )
         make_output_folder(self.folder)
         checkpoint, seed = _weights_to_load(self.tile_checkpoint, facts.get("tile_weights"))
-        encoder = create_tile_encoder(self.tile_encoder or facts["tile_encoder"], checkpoint=checkpoint, seed=seed)
+        name = self.tile_encoder or facts["tile_encoder"]
+        try:
+            load_tile_encoder_spec(name)
+        except LongslideError as error:
+            raise LongslideError(
+                f"the classifier's tile encoder: {error} One of your own is given with --tile-encoder my-encoder.yaml."
+            ) from error
+        encoder = create_tile_encoder(name, checkpoint=checkpoint, seed=seed)
         _check_weights("tile", encoder.weights, facts.get("tile_weights"))
         slide_encoder = None
         if self.reads_slide_embedding:
@@ -194,6 +200,8 @@ def doubts(classifiers: "list[SlideClassifier]", level0_mpp: float | None, mean:
     Returns:
         A sentence for each reason; those that hold for every classifier.
     """
+    from ..data.feature_statistics import distance
+
     statistics = [classifier.training_features for classifier in classifiers if classifier.training_features]
     found = []
     ranges = [one["level0_mpp"] for one in statistics if one.get("level0_mpp")]
@@ -215,7 +223,7 @@ def doubts(classifiers: "list[SlideClassifier]", level0_mpp: float | None, mean:
 def _same(name: str, there: Any, wanted: Any) -> bool:
     if name.endswith("weights"):
         return _same_weights(there, wanted)
-    return bool(np.isclose(there, wanted, rtol=1e-4)) if name == "mpp" else bool(there == wanted)
+    return bool(np.isclose(there, wanted, rtol=0.01)) if name == "mpp" else bool(there == wanted)
 
 
 def _same_weights(one: str, other: str) -> bool:

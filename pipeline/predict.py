@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -85,61 +86,44 @@ def predict(
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.
     """
-    if output is None:
-        with tempfile.TemporaryDirectory(prefix="longslide-") as folder:
-            predictions = predict(
-                slides, checkpoint, Path(folder), features, explain, tile_encoder, tile_checkpoint, slide_checkpoint,
-                slide_mpp, max_bad_tiles, batch_size, threads, device, precision, overwrite,
-            )  # fmt: skip
-        for one in predictions:
-            print(
-                f"{one.slide_id or one.patient_id}  {one.text if one.status == 'done' else f'{one.status}: {one.reason}'}"
-            )
-        return predictions
     entries = find_slides([slides] if isinstance(slides, str | Path) else slides, slide_mpp)
     if max_bad_tiles < 0 or batch_size < 1 or threads < 1:
         raise LongslideError("--max-bad-tiles must not be negative; --batch-size and --threads must be at least 1")
-    make_output_folder(output)
-    features = output / "features" if features is None else features
+    with ExitStack() as resources:
+        kept = output is not None
+        if output is None:
+            output = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="longslide-")))
+        make_output_folder(output)
 
-    from ..models.classifier_ensemble import checkpoint_digests, load_ensemble
-    from .tile_embedding import resolve_device
+        from ..models.classifier_ensemble import checkpoint_digests, load_ensemble
+        from .tile_embedding import resolve_device
 
-    torch_device = resolve_device(device)
-    paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
-    ensemble = load_ensemble([Path(path) for path in paths]).to(torch_device)
-    maker = FeatureMaker(
-        ensemble.preprocessing,
-        features,
-        reads_slide_embedding=ensemble.reads_slide_embedding,
-        tile_encoder=tile_encoder,
-        tile_checkpoint=tile_checkpoint,
-        slide_checkpoint=slide_checkpoint,
-        max_bad_tiles=max_bad_tiles,
-        batch_size=batch_size,
-        threads=threads,
-        device=torch_device,
-        precision=precision,
-    )
-    job = _Job(output, ensemble, checkpoint_digests(ensemble), maker, explain, torch_device, overwrite)
-    if any(not job.json_path(entry).exists() and not maker.path(entry).exists() for entry in entries):
-        maker.load_encoders()  # what is wrong with them is wrong for every slide
-    results = []
-    with JobProgress(len(entries)) as progress:
-        progress.note(job.description)
-        for prepared in one_ahead(job.prepare, entries):
-            result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
-            record(output, result)
-            progress.slide_ended(result)
-            results.append(result)
-    predictions = [job.prediction(entry, result) for entry, result in zip(entries, results, strict=True)]
-    predictions += job.predict_patients(entries, predictions)
-    job.write_table(predictions)
-    counts = {status: sum(result.status == status for result in results) for status in ("done", "failed", "skipped")}
-    print(
-        ", ".join(f"{count} {status}" for status, count in counts.items())
-        + f"; see {output / PREDICTIONS} and {output / SUMMARY}"
-    )
+        torch_device = resolve_device(device)
+        paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
+        ensemble = load_ensemble([Path(path) for path in paths]).to(torch_device)
+        maker = FeatureMaker(
+            ensemble.preprocessing,
+            output / "features" if features is None else features,
+            reads_slide_embedding=ensemble.reads_slide_embedding,
+            tile_encoder=tile_encoder,
+            tile_checkpoint=tile_checkpoint,
+            slide_checkpoint=slide_checkpoint,
+            max_bad_tiles=max_bad_tiles,
+            batch_size=batch_size,
+            threads=threads,
+            device=torch_device,
+            precision=precision,
+        )
+        job = _Job(output, ensemble, checkpoint_digests(ensemble), maker, explain, torch_device, overwrite)
+        predictions = job.run(entries)
+    if kept:
+        count = Counter(one.status for one in predictions if one.level == "slide")
+        counts = ", ".join(f"{count[status]} {status}" for status in ("done", "failed", "skipped"))
+        print(f"{counts}; see {output / PREDICTIONS} and {output / SUMMARY}")
+    else:
+        for one in predictions:
+            what = one.text if one.status == "done" else f"{one.status}: {one.reason}"
+            print(f"{one.slide_id or one.patient_id}  {what}")
     return predictions
 
 
@@ -173,6 +157,27 @@ class _Job:
         if self.method:
             text += f", explained by {self.method}"
         return f"{text}\n{self.maker.description}; {self.device}"
+
+    def run(self, entries: Sequence[SlideEntry]) -> list[Prediction]:
+        """Predict all slides, then the patients, and write the tables.
+
+        Raises:
+            LongslideError: What is wrong with the encoders, and so for every slide that has no features.
+        """
+        if any(not self.json_path(entry).exists() and not self.maker.path(entry).exists() for entry in entries):
+            self.maker.load_encoders()
+        results = []
+        with JobProgress(len(entries)) as progress:
+            progress.note(self.description)
+            for prepared in one_ahead(self.prepare, entries):
+                result = prepared if isinstance(prepared, SlideResult) else self.finish(prepared, progress)
+                record(self.output, result)
+                progress.slide_ended(result)
+                results.append(result)
+        predictions = [self.prediction(entry, result) for entry, result in zip(entries, results, strict=True)]
+        predictions += self.predict_patients(entries, predictions)
+        self.write_table(predictions)
+        return predictions
 
     def json_path(self, entry: SlideEntry) -> Path:
         """The prediction of a slide."""
@@ -264,7 +269,8 @@ class _Job:
         from ..data.feature_cache import FeatureCache
 
         bag = Bag("", tuple(path.stem for path in files), tuple(files), (0,) * len(files), None)
-        batch = BagDataset([bag], FeatureCache())[0]
+        cache = FeatureCache(slide_embeddings=self.ensemble.reads_slide_embedding)
+        batch = BagDataset([bag], cache)[0]
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _write_json(
@@ -315,7 +321,7 @@ class _Job:
         method = (content.get("explanation") or {}).get("method")
         there = {
             "slide": Path(content["slide"]).name,
-            "checkpoints": [one["digest"] for one in content["checkpoints"]],
+            "checkpoints": _digests(content),
             "explain": method,
         }
         now = {"slide": entry.path.name, "checkpoints": self.digests, "explain": self.method or method}
@@ -374,10 +380,15 @@ class _Job:
         return with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
 
     def write_table(self, predictions: Sequence[Prediction]) -> None:
-        """Write `predictions.csv` of all slides that the folder has predictions of, and of these patients."""
-        slides = [Prediction.from_dict(read_json(path)) for path in sorted(self.output.glob("*.json"))]
+        """Write `predictions.csv` of all slides that the folder has predictions of by these checkpoints, and of patients."""
+        contents = [read_json(path) for path in self.output.glob("*.json")]
+        slides = [Prediction.from_dict(content) for content in contents if _digests(content) == self.digests]
         patients = [one for one in predictions if one.level == "patient" and one.status == "done"]
         write_predictions(self.output, self.ensemble.task, [*slides, *patients])
+
+
+def _digests(content: dict[str, Any]) -> list[str]:
+    return [one["digest"] for one in content["checkpoints"]]
 
 
 def _save_thumbnail(path: Path, thumbnail: np.ndarray) -> None:
