@@ -22,8 +22,8 @@ from longslide.task import Task
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
-from classifier_files import BINARY, ENCODER, write_classifier  # noqa: E402
-from training_cohort import quick, write_cohort  # noqa: E402
+from classifier_files import BINARY, ENCODER, write_classifier
+from training_cohort import quick, write_cohort
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_existing_features_are_used_and_the_tile_encoder_is_not_needed(home: Pat
 def test_what_test_gave_for_a_feature_file_predict_gives_for_its_slide(tmp_path: Path) -> None:
     options = write_cohort(tmp_path)
     run = tmp_path / "run"
-    words = ["--config", "abmil", "--data.task", "binary", "--model.abmil.width", "32", "--data.folds", "2"]
+    words = ["--config", "abmil", "--data.task", "binary", "--model.abmil.width", "32", "--folds", "2"]
     assert main(["crossval", *words, *options, *quick(run, "--trainer.max_epochs", "2")]) == 0
     tested = [row for row in rows(run / "predictions.csv") if (row["part"], row["level"]) == ("test", "slide")]
     assert len(tested) == 40
@@ -273,8 +273,8 @@ def test_a_slide_unlike_those_of_training_is_predicted_with_a_warning(
     folder = tmp_path / "features"
     folder.mkdir()
     write_features(folder / "a.h5", dataclasses.replace(features, level0_mpp=0.25))
-    write_features(folder / "b.h5", dataclasses.replace(read_features(home / "features" / "b.h5"), features=features.features + 9,
-                   coords=features.coords))  # fmt: skip
+    other = read_features(home / "features" / "b.h5")
+    write_features(folder / "b.h5", dataclasses.replace(other, features=other.features + 9))
     shutil.copy(home / "features" / "c.h5", folder / "c.h5")
     mpp, embedding, neither = predict(**job | {"features": folder})
     assert [one.status for one in (mpp, embedding, neither)] == ["done"] * 3
@@ -417,25 +417,31 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line_before_any_slide_is_touche
     ("preprocessing", "options", "named"),
     [
         ({}, {}, "No tile encoder 'tiny'"),
-        ({"tile_encoder": "kaiko-vits8", "tile_weights": "hf:x sha256:0123456789abcdef"}, {}, "--tile-checkpoint"),
-        ({"tile_weights": "x sha256:0123456789abcdef"}, {"tile_encoder": "tiny.yaml", "tile_checkpoint": "random"}, "trained on features of"),
+        ({}, {}, "--tile-encoder"),
+        ({"tile_encoder": "kaiko-vits8", "tile_weights": "hf:x sha256:0123"}, {}, "--tile-checkpoint"),
+        ({"tile_weights": "x sha256:0123"}, {"tile_checkpoint": "random"}, "trained on features of x sha256:0123"),
         ({"tile_encoder": None, "tile_px": None}, {}, "does not say the tile_encoder, tile_px"),
     ],
-)  # fmt: skip
+)
 def test_a_tile_encoder_that_cannot_be_had_is_one_line_before_any_slide_is_touched(
-    home: Path, job: dict[str, Any], tmp_path: Path, preprocessing: dict[str, Any], options: dict[str, str], named: str
+    home: Path,
+    job: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preprocessing: dict[str, Any],
+    options: dict[str, str],
+    named: str,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     write_classifier(tmp_path / "other.ckpt", home / "features", **preprocessing)
-    command = [sys.executable, "-m", "longslide.pipeline.cli", "predict", str(home / "slides")]
-    command += ["--checkpoint", str(tmp_path / "other.ckpt"), "--output", str(job["output"]), "--device", "cpu"]
-    for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}", str(home / value) if value.endswith(".yaml") else value]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(command, capture_output=True, text=True, env=offline)
-    assert done.returncode == 2
-    assert named in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not list(job["output"].rglob("*.h5"))
+    if "tile_checkpoint" in options:
+        options = options | {"tile_encoder": str(home / "tiny.yaml")}
+    with pytest.raises(LongslideError) as caught:
+        predict(**job | {"checkpoint": str(tmp_path / "other.ckpt"), "features": tmp_path / "none"} | options)
+    assert named in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(job["output"].glob("*.json"))
 
 
 def test_explain_gives_the_scores_that_predict_writes(home: Path, job: dict[str, Any]) -> None:
