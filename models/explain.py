@@ -176,7 +176,8 @@ def _occlude(
         packed = torch.where(hidden[:, None], baseline, tile_features.repeat(len(some), 1))
         lengths = torch.arange(len(some) + 1, dtype=torch.int32, device=square.device) * len(tile_features)
         lost.append((whole - model(packed, grid_cells.repeat(len(some), 1), lengths)).float())
-    return (torch.cat(lost) / count[:, None])[square]
+    share: Tensor = torch.cat(lost) / count[:, None]
+    return share[square]
 
 
 def attention(model: nn.Module, tile_features: Tensor, grid_cells: Tensor) -> TileScores:

@@ -28,7 +28,7 @@ from .progress import JobProgress
 if TYPE_CHECKING:
     import torch
 
-    from ..models.classifier_ensemble import ClassifierEnsemble
+    from ..models.classifier_ensemble import ClassifierEnsemble, EnsemblePrediction
     from ..models.explain import Method
 
 THUMBNAIL_PX = 1024
@@ -171,7 +171,10 @@ class _Job:
             progress.note(self.description)
             for prepared in one_ahead(self.prepare, entries):
                 result = prepared if isinstance(prepared, SlideResult) else self.finish(prepared, progress)
-                record(self.output, result)
+                try:
+                    record(self.output, result)
+                except LongslideError as error:  # the result itself is in the slide's JSON
+                    progress.note(str(error))
                 progress.slide_ended(result)
                 results.append(result)
         predictions = [self.prediction(entry, result) for entry, result in zip(entries, results, strict=True)]
@@ -229,7 +232,7 @@ class _Job:
         mean = bag["tile_features"].float().mean(0).cpu().numpy()
         features = read_features(path, embeddings=self.method is not None)
         warnings = remarks + doubts(list(self.ensemble.classifiers), features.level0_mpp, mean)
-        found = self.ensemble.predict([bag])
+        found = self._classify([bag])
         prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", warnings=tuple(warnings))
         prediction = with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
         folder = self.output / "slides" / entry.slide_id
@@ -262,6 +265,17 @@ class _Job:
         )
         self._write_json(entry, prediction, features, result, explanation)
         return result
+
+    def _classify(self, bags: "list[dict[str, torch.Tensor]]") -> "EnsemblePrediction":
+        import torch
+
+        try:
+            return self.ensemble.predict(bags)
+        except torch.OutOfMemoryError as error:
+            tiles = max(len(bag["tile_features"]) for bag in bags)
+            raise LongslideError(
+                f"{tiles:,} tiles do not fit in the memory of {self.device}; predict this slide with --device cpu"
+            ) from error
 
     def _bag(self, files: list[Path]) -> dict[str, "torch.Tensor"]:
         """One bag of these feature files, as in training, on the device."""
@@ -350,9 +364,14 @@ class _Job:
 
     def prediction(self, entry: SlideEntry, result: SlideResult) -> Prediction:
         """The prediction of a slide whose result is known."""
-        if result.status != "done":
+        there = self.json_path(entry)
+        # What another process was at work on may be done by now.
+        done = result.status == "done" or (
+            result.status == "skipped" and there.exists() and _digests(read_json(there)) == self.digests
+        )
+        if not done:
             return Prediction("slide", entry.slide_id, entry.patient_id or "", result.status, result.reason)
-        return Prediction.from_dict(read_json(self.json_path(entry)))
+        return Prediction.from_dict(read_json(there))
 
     def predict_patients(self, entries: Sequence[SlideEntry], predictions: Sequence[Prediction]) -> list[Prediction]:
         """A prediction for each patient, from those of the patient's slides that have one."""
@@ -374,7 +393,7 @@ class _Job:
         prediction = Prediction("patient", "", patient_id, warnings=tuple(warnings))
         try:
             bags = [self._bag([self.maker.path(entry)]) for entry, _ in done]
-            found = self.ensemble.predict(bags)
+            found = self._classify(bags)
         except LongslideError as error:
             return replace(prediction, status="failed", reason=str(error))
         return with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
