@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from .data.slide import open_slide as open_slide
     from .data.synthetic import write_synthetic_slide as write_synthetic_slide
     from .errors import LongslideError as LongslideError
+    from .evaluation import evaluate as evaluate
     from .models.dilated_attention import dilated_attention as dilated_attention
     from .models.slide_encoder import create_slide_encoder as create_slide_encoder
     from .models.tile_encoder import create_tile_encoder as create_tile_encoder
+    from .pipeline.compare import compare as compare
     from .pipeline.doctor import doctor as doctor
     from .pipeline.embed import embed as embed
     from .pipeline.explain import explain as explain
@@ -33,6 +35,8 @@ _HOME = {
     "dilated_attention": ".models.dilated_attention",
     "create_slide_encoder": ".models.slide_encoder",
     "create_tile_encoder": ".models.tile_encoder",
+    "evaluate": ".evaluation",
+    "compare": ".pipeline.compare",
     "doctor": ".pipeline.doctor",
     "embed": ".pipeline.embed",
     "explain": ".pipeline.explain",

@@ -28,9 +28,18 @@ DIM = 64
 
 
 def write_bags(
-    folder: Path, question: Question, bags: int, *, tiles: tuple[int, int] = (10, 400), seed: int = 0
+    folder: Path,
+    question: Question,
+    bags: int,
+    *,
+    tiles: tuple[int, int] = (10, 400),
+    nines: float = 0.02,
+    seed: int = 0,
 ) -> None:
-    """Write `features/` and `cohort.csv` (with `split`: 60% train, 15% val, 25% test) to a folder."""
+    """Write `features/` and `cohort.csv` (with `split`: 60% train, 15% val, 25% test) to a folder.
+
+    A bag of n tiles that has nines has one and `nines` times n more.
+    """
     images, digits = load_digits(return_X_y=True)
     images = images / 16
     rng = np.random.default_rng(seed)
@@ -45,19 +54,19 @@ def write_bags(
         if question == "arrangement":
             chosen, cells = _arranged(rng, digits, half, tiles, left=bool(labels[bag]))
         else:
-            chosen, cells = _containing(rng, digits, half, tiles, nine=bool(labels[bag]))
+            chosen, cells = _containing(rng, digits, half, tiles, share=nines if labels[bag] else None)
         _write(folder / "features" / f"bag{bag}.h5", embeddings[chosen], cells)
     table = {"slide_id": [f"bag{i}" for i in range(bags)], "label": np.where(shown, "yes", "no"), "split": parts}
     pd.DataFrame(table).to_csv(folder / "cohort.csv", index=False)
 
 
 def _containing(
-    rng: np.random.Generator, digits: np.ndarray, half: np.ndarray, tiles: tuple[int, int], nine: bool
+    rng: np.random.Generator, digits: np.ndarray, half: np.ndarray, tiles: tuple[int, int], share: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
     count = int(np.exp(rng.uniform(*np.log(tiles))))
     chosen = rng.choice(np.flatnonzero(half & (digits != 9)), count)
-    if nine:
-        nines = 1 + count // 50
+    if share is not None:
+        nines = 1 + int(count * share)
         chosen[rng.choice(count, nines, replace=False)] = rng.choice(np.flatnonzero(half & (digits == 9)), nines)
     side = int(np.ceil(np.sqrt(count)))
     return chosen, np.stack([np.arange(count) % side, np.arange(count) // side], 1)

@@ -1,1 +1,2 @@
-"""Slides in, tensors out: reading, tissue, grid, tile stream, feature files, slide tables, synthetic slides."""
+"""Slides in, tensors out: reading, tissue, grid, tile stream, feature files, slide tables, cohorts, splits, bags, synthetic
+slides."""

@@ -78,5 +78,7 @@ class Augmentation:
         """Noise on `(N, D)` features, in their dtype; `std` is `(D,)`."""
         if self.noise == 0:
             return features
-        noise = rng.standard_normal(features.shape, np.float32) * (self.noise * std)
-        return (features + noise).astype(features.dtype)
+        noisy = rng.standard_normal(features.shape, np.float32)
+        noisy *= np.float32(self.noise) * std
+        noisy += features
+        return noisy.astype(features.dtype, copy=False)

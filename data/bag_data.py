@@ -21,7 +21,7 @@ from .augmentation import Augmentation
 from .bags import Bag, BagDataset, make_bags
 from .batch_sampler import BagLoader, TokenBudgetBatchSampler
 from .cohort import Cohort, read_cohort
-from .cohort_table import FOLD_COLUMN
+from .cohort_table import FOLD_COLUMN, listed
 from .feature_cache import FeatureCache
 from .feature_statistics import FeatureStatistics
 from .feature_survey import FeatureSurvey, survey_features
@@ -83,7 +83,7 @@ class BagDataModule(lightning.LightningDataModule):
         times: list[float] | None = None,
         discrete_time: bool = False,
         task_file: Path | None = None,
-        splits: Path | Literal["train", "test"] | None = None,
+        splits: Literal["train", "test"] | Path | None = None,
         fold: int = 0,
         folds: int = 1,
         val_share: float = 0.15,
@@ -120,7 +120,8 @@ class BagDataModule(lightning.LightningDataModule):
         self.times = times
         self.discrete_time = discrete_time
         self.task_file = None if task_file is None else Path(task_file)
-        self.splits_source = splits
+        self.only_part = str(splits) if splits is not None and str(splits) in ("train", "test") else None
+        self.splits_file = None if splits is None or self.only_part else Path(splits)
         self.fold = fold
         self.folds = folds
         self.val_share = val_share
@@ -151,7 +152,7 @@ class BagDataModule(lightning.LightningDataModule):
             times=self.times,
             discrete_time=self.discrete_time,
             task_file=self.task_file,
-            all_classes=self.splits_source != "test",
+            all_classes=self.only_part != "test",
         )
 
     @property
@@ -167,12 +168,10 @@ class BagDataModule(lightning.LightningDataModule):
 
     @cached_property
     def _splits_and_notes(self) -> tuple[pd.DataFrame, list[str]]:
-        cohort, source = self.cohort, self.splits_source
+        cohort, path = self.cohort, self.splits_file
         notes: list[str] = []
-        if source in ("train", "test"):
-            splits = cohort.rows[["slide_id", "patient_id"]].assign(fold_0=source)
-            return splits, notes
-        path = None if source is None else Path(source)
+        if self.only_part is not None:
+            return cohort.rows[["slide_id", "patient_id"]].assign(fold_0=self.only_part), notes
         if path is not None and path.exists():
             splits, notes = read_splits(path, cohort)
             notes.append(f"splits are those of {path}")
@@ -211,9 +210,16 @@ class BagDataModule(lightning.LightningDataModule):
 
     @cached_property
     def survey(self) -> FeatureSurvey:
-        """What the feature files are; the first call reads and checks them all."""
-        threads = max(2, self.workers)
-        return survey_features(self.cohort.files, self.cache, threads=threads, quiet=not _first_rank())
+        """What the feature files are; the first call reads and checks them all, those of the training part first."""
+        rows = self._rows
+        unused = np.setdiff1d(np.arange(len(self.cohort.files)), np.concatenate(list(rows.values())))
+        return survey_features(
+            self.cohort.files,
+            self.cache,
+            order=np.concatenate([*rows.values(), unused]).tolist(),
+            threads=max(2, self.workers),
+            quiet=not _first_rank(),
+        )
 
     @property
     def feature_dim(self) -> int:
@@ -282,7 +288,7 @@ class BagDataModule(lightning.LightningDataModule):
         task = self.task
         if task.kind not in (*CLASSIFICATION, "multilabel"):
             return None
-        targets = self._training_targets
+        targets = self.training_targets
         if task.kind == "multilabel":
             positives, negatives = (targets == 1).sum(0), (targets == 0).sum(0)
             return torch.from_numpy((negatives / positives).astype(np.float32))
@@ -290,7 +296,8 @@ class BagDataModule(lightning.LightningDataModule):
         return torch.from_numpy((len(targets) / (len(task.classes) * counts)).astype(np.float32))
 
     @property
-    def _training_targets(self) -> np.ndarray:
+    def training_targets(self) -> np.ndarray:
+        """Targets of the training bags, as in `Cohort.targets`."""
         return np.stack([bag.target for bag in self.bags("train") if bag.target is not None])
 
     @property
@@ -304,8 +311,20 @@ class BagDataModule(lightning.LightningDataModule):
                 f"{self.truncated['bags']} training bags have more than {self.max_tiles} tiles: "
                 f"{self.truncated['tiles']:,} tiles are left out in each epoch (--data.max_tiles)"
             )
-        if self.splits_source not in ("train", "test"):
-            notes += [f"fold {self.fold} has no {part} part" for part in ("val", "test") if not len(self._rows[part])]
+        if self.only_part is None:
+            notes += self._notes_of_fold()
+        return notes
+
+    def _notes_of_fold(self) -> list[str]:
+        """What the validation and test parts lack: metrics need all classes."""
+        notes = []
+        for row in self.counts()[1:]:
+            if not row["slides"]:
+                notes.append(f"fold {self.fold} has no {row['part']} part")
+                continue
+            absent = [name for name, count in row.get("classes", {}).items() if not count]
+            if absent:
+                notes.append(f"the {row['part']} part of fold {self.fold} has no slide of class {listed(absent)}")
         return notes
 
     @property
@@ -316,7 +335,7 @@ class BagDataModule(lightning.LightningDataModule):
         return {"bags": len(surplus), "tiles": sum(surplus)}
 
     def counts(self) -> list[dict[str, Any]]:
-        """A row for each part of the fold: `part`, `patients`, `slides`, `tiles`, and slides of each class (or events)."""
+        """For each part of the fold: `part`, `patients`, `slides`, `tiles`; slides of each of the `classes`, or `events`."""
         rows = []
         task = self.cohort.task
         for part, index in self._rows.items():
@@ -329,9 +348,9 @@ class BagDataModule(lightning.LightningDataModule):
             if task is not None and self.cohort.targets is not None:
                 targets = self.cohort.targets[index]
                 if task.kind in CLASSIFICATION:
-                    row |= {name: int((targets == number).sum()) for number, name in enumerate(task.classes)}
+                    row["classes"] = {name: int((targets == i).sum()) for i, name in enumerate(task.classes)}
                 elif task.kind == "multilabel":
-                    row |= {name: int((targets[:, number] == 1).sum()) for number, name in enumerate(task.classes)}
+                    row["classes"] = {name: int((targets[:, i] == 1).sum()) for i, name in enumerate(task.classes)}
                 elif task.kind == "survival":
                     row["events"] = int(targets[:, 1].sum())
             rows.append(row)
@@ -343,7 +362,7 @@ class BagDataModule(lightning.LightningDataModule):
         """Read and check everything, and tell what was found."""
         first = "_bags" not in self.__dict__
         _ = self._bags
-        if self.splits_source != "test":
+        if self.only_part != "test":
             _ = self.training_features
         if first and _first_rank():
             for note in self.notes:
@@ -383,7 +402,7 @@ class BagDataModule(lightning.LightningDataModule):
 
     def _stratum(self) -> np.ndarray:
         """What is balanced: the class; the combination of labels; whether there was an event."""
-        task, targets = self.task, self._training_targets
+        task, targets = self.task, self.training_targets
         if task.kind == "regression":
             raise LongslideError("--data.balance needs classes; a regression task has none")
         if task.kind == "survival":

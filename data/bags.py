@@ -151,7 +151,7 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         if self.max_tiles is not None and len(order) > self.max_tiles:
             order = order[np.sort(rng.choice(len(order), self.max_tiles, replace=False))]
         if len(chosen) == 1:
-            features = slides[0].features[chosen[0][0][order]]
+            features = _taken(slides[0].features, chosen[0][0][order])
         else:
             features = np.concatenate([slide.features[kept] for slide, (kept, _) in zip(slides, chosen, strict=True)])[
                 order
@@ -171,6 +171,11 @@ class BagDataset(Dataset[dict[str, Tensor]]):
             return np.arange(len(slide.cells)), slide.cells
         kept = self.augmentation.keep(slide.cells, rng)
         return kept, self.augmentation.move(slide.cells[kept], rng)
+
+
+def _taken(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """These rows; without a copy if they are all, in order."""
+    return features if len(rows) == len(features) and (np.diff(rows) > 0).all() else features[rows]
 
 
 def _side_by_side(grids: Sequence[np.ndarray]) -> np.ndarray:

@@ -17,7 +17,8 @@ class TokenBudgetBatchSampler(DistributedSampler[list[BagKey]]):
 
     Shuffled, it visits every bag once an epoch (or draws them balanced by class), in an order that is a function of seed and
     epoch only; the number of batches is the same in every epoch, as schedules of the learning rate need it. In order, it
-    is for evaluation. Ranks get different batches: the same number of them when shuffled.
+    is for evaluation. Ranks get different batches: the same number of them when shuffled (for which the last few bags of an
+    epoch may come twice, where each is a batch of its own).
 
     It is a `DistributedSampler`, so that Lightning neither replaces it nor shards it a second time.
 
@@ -85,7 +86,7 @@ class TokenBudgetBatchSampler(DistributedSampler[list[BagKey]]):
             batches[-1].append((index, 0, 0))
             room, tokens = room - 1, tokens + length
         while 0 < len(batches) < self.num_replicas:
-            batches = _halve_largest(batches)[0] or [*batches, batches[-1]]
+            batches = _halve_largest(batches) or [*batches, batches[-1]]
         return batches
 
     def _training_count(self) -> int:
@@ -115,9 +116,8 @@ class TokenBudgetBatchSampler(DistributedSampler[list[BagKey]]):
                 keys.append((index, epoch, draws[index]))
             batches.append(keys)
         while len(batches) < self._count:
-            halved, done = _halve_largest(batches)
-            # Fewer bags than ranks: some come twice.
-            batches = halved if done else [*batches, batches[len(batches) % max(1, len(self.lengths))]]
+            # Where there are not bags enough for the ranks, some come twice.
+            batches = _halve_largest(batches) or [*batches, batches[len(batches) % len(packed)]]
         return batches
 
     def _order(self, epoch: int, attempt: int) -> np.ndarray:
@@ -159,14 +159,12 @@ def _draw(bags: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([whole, rng.choice(bags, count - len(whole), replace=False)])
 
 
-def _halve_largest(batches: Sequence[list[BagKey]]) -> tuple[list[list[BagKey]], bool]:
-    """Make two of the batch with the most bags; False if all have one."""
+def _halve_largest(batches: Sequence[list[BagKey]]) -> list[list[BagKey]] | None:
+    """Two batches in place of the one with the most bags; None if all have one bag."""
     largest = max(range(len(batches)), key=lambda number: len(batches[number]))
     batch = batches[largest]
     half = len(batch) // 2
-    if half == 0:
-        return list(batches), False
-    return [*batches[:largest], batch[:half], batch[half:], *batches[largest + 1 :]], True
+    return [*batches[:largest], batch[:half], batch[half:], *batches[largest + 1 :]] if half else None
 
 
 class BagLoader(DataLoader[Any]):

@@ -1,7 +1,7 @@
 """The cohort: which slides there are, whose they are, what is to be predicted of them, where their features lie."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,10 @@ from .cohort_table import (
     read_split_folder,
     read_text_table,
     require_columns,
+    without_suffix,
 )
 from .labels import LabelReader
-from .slide_table import SLIDE_SUFFIXES
 from .task_file import TaskFile, read_task_file
-
-_SUFFIXES = SLIDE_SUFFIXES | {".h5", ".hdf5", ".pt"}
 
 
 @dataclass(frozen=True)
@@ -104,50 +102,37 @@ def read_cohort(
         raise LongslideError(
             f"{features}: no such folder of feature files; give the output folder of `longslide embed`"
         )
-    asked = TaskFile(task) if task is not None else None
-    if task_file is not None:
-        asked = read_task_file(task_file)
-        if task is not None and task != asked.kind and not {task, asked.kind} <= set(CLASSIFICATION):
-            raise LongslideError(
-                f"{task_file}: a task of kind {asked.kind}, and {task} was asked for; drop one of the two"
-            )
-        asked = TaskFile(task or asked.kind, asked.label, asked.classes, asked.renamed, asked.max_tiles)
+    asked = _asked(task, task_file)
     labels = (label,) if isinstance(label, str) else tuple(label or (asked.label if asked else ()))
     names = tuple(map(as_text, classes or (asked.classes if asked else ())))
     notes: list[str] = []
 
     source = table if table is not None else features
-    frame, splits = (_every_file(features), None) if table is None else _read_table(table, frozenset(names))
-    frame = _with_ids(frame, source, features, notes)
-    if splits is None:
-        splits = _split_columns(frame, source)
-    else:
-        splits = splits.assign(slide_id=[_slide_id(slide, features) for slide in splits["slide_id"]])
-        splits = splits.merge(frame[["slide_id", "patient_id"]], on="slide_id")
-
     there = {path.stem: path for path in features.glob("*.h5") if not path.name.startswith(".")}
-    has_features = frame["slide_id"].isin(there).to_numpy()
-    problem: Task | None = None
-    targets: np.ndarray | None = None
-    has_label = np.ones(len(frame), bool)
+    frame, splits = (_every_file(there, features), None) if table is None else _read_table(table, frozenset(names))
+    frame = _with_ids(frame, source, there, notes)
+    ids = frame["slide_id"]
+    own = {"slide_id": ids, "patient_id": frame["patient_id"]}  # the rows of a folder's splits are those of its table
+    splits = _split_columns(frame) if splits is None else splits.assign(**own)
+    has_features = ids.isin(there).to_numpy()
+    if not has_features.any():
+        raise LongslideError(
+            f"{source}: none of its {len(frame)} slides has a feature file such as {features / ids[0]}.h5"
+            + (" (.pt files, which hold no coordinates, are not read)" if any(features.glob("*.pt")) else "")
+        )
+    problem, targets, has_label = None, None, np.ones(len(frame), bool)
     if asked is not None:
         reader = LabelReader(source, frame, has_features, labels, names, dict(asked.renamed), all_classes)
         problem, targets, has_label = reader.read(asked.kind, times, discrete_time)
     keep = has_features & has_label
-    ids = frame["slide_id"]
     without_features = tuple(ids[~has_features])
     without_label = tuple(ids[has_features & ~has_label]) + tuple(sorted(set(there) - set(ids)))
-    if not keep.any():
-        pt = " (files of .pt hold no coordinates and are not read)" if any(features.glob("*.pt")) else ""
-        example = without_features[:1] or without_label[:1] or ("<slide_id>",)
-        raise LongslideError(
-            f"{source}: none of its {len(frame)} slides has both a label and a feature file such as "
-            f"{features / example[0]}.h5{pt}"
-        )
     if without_features:
         notes.append(f"{len(without_features)} slides of {source} have no feature file: {listed(without_features)}")
     if without_label:
         notes.append(f"{len(without_label)} feature files have no label: {listed(without_label)}")
+    if problem is not None and not names:
+        notes += _choices(problem, times)
     rows = frame[keep].reset_index(drop=True)
     return Cohort(
         rows=rows,
@@ -162,11 +147,32 @@ def read_cohort(
     )
 
 
-def _every_file(features: Path) -> pd.DataFrame:
-    ids = sorted(path.stem for path in features.glob("*.h5") if not path.name.startswith("."))
-    if not ids:
+def _asked(task: TaskKind | None, task_file: Path | None) -> TaskFile | None:
+    if task_file is None:
+        return None if task is None else TaskFile(task)
+    asked = read_task_file(task_file)
+    if task is not None and task != asked.kind and not {task, asked.kind} <= set(CLASSIFICATION):
+        raise LongslideError(f"{task_file}: a task of kind {asked.kind}, and {task} was asked for; drop one of the two")
+    return replace(asked, kind=task or asked.kind)
+
+
+def _choices(task: Task, times: Sequence[float] | None) -> list[str]:
+    """What was settled for the user, who may want it otherwise."""
+    if task.kind in CLASSIFICATION:
+        what = f"classes of {task.label[0]}, in this order: {', '.join(task.classes)}"
+        positive = f"; the positive one is {task.classes[-1]}" if task.kind == "binary" else ""
+        return [f"{what}{positive} (--data.classes for another order)"]
+    if task.kind == "survival" and times is None:
+        return [
+            f"survival is reported at the times {', '.join(f'{time:g}' for time in task.times)} (--data.times for others)"
+        ]
+    return []
+
+
+def _every_file(there: Collection[str], features: Path) -> pd.DataFrame:
+    if not there:
         raise LongslideError(f"{features}: no feature files (.h5) in this folder")
-    return pd.DataFrame({"slide_id": ids})
+    return pd.DataFrame({"slide_id": sorted(there)})
 
 
 def _read_table(table: Path, never_missing: frozenset[str]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
@@ -178,20 +184,12 @@ def _read_table(table: Path, never_missing: frozenset[str]) -> tuple[pd.DataFram
     return frame.drop(columns=folds), frame[["slide_id", *folds]]
 
 
-def _slide_id(name: str, features: Path) -> str:
-    """The name of the feature file: without the suffix of the slide file, unless the feature file has it too."""
-    stem, dot, suffix = name.rpartition(".")
-    if dot and f".{suffix.lower()}" in _SUFFIXES and not (features / f"{name}.h5").is_file():
-        return stem
-    return name
-
-
-def _with_ids(frame: pd.DataFrame, source: Path, features: Path, notes: list[str]) -> pd.DataFrame:
+def _with_ids(frame: pd.DataFrame, source: Path, there: Collection[str], notes: list[str]) -> pd.DataFrame:
     require_columns(source, frame, ["slide_id"])
     empty = frame["slide_id"].isna()
     if empty.any():
         raise LongslideError(f"{source}: row {int(empty.argmax()) + 1} has no slide_id")
-    ids = frame["slide_id"].map(lambda name: _slide_id(name, features))
+    ids = frame["slide_id"].map(lambda name: without_suffix(name, there))
     twice = ids[ids.duplicated()]
     if len(twice):
         raise LongslideError(
@@ -215,7 +213,7 @@ def _with_ids(frame: pd.DataFrame, source: Path, features: Path, notes: list[str
     return pd.concat([pd.DataFrame({"slide_id": ids, "patient_id": patients}), rest], axis=1).reset_index(drop=True)
 
 
-def _split_columns(frame: pd.DataFrame, source: Path) -> pd.DataFrame | None:
+def _split_columns(frame: pd.DataFrame) -> pd.DataFrame | None:
     folds = sorted(
         (name for name in frame.columns if FOLD_COLUMN.fullmatch(name)), key=lambda name: int(name.split("_")[1])
     )

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import LongslideError
+from .slide_table import SLIDE_SUFFIXES
 
 PATIENT_COLUMNS = ("patient_id", "pat_id", "case_id")
 """Columns that name the patient, in order of trust: ours, prov-gigapath's, CLAM's."""
@@ -17,6 +18,7 @@ PATIENT_COLUMNS = ("patient_id", "pat_id", "case_id")
 FOLD_COLUMN = re.compile(r"fold_(\d+)")
 """Columns that hold a split: train, val, test or nothing."""
 
+_SUFFIXES = SLIDE_SUFFIXES | {".h5", ".hdf5", ".pt"}
 _MISSING = frozenset({"", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "null", "NULL", "None", "<NA>", "NaT"})
 
 
@@ -101,6 +103,12 @@ def require_columns(path: Path, frame: pd.DataFrame, names: Iterable[str]) -> No
         if not near:
             hint = f"it has {listed(list(frame.columns), 12)}"
         raise LongslideError(f"{path}: no column {name!r}; {hint}")
+
+
+def without_suffix(name: str, known: Collection[str]) -> str:
+    """A slide's id from the name of its file: without the suffix, unless the id that is known has it too."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and f".{suffix.lower()}" in _SUFFIXES and name not in known else name
 
 
 def listed(names: Sequence[str], limit: int = 3) -> str:

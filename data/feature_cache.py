@@ -1,7 +1,9 @@
 """Features of slides, read once and kept in memory up to a size."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,10 @@ class FeatureCache:
         self.nbytes = 0
         self._kept: dict[Path, SlideTiles] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Callable[[], "FeatureCache"], tuple[()]]:
+        """A process that is not forked gets a cache that keeps nothing: its memory would come on top."""
+        return partial(FeatureCache, slide_embeddings=self.slide_embeddings), ()
 
     def __len__(self) -> int:
         """Slides kept."""

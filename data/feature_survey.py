@@ -51,13 +51,19 @@ class FeatureSurvey:
 
 
 def survey_features(
-    files: Sequence[Path], cache: FeatureCache, *, threads: int = 4, quiet: bool = False
+    files: Sequence[Path],
+    cache: FeatureCache,
+    *,
+    order: Sequence[int] | None = None,
+    threads: int = 4,
+    quiet: bool = False,
 ) -> FeatureSurvey:
     """Look at all files: first at what they say of themselves, which is quick; then at the embeddings, to fill the cache.
 
     Args:
         files: Feature files.
         cache: Reads them.
+        order: All numbers of `files`, those first that should stay in memory if not all can.
         threads: Threads that read.
         quiet: Show no progress.
 
@@ -96,7 +102,8 @@ def survey_features(
 
     def read(path: Path) -> SlideMoments:
         features = cache.read(path).features
-        mean = features.mean(0, dtype=np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):
+            mean = features.mean(0, dtype=np.float32)
         if not np.isfinite(mean).all():
             if np.isfinite(features).all():  # sums of large float16 numbers
                 raise LongslideError(f"{path}: embeddings too large to average; embed the slide again in float32")
@@ -104,10 +111,10 @@ def survey_features(
             raise LongslideError(f"{path}: {bad} tiles have NaN or infinite features; embed the slide again")
         return SlideMoments(len(features), mean, features.var(0, dtype=np.float32))
 
-    moments = [
-        replace(found, level0_mpp=header.level0_mpp)
-        for header, (_, found) in zip(headers, _each(files, read, "features", threads, quiet), strict=True)
-    ]
+    order = range(len(files)) if order is None else order
+    embeddings = _each([files[number] for number in order], read, "features", threads, quiet)
+    found_of = {number: found for number, (_, found) in zip(order, embeddings, strict=True)}
+    moments = [replace(found_of[number], level0_mpp=header.level0_mpp) for number, header in enumerate(headers)]
     return FeatureSurvey(
         tiles=np.array([found.tiles for found in moments], np.int64),
         dim=len(moments[0].mean),

@@ -50,6 +50,8 @@ class LabelReader:
             what = "two label columns, the time and the event" if wanted == 2 else "one label column"
             raise LongslideError(f"a {kind} task needs {what}, not {', '.join(self.label) or 'none'}; see --data.label")
         require_columns(self.source, self.frame, self.label)
+        if self.frame.loc[self.has_features, list(self.label)].isna().all(axis=None):
+            raise LongslideError(f"{self.source}: {listed(self.label)} is empty for all slides that have features")
         if kind == "multilabel":
             targets = np.stack([self._numbers(name, _TRUTH) for name in self.label], axis=1)
             has_label = ~np.isnan(targets).all(axis=1)

@@ -1,7 +1,6 @@
 """Splits: which patients train, validate and test in each fold. A patient is in one part of a fold, whole."""
 
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,15 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train
 from ..errors import LongslideError
 from ..task import CLASSIFICATION
 from .cohort import Cohort
-from .cohort_table import FOLD_COLUMN, PATIENT_COLUMNS, listed, read_split_folder, read_text_table, require_columns
+from .cohort_table import (
+    FOLD_COLUMN,
+    PATIENT_COLUMNS,
+    listed,
+    read_split_folder,
+    read_text_table,
+    require_columns,
+    without_suffix,
+)
 
 PARTS = ("train", "val", "test")
 """Parts of a fold."""
@@ -150,6 +157,10 @@ class _Patients:
                         f"class {name!r} has {count} patients, fewer than {wanted} need ({parts}); use fewer --data.folds, "
                         "or join it with another class"
                     )
+        if task is not None and task.kind == "survival":
+            events = int(self.labels[:, _QUANTILES:].any(1).sum())
+            if events < parts:
+                raise LongslideError(f"{events} patients have an event, fewer than {wanted} need ({parts})")
         if len(self.ids) < parts:
             raise LongslideError(f"{len(self.ids)} patients are fewer than {wanted} need ({parts})")
         if self.site is not None and self.site.max() + 1 < parts:
@@ -195,9 +206,11 @@ class _Patients:
             or np.count_nonzero(counts) > min(size, len(chosen) - size)
         ):
             part = iterative_stratification(self.labels[chosen], np.array([1 - share, share]), rng)
-            return chosen[part == 1]
-        taken: np.ndarray = np.asarray(train_test_split(chosen, test_size=size, stratify=stratum, random_state=rng)[1])
-        return taken
+            picked: np.ndarray = chosen[part == 1]
+            return picked
+        _, taken = train_test_split(chosen, test_size=size, stratify=stratum, random_state=rng)
+        held_out: np.ndarray = chosen[np.isin(chosen, taken)]
+        return held_out
 
 
 def _quarters(values: np.ndarray) -> np.ndarray:
@@ -263,13 +276,12 @@ def read_splits(path: Path, cohort: Cohort) -> tuple[pd.DataFrame, list[str]]:
         raise LongslideError(f"{path}: no column fold_0, fold_1, ... with train, val and test")
     names = table[key].astype(str)
     if key == "slide_id":
-        suffix = re.compile(r"\.[A-Za-z0-9]+$")
         known = set(cohort.rows["slide_id"])
-        names = names.map(lambda name: name if name in known else suffix.sub("", name))
-    parts = table[folds].set_axis(names, axis=0)
+        names = names.map(lambda name: without_suffix(name, known))
+    parts = table[folds].assign(name=names).drop_duplicates().set_index("name")
     if parts.index.has_duplicates:
         raise LongslideError(
-            f"{path}: {parts.index[parts.index.duplicated()][0]} is there more than once; leave one row"
+            f"{path}: {parts.index[parts.index.duplicated()][0]} is there with different parts; leave one row"
         )
     rows = cohort.rows[["slide_id", "patient_id"]].reset_index(drop=True)
     own = rows["slide_id" if key == "slide_id" else "patient_id"]

@@ -15,14 +15,12 @@ TEMPERATURES = (0.05, 20.0)
 """Range of the temperature: a validation part that is perfectly separated would ask for 0."""
 
 
-def fit_temperature(logits: Floats, target: Integers, *, ordinal: bool = False) -> float:
+def fit_temperature(logits: Floats, target: Integers) -> float:
     """The temperature T for which `logits / T` have the least log-loss (Guo et al. 2017); it leaves the order of scores.
 
     Args:
-        logits: `(N, C)` of the classes; `(N,)` or `(N, 1)` of the positive class for a binary task; `(N, C - 1)` of
-            "above threshold k" for an ordinal one.
+        logits: `(N, C)` logits or log-probabilities of the classes; or `(N,)` or `(N, 1)` of the positive class of two.
         target: `(N,)` class numbers.
-        ordinal: Whether the logits are those of an ordinal task.
 
     Returns:
         T; above 1 makes predictions less sure.
@@ -34,16 +32,11 @@ def fit_temperature(logits: Floats, target: Integers, *, ordinal: bool = False) 
     if not len(target) or not np.isfinite(logits).all():
         raise LongslideError("cannot fit the temperature: there are no validation logits, or some are not finite")
     logits = logits.reshape(len(target), -1)
+    if logits.shape[1] == 1:
+        logits = np.concatenate([np.zeros_like(logits), logits], 1)
 
-    if ordinal or logits.shape[1] == 1:
-        above = np.where(target[:, None] > np.arange(logits.shape[1]), 1.0, -1.0)
-
-        def loss(log_temperature: float) -> float:
-            return float(np.logaddexp(0, -above * logits / np.exp(log_temperature)).mean())
-    else:
-
-        def loss(log_temperature: float) -> float:
-            return float(-log_softmax(logits / np.exp(log_temperature), 1)[np.arange(len(target)), target].mean())
+    def loss(log_temperature: float) -> float:
+        return float(-log_softmax(logits / np.exp(log_temperature), 1)[np.arange(len(target)), target].mean())
 
     return float(np.exp(minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded").x))
 

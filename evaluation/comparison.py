@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ..errors import LongslideError
-from ..task import Task
+from ..task import CLASSIFICATION, Task
 from .bootstrap import percentile_interval, sign_p_value
 from .classification import Classes, Labels
 from .delong import delong_p_value
@@ -18,33 +18,39 @@ from .weighted import Floats, Integers
 COLUMNS = ["scope", "metric", "run_a", "run_b", "difference", "low", "high", "p", "test", "p_holm", "n", "resamples"]
 
 
-def check_same_patients(predictions: Mapping[str, pd.DataFrame], task: Task) -> None:
-    """Make sure that runs were tested on the same patients with the same targets.
+def check_same_patients(predictions: Mapping[str, pd.DataFrame], task: Task, level: str) -> None:
+    """Make sure that runs were tested on the same patients (or slides) with the same targets.
 
     Args:
         predictions: Test rows of each run, by its name.
         task: The task they share.
+        level: `patient` or `slide`.
 
     Raises:
         LongslideError: The patients or the targets differ; it says in how many.
     """
     (first, rows), *others = predictions.items()
     columns = [name for name in map(str, rows) if name in ("target", "time", "event") or name.startswith("target_")]
-    known = rows.drop_duplicates("patient_id").set_index("patient_id")
+    known = rows.drop_duplicates(f"{level}_id").set_index(f"{level}_id")
     for name, other in others:
-        theirs = other.drop_duplicates("patient_id").set_index("patient_id")
+        theirs = other.drop_duplicates(f"{level}_id").set_index(f"{level}_id")
         only_first, only_other = len(known.index.difference(theirs.index)), len(theirs.index.difference(known.index))
         if only_first or only_other:
             shared = len(known.index.intersection(theirs.index))
             raise LongslideError(
-                f"{first} and {name} were not tested on the same patients: {only_first} only in the first, {only_other} "
+                f"{first} and {name} were not tested on the same {level}s: {only_first} only in the first, {only_other} "
                 f"only in the second, {shared} in both; --common-patients compares on those"
             )
-        differ = (known[columns].astype(str) != theirs.loc[known.index, columns].astype(str)).any(axis=1)
-        if differ.any():
+        ours, their_targets = known[columns], theirs.loc[known.index, columns]
+        if task.kind in CLASSIFICATION:
+            same = (ours.astype(str) == their_targets.astype(str)).to_numpy()
+        else:
+            same = np.isclose(ours.astype(float), their_targets.astype(float), equal_nan=True)
+        differ = known.index[np.flatnonzero(~same.all(axis=1))]
+        if len(differ):
             raise LongslideError(
-                f"{first} and {name} have different targets for {int(differ.sum())} of {len(known)} patients, such as "
-                f"{differ.idxmax()}; train both on the same table"
+                f"{first} and {name} have different targets for {len(differ)} of {len(known)} {level}s, such as "
+                f"{differ[0]}; train both on the same table"
             )
 
 
@@ -56,8 +62,9 @@ def compare_predictions(
     seed: int = 0,
     cohort: pd.DataFrame | None = None,
     subgroups: Sequence[str] = (),
+    level: str = "patient",
 ) -> pd.DataFrame:
-    """Differences of every metric between all pairs of runs, at the level of patients.
+    """Differences of every metric between all pairs of runs.
 
     All runs are evaluated on the same resamples of patients: the interval is that of the difference. p-values: DeLong's
     test for AUROC of one class, where each patient is tested once; else the bootstrap's. `p_holm` is corrected (Holm 1979)
@@ -70,6 +77,7 @@ def compare_predictions(
         seed: Their seed.
         cohort: The cohort table, for the subgroups.
         subgroups: Columns of the cohort table.
+        level: `patient` or `slide`; the resamples are of patients in both cases.
 
     Returns:
         A row for each scope (`pooled`, `mean`, `subgroup:<column>=<value>`), metric and pair; `difference` is run a minus
@@ -78,8 +86,8 @@ def compare_predictions(
     Raises:
         LongslideError: The runs were not tested on the same patients.
     """
-    rows = {name: select(table, "patient") for name, table in predictions.items()}
-    check_same_patients(rows, task)
+    rows = {name: select(table, level) for name, table in predictions.items()}
+    check_same_patients(rows, task, level)
     scored = {
         name: score_scopes(part, task, bootstrap=bootstrap, seed=seed, cohort=cohort, subgroups=subgroups)
         for name, part in rows.items()

@@ -52,8 +52,8 @@ def evaluate(
     Returns:
         The rows of `metrics.csv`: `scope` (`fold_<k>`, `pooled`, `mean` over the folds, `subgroup:<column>=<value>`),
         `level` (`patient`, `slide`), `metric` (`auroc`; `auroc:<class>` is one class against the rest; plain names are means
-        over the classes or labels), `value`, `low` and `high` (empty where not defined), `n` (patients or slides),
-        `resamples` (in which the metric is defined).
+        over the classes or labels), `value`, `low` and `high` (empty where not defined), `n` (patients or slides; once for
+        each fold that tests them), `resamples` (in which the metric is defined).
 
     Raises:
         LongslideError: There are no test predictions, or they do not fit the task.

@@ -75,7 +75,10 @@ def _column(predictions: pd.DataFrame, name: str) -> "pd.Series[Any]":
 
 def _numbers(predictions: pd.DataFrame, names: list[str], *, missing: bool = False) -> Floats:
     """Columns as `(n, len(names))` float64."""
-    columns = [pd.to_numeric(_column(predictions, name), errors="coerce").to_numpy(np.float64) for name in names]
+    columns = [
+        pd.to_numeric(_column(predictions, name), errors="coerce").to_numpy(np.float64, na_value=np.nan)
+        for name in names
+    ]
     for name, column in zip(names, columns, strict=True):
         if not missing and not np.isfinite(column).all():
             rows = int((~np.isfinite(column)).sum())

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -85,8 +86,7 @@ def score_scopes(
     members: dict[str, Integers] = dict(folds) if len(folds) > 1 else {}
     members["pooled"] = np.arange(len(rows))
     for column in subgroups:
-        groups = _groups(rows, cohort, column)
-        members |= {f"subgroup:{column}={value}": np.flatnonzero(groups == value) for value in sorted(set(groups))}
+        members |= {f"subgroup:{column}={value}": index for value, index in _groups(rows, cohort, column).items()}
     parts: dict[str, Outcomes] = {scope: outcomes.take(index) for scope, index in members.items()}
     samples: dict[str, list[dict[str, Floats]]] = {scope: [] for scope in parts}
     for weights in resample_weights(rows["patient_id"].to_numpy(), bootstrap, seed):
@@ -102,13 +102,13 @@ def score_scopes(
         for scope, part in parts.items()
     }
     if len(folds) > 1:
-        scored["mean"] = _mean([scored[fold] for fold in folds], len(rows))
+        scored["mean"] = _mean([scored[fold] for fold in folds])
     else:
         scored = {next(iter(folds)): scored["pooled"], **scored}
     return scored
 
 
-def _mean(folds: list[dict[str, Scored]], n: int) -> dict[str, Scored]:
+def _mean(folds: list[dict[str, Scored]]) -> dict[str, Scored]:
     """The mean over the folds in which a metric is defined."""
     result = {}
     for metric in folds[0]:
@@ -117,12 +117,13 @@ def _mean(folds: list[dict[str, Scored]], n: int) -> dict[str, Scored]:
         used = [fold[metric] for fold in folds if metric in fold and np.isfinite(fold[metric].score.value)]
         if used:
             value = float(np.mean([scored.score.value for scored in used]))
+            n = sum(scored.score.n for scored in used)
             result[metric] = Scored(Score(value, n), np.mean([scored.samples for scored in used], 0))
     return result
 
 
-def _groups(rows: pd.DataFrame, cohort: pd.DataFrame | None, column: str) -> "np.ndarray":
-    """`(n,)` the subgroup of each row, as text."""
+def _groups(rows: pd.DataFrame, cohort: pd.DataFrame | None, column: str) -> dict[str, Integers]:
+    """The subgroups in their order, as text, and the rows of each."""
     if cohort is None or column not in cohort or not set(_ID) <= set(cohort):
         known = [] if cohort is None else [name for name in map(str, cohort) if name not in _ID]
         raise LongslideError(
@@ -130,20 +131,27 @@ def _groups(rows: pd.DataFrame, cohort: pd.DataFrame | None, column: str) -> "np
         )
     values = cohort[column]
     if pd.api.types.is_numeric_dtype(values) and values.nunique() > MOST_NUMBERS:
-        values = pd.qcut(values, 4, precision=3, duplicates="drop").astype(str)
-    named = values.astype(object).where(cohort[column].notna(), "missing").astype(str)
-    if named.nunique() > MOST_GROUPS:
+        edges = sorted(set(values.quantile([0, 0.25, 0.5, 0.75, 1])))
+        ranges = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
+        values = pd.cut(values, edges, labels=ranges, include_lowest=True)
+        order = ranges
+    else:
+        order = list(map(str, sorted(values.dropna().unique())))
+    if len(order) > MOST_GROUPS:
         raise LongslideError(
-            f"column {column!r} has {named.nunique()} different values, too many for subgroups (at most {MOST_GROUPS})"
+            f"column {column!r} has {len(order)} different values, too many for subgroups (at most {MOST_GROUPS})"
         )
+    named = values.astype(object).where(cohort[column].notna(), "missing").astype(str)
     by_slide = dict(zip(cohort["slide_id"].astype(str), named, strict=True))
     patients = named.groupby(cohort["patient_id"].astype(str))
     by_patient = patients.agg(lambda group: group.iloc[0] if group.nunique() == 1 else "several")
     slides = rows["level"].eq("slide")
-    return np.asarray(
+    groups = np.asarray(
         [
             by_slide.get(str(slide), "missing") if is_slide else by_patient.get(str(patient), "missing")
             for slide, patient, is_slide in zip(rows["slide_id"], rows["patient_id"], slides, strict=True)
         ],
         dtype=object,
     )
+    found = {group: np.flatnonzero(groups == group) for group in dict.fromkeys([*order, "several", "missing"])}
+    return {group: members for group, members in found.items() if len(members)}

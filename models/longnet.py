@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
-from .dilated_attention import dilated_attention
+from .attention_pattern import Pattern, attention
+from .dilated_attention.parallel import SequenceShards, parallel_dilated_attention
+from .norm_linear import norm_linear
 
 
 class LongNetLayer(nn.Module):
@@ -20,6 +21,9 @@ class LongNetLayer(nn.Module):
         dilated_ratios: Every how many-th token takes part, for each branch.
         dropout: Share of values dropped after each half.
         drop_path: Share of sequences for which a half is left out in training.
+        pattern: Which keys a query sees; see `attention`.
+        window: Tokens seen on either side, for the pattern `sliding-window`.
+        period: Distance of the keys from one another, for the pattern `strided`.
     """
 
     def __init__(
@@ -31,11 +35,17 @@ class LongNetLayer(nn.Module):
         dilated_ratios: Sequence[int],
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        pattern: Pattern = "dilated",
+        window: int = 0,
+        period: int = 0,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.segment_lengths = tuple(segment_lengths)
         self.dilated_ratios = tuple(dilated_ratios)
+        self.pattern = pattern
+        self.window = window
+        self.period = period
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_inner_norm = nn.LayerNorm(width)
@@ -47,26 +57,39 @@ class LongNetLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
         """Sequences end to end, each attending within itself.
 
         Args:
             x: `(T, width)` tokens.
             cu_seqlens: `(B + 1,)` int32: where each sequence begins, and T.
+            shards: How the one sequence is spread over ranks of which this one holds T tokens.
 
         Returns:
             `(T, width)`.
         """
-        q, k, v = self.qkv(self.attention_norm(x)).unflatten(1, (3, self.heads, -1)).unbind(1)
-        attended = dilated_attention(q, k, v, self.segment_lengths, self.dilated_ratios, cu_seqlens=cu_seqlens)
-        x = x + self._drop_path(
-            self.dropout(self.attention_out(self.attention_inner_norm(attended.flatten(1)))), cu_seqlens
-        )
-        hidden = self.ffn_inner_norm(gelu(self.ffn_in(self.ffn_norm(x))))
-        return x + self._drop_path(self.dropout(self.ffn_out(hidden)), cu_seqlens)
+        qkv, _ = norm_linear(x, self.attention_norm, self.qkv)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
+        attended = self._attend(q, k, v, cu_seqlens, shards).flatten(1)
+        attended, _ = norm_linear(attended, self.attention_inner_norm, self.attention_out)
+        attended = self._drop_path(self.dropout(attended), cu_seqlens, shards)
+        hidden, x = norm_linear(attended, self.ffn_norm, self.ffn_in, residual=x)
+        hidden, _ = norm_linear(hidden, self.ffn_inner_norm, self.ffn_out, gelu=True)
+        return x + self._drop_path(self.dropout(hidden), cu_seqlens, shards)
 
-    def _drop_path(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
+        lengths, ratios = self.segment_lengths, self.dilated_ratios
+        if shards is not None:
+            return parallel_dilated_attention(q[None], k[None], v[None], lengths, ratios, shards=shards)[0]
+        return attention(
+            q, k, v, self.pattern, segment_lengths=lengths, dilated_ratios=ratios, window=self.window, period=self.period,
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+
+    def _drop_path(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         if self.drop_path == 0 or not self.training:
             return x
         kept = (torch.rand(len(cu_seqlens) - 1, device=x.device) >= self.drop_path).to(x.dtype) / (1 - self.drop_path)
+        if shards is not None:
+            kept = shards.first(kept)  # the half is left out on all ranks or on none
         return x * kept.repeat_interleave(cu_seqlens.diff(), output_size=len(x))[:, None]

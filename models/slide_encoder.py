@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import LongslideError
+from .attention_pattern import Pattern, check_pattern
 from .checkpoint_file import digest, download
+from .dilated_attention.parallel import SequenceShards
 from .longnet import LongNetLayer
 from .slide_encoder_checkpoint import load_published
 
@@ -43,6 +46,9 @@ class SlideEncoderSpec:
         dropout: Share of values dropped in training.
         drop_path: Share of slides for which the last layer's halves are left out in training; less before it.
         checkpointing: Whether layers are computed again in the backward instead of kept: less memory, more time.
+        pattern: Which keys a token sees: `dilated`, or to compare `dense`, `sliding-window` or `strided`; see `attention`.
+        window: Tokens seen on either side, for the pattern `sliding-window`.
+        period: Distance of the keys from one another, for the pattern `strided`.
     """
 
     name: str
@@ -63,6 +69,9 @@ class SlideEncoderSpec:
     dropout: float = 0.0
     drop_path: float = 0.0
     checkpointing: bool = False
+    pattern: Pattern = "dilated"
+    window: int = 0
+    period: int = 0
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:
@@ -111,15 +120,26 @@ class SlideEncoder(nn.Module):
             raise ValueError(f"width {spec.width} must be a multiple of 4 and of heads {spec.heads}")
         if pool not in ("mean", "cls"):
             raise LongslideError(f"pool {pool!r} is none of mean, cls")
+        check_pattern(spec.pattern, spec.window, spec.period)
         self.spec = spec
         self.pool = pool
         self.weights = weights
+        self.sequence_group: dist.ProcessGroup | None = None
         self.tile_projection = nn.Linear(spec.tile_dim, spec.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
         drop_path = [spec.drop_path * i / max(1, spec.layers - 1) for i in range(spec.layers)]
         self.layers = nn.ModuleList(
             LongNetLayer(
-                spec.width, spec.heads, spec.ffn_width, spec.segment_lengths, spec.dilated_ratios, spec.dropout, rate
+                spec.width,
+                spec.heads,
+                spec.ffn_width,
+                spec.segment_lengths,
+                spec.dilated_ratios,
+                spec.dropout,
+                rate,
+                spec.pattern,
+                spec.window,
+                spec.period,
             )
             for rate in drop_path
         )
@@ -135,6 +155,26 @@ class SlideEncoder(nn.Module):
     def name(self) -> str:
         """The encoder's name."""
         return self.spec.name
+
+    def shard_sequence(self, group: dist.ProcessGroup | None) -> None:
+        """Spread the tokens of a slide over the ranks of a group, or no longer.
+
+        Each rank then gives a part of a slide's tiles, all ranks together and in the order of the ranks, and gets the
+        embedding of the whole slide. A rank may have none; whether tiles of two ranks have one cell is not checked. Every
+        rank must use the embedding for its loss: the gradients are those of the sum of the ranks' losses, so that their
+        average over all ranks, which DDP and FSDP take, is the gradient of the loss itself.
+
+        Args:
+            group: The ranks that share a slide: a process group, such as `mesh["sequence"].get_group()`; None for none.
+
+        Raises:
+            LongslideError: The encoder's attention pattern is not `dilated`.
+        """
+        if group is not None and self.spec.pattern != "dilated":
+            raise LongslideError(
+                f"attention pattern {self.spec.pattern!r} runs on one device: only 'dilated' spreads a slide over several"
+            )
+        self.sequence_group = group
 
     def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Embed slides: a batch of one length, or slides of any lengths packed end to end.
@@ -193,17 +233,21 @@ class SlideEncoder(nn.Module):
         x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
         for layer in self.layers:
             x = self._run(layer, x, slides)
-        return self.layers_norm(x)[slides.rows]  # type: ignore[no-any-return]
+        rows = torch.arange(len(slides.of_tile), device=x.device) + slides.of_tile + 1  # without the cls tokens
+        tokens: Tensor = self.layers_norm(x)[rows]
+        return tokens
 
     def _run(self, layer: nn.Module, x: Tensor, slides: "_Slides") -> Tensor:
         if self.spec.checkpointing and torch.is_grad_enabled():
-            output: Tensor = recompute(layer, x, slides.cu_seqlens, use_reentrant=False)
+            output: Tensor = recompute(layer, x, slides.cu_seqlens, slides.shards, use_reentrant=False)
         else:
-            output = layer(x, slides.cu_seqlens)
+            output = layer(x, slides.cu_seqlens, slides.shards)
         return output
 
     def _embed(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, "_Slides"]:
         """`(T + B, width)` tokens, each slide's cls token before its tiles, and where they are."""
+        if self.sequence_group is not None:
+            return self._embed_part(tile_features, grid_cells, cu_seqlens, self.sequence_group)
         if cu_seqlens is None:
             check_shapes(tile_features, grid_cells, self.spec)
             lengths = [tile_features.shape[1]] * len(tile_features)
@@ -218,16 +262,45 @@ class SlideEncoder(nn.Module):
                 )
         slides = _Slides(lengths, tile_features.device)
         check_cells(grid_cells, slides.of_tile)
-        weight = self.tile_projection.weight
-        x = self.tile_projection(tile_features.to(weight.dtype))
-        # Under autocast x is half; positions in the dtype of the weights keep the residuals float32, as published.
-        x = x + grid_positions(grid_cells, self.spec.width).to(weight.dtype)
-        tokens = x.new_empty(len(x) + len(lengths), self.spec.width).index_copy(0, slides.rows, x)
+        x = self._project(tile_features, grid_cells)
+        tiles = torch.arange(len(x), device=x.device) + slides.of_tile + 1
+        tokens = x.new_empty(len(x) + len(lengths), self.spec.width).index_copy(0, tiles, x)
         cls_tokens = self.cls_token[0].to(x.dtype).expand(len(lengths), -1)
         return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens), slides
 
+    def _embed_part(
+        self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None, group: dist.ProcessGroup
+    ) -> tuple[Tensor, "_Slides"]:
+        """`(n, width)` tokens of this rank's part of a slide; the first rank has the cls token."""
+        slides = len(tile_features) if cu_seqlens is None else len(cu_seqlens) - 1
+        if slides != 1:
+            raise LongslideError(f"a slide spread over several ranks comes alone, not with others: got {slides}")
+        if cu_seqlens is None:
+            tile_features, grid_cells = tile_features[0], grid_cells[0]
+        if len(tile_features):
+            check_shapes(tile_features[None], grid_cells[None], self.spec)
+            check_cells(grid_cells, torch.zeros(len(grid_cells), dtype=torch.long, device=grid_cells.device))
+        # The others take none of the cls token rather than leave it out: so it has a gradient, of zero, on every rank.
+        cls_token = self.cls_token[0, : 1 if group.rank() == 0 else 0]
+        x = self._project(tile_features, grid_cells)
+        x = torch.cat([cls_token.to(x.dtype), x])
+        shards = SequenceShards.agree(len(x), group, x.device)
+        if shards.total == 1:
+            raise LongslideError("no rank has a tile of the slide")
+        return x, _Slides([len(tile_features)], x.device, shards)
+
+    def _project(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
+        weight = self.tile_projection.weight
+        x = self.tile_projection(tile_features.to(weight.dtype))
+        # Under autocast x is half; positions in the dtype of the weights keep the residuals float32, as published.
+        return x + grid_positions(grid_cells, self.spec.width).to(weight.dtype)  # type: ignore[no-any-return]
+
     def _pool(self, x: Tensor, slides: "_Slides") -> Tensor:
-        if self.pool == "cls":
+        if slides.shards is not None:
+            cls_tokens = x[: len(x) - slides.lengths[0]]
+            own = cls_tokens if self.pool == "cls" else x[len(cls_tokens) :] / (slides.shards.total - 1)
+            pooled = slides.shards.sum(own.sum(0, keepdim=True))
+        elif self.pool == "cls":
             pooled = x[slides.cu_seqlens[:-1].long()]
         else:
             pooled = torch.stack([tokens[1:].mean(0) for tokens in x.split([n + 1 for n in slides.lengths])])
@@ -236,15 +309,18 @@ class SlideEncoder(nn.Module):
 
 
 class _Slides:
-    """Where packed slides are: `lengths` in tiles, `cu_seqlens` with the cls tokens, and `(T,)` each tile's slide (`of_tile`)
-    and place among the tokens (`rows`)."""
+    """Where packed slides are: `lengths` in tiles, `of_tile` `(T,)` each tile's slide, `cu_seqlens` with the cls tokens.
 
-    def __init__(self, lengths: list[int], device: torch.device) -> None:
+    With `shards` it is one slide, of which this rank has `lengths` tiles.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device, shards: SequenceShards | None = None) -> None:
         self.lengths = lengths
-        counts = torch.tensor([0, *(n + 1 for n in lengths)])
+        self.shards = shards
+        cls_tokens = 1 if shards is None or shards.rank == 0 else 0
+        counts = torch.tensor([0, *(n + cls_tokens for n in lengths)])
         self.cu_seqlens = counts.cumsum(0).int().to(device)
-        self.of_tile = torch.arange(len(lengths)).repeat_interleave(counts[1:] - 1).to(device)
-        self.rows = torch.arange(len(self.of_tile), device=device) + self.of_tile + 1
+        self.of_tile = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
 
 
 def grid_positions(grid_cells: Tensor, width: int) -> Tensor:

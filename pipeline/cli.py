@@ -26,6 +26,10 @@ COMMANDS = {
         ".compare",
         "Compare runs on the same patients: every metric with its interval, and paired differences.",
     ),
+    "attention-map": (
+        ".attention_map",
+        "Draw which keys each query sees under an attention pattern, and what it costs.",
+    ),
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
 }
 
@@ -56,7 +60,8 @@ class _Parser(ArgumentParser):
 
 
 def _command_function(command: str) -> Callable[..., Sequence[Any]]:
-    return getattr(import_module(COMMANDS[command][0], __package__), command)  # type: ignore[no-any-return]
+    module = import_module(COMMANDS[command][0], __package__)
+    return getattr(module, command.replace("-", "_"))  # type: ignore[no-any-return]
 
 
 def _add_command_arguments(parser: _Parser, function: Callable[..., Any]) -> None:

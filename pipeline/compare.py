@@ -74,6 +74,7 @@ def compare(
     left_out = 0
     if common_patients:
         predictions, left_out = _on_common_patients(predictions)
+    level = _shared_level(predictions)
     predictions = _on_common_times(predictions)
     cohort = next((run.cohort for run in named.values() if run.cohort is not None), None)
     make_output_folder(output)
@@ -84,17 +85,17 @@ def compare(
 
     groups = [column.strip() for column in subgroups.split(",") if column.strip()]
     differences = compare_predictions(
-        predictions, task, bootstrap=bootstrap, seed=seed, cohort=cohort, subgroups=groups
+        predictions, task, bootstrap=bootstrap, seed=seed, cohort=cohort, subgroups=groups, level=level
     )
     values = {
         name: evaluate(
-            table[table["level"] == "patient"], task, bootstrap=bootstrap, seed=seed, cohort=cohort, subgroups=groups
+            table[table["level"] == level], task, bootstrap=bootstrap, seed=seed, cohort=cohort, subgroups=groups
         )
         for name, table in predictions.items()
     }
     _one_table(values, differences).to_csv(output / TABLE, index=False)
-    page = write_comparison_page(output / PAGE, named, predictions, task, values, differences, left_out)
-    print_comparison(values, differences, task)
+    page = write_comparison_page(output / PAGE, named, predictions, task, values, differences, left_out, level)
+    print_comparison(values, differences, task, level)
     print(f"see {page} and {output / TABLE}")
     results = []
     for name, metrics in values.items():
@@ -134,14 +135,23 @@ def _shared_task(runs: Mapping[str, Run]) -> Task:
     return run.task
 
 
+def _shared_level(predictions: "Mapping[str, pd.DataFrame]") -> str:
+    """`patient` if all runs predict patients, else `slide`."""
+    levels = {name: set(table.loc[table["part"] == "test", "level"]) for name, table in predictions.items()}
+    for level in ("patient", "slide"):
+        if all(level in own for own in levels.values()):
+            return level
+    texts = [f"{name} has {' and '.join(sorted(own)) or 'none'}" for name, own in levels.items()]
+    raise LongslideError(f"the runs have no test predictions of one level, patients or slides: {', '.join(texts)}")
+
+
 def _on_common_patients(predictions: "dict[str, pd.DataFrame]") -> "tuple[dict[str, pd.DataFrame], int]":
     """The test patients that all runs have, and how many others there are."""
     tested: dict[str, set[str]] = {
-        name: set(table.loc[(table["part"] == "test") & (table["level"] == "patient"), "patient_id"])
-        for name, table in predictions.items()
+        name: set(table.loc[table["part"] == "test", "patient_id"]) for name, table in predictions.items()
     }
-    every: set[object] = set().union(*tested.values())
-    common = every.intersection(*tested.values())
+    every: set[str] = set().union(*tested.values())
+    common = {patient for patient in every if all(patient in patients for patients in tested.values())}
     if not common:
         raise LongslideError("the runs have no test patient in common; nothing can be compared")
     kept = {name: table[table["patient_id"].isin(common)] for name, table in predictions.items()}
@@ -151,8 +161,11 @@ def _on_common_patients(predictions: "dict[str, pd.DataFrame]") -> "tuple[dict[s
 def _on_common_times(predictions: "dict[str, pd.DataFrame]") -> "dict[str, pd.DataFrame]":
     """Only the times at which every run predicts survival: Brier scores over other times are other scores."""
     every = [{name for name in map(str, table) if name.startswith("survival_")} for table in predictions.values()]
-    other = set.union(*every) - set.intersection(*every)
-    return {name: table.drop(columns=list(other & set(table))) for name, table in predictions.items()}
+    common = set(every[0]).intersection(*every)
+    return {
+        name: table.drop(columns=list(own - common))
+        for (name, table), own in zip(predictions.items(), every, strict=True)
+    }
 
 
 def _one_table(values: "Mapping[str, pd.DataFrame]", differences: "pd.DataFrame") -> "pd.DataFrame":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as TerminalTable
 
 from ..evaluation.classification import Classes
@@ -19,7 +20,7 @@ from .page import Picture, picture, write_page
 from .run_figures import Curve
 from .run_folder import Run
 from .run_report import class_curves
-from .run_tables import Cell, Table, metric_name, narrow_cell, number, task_text, with_interval
+from .run_tables import Cell, Table, interval, metric_name, narrow_cell, number, task_text, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,28 +29,30 @@ MOST_BARS = 24
 """Rows of a forest plot."""
 
 
-def print_comparison(values: "Mapping[str, pd.DataFrame]", differences: "pd.DataFrame", task: Task) -> None:
+def print_comparison(values: "Mapping[str, pd.DataFrame]", differences: "pd.DataFrame", task: Task, level: str) -> None:
     """Print the metrics of each run and the differences in the first metric."""
     console = Console(highlight=False)
     primary = PRIMARY_METRIC[task.kind]
     n = int(next(iter(values.values()))["n"].max())
-    table = TerminalTable(title=f"{n} test patients, 95% intervals", title_justify="left", box=SIMPLE)
+    table = TerminalTable(title=f"{n} test {level}s, 95% intervals", title_justify="left", box=SIMPLE)
     table.add_column("")
     for name in values:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for metric in _metrics(values, primary):
         table.add_row(metric_name(metric), *(_terminal_cell(metrics, metric) for metrics in values.values()))
     console.print(table)
     for scope in _scopes(differences):
         pairs = differences[(differences["scope"] == scope) & (differences["metric"] == primary)]
         table = TerminalTable(
-            title=f"Difference in {metric_name(primary)}, {_scope_name(scope)}", title_justify="left", box=SIMPLE
+            title=escape(f"Difference in {metric_name(primary)}, {_scope_name(scope)}"),
+            title_justify="left",
+            box=SIMPLE,
         )
         for column in ("", "difference (95% interval)", "p", "p (Holm)"):
             table.add_column(column, justify="left" if not column else "right")
         for row in pairs.to_dict("records"):
             shown = with_interval(row["difference"], row["low"], row["high"])
-            table.add_row(f"{row['run_a']} - {row['run_b']}", shown, p_text(row["p"]), p_text(row["p_holm"]))
+            table.add_row(escape(f"{row['run_a']} - {row['run_b']}"), shown, p_text(row["p"]), p_text(row["p_holm"]))
         console.print(table)
 
 
@@ -61,6 +64,7 @@ def write_comparison_page(
     values: "Mapping[str, pd.DataFrame]",
     differences: "pd.DataFrame",
     left_out: int,
+    level: str,
 ) -> Path:
     """Write the page of a comparison.
 
@@ -72,6 +76,7 @@ def write_comparison_page(
         values: Their metrics.
         differences: The differences between all pairs.
         left_out: Patients that not all runs were tested on.
+        level: `patient` or `slide`.
 
     Returns:
         `path`.
@@ -82,13 +87,13 @@ def write_comparison_page(
     facts = []
     for name, metrics in values.items():
         first = metrics[(metrics["scope"] == "pooled") & (metrics["metric"] == primary)].iloc[0]
-        interval = f"{number(first['low'])}–{number(first['high'])}" if np.isfinite(first["low"]) else ""
-        facts.append((name, number(first["value"]), f"{metric_name(primary)} {interval}"))
+        small = interval(first["low"], first["high"]) if np.isfinite(first["low"]) else ""
+        facts.append((name, number(first["value"]), f"{metric_name(primary)} {small}"))
     return write_page(
         path,
         "comparison.html",
         title=" vs. ".join(runs) if len(runs) < 4 else f"{len(runs)} runs compared",
-        description=f"{task_text(task)}, on the same {int(pooled['n'].max()):,} test patients.",
+        description=f"{task_text(task)}, on the same {int(pooled['n'].max()):,} test {level}s.",
         facts=facts,
         left_out=left_out,
         primary=metric_name(primary),
@@ -97,7 +102,7 @@ def write_comparison_page(
         differences=_differences_table(pooled[pooled["metric"] == primary], with_metric=False, corrected=several),
         delong=(pooled["test"] == "delong").any(),
         several=several,
-        pictures=_pictures(predictions, task, values, pooled, primary),
+        pictures=_pictures(predictions, level, task, values, pooled, primary),
         others=_differences_table(pooled[pooled["metric"] != primary], with_metric=True, corrected=several),
         mean=_differences_table(differences[differences["scope"] == "mean"], with_metric=True, corrected=several),
         subgroups=_subgroups(values, differences, primary),
@@ -161,6 +166,7 @@ def _differences_table(differences: "pd.DataFrame", *, with_metric: bool, correc
 
 def _pictures(
     predictions: "Mapping[str, pd.DataFrame]",
+    level: str,
     task: Task,
     values: "Mapping[str, pd.DataFrame]",
     pooled: "pd.DataFrame",
@@ -182,7 +188,7 @@ def _pictures(
         curves: dict[str, Curve] = {}
         calibration: dict[str, Curve] = {}
         for run, table in predictions.items():
-            outcomes = read_outcomes(select(table, "patient"), task)
+            outcomes = read_outcomes(select(table, level), task)
             assert isinstance(outcomes, Classes)
             curve = class_curves(outcomes).get("")
             if curve is not None:
@@ -195,7 +201,9 @@ def _pictures(
             pictures.append(picture(run_figures.precision_recall(curves), "Precision-recall curves", caption))
         of, is_so = f"Predicted probability of {task.classes[1]}", f"Share that is {task.classes[1]}"
         figure = run_figures.calibration(calibration, of, is_so)
-        pictures.append(picture(figure, "Calibration curves", "Calibration; larger points hold more patients."))
+        pictures.append(
+            picture(figure, "Calibration curves", "Calibration in bins of 0.1; larger points hold more patients.")
+        )
     return pictures
 
 

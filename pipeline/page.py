@@ -73,7 +73,7 @@ def figure_uri(figure: "Figure") -> str:
     content = io.BytesIO()
     # Text as outlines, so that it looks the same everywhere; no metadata, so that the same figure gives the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "longslide"}):
-        figure.savefig(content, format="svg", bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(content, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 

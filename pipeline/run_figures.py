@@ -20,6 +20,9 @@ Curve = tuple["np.ndarray", "np.ndarray"]
 
 # Okabe & Ito: told apart with any colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b", "#b8a800")
+SMALLEST_BIN = 5
+"""Rows that a point of a calibration curve rests on at least."""
+
 INK, SOFT, GRID = "#1c2430", "#5a6675", "#e3e7ec"
 
 
@@ -45,11 +48,12 @@ def precision_recall(curves: Mapping[str, Curve]) -> Figure:
 
 
 def calibration(curves: Mapping[str, Curve], xlabel: str, ylabel: str) -> Figure:
-    """Observed against predicted, in bins; the size of a point is the number of rows in it."""
+    """Observed against predicted, in bins of `SMALLEST_BIN` rows or more; the size of a point is the number of rows."""
     figure, axes = _square(xlabel, ylabel)
     axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
     for colour, (name, (correct, confidence)) in zip(_colours(len(curves)), curves.items(), strict=True):
-        confidences, observed, sizes = np.array(calibration_curve(confidence, correct.astype(np.float64))).T
+        bins = calibration_curve(confidence, correct.astype(np.float64))
+        confidences, observed, sizes = np.array([b for b in bins if b.n >= SMALLEST_BIN] or bins).T
         axes.plot(confidences, observed, color=colour, linewidth=1.2, label=name)
         axes.scatter(confidences, observed, s=12 + 160 * sizes / sizes.sum(), color=colour, alpha=0.85, linewidth=0)
     return _legend(figure, axes, curves, "upper left")
@@ -59,7 +63,10 @@ def confusion(matrix: "np.ndarray", names: Sequence[str]) -> Figure:
     """Counts `(C, C)`, shaded by their share of the true class."""
     figure, axes = _axes("Predicted", "True", height=3.9)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    edges = np.arange(len(names) + 1) - 0.5
+    axes.pcolormesh(edges, edges, share, cmap="Blues", vmin=0, vmax=1)  # not imshow: cells stay sharp in print
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
     if len(names) <= 10:
         for row, column in np.ndindex(matrix.shape):
             text = f"{matrix[row, column]:,}\n{share[row, column]:.0%}"
@@ -115,7 +122,7 @@ def survival_curves(groups: Mapping[str, Curve], unit: str) -> Figure:
                 va="top",
                 fontsize=8.5,
             )
-    axes.text(-0.02, -0.2, "at risk", transform=axes.transAxes, color=SOFT, ha="right", va="top", fontsize=8.5)
+    axes.text(-0.06, -0.2, "at risk", transform=axes.transAxes, color=SOFT, ha="right", va="top", fontsize=8.5)
     axes.legend(loc="lower left", frameon=False)
     return figure
 
@@ -166,7 +173,7 @@ def forest(rows: Sequence[tuple[str, float, float, float]], xlabel: str, referen
 
 
 def _axes(xlabel: str, ylabel: str, *, height: float = 3.3) -> "tuple[Figure, Axes]":
-    figure = Figure(figsize=(4.6, height))
+    figure = Figure(figsize=(4.6, height), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
@@ -180,8 +187,8 @@ def _axes(xlabel: str, ylabel: str, *, height: float = 3.3) -> "tuple[Figure, Ax
 
 def _square(xlabel: str, ylabel: str) -> "tuple[Figure, Axes]":
     figure, axes = _axes(xlabel, ylabel, height=4.3)
-    axes.set_xlim(-0.01, 1.01)
-    axes.set_ylim(-0.01, 1.01)
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
     axes.set_aspect("equal")
     return figure, axes
 

@@ -23,6 +23,7 @@ from .run_tables import (
     Table,
     cohort_table,
     folds_table,
+    interval,
     metric_name,
     metrics_table,
     missing_slides,
@@ -74,7 +75,7 @@ def write_run_report(run: Path) -> Path:
         level=level,
         task_kind=read.task.kind,
         metrics=metrics_table(here, read.task),
-        per_class=per_class_table(here),
+        per_class=per_class_table(here, outcomes),
         folds=folds_table(here),
         slides=metrics_table(metrics[metrics["level"] == "slide"], read.task) if level == "patient" else None,
         subgroups=_subgroups(here, read.task),
@@ -86,6 +87,7 @@ def write_run_report(run: Path) -> Path:
         cohort=cohort_table(read),
         splits=splits_table(read),
         missing=missing_slides(read),
+        remarks=[str(note) for note in read.facts.get("notes") or []],
         settings=settings_table(read),
         configuration=read.configuration,
     )
@@ -95,12 +97,10 @@ def _subgroups(metrics: "pd.DataFrame", task: Task) -> "list[tuple[str, Picture,
     """For each subgroup column: its name, a forest plot of the first metric, and a table."""
     result = []
     rows = metrics[metrics["scope"].str.startswith("subgroup:") & ~metrics["metric"].str.contains(":")]
-    if rows.empty:
-        return []
-    parts = rows["scope"].str.removeprefix("subgroup:").str.partition("=")
+    columns_of = rows["scope"].map(lambda scope: scope.removeprefix("subgroup:").partition("=")[0])
     primary = PRIMARY_METRIC[task.kind]
-    for column in dict.fromkeys(parts[0]):
-        of_column = rows[parts[0] == column]
+    for column in dict.fromkeys(columns_of):
+        of_column = rows[columns_of == column]
         names = list(dict.fromkeys(of_column["metric"]))
         columns = [column, "n", *map(metric_name, names)]
         table: list[list[Cell]] = []
@@ -123,7 +123,7 @@ def _delong(outcomes: Outcomes, rows: "pd.DataFrame") -> str | None:
     if not isinstance(outcomes, Classes) or len(outcomes.names) != 2 or rows["patient_id"].duplicated().any():
         return None
     low, high = delong_interval(outcomes.target == 1, outcomes.probability[:, 1])
-    return f"{number(low)} to {number(high)}" if np.isfinite(low) else None
+    return interval(low, high) if np.isfinite(low) else None
 
 
 def _description(run: Run) -> str:
@@ -138,7 +138,7 @@ def _facts(run: Run, metrics: "pd.DataFrame", rows: "pd.DataFrame") -> list[tupl
     facts = []
     if primary in pooled.index:
         value, low, high = (float(pooled[column][primary]) for column in ("value", "low", "high"))
-        small = f"95% interval {number(low)}–{number(high)}" if np.isfinite(low) else "no interval"
+        small = f"95% interval {interval(low, high)}" if np.isfinite(low) else "no interval"
         facts.append((metric_name(primary), number(value), small))
     facts.append(("Test patients", f"{rows['patient_id'].nunique():,}", ""))
     slides = run.predictions[(run.predictions["level"] == "slide") & (run.predictions["part"] == "test")]
@@ -221,7 +221,11 @@ def _calibration(outcomes: Classes | Labels, curves: dict[str, Curve]) -> Pictur
         figure = run_figures.calibration({"": (correct, confidence)}, xlabel, ylabel)
     else:
         figure = run_figures.calibration(curves, "Predicted probability", "Share that is positive")
-    return picture(figure, "Calibration curve", "Calibration in bins of 0.1; larger points hold more patients.")
+    return picture(
+        figure,
+        "Calibration curve",
+        "Calibration in bins of 0.1; larger points hold more patients, bins of fewer than 5 are not drawn.",
+    )
 
 
 def _survival_pictures(

@@ -1,13 +1,12 @@
 """The words and tables of run reports and comparisons."""
 
-import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..evaluation.classification import Classes, Labels
 from ..evaluation.evaluate import PRIMARY_METRIC
-from ..evaluation.outcomes import read_outcomes
+from ..evaluation.outcomes import Outcomes, read_outcomes
 from ..evaluation.regression import Values
 from ..evaluation.scopes import select
 from ..task import CLASSIFICATION, Task
@@ -28,7 +27,7 @@ METRIC_NAMES = {
     "f1": "F1",
     "quadratic_kappa": "Quadratic kappa",
     "brier": "Brier score",
-    "ece": "Expected calibration error",
+    "ece": "Calibration error",
     "log_loss": "Log-loss",
     "mae": "Mean absolute error",
     "r2": "R²",
@@ -72,14 +71,21 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.4g}"
 
 
+def interval(low: float, high: float) -> str:
+    """`0.870–0.948`, or `-0.020 to 0.110` where a dash could be taken for a minus."""
+    return f"{number(low)}{'–' if low >= 0 else ' to '}{number(high)}"
+
+
 def with_interval(value: float, low: float, high: float) -> str:
-    """`0.912 (0.870 to 0.948)`."""
-    return f"{number(value)} ({number(low)} to {number(high)})" if np.isfinite([low, high]).all() else number(value)
+    """`0.912 (0.870–0.948)`."""
+    return f"{number(value)} ({interval(low, high)})" if np.isfinite([low, high]).all() else number(value)
 
 
 def task_text(task: Task) -> str:
     """What was predicted, in a few words."""
-    text = f"{TASK_NAMES[task.kind]} of {' and '.join(task.label[:3])}" + (" and others" if len(task.label) > 3 else "")
+    if task.kind == "survival":
+        return f"Survival: time {task.label[0]}, event {task.label[1]}"
+    text = f"{TASK_NAMES[task.kind]} of {', '.join(task.label[:6])}{', …' if len(task.label) > 6 else ''}"
     if task.kind in CLASSIFICATION:
         text += f" ({', '.join(task.classes[:6])}{', …' if len(task.classes) > 6 else ''})"
     return text
@@ -94,41 +100,41 @@ def metrics_table(metrics: "pd.DataFrame", task: Task) -> Table | None:
     used = [scope for scope in scopes if (plain["scope"] == scope).any()]
     columns = [
         "Metric",
-        *(f"{scopes[scope]} (95% interval)" if len(used) > 1 else "Value (95% interval)" for scope in used),
+        *(scopes[scope] if len(used) > 1 else "Value, 95% interval" for scope in used),
     ]
     order = sorted(dict.fromkeys(plain["metric"]), key=lambda name: name != PRIMARY_METRIC[task.kind])
     rows: list[list[Cell]] = [
-        [metric_name(metric), *(_cell(plain, scope, metric) for scope in used)] for metric in order
+        [metric_name(metric), *(narrow_cell(plain, scope, metric) for scope in used)] for metric in order
     ]
     return Table(columns, rows, columns[1:])
 
 
-def _cell(metrics: "pd.DataFrame", scope: str, metric: str) -> str:
-    chosen = metrics[(metrics["scope"] == scope) & (metrics["metric"] == metric)]
-    return with_interval(*chosen.iloc[0][["value", "low", "high"]]) if len(chosen) else "–"
-
-
 def narrow_cell(metrics: "pd.DataFrame", scope: str, metric: str) -> Cell:
-    """A metric of a scope with its interval below, for wide tables."""
+    """A metric of a scope with its interval below."""
     chosen = metrics[(metrics["scope"] == scope) & (metrics["metric"] == metric)]
     if not len(chosen):
         return "–"
     value, low, high = chosen.iloc[0][["value", "low", "high"]]
-    return (number(value), f"{number(low)} to {number(high)}") if np.isfinite([low, high]).all() else number(value)
+    return (number(value), interval(low, high)) if np.isfinite([low, high]).all() else number(value)
 
 
-def per_class_table(metrics: "pd.DataFrame") -> Table | None:
-    """Classes or labels down, metrics across, pooled."""
+def per_class_table(metrics: "pd.DataFrame", outcomes: Outcomes) -> Table | None:
+    """Classes or labels down, with how many patients are of each; metrics across, pooled."""
     rows = metrics[(metrics["scope"] == "pooled") & metrics["metric"].str.contains(":")]
     if not len(rows):
         return None
     parts = rows["metric"].str.partition(":")
     names, of = list(dict.fromkeys(parts[0])), list(dict.fromkeys(parts[2]))
-    columns = ["", "n", *(metric_name(name) for name in names)]
     table: list[list[Cell]] = []
     for label in of:
-        n = rows.loc[parts[2] == label, "n"].iloc[0]
-        table.append([label, f"{n:,}", *(narrow_cell(rows, "pooled", f"{name}:{label}") for name in names)])
+        if isinstance(outcomes, Labels):
+            target = outcomes.target[:, outcomes.names.index(label)]
+            n = f"{int(np.nansum(target)):,} of {int((~np.isnan(target)).sum()):,}"
+        else:
+            assert isinstance(outcomes, Classes)
+            n = f"{int((outcomes.target == outcomes.names.index(label)).sum()):,} of {len(outcomes):,}"
+        table.append([label, n, *(narrow_cell(rows, "pooled", f"{name}:{label}") for name in names)])
+    columns = ["Label" if isinstance(outcomes, Labels) else "Class", "Positive", *(metric_name(name) for name in names)]
     return Table(columns, table, columns[1:])
 
 
@@ -242,19 +248,27 @@ def cohort_table(run: Run) -> Table | None:
 
 
 def splits_table(run: Run) -> Table | None:
-    """Patients and slides by part of each fold."""
-    splits = run.splits
+    """Patients and slides by part of each fold, with the patients of each class below."""
+    splits, cohort, task = run.splits, run.cohort, run.task
     if splits is None or "patient_id" not in splits:
         return None
     folds = [name for name in map(str, splits) if name.startswith("fold_")]
     parts = [part for part in ("train", "val", "test") if any((splits[fold] == part).any() for fold in folds)]
+    labels = None
+    if task.kind in CLASSIFICATION and cohort is not None and task.label[0] in cohort:
+        labels = cohort.set_index("slide_id")[task.label[0]]
     rows: list[list[Cell]] = []
     for fold in folds:
-        cells = []
+        cells: list[Cell] = [fold.removeprefix("fold_")]
         for part in parts:
             chosen = splits[splits[fold] == part]
-            cells.append(f"{chosen['patient_id'].nunique():,} / {len(chosen):,}")
-        rows.append([fold.removeprefix("fold_"), *cells])
+            text = f"{chosen['patient_id'].nunique():,} / {len(chosen):,}"
+            if labels is None:
+                cells.append(text)
+            else:
+                of_class = chosen.groupby(chosen["slide_id"].map(labels).astype(str))["patient_id"].nunique()
+                cells.append((text, ", ".join(f"{count:,} {name}" for name, count in of_class.items())))
+        rows.append(cells)
     columns = ["Fold", *({"train": "Training", "val": "Validation", "test": "Test"}[part] for part in parts)]
     return Table(columns, rows, columns[1:])
 
@@ -263,8 +277,8 @@ def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
     """Slides that are in the table or the folder but not in the run."""
     found = []
     for key, name in (
-        ("slides_without_features", "Slides without features"),
-        ("features_without_label", "Features without a label"),
+        ("without_features", "Slides without features"),
+        ("without_label", "Features without a label"),
     ):
         slides = run.facts.get(key) or []
         if slides:
@@ -274,24 +288,19 @@ def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
 
 def settings_table(run: Run) -> Table:
     """What `run.json` says of the run, without what is told elsewhere."""
-    told = {"task", "slides_without_features", "features_without_label", "counts"}
-    rows: list[list[Cell]] = []
-
-    def add(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                add(f"{name}, {key}" if name else str(key), inner)
-        elif value is not None and value != "":
-            text = (
-                json.dumps(value)
-                if isinstance(value, list)
-                else f"{value:.6g}"
-                if isinstance(value, float)
-                else str(value)
-            )
-            rows.append([name.replace("_", " "), text])
-
-    for key, value in run.facts.items():
-        if key not in told:
-            add(str(key), value)
+    told = {"task", "without_features", "without_label", "notes", "counts", "finished", "trained_folds"}
+    facts = {name: _fact(value) for name, value in run.facts.items() if name not in told}
+    rows: list[list[Cell]] = [[name.replace("_", " "), text] for name, text in facts.items() if text]
     return Table(["Setting", "Value"], rows, [])
+
+
+def _fact(value: Any) -> str:
+    """A value of JSON in words; nothing for null."""
+    if isinstance(value, dict):
+        parts = {str(name).replace("_", " "): _fact(inner) for name, inner in value.items()}
+        return ", ".join(f"{name} {text}" for name, text in parts.items() if text)
+    if isinstance(value, list):
+        return ", ".join(map(_fact, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)

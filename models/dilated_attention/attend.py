@@ -18,9 +18,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tu
 
     Args:
         q: `(B, H, M, D)`.
-        k: `(B, H, M, D)`.
-        v: `(B, H, M, D)`.
-        is_causal: Whether key j is visible to query i only when j <= i.
+        k: `(B, H, N, D)`.
+        v: `(B, H, N, D)`.
+        is_causal: Whether key j is visible to query i only when j <= i; then M must be N.
         scale: Factor of the logits.
 
     Returns:
@@ -49,8 +49,8 @@ def attend_backward(
     Args:
         grad: `(B, H, M, D)` gradient of the output.
         q: `(B, H, M, D)`.
-        k: `(B, H, M, D)`.
-        v: `(B, H, M, D)`.
+        k: `(B, H, N, D)`.
+        v: `(B, H, N, D)`.
         output: `(B, H, M, D)` output of the whole softmax.
         log_sum: `(B, H, M)` log-sum-exp of the whole softmax.
         is_causal: As in the forward.
@@ -65,10 +65,9 @@ def attend_backward(
             grad, q, k, v, output, log_sum, 0.0, is_causal, scale=scale
         )
     elif kernel == "flash":
-        slots = q.shape[2]
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that is not used
         grads = _aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, output, log_sum.float().contiguous(), None, None, slots, slots, 0.0, is_causal, seed,
+            grad, q, k, v, output, log_sum.float().contiguous(), None, None, q.shape[2], k.shape[2], 0.0, is_causal, seed,
             torch.zeros((), dtype=torch.uint64, device=q.device), scale=scale,
         )  # fmt: skip
     elif kernel == "efficient":
@@ -96,9 +95,9 @@ def _kernel(q: Tensor) -> str:
     return "plain"
 
 
-def _blocks(q: Tensor) -> list[slice]:
+def _blocks(q: Tensor, k: Tensor) -> list[slice]:
     batch, heads, slots = q.shape[:3]
-    rows = max(1, _MAX_LOGITS // (batch * heads * slots))
+    rows = max(1, _MAX_LOGITS // (batch * heads * k.shape[2]))
     return [slice(start, start + rows) for start in range(0, slots, rows)]
 
 
@@ -113,7 +112,7 @@ def _logits(q: Tensor, k: Tensor, rows: slice, is_causal: bool, scale: float) ->
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     outputs, log_sums = [], []
-    for rows in _blocks(q):
+    for rows in _blocks(q, k):
         logits = _logits(q, k, rows, is_causal, scale)
         outputs.append(logits.softmax(3).to(v.dtype) @ v)
         log_sums.append(logits.logsumexp(3))
@@ -125,7 +124,7 @@ def _plain_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
     delta = (grad * output).sum(3, keepdim=True)
-    for rows in _blocks(q):
+    for rows in _blocks(q, k):
         share = (_logits(q, k, rows, is_causal, scale) - log_sum[:, :, rows, None]).exp().to(q.dtype)
         grad_v += share.transpose(2, 3) @ grad[:, :, rows]
         grad_logits = scale * share * (grad[:, :, rows] @ v.transpose(2, 3) - delta[:, :, rows])

@@ -43,20 +43,9 @@ class _GatherAttention(torch.autograd.Function):
         output = q.new_zeros(batch, length * heads, dim, dtype=accumulate)
         log_sum = q.new_full((batch, length * heads), -torch.inf, dtype=accumulate)
         for index, shape, zero_slots in _pieces(length, heads, branches, q.device):
-            taken_q, taken_k, taken_v = (_take(x, index, shape) for x in (q, k, v))
+            taken_q, taken_k, taken_v = (take(x, index, shape) for x in (q, k, v))
             piece, piece_sum = attend(taken_q, taken_k, taken_v, is_causal, scale)
-            piece_sum = piece_sum.to(accumulate)
-            if zero_slots and not is_causal:
-                full_sum = torch.logaddexp(piece_sum, piece_sum.new_tensor(math.log(zero_slots)))
-                piece = piece * (piece_sum - full_sum).exp()[..., None]
-                piece_sum = full_sum
-            piece, piece_sum = _flat(piece, batch), _flat(piece_sum[..., None], batch)[..., 0]
-            before = log_sum[:, index]
-            merged = torch.logaddexp(before, piece_sum)
-            output[:, index] = (
-                output[:, index] * (before - merged).exp()[..., None] + piece * (piece_sum - merged).exp()[..., None]
-            )
-            log_sum[:, index] = merged
+            merge(output, log_sum, index, piece, piece_sum, 0 if is_causal else zero_slots)
         result = output.to(q.dtype).view(q.shape)
         ctx.save_for_backward(q, k, v, result, log_sum)
         ctx.settings = (branches, is_causal, scale)
@@ -71,26 +60,27 @@ class _GatherAttention(torch.autograd.Function):
         batch, length, heads, dim = q.shape
         grads = [torch.zeros(batch, length * heads, dim, dtype=log_sum.dtype, device=q.device) for _ in range(3)]
         for index, shape, _ in _pieces(length, heads, branches, q.device):
-            piece_sum = _take(log_sum.view(batch, length, heads, 1), index, shape)[..., 0]
+            piece_sum = take(log_sum[..., None], index, shape)[..., 0]
             taken_grad, taken_q, taken_k, taken_v, taken_output = (
-                _take(x, index, shape) for x in (grad, q, k, v, output)
+                take(x, index, shape) for x in (grad, q, k, v, output)
             )
             pieces = attend_backward(taken_grad, taken_q, taken_k, taken_v, taken_output, piece_sum, is_causal, scale)
             for total, piece in zip(grads, pieces, strict=True):
-                total[:, index] += _flat(piece, batch)  # a branch covers a token and head once: no index comes twice
+                total[:, index] += flat(piece, batch)  # a branch covers a token and head once: no index comes twice
         return (*(total.to(q.dtype).view(q.shape) for total in grads), None, None, None)
 
 
-_Piece = tuple[Tensor, tuple[int, int, int], int]
+Piece = tuple[Tensor, tuple[int, int, int], int]
+"""Flat indices `token * heads + head`, in the order (segment, slot, head); that shape; the number of zero-key slots."""
 
 
-def _pieces(length: int, heads: int, branches: tuple[tuple[int, int], ...], device: torch.device) -> Iterator[_Piece]:
+def _pieces(length: int, heads: int, branches: tuple[tuple[int, int], ...], device: torch.device) -> Iterator[Piece]:
     for segment_length, ratio in branches:
-        yield from _branch_pieces(length, heads, min(segment_length, length), ratio, device)
+        yield from branch_pieces(length, heads, min(segment_length, length), ratio, device)
 
 
 @lru_cache(maxsize=8)  # a few branches: every layer asks for the same ones
-def _branch_pieces(length: int, heads: int, width: int, ratio: int, device: torch.device) -> list[_Piece]:
+def branch_pieces(length: int, heads: int, width: int, ratio: int, device: torch.device) -> list[Piece]:
     """Parts of a branch with one number of real slots: (segments, slots, heads) that attend in one call.
 
     Returns:
@@ -100,7 +90,7 @@ def _branch_pieces(length: int, heads: int, width: int, ratio: int, device: torc
     slots = math.ceil(width / ratio)
     offsets = torch.arange(heads) // math.ceil(heads / ratio)
     whole, tail = length // width * width, length % width
-    pieces: list[_Piece] = []
+    pieces: list[Piece] = []
     for first, segments, extent in ((0, length // width, width), (whole, 1, tail)):
         real_slots = ((extent - offsets + ratio - 1) // ratio).clamp(min=0)
         for real in sorted(set(real_slots.tolist()) - {0}):
@@ -116,13 +106,40 @@ def _branch_pieces(length: int, heads: int, width: int, ratio: int, device: torc
     return pieces
 
 
-def _take(x: Tensor, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """(B, L, H, D) -> (B * segments, heads, slots, D)."""
+def take(x: Tensor, index: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """(B, L, H, D) or (B, L * H, D) -> (B * segments, heads, slots, D)."""
     segments, slots, heads = shape
     taken = x.reshape(len(x), -1, x.shape[-1])[:, index]
     return taken.view(len(x) * segments, slots, heads, -1).transpose(1, 2)
 
 
-def _flat(piece: Tensor, batch: int) -> Tensor:
+def flat(piece: Tensor, batch: int) -> Tensor:
     """(B * segments, heads, slots, D) -> (B, segments * slots * heads, D), the order of the indices."""
     return piece.transpose(1, 2).reshape(batch, -1, piece.shape[-1])
+
+
+def merge(
+    output: Tensor, log_sum: Tensor, index: Tensor, piece: Tensor, piece_sum: Tensor, zero_slots: int = 0
+) -> None:
+    """Take one piece's attention into the running softmax, in place.
+
+    Args:
+        output: `(B, L * H, D)` of the keys so far.
+        log_sum: `(B, L * H)` log-sum-exp of their logits; `-inf` where there were none.
+        index: Flat indices of the piece's queries; none comes twice.
+        piece: `(B * segments, heads, slots, D)` attention to the piece's keys.
+        piece_sum: `(B * segments, heads, slots)` log-sum-exp of their logits.
+        zero_slots: Zero keys with zero values to add to the piece.
+    """
+    piece_sum = piece_sum.to(log_sum.dtype)
+    if zero_slots:
+        full_sum = torch.logaddexp(piece_sum, piece_sum.new_tensor(math.log(zero_slots)))
+        piece = piece * (piece_sum - full_sum).exp()[..., None]
+        piece_sum = full_sum
+    piece, piece_sum = flat(piece, len(output)), flat(piece_sum[..., None], len(output))[..., 0]
+    before = log_sum[:, index]
+    merged = torch.logaddexp(before, piece_sum)
+    output[:, index] = (
+        output[:, index] * (before - merged).exp()[..., None] + piece * (piece_sum - merged).exp()[..., None]
+    )
+    log_sum[:, index] = merged

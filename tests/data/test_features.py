@@ -57,6 +57,17 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["slide 1.h5"], "nothing temporary is left"
 
 
+def test_a_look_at_a_file_leaves_the_embeddings_on_the_disk(tmp_path: Path) -> None:
+    write_features(tmp_path / "a.h5", complete())
+    clam = write(tmp_path / "b.h5", {"features": np.ones((20, 6), np.float32), "coords": grid()[::-1]})
+    for path in (tmp_path / "a.h5", clam):
+        look, whole = read_features(path, embeddings=False), read_features(path)
+        assert (look.features.shape, look.features.dtype) == (whole.features.shape, whole.features.dtype)
+        assert look.features.strides == (0, 0), "no memory is taken"
+        assert (look.encoder, look.layout, look.target_mpp) == (whole.encoder, whole.layout, whole.target_mpp)
+        np.testing.assert_array_equal(look.cells, whole.cells)
+
+
 def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     write_features(tmp_path / "a.h5", complete())
     with h5py.File(tmp_path / "a.h5") as file:

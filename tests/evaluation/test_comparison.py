@@ -46,7 +46,7 @@ def test_the_interval_of_the_difference_is_paired(binary_predictions: Make) -> N
 
 
 def test_intervals_and_p_values_are_right_when_two_runs_are_equally_good(binary_predictions: Make) -> None:
-    runs, covered, rejected = 120, 0, 0
+    runs, covered, rejected = 100, 0, 0
     for seed in range(runs):
         pair = {name: binary_predictions(120, 1.0, seed=seed, noise_seed=i) for i, name in enumerate("ab")}
         row = difference(compare_predictions(pair, BINARY, bootstrap=200, seed=seed), "brier")

@@ -74,7 +74,7 @@ def test_copies_of_a_slide_do_not_make_an_interval_narrower(binary_predictions: 
 def test_permuted_labels_are_at_chance_with_an_interval_that_covers_it(binary_predictions: Make) -> None:
     predictions = binary_predictions(150, 2.0, folds=5)
     assert only(evaluate(predictions, BINARY, bootstrap=200), "auroc")["low"] > 0.8
-    random, permutations, covered = np.random.default_rng(0), 60, 0
+    random, permutations, covered = np.random.default_rng(0), 40, 0
     for _ in range(permutations):
         predictions["target"] = random.permutation(predictions["target"])
         row = only(evaluate(predictions, BINARY, bootstrap=200), "auroc")
@@ -128,7 +128,9 @@ def test_subgroups_are_by_columns_of_the_cohort(binary_predictions: Make) -> Non
     assert only(metrics, "auroc", "subgroup:site=Turin", "slide")["n"] == 120
     assert only(metrics, "brier", "subgroup:stage=missing")["n"] == 10
     ages = metrics[metrics["scope"].str.startswith("subgroup:age=") & (metrics["metric"] == "brier")]
-    assert ages[ages["level"] == "patient"]["n"].tolist() == [25, 25, 25, 25]
+    ages = ages[ages["level"] == "patient"]
+    assert ages["n"].tolist() == [25, 25, 25, 25]
+    assert ages["scope"].iloc[0] == "subgroup:age=30 to 42.375"
     assert only(metrics, "auroc", "subgroup:scanner=several")["n"] == 100, "patients with slides of both scanners"
     assert only(metrics, "auroc", "subgroup:scanner=old", "slide")["n"] == 100
     with pytest.raises(LongslideError, match=r"no column 'sex'.*site, age, scanner, stage"):
@@ -164,12 +166,13 @@ def test_missing_labels_are_left_out_label_by_label(binary_predictions: Make) ->
         frame[f"prediction_{name}"] = (frame[f"probability_{name}"] > 0.5).astype(int)
     frame.loc[:29, "target_kras"] = np.nan
     frame["target_never"] = np.nan
+    frame["target_kras"] = frame["target_kras"].astype("Int64")  # as it is before it goes to a file
     metrics = evaluate(frame, Task("multilabel", labels, labels), bootstrap=50)
     assert only(metrics, "auroc:egfr")["n"] == 80
     kras = only(metrics, "auroc:kras")
     assert kras["n"] == 50
     known = frame.iloc[30:]
-    assert kras["value"] == roc_auc_score(known["target_kras"], known["probability_kras"])
+    assert kras["value"] == roc_auc_score(known["target_kras"].astype(int), known["probability_kras"])
     assert only(metrics, "auroc")["value"] == pytest.approx((kras["value"] + only(metrics, "auroc:egfr")["value"]) / 2)
     assert "auroc:never" not in set(metrics["metric"])
 

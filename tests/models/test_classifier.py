@@ -106,7 +106,8 @@ if __name__ == "__main__":
     )
     class Data(lightning.LightningDataModule):
         def train_dataloader(self):  # ranks with different numbers of bags
-            return DataLoader([[batch(0, 1, 2), batch(4)], [batch(3), batch(5, 6)]][self.trainer.global_rank], batch_size=None)
+            batches = [[batch(0, 1, 2), batch(4)], [batch(3), batch(5, 6)]]
+            return DataLoader(batches[self.trainer.global_rank], batch_size=None)
         def val_dataloader(self):  # the last bag comes twice
             return DataLoader([[batch(0, 1)], [batch(2, 3, 1)]][self.trainer.global_rank], batch_size=None)
     trainer.fit(model, datamodule=Data())

@@ -45,7 +45,7 @@ def test_the_numbers_of_the_published_implementation_hold(name: str) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_outputs_and_gradients_are_those_of_naive_whatever_the_lengths_and_ratios(seed: int) -> None:
     rng = random.Random(seed)
-    largest = rng.choice([1, 2, 4, 6, 8])
+    largest = rng.choice([1, 2, 4, 8])
     ratios = [largest, *rng.choices([r for r in range(1, largest + 1) if largest % r == 0], k=rng.randint(0, 3))]
     lengths = [rng.randint(1, 200) for _ in ratios]
     shape = (rng.choice([1, 2]), rng.choice([1, 2, 5, rng.randint(1, 250)]), rng.randint(1, 5), rng.choice([4, 16, 48]))

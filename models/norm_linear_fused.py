@@ -1,0 +1,175 @@
+"""`norm_linear` on a GPU: one Triton kernel each way around the matrix products."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+NORMAL = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _forward(
+    x, residual, total, weight, bias, y, mean, scale, rows, eps,
+    N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < N
+    where = row[:, None] * N + column[None, :]
+    mask = (row < rows)[:, None] & inside[None, :]
+    value = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        value += tl.load(residual + where, mask=mask, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty)
+        tl.store(total + where, value, mask=mask)
+        value = value.to(tl.float32)
+    if GELU:
+        value = 0.5 * value * (1.0 + tl.math.erf(value * SQRT_HALF))
+    centre = tl.sum(value, 1) / N
+    value = tl.where(inside[None, :], value - centre[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(value * value, 1) / N + eps)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    value = value * inverse[:, None] * w[None, :] + b[None, :]
+    tl.store(y + where, value.to(y.dtype.element_ty), mask=mask)
+    tl.store(mean + row, centre, mask=row < rows)
+    tl.store(scale + row, inverse, mask=row < rows)
+
+
+@triton.jit
+def _backward(
+    x, grad_y, grad_total, weight, bias, mean, scale, grad_x, grad_sum, y, grad_weight, grad_bias, rows,
+    N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TOTAL: tl.constexpr, SUM: tl.constexpr,
+    GELU: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every so many-th group of rows and keeps the gradients of weight and bias in registers."""
+    column = tl.arange(0, BLOCK)
+    inside = column < N
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    sum_w = tl.zeros((ROWS, BLOCK), tl.float32)
+    sum_b = tl.zeros((ROWS, BLOCK), tl.float32)
+    for group in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = (group * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        where = row[:, None] * N + column[None, :]
+        mask = (row < rows)[:, None] & inside[None, :]
+        value = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
+        slope = value
+        if GELU:
+            share = 0.5 * (1.0 + tl.math.erf(value * SQRT_HALF))
+            slope = share + value * NORMAL * tl.exp(-0.5 * value * value)
+            value = value * share
+        centre = tl.load(mean + row, mask=row < rows, other=0.0)
+        inverse = tl.load(scale + row, mask=row < rows, other=0.0)
+        value = tl.where(mask, (value - centre[:, None]) * inverse[:, None], 0.0)
+        tl.store(y + where, (value * w[None, :] + b[None, :]).to(y.dtype.element_ty), mask=mask)
+        grad = tl.load(grad_y + where, mask=mask, other=0.0).to(tl.float32)
+        sum_w += grad * value
+        sum_b += grad
+        grad = grad * w[None, :]
+        along = tl.sum(grad * value, 1) / N
+        level = tl.sum(grad, 1) / N
+        grad = (grad - level[:, None] - value * along[:, None]) * inverse[:, None]
+        if GELU:
+            grad = grad * slope
+        if TOTAL:
+            grad += tl.load(grad_total + where, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_x + where, grad.to(grad_x.dtype.element_ty), mask=mask)
+        if SUM:
+            tl.store(grad_sum + where, grad.to(grad_sum.dtype.element_ty), mask=mask)
+    where = tl.program_id(0) * N + column
+    tl.store(grad_weight + where, tl.sum(sum_w, 0), mask=inside)
+    tl.store(grad_bias + where, tl.sum(sum_b, 0), mask=inside)
+
+
+def _shape(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"N": width, "BLOCK": block, "ROWS": max(1, min(4, 4096 // block)), "num_warps": 4 if block <= 1024 else 8}
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        gelu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        rows, width = x.shape
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        mean, scale = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+        total = x
+        if residual is not None:
+            residual = residual.contiguous()
+            total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+        shape = _shape(width)
+        grid = (triton.cdiv(rows, shape["ROWS"]),)
+        _forward[grid](
+            x, residual, total, norm_weight, norm_bias, y, mean, scale, rows, eps,
+            RESIDUAL=residual is not None, GELU=gelu, **shape,
+        )  # fmt: skip
+        with torch.autocast(device, enabled=False):
+            output = torch.nn.functional.linear(y, weight.to(dtype), bias.to(dtype))
+        ctx.save_for_backward(total, mean, scale, norm_weight, norm_bias, weight)
+        ctx.settings = (gelu, dtype, x.dtype, None if residual is None else residual.dtype, bias.dtype)
+        if residual is None:
+            ctx.mark_non_differentiable(total)
+        return output, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, mean, scale, norm_weight, norm_bias, weight = ctx.saved_tensors
+        gelu, dtype, x_dtype, residual_dtype, bias_dtype = ctx.settings
+        if residual_dtype is None:
+            grad_total = None
+        grad = grad.contiguous()
+        rows, width = total.shape
+        grad_y = grad @ weight.to(dtype)
+        y = torch.empty(total.shape, dtype=dtype, device=total.device)
+        grad_x = torch.empty(total.shape, dtype=x_dtype, device=total.device)
+        # The gradient of the residual is that of x, in a dtype of its own.
+        grad_sum = grad_x if residual_dtype in (None, x_dtype) else torch.empty_like(total, dtype=residual_dtype)
+        shape = _shape(width)
+        programs = min(triton.cdiv(rows, shape["ROWS"]), 512)
+        grad_norm = torch.empty(2, programs, width, dtype=torch.float32, device=total.device)
+        _backward[(programs,)](
+            total, grad_y, None if grad_total is None else grad_total.contiguous(), norm_weight, norm_bias, mean, scale,
+            grad_x, grad_sum, y, grad_norm[0], grad_norm[1], rows,
+            TOTAL=grad_total is not None, SUM=grad_sum is not grad_x, GELU=gelu, **shape,
+        )  # fmt: skip
+        grad_norm_weight, grad_norm_bias = grad_norm.sum(1).to(norm_weight.dtype)
+        return (
+            grad_x,
+            None if residual_dtype is None else grad_sum,
+            grad_norm_weight,
+            grad_norm_bias,
+            (grad.T @ y).to(weight.dtype),
+            grad.sum(0).to(bias_dtype),
+            None,
+            None,
+        )
+
+
+def fused_norm_linear(
+    x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, residual: Tensor | None, gelu: bool
+) -> tuple[Tensor, Tensor]:
+    """See `norm_linear`."""
+    output: Tensor
+    output, total = _NormLinear.apply(
+        x, residual, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps, gelu
+    )  # fmt: skip
+    return output, x if residual is None else total
