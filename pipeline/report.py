@@ -99,6 +99,7 @@ def _report(folder: Path, embed_mb: float) -> ReportResult:
         patient_columns=_patient_columns(patients),
         checkpoints=sorted({point["path"] for one in done for point in one.content["checkpoints"]}),
         pictures=_pictures_note(done, inside),
+        source="src" if inside else "data-src",
         warned=sum(bool(one.prediction.warnings) for one in done if one.prediction),
     )
     failed = sum(one.status == "failed" for one in rows)

@@ -150,7 +150,7 @@ def test_an_ensemble_shows_the_mean_of_its_classifiers() -> None:
 )
 def test_every_task_is_explained_by_the_numbers_it_predicts(task: Task, names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
-    facts = TrainingFacts(task, DIM, positives=(5,) * len(task.classes), observed=(10,) * len(task.classes))
+    facts = TrainingFacts(task, DIM)
     model = SlideClassifier(facts, "abmil", abmil=ABMILOptions(width=16, attention_width=8)).eval()
     features, cells, _ = slides(1, seed=3)[0]
     found = explain_ensemble(ClassifierEnsemble([model], ["x"]), features, cells, "integrated-gradients")

@@ -334,6 +334,8 @@ def test_a_second_run_does_only_what_is_missing(home: Path, job: dict[str, Any])
     assert {path.stem for path in after if after[path] != before[path]} == {"b"}
     lock = claim(job["output"], "c prediction")
     assert lock is not None
+    assert predict(**job) == first, "another process is at work on what is done already"
+    (job["output"] / "c.json").unlink()
     [*_, busy] = predict(**job)
     lock.release()
     assert (busy.status, busy.ok) == ("skipped", True)

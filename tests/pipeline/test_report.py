@@ -53,7 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sources(page: str) -> list[str]:
-    return [html.unescape(source) for source in re.findall(r'<img src="([^"]*)"', page)]
+    return [html.unescape(source) for source in re.findall(r'<img (?:data-)?src="([^"]*)"', page)]
 
 
 def test_one_page_holds_all_that_is_known_and_needs_nothing_else(results: Path) -> None:
@@ -233,8 +233,10 @@ def test_print_shows_every_slide(results: Path, tmp_path: Path) -> None:
         capture_output=True,
         timeout=120,
     )
-    pages = len(re.findall(rb"/Type\s*/Page\b", target.read_bytes()))
+    printed = target.read_bytes()
+    pages = len(re.findall(rb"/Type\s*/Page\b", printed))
     assert 4 <= pages <= 8, "the tables, and a page for each of the three slides"
+    assert len(re.findall(rb"/Subtype\s*/Image\b", printed)) > 20, "thumbnails, overlays and galleries"
 
 
 def test_the_thumbnail_is_that_of_the_slide(results: Path) -> None:
