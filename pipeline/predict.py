@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.features import Features, read_features
-from ..data.slide import open_slide
+from ..data.slide import Slide, open_slide
 from ..data.slide_table import SlideEntry, find_slides
 from ..errors import LongslideError
 from .checkpoint_features import FeatureMaker, doubts
@@ -38,7 +38,7 @@ ExplainMethod = Literal["integrated-gradients", "gradient-x-input", "occlusion",
 
 
 def predict(
-    slides: str | Path | Sequence[str | Path],
+    slides: str | Path | Slide | Sequence[str | Path],
     checkpoint: list[str] | str,
     output: Path | None = None,
     features: Path | None = None,
@@ -61,7 +61,7 @@ def predict(
 
     Args:
         slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`; with a column `patient_id`
-            patients are predicted too.
+            patients are predicted too. In Python also one path, or an open slide.
         checkpoint: Checkpoint of a classifier; or a run folder, whose folds are averaged; or several, as `[a.ckpt, b.ckpt]`.
         output: Folder for `predictions.csv`, `summary.csv`, `<slide_id>.json` and pictures. Without one the predictions are
             only printed and returned.
@@ -86,7 +86,11 @@ def predict(
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.
     """
-    entries = find_slides([slides] if isinstance(slides, str | Path) else slides, slide_mpp)
+    if isinstance(slides, Slide):
+        given = slides.mpp.value if slides.mpp.source == "option" else slide_mpp
+        entries = [SlideEntry(slides.path, slides.slide_id, given)]
+    else:
+        entries = find_slides([slides] if isinstance(slides, str | Path) else slides, slide_mpp)
     if max_bad_tiles < 0 or batch_size < 1 or threads < 1:
         raise LongslideError("--max-bad-tiles must not be negative; --batch-size and --threads must be at least 1")
     with ExitStack() as resources:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longslide import LongslideError, embed, explain, predict, read_features, write_synthetic_slide
+from longslide import LongslideError, embed, explain, open_slide, predict, read_features, write_synthetic_slide
 from longslide.data.features import write_features
 from longslide.pipeline.cli import main
 from longslide.pipeline.job import claim
@@ -123,6 +123,10 @@ def test_existing_features_are_used_and_the_tile_encoder_is_not_needed(home: Pat
         predictions[0].predicted = "tumour"  # type: ignore[misc]
     [alone] = predict(home / "slides" / "a.svs", checkpoint=job["checkpoint"], features=job["features"], device="cpu")
     assert alone == predictions[0]
+    with open_slide(home / "slides" / "a.svs", slide_id="b") as slide:
+        [named] = predict(slide, checkpoint=job["checkpoint"], features=job["features"], device="cpu")
+    assert (named.slide_id, named.status) == ("b", "failed")
+    assert "slide b.svs there, a.svs now" in named.reason
 
 
 def test_what_test_gave_for_a_feature_file_predict_gives_for_its_slide(tmp_path: Path) -> None:
