@@ -381,7 +381,7 @@ class BagDataModule(lightning.LightningDataModule):
         sampler = TokenBudgetBatchSampler(
             dataset.lengths, shuffle=True, stratum=self._stratum() if self.balance else None, **self._sampling()
         )
-        return BagLoader(dataset, sampler, **self._loading())
+        return BagLoader(dataset, batch_size=None, sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """All validation bags in order, whole."""
@@ -427,4 +427,5 @@ class BagDataModule(lightning.LightningDataModule):
         if self.workers:
             fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
             options |= {"prefetch_factor": 2, "multiprocessing_context": "fork" if fork else None}
+            options["persistent_workers"] = True
         return options

@@ -104,9 +104,8 @@ class TokenBudgetBatchSampler(DistributedSampler[list[BagKey]]):
             if len(packed) <= self._count:
                 break
         else:
-            packed = self._pack(self._longest_first(order))[
-                : self._count
-            ]  # cuts off only where bags are drawn, not visited
+            packed = self._pack(self._longest_first(order))
+            packed = packed[: self._count]  # there are more only where bags are drawn, not visited
         draws: dict[int, int] = {}
         batches: list[list[BagKey]] = []
         for batch in packed:
@@ -170,18 +169,20 @@ def _halve_largest(batches: Sequence[list[BagKey]]) -> list[list[BagKey]] | None
 class BagLoader(DataLoader[Any]):
     """A data loader over a `TokenBudgetBatchSampler` that goes on within an epoch after a resume.
 
-    `state_dict` counts the batches handed out in this epoch. Lightning keeps it in the checkpoint and gives it back.
+    It takes the arguments of `DataLoader`, `batch_size` None among them: the sampler gives whole batches. `state_dict`
+    counts the batches handed out in this epoch; Lightning keeps it in the checkpoint and gives it back.
     """
 
-    def __init__(self, dataset: Any, sampler: TokenBudgetBatchSampler, **options: Any) -> None:
-        super().__init__(dataset, batch_size=None, sampler=sampler, **options)
-        self._epoch = 0
-        self._handed_out = 0
-        self._resume: dict[str, int] | None = None
+    _epoch = 0
+    _handed_out = 0
+    _resume: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """The batches; workers start with the first one, when the sampler knows its epoch."""
-        sampler: Any = self.sampler
+        sampler = self.sampler
+        if not isinstance(sampler, TokenBudgetBatchSampler):  # Lightning puts another in its place to overfit batches
+            yield from super().__iter__()
+            return
         self._epoch, self._handed_out = sampler.epoch, 0
         if (
             self._resume is not None
@@ -191,12 +192,9 @@ class BagLoader(DataLoader[Any]):
             self._handed_out = self._resume["batches"]
         self._resume = None
         sampler.start = self._handed_out
-        try:
-            for batch in super().__iter__():
-                self._handed_out += 1
-                yield batch
-        finally:
-            sampler.start = 0
+        for batch in super().__iter__():
+            self._handed_out += 1
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and batches handed out in it."""

@@ -1,8 +1,6 @@
 """Feature files: what is known of a slide after embedding, in HDF5; and the layouts other tools write."""
 
-import errno
 import io
-import os
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,6 +11,7 @@ import h5py
 import numpy as np
 
 from ..errors import LongslideError
+from .whole_file import write_whole
 
 SCHEMA = 1
 """Version of the layout, in the file attribute `schema`."""
@@ -107,30 +106,10 @@ def write_features(path: str | Path, features: Features) -> None:
     Raises:
         LongslideError: The file cannot be written (full disk, read-only folder). Nothing is left behind then.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = io.BytesIO()  # in memory first: HDF5 cannot close a file that it could not write
     with h5py.File(content, "w") as file:
         _fill(file, features)
-    try:
-        try:
-            with temporary.open("wb") as raw:
-                raw.write(content.getbuffer())
-                raw.flush()
-                os.fsync(raw.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-        raise LongslideError(
-            f"{path}: cannot write the feature file ({reason}); make room or choose another --output"
-        ) from error
+    write_whole(Path(path), content.getbuffer())
 
 
 def _fill(file: h5py.File, features: Features) -> None:
@@ -176,14 +155,17 @@ def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
         LongslideError: Not a feature file, a truncated one, or one whose parts do not fit together.
     """
     path = Path(path)
-    if not path.is_file():
-        raise LongslideError(f"{path}: no such feature file")
     try:
         with h5py.File(path, "r") as file:
             return _read(path, file, embeddings)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError):
+        raise LongslideError(f"{path}: no such feature file") from None
+    except PermissionError as error:
+        raise LongslideError(f"{path}: no permission to read it") from error
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what broken bytes lead to
         raise LongslideError(
-            f"{path}: not a readable HDF5 file, perhaps truncated; delete it and embed the slide again"
+            f"{path}: not a readable HDF5 file, perhaps truncated ({' '.join(str(error).split())}); delete it and "
+            "embed the slide again"
         ) from error
 
 

@@ -42,13 +42,13 @@ def resolve_mpp(properties: Mapping[str, str], path: Path, given: float | None =
     """
     remedy = "give it with --slide-mpp or a column `mpp` in the slide table"
     if given is not None:
-        return Mpp(_plausible(given, f"{path}: {given:g} microns per pixel"), "option")
+        return Mpp(plausible(given, f"{path}: {given:g} microns per pixel"), "option")
     x, y = _number(properties.get("openslide.mpp-x")), _number(properties.get("openslide.mpp-y"))
     if properties.get("openslide.vendor") == "generic-tiff":
         x = y = None  # OpenSlide took them from the resolution tags, whether they are plausible or not
     if x is not None or y is not None:
         value = _mean(x if x is not None else y, y if y is not None else x, path, remedy)
-        return Mpp(_plausible(value, f"{path}: the file's {value:g} microns per pixel", remedy), "file")
+        return Mpp(plausible(value, f"{path}: the file's {value:g} microns per pixel", remedy), "file")
     unit = _MICRONS_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
     x, y = _number(properties.get("tiff.XResolution")), _number(properties.get("tiff.YResolution"))
     if unit and x and y:
@@ -59,7 +59,7 @@ def resolve_mpp(properties: Mapping[str, str], path: Path, given: float | None =
     if power:
         value = 10 / power
         return Mpp(
-            _plausible(value, f"{path}: objective power {power:g}, {value:g} microns per pixel", remedy),
+            plausible(value, f"{path}: objective power {power:g}, {value:g} microns per pixel", remedy),
             "objective-power",
         )
     raise LongslideError(f"{path}: the file does not say its microns per pixel; {remedy}")
@@ -81,7 +81,8 @@ def _mean(x: float | None, y: float | None, path: Path, remedy: str) -> float:
     return (x + y) / 2
 
 
-def _plausible(value: float, what: str, remedy: str = "check --slide-mpp or the column `mpp`") -> float:
+def plausible(value: float, what: str, remedy: str = "check --slide-mpp or the column `mpp`") -> float:
+    """The value, or an error about `what` when it cannot be microns per pixel."""
     if not PLAUSIBLE[0] <= value <= PLAUSIBLE[1]:
         raise LongslideError(f"{what} is not plausible ({PLAUSIBLE[0]:g} to {PLAUSIBLE[1]:g}); {remedy}")
     return value

@@ -210,11 +210,14 @@ def open_slide(path: str | Path, *, mpp: float | None = None, slide_id: str | No
         LongslideError: No such file, or not a slide that can be read.
     """
     path = Path(path)
-    if not path.exists():
-        raise LongslideError(f"{path}: no such file")
-    if path.is_dir():
-        raise LongslideError(f"{path}: a folder, not a slide file")
-    if path.stat().st_size == 0:
+    try:
+        with path.open("rb") as file:
+            first = file.read(1)
+    except IsADirectoryError:
+        raise LongslideError(f"{path}: a folder, not a slide file") from None
+    except OSError as error:  # no such file, no permission, a file server that is away
+        raise LongslideError(f"{path}: cannot be opened ({error.strerror})") from error
+    if not first:
         raise LongslideError(f"{path}: the file is empty (0 bytes); copy it again")
     return Slide(path, mpp, slide_id)
 
@@ -229,6 +232,9 @@ def _open_handle(path: Path, cache: openslide.OpenSlideCache) -> openslide.Abstr
     except openslide.OpenSlideError as error:
         raise LongslideError(f"{path}: a broken or truncated slide ({error}); copy it again") from error
     try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith(("I", "F")):  # Pillow would clip it to white
+                raise LongslideError(f"{path}: an image of more than 8 bits a channel; convert it to 8-bit RGB")
         image = openslide.ImageSlide(str(path))
         image.read_region((0, 0), 0, (1, 1))  # decodes the image: a truncated one fails here
         return image

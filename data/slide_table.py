@@ -1,11 +1,13 @@
 """Which slides a job is about: files, folders and slide tables."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import LongslideError
+from .mpp import plausible
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """Plain images: slides only in a folder without others. Beside slides they are thumbnails, masks or parts of a .vms."""
@@ -37,7 +39,7 @@ class SlideEntry:
     tissue_mask: Path | None = None
 
 
-def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) -> list[SlideEntry]:
+def find_slides(inputs: str | Path | Sequence[str | Path], slide_mpp: float | None = None) -> list[SlideEntry]:
     """List the slides of a job.
 
     Args:
@@ -50,12 +52,15 @@ def find_slides(inputs: Sequence[str | Path], slide_mpp: float | None = None) ->
         The slides, in the order of the input; those of a folder by path.
 
     Raises:
-        LongslideError: Nothing there, a table that is broken or lacks the column, or two slides with one id.
+        LongslideError: Nothing there, a table that is broken or lacks the column, two slides with one id, or a
+            `slide_mpp` that is not plausible.
     """
+    if slide_mpp is not None:
+        plausible(slide_mpp, f"--slide-mpp {slide_mpp:g}", "it is microns per pixel of level 0")
     entries: list[SlideEntry] = []
-    for item in map(Path, inputs):
-        if not item.exists():
-            raise LongslideError(f"{item}: no such file or folder")
+    for item in map(Path, [inputs] if isinstance(inputs, str | Path) else inputs):
+        if not os.path.exists(item):  # Path.exists raises where a folder above may not be entered
+            raise LongslideError(f"{item}: no such file or folder, or no permission to see it")
         if item.is_dir():
             found = list(_slides_in(item))
             if not found:
@@ -83,8 +88,8 @@ def _slides_in(folder: Path) -> Iterator[SlideEntry]:
         # A folder beside a .mrxs file and of its name holds that slide's data.
         if any((folder / f"{parent}.mrxs").is_file() for parent in inside.parents if parent.name):
             continue
-        if not path.is_file():
-            continue
+        if path.is_dir() or (path.parent.name == "qc" and (path.parent.parent / "summary.csv").is_file()):
+            continue  # a folder, or a picture that an earlier job made
         if path.suffix.lower() != ".dcm":
             yield SlideEntry(path, path.stem)
         elif path.parent not in dicom_folders:  # a folder of DICOM files is one slide, and any of its files opens it
@@ -97,7 +102,8 @@ def _read_table(table: Path) -> list[SlideEntry]:
 
     try:
         if table.suffix.lower() == ".csv":
-            frame = pd.read_csv(table, dtype={"slide": str, "slide_id": str, "patient_id": str, "tissue_mask": str})
+            # As text: an id may be 007, or NA.
+            frame = pd.read_csv(table, dtype=str, keep_default_na=False, na_values={"mpp": ["NA", "N/A", "nan", "NaN"]})
         else:
             frame = pd.read_parquet(table)
     except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors are ValueErrors

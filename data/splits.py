@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from ..errors import LongslideError
 from ..task import CLASSIFICATION
@@ -171,19 +171,17 @@ class _Patients:
 
     def k_fold(self, chosen: np.ndarray, folds: int, rng: np.random.RandomState) -> Iterator[np.ndarray]:
         """Parts of equal size of the patients `chosen`, as patient numbers."""
-        if self.site is None and self.several_labels:
+        stratum = self.stratum[chosen]
+        if self.site is None and (self.several_labels or np.bincount(stratum).max() < folds):
             part = iterative_stratification(self.labels[chosen], np.full(folds, 1 / folds), rng)
             yield from (chosen[part == fold] for fold in range(folds))
             return
-        stratum = self.stratum[chosen]
-        if np.bincount(stratum).max() < folds:  # of no use, and refused by scikit-learn
+        if np.bincount(stratum).max() < folds:  # scikit-learn refuses, and there is nothing to stratify
             stratum = np.zeros_like(stratum)
         splitter = StratifiedKFold if self.site is None else StratifiedGroupKFold
         group = None if self.site is None else self.site[chosen]
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="The least populated class"
-            )  # small strata are spread as they can be
+            warnings.filterwarnings("ignore", message="The least populated class")  # spread as far as they go
             for _, test in splitter(folds, shuffle=True, random_state=rng).split(chosen, stratum, group):
                 yield chosen[test]
 
@@ -191,26 +189,21 @@ class _Patients:
         """A share of the patients `chosen`, as patient numbers; at least one if the share is above 0."""
         if share == 0:
             return chosen[:0]
-        if self.site is not None:
-            parts = list(self.k_fold(chosen, min(len(np.unique(self.site[chosen])), max(2, round(1 / share))), rng))
+        if self.site is not None or self.several_labels:
+            most = len(np.unique(self.site[chosen])) if self.site is not None else len(chosen)
+            parts = list(self.k_fold(chosen, min(most, max(2, round(1 / share))), rng))
             present = self.labels[chosen].any(0)
-            # A class that only one site has cannot do without that site in the rest.
+            # A class that only one part has cannot do without that part in the rest.
             kept = [self.labels[np.setdiff1d(chosen, part)].any(0)[present].all() for part in parts]
             return parts[kept.index(True) if True in kept else 0]
+        # Every so many-th of the patients in the order of their strata: the right number, however small the strata are.
         stratum = self.stratum[chosen]
-        size = min(max(round(share * len(chosen)), 1), len(chosen) - 1)
-        counts = np.bincount(stratum)
-        if (
-            self.several_labels
-            or counts[counts > 0].min() < 2
-            or np.count_nonzero(counts) > min(size, len(chosen) - size)
-        ):
-            part = iterative_stratification(self.labels[chosen], np.array([1 - share, share]), rng)
-            picked: np.ndarray = chosen[part == 1]
-            return picked
-        _, taken = train_test_split(chosen, test_size=size, stratify=stratum, random_state=rng)
-        held_out: np.ndarray = chosen[np.isin(chosen, taken)]
-        return held_out
+        ordered = chosen[np.lexsort((rng.permutation(len(chosen)), stratum))]
+        several = ordered[np.isin(ordered, chosen[np.bincount(stratum)[stratum] > 1])]
+        ordered = several if len(several) else ordered
+        size = min(max(round(share * len(chosen)), 1), len(ordered))
+        picked: np.ndarray = ordered[((np.arange(size) + rng.uniform()) * len(ordered) / size).astype(np.int64)]
+        return picked
 
 
 def _quarters(values: np.ndarray) -> np.ndarray:

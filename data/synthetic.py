@@ -87,13 +87,17 @@ def _draw(size: tuple[int, int], mpp: float, texture: str, rng: np.random.Genera
     fibres = _noise(width, height, (max(2, 60 / mpp), max(2, 4 / mpp)), rng)
     patches = _noise(width, height, (40 / mpp, 40 / mpp), rng)
     share = np.clip(0.5 + 0.22 * fibres + 0.12 * patches, 0, 1)[..., None].astype(np.float32)
-    picture = np.float32(EOSIN) * share + np.float32(STROMA) * (1 - share)
+    picture = np.float32(EOSIN - STROMA) * share
+    picture += np.float32(STROMA)
     (_draw_glands if texture == "glandular" else _draw_sheets)(picture, tissue, mpp, rng)
-    picture = cv2.GaussianBlur(picture, (0, 0), max(0.4, 0.35 / mpp))
+    picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), max(0.4, 0.35 / mpp)), np.float32)
     soft = cv2.GaussianBlur(tissue.astype(np.float32), (0, 0), 2 / mpp)[..., None]
-    picture = picture * soft + np.float32(GLASS) * (1 - soft)
-    grain = cv2.resize(rng.normal(0, 2.5, (height // 2 + 1, width // 2 + 1)).astype(np.float32), (width, height))
-    return np.clip(picture + grain[..., None], 0, 255).astype(np.uint8)
+    picture -= np.float32(GLASS)
+    picture *= soft
+    picture += np.float32(GLASS)
+    grain = 2.5 * rng.standard_normal((height // 2 + 1, width // 2 + 1), np.float32)
+    picture += cv2.resize(grain, (width, height))[..., None]
+    return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
 
 
 def _noise(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:

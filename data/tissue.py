@@ -152,9 +152,11 @@ def _optical_density(picture: np.ndarray) -> np.ndarray:
     if len(bright) > 0.001 * len(pixels):
         level = np.percentile(bright.min(1), 90)
         near = bright[np.abs(bright.min(1).astype(np.float32) - level) < 8]
-        # A slide full of pale tissue has no glass to measure: never take a coloured level for it.
+        # A slide full of pale tissue has no glass to measure: never take the colour of a stain for it. Stains absorb
+        # green more than red or blue; glass of another colour, blue or yellow, may have more of it.
         candidate = np.median(near, axis=0)
-        if candidate.max() - candidate.min() < 22 and candidate.min() > 180:
+        spread, lacks_green = np.ptp(candidate), candidate[[0, 2]].min() > candidate[1] + 3
+        if candidate.min() > 180 and spread < (22 if lacks_green else 45):
             glass = candidate
     return np.asarray(np.maximum(-np.log10(np.maximum(picture, 1) / glass), 0), np.float32)
 
@@ -207,16 +209,24 @@ def read_tissue_mask(path: str | Path, slide: Slide) -> Tissue:
         LongslideError: The file cannot be read, or does not belong to a slide of this size.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise LongslideError(f"{path}: cannot read the tissue mask ({error.strerror})") from error
-    method = f"mask:{path.name}:{hashlib.sha256(content).hexdigest()[:16]}"
+    content = _read_bytes(path)
     if path.suffix.lower() in (".geojson", ".json"):
         mask, downsample = _rasterise(path, content, slide)
     else:
         mask, downsample = _read_raster(path, content, slide)
-    return Tissue(mask, downsample, method)
+    return Tissue(mask, downsample, mask_method(path))
+
+
+def mask_method(path: Path) -> str:
+    """What feature files record of the user's own mask: its name and digest."""
+    return f"mask:{path.name}:{hashlib.sha256(_read_bytes(path)).hexdigest()[:16]}"
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LongslideError(f"{path}: cannot read the tissue mask ({error.strerror})") from error
 
 
 def _read_raster(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:

@@ -8,7 +8,7 @@ import pandas as pd
 from ..errors import LongslideError
 from ..task import Task, TaskKind
 from .bootstrap import basic_interval, percentile_interval
-from .scopes import Scored, score_scopes, select
+from .scopes import MOST_GROUPS, Scored, score_scopes, select
 
 COLUMNS = ["scope", "level", "metric", "value", "low", "high", "n", "resamples"]
 """Columns of `metrics.csv`."""
@@ -33,7 +33,7 @@ def evaluate(
     bootstrap: int = 1000,
     seed: int = 0,
     cohort: pd.DataFrame | None = None,
-    subgroups: Sequence[str] = (),
+    subgroups: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Every metric of the test predictions, for each fold, pooled, and by subgroups, with 95% intervals.
 
@@ -47,7 +47,7 @@ def evaluate(
         bootstrap: Number of resamples; 0 for no intervals.
         seed: Their seed.
         cohort: The cohort table, for the subgroups.
-        subgroups: Columns of the cohort table; numbers are cut at their quartiles.
+        subgroups: Columns of the cohort table; numbers are cut at their quartiles. Default: `site`, if there are several.
 
     Returns:
         The rows of `metrics.csv`: `scope` (`fold_<k>`, `pooled`, `mean` over the folds, `subgroup:<column>=<value>`),
@@ -58,6 +58,9 @@ def evaluate(
     Raises:
         LongslideError: There are no test predictions, or they do not fit the task.
     """
+    if subgroups is None:
+        sites = 0 if cohort is None or "site" not in cohort else cohort["site"].nunique()
+        subgroups = ["site"] if 2 <= sites <= MOST_GROUPS else []
     tables = []
     for level in ("patient", "slide"):
         rows = select(predictions, level)

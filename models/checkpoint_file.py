@@ -33,7 +33,7 @@ def download(what: str, hub_id: str | None, names: Sequence[str], *, gated: bool
     if hub_id is None:
         raise LongslideError(f"{what} has no weights on the hub: give them with {option}.")
     page = f"https://huggingface.co/{hub_id}"
-    local = f"or give the weights with {option} (a file or a downloaded folder)"
+    local = f"or give the weights with {option}"
     unreachable: Exception | None = None
     for name in names:
         try:  # a hub that did not answer once is not asked again: it takes 20 seconds

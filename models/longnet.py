@@ -69,7 +69,7 @@ class LongNetLayer(nn.Module):
             `(T, width)`.
         """
         qkv, _ = norm_linear(x, self.attention_norm, self.qkv)
-        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
+        q, k, v = qkv.view(len(x), 3, self.heads, x.shape[1] // self.heads).unbind(1)
         attended = self._attend(q, k, v, cu_seqlens, shards).flatten(1)
         attended, _ = norm_linear(attended, self.attention_inner_norm, self.attention_out)
         attended = self._drop_path(self.dropout(attended), cu_seqlens, shards)

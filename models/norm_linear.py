@@ -4,11 +4,11 @@ On a GPU the residual's sum, GELU and the norm are one pass over the data in Tri
 input is kept for the backward: the normalised values are computed again there, in the pass that needs them anyway.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu as exact_gelu
+
+from .dilated_attention import has_kernels
 
 
 def norm_linear(
@@ -27,7 +27,7 @@ def norm_linear(
         `(T, out)` in the autocast dtype, or the dtype of the weights; and what was normalised (before GELU): `residual + x`,
         or `x`.
     """
-    if x.is_cuda and len(x) and x.dtype != torch.float64 and find_spec("triton") is not None:
+    if has_kernels(x) and len(x) and x.dtype != torch.float64:
         from .norm_linear_fused import fused_norm_linear  # imports triton, which not every machine has
 
         return fused_norm_linear(x, norm, linear, residual, gelu)

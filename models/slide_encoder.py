@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ..errors import LongslideError
 from .attention_pattern import Pattern, check_pattern
 from .checkpoint_file import digest, download
+from .dilated_attention import has_kernels
 from .dilated_attention.parallel import SequenceShards
+from .layer_graphs import MAX_TOKENS, LayerGraphs
 from .longnet import LongNetLayer
 from .slide_encoder_checkpoint import load_published
 
@@ -125,6 +127,7 @@ class SlideEncoder(nn.Module):
         self.pool = pool
         self.weights = weights
         self.sequence_group: dist.ProcessGroup | None = None
+        self._graphs: LayerGraphs | None = None
         self.tile_projection = nn.Linear(spec.tile_dim, spec.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
         drop_path = [spec.drop_path * i / max(1, spec.layers - 1) for i in range(spec.layers)]
@@ -191,9 +194,11 @@ class SlideEncoder(nn.Module):
             LongslideError: Two tiles of a slide in one cell, a negative cell, an empty slide, or shapes that do not fit.
         """
         x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
-        for layer in self.layers:
-            x = self._run(layer, x, slides)
-        return self._pool(self.layers_norm(x), slides)
+        if self._takes_graphs(x):
+            if self._graphs is None:
+                self._graphs = LayerGraphs(self._encode, self)
+            return self._pool(self._graphs(x, slides.cu_seqlens), slides)
+        return self._pool(self._encode(x, slides.cu_seqlens, slides.shards), slides)
 
     def layer_embeddings(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The slide embedding after each layer, before it the one of the projected tiles.
@@ -212,7 +217,7 @@ class SlideEncoder(nn.Module):
         x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
         embeddings = [self._pool(x, slides)]
         for layer in self.layers:
-            x = self._run(layer, x, slides)
+            x = self._run(layer, x, slides.cu_seqlens, slides.shards)
             embeddings.append(self._pool(x, slides))
         return torch.stack(embeddings)
 
@@ -231,18 +236,31 @@ class SlideEncoder(nn.Module):
             LongslideError: As for `forward`.
         """
         x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
-        for layer in self.layers:
-            x = self._run(layer, x, slides)
         rows = torch.arange(len(slides.of_tile), device=x.device) + slides.of_tile + 1  # without the cls tokens
-        tokens: Tensor = self.layers_norm(x)[rows]
-        return tokens
+        return self._encode(x, slides.cu_seqlens)[rows]
 
-    def _run(self, layer: nn.Module, x: Tensor, slides: "_Slides") -> Tensor:
+    def _encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        for layer in self.layers:
+            x = self._run(layer, x, cu_seqlens, shards)
+        normed: Tensor = self.layers_norm(x)
+        return normed
+
+    def _run(self, layer: nn.Module, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         if self.spec.checkpointing and torch.is_grad_enabled():
-            output: Tensor = recompute(layer, x, slides.cu_seqlens, slides.shards, use_reentrant=False)
+            output: Tensor = recompute(layer, x, cu_seqlens, shards, use_reentrant=False)
         else:
-            output = layer(x, slides.cu_seqlens, slides.shards)
+            output = layer(x, cu_seqlens, shards)
         return output
+
+    def _takes_graphs(self, x: Tensor) -> bool:
+        """Whether the layers may run as CUDA graphs: inference on short sequences, by kernels that never ask the host."""
+        if self.training or torch.is_grad_enabled() or not has_kernels(x) or len(x) > MAX_TOKENS:
+            return False
+        if self.sequence_group is not None or self.spec.pattern != "dilated" or torch.compiler.is_compiling():
+            return False
+        from .dilated_attention.fused import eligible
+
+        return eligible(x.dtype, self.spec.width // self.spec.heads, self.spec.dilated_ratios)
 
     def _embed(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, "_Slides"]:
         """`(T + B, width)` tokens, each slide's cls token before its tiles, and where they are."""
@@ -303,7 +321,8 @@ class SlideEncoder(nn.Module):
         elif self.pool == "cls":
             pooled = x[slides.cu_seqlens[:-1].long()]
         else:
-            pooled = torch.stack([tokens[1:].mean(0) for tokens in x.split([n + 1 for n in slides.lengths])])
+            parts = torch.split(x, [n + 1 for n in slides.lengths])
+            pooled = torch.stack([tokens[1:].mean(0) for tokens in parts])
         normed: Tensor = self.norm(pooled)
         return normed
 

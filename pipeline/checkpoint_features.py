@@ -10,7 +10,7 @@ import numpy as np
 from ..data.features import Features
 from ..data.slide_table import SlideEntry
 from ..errors import LongslideError
-from .embed import EmbedJob, PreparedSlide
+from .embed import EmbedJob, PreparedSlide, identity
 from .job import SlideResult, make_output_folder
 from .progress import JobProgress
 
@@ -221,15 +221,7 @@ def doubts(classifiers: "list[SlideClassifier]", level0_mpp: float | None, mean:
 
 
 def _same(name: str, there: Any, wanted: Any) -> bool:
-    if name.endswith("weights"):
-        return _same_weights(there, wanted)
-    return bool(np.isclose(there, wanted, rtol=0.01)) if name == "mpp" else bool(there == wanted)
-
-
-def _same_weights(one: str, other: str) -> bool:
-    """Whether two descriptions are of the same weights: the digest counts, not where the file was."""
-    digests = [text.rpartition("sha256:")[2] if "sha256:" in text else None for text in (one, other)]
-    return digests[0] == digests[1] if None not in digests else one == other
+    return bool(np.isclose(there, wanted, rtol=0.01)) if name == "mpp" else identity(there) == identity(wanted)
 
 
 def _weights_to_load(given: str | None, trained: str | None) -> tuple[str | None, int]:
@@ -244,7 +236,7 @@ def _weights_to_load(given: str | None, trained: str | None) -> tuple[str | None
 
 
 def _check_weights(kind: str, loaded: str, trained: str | None) -> None:
-    if trained is not None and not _same_weights(loaded, trained):
+    if trained is not None and identity(loaded) != identity(trained):
         raise LongslideError(
             f"the classifier was trained on features of {trained}, but the {kind} encoder's weights are {loaded}; give "
             f"those of training with --{kind}-checkpoint"

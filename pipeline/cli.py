@@ -2,10 +2,11 @@
 
 import argparse
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -57,6 +58,18 @@ class _Parser(ArgumentParser):
             kwargs |= {"nargs": "?", "const": True}
         names = (name.replace("_", "-") if name.startswith("--") else name for name in args)
         return super().add_argument(*names, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """One line, instead of the usage of all options and a paragraph on types."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        command = parser.prog.replace(" [options]", "")
+        if value := re.search(r'key "(\S+)":.*Given value: (.*)', message, re.DOTALL):
+            message = f"--{value[1].replace('_', '-')} cannot be {value[2]}"
+        elif "does not support item assignment" in message:  # `slides: a.svs` in a YAML file
+            message = "slides must be a list in a YAML file: `slides: [a.svs]`"
+        message = " ".join(message.split()).removeprefix(f"{command} ").rstrip(".")
+        print(f"{command}: {message}; see {command} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def _command_function(command: str) -> Callable[..., Sequence[Any]]:

@@ -23,7 +23,7 @@ SLIDES: tuple[tuple[str, Texture, float | None, float | None], ...] = (
 )
 
 
-def demo(output: Path = Path("longslide-demo"), device: str = "auto") -> list[SlideResult]:
+def demo(output: str | Path = "longslide-demo", device: str = "auto") -> list[SlideResult]:
     """Make synthetic slides and embed them with small models of random weights.
 
     Args:
@@ -34,6 +34,7 @@ def demo(output: Path = Path("longslide-demo"), device: str = "auto") -> list[Sl
         One result a slide.
     """
     console = Console(soft_wrap=True, highlight=False)
+    output = Path(output)
     make_output_folder(output)
     slides, features, table = output / "slides", output / "features", output / "cohort.csv"
     slides.mkdir(exist_ok=True)
@@ -41,7 +42,8 @@ def demo(output: Path = Path("longslide-demo"), device: str = "auto") -> list[Sl
     for seed, (name, texture, file_mpp, _) in enumerate(SLIDES):
         if not (slides / name).exists():
             size = (6144, 4608) if file_mpp == 0.25 else (4096, 3072)
-            write_synthetic_slide(slides / name, size=size, mpp=file_mpp, texture=texture, seed=seed)
+            unfinished = write_synthetic_slide(slides / f".{name}", size=size, mpp=file_mpp, texture=texture, seed=seed)
+            unfinished.replace(slides / name)  # so that a demo that was stopped can be run again
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["slide", "patient_id", "mpp"])

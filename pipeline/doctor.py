@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import rich.box
@@ -20,7 +20,10 @@ from ..data.slide_table import SlideEntry, find_slides
 from ..data.stream import TileBatch, TileStream
 from ..data.tissue import find_tissue, read_tissue_mask
 from ..errors import LongslideError
-from .embed import DEFAULT_MPP
+from .embed import check_slide_encoder, failed_slide, resolve_tiles, why_no_tiles
+
+if TYPE_CHECKING:
+    from ..models.tile_encoder_spec import TileEncoderSpec
 
 # Tiles read from each slide to time the reading: a contiguous run, as the job itself reads them.
 SAMPLE_TILES = 64
@@ -35,8 +38,8 @@ class SlideCheck:
     Attributes:
         slide_id: The slide's id.
         slide: Path of the slide file.
-        problem: Why `embed` would fail on it; empty when it would not.
-        remark: What a person should look at: no tissue, a duplicate.
+        problem: Why `embed` would fail on it, or which other slide it is a copy of; empty when all is well.
+        remark: What a person should look at: no tissue.
         width: Level-0 pixels.
         height: Level-0 pixels.
         levels: Pyramid levels.
@@ -64,21 +67,21 @@ class SlideCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether `embed` will get through this slide."""
+        """Whether there is no problem with this slide."""
         return not self.problem
 
 
 @dataclass(frozen=True)
 class EncoderCheck:
-    """What `doctor` found about the tile encoder.
+    """What `doctor` found about the tile encoder or the slide encoder.
 
     Attributes:
         name: The encoder's name.
         problem: Why `embed` could not use it; empty when it could.
         weights: Source and digest of its weights.
-        device: Where it would run.
+        device: Where the tile encoder would run.
         precision: In what precision.
-        tiles_per_second: Tiles embedded per second on that device.
+        tiles_per_second: Tiles it embeds per second there.
     """
 
     name: str
@@ -94,10 +97,42 @@ class EncoderCheck:
         return not self.problem
 
 
+@dataclass(frozen=True)
+class DiskCheck:
+    """What `doctor` found about the disk.
+
+    Attributes:
+        folder: The folder on it.
+        need: Bytes that the feature files of all slides need.
+        free: Bytes that are free.
+    """
+
+    folder: Path
+    need: int
+    free: int
+
+    @property
+    def problem(self) -> str:
+        """Why `embed` would fail; empty when there is room."""
+        if self.need <= self.free:
+            return ""
+        return (
+            f"{self.folder}: the feature files need {_size(self.need)}, {_size(self.free)} are free; make room or choose "
+            "another --output"
+        )
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is room."""
+        return not self.problem
+
+
 def doctor(
     slides: Sequence[str | Path],
-    tile_encoder: str | None = None,
-    tile_checkpoint: str | None = None,
+    tile_encoder: str | Path | None = None,
+    tile_checkpoint: str | Path | None = None,
+    slide_encoder: str | None = None,
+    slide_checkpoint: str | Path | None = None,
     slide_mpp: float | None = None,
     mpp: float | None = None,
     tile_px: int | None = None,
@@ -106,14 +141,16 @@ def doctor(
     threads: int = 4,
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
-    output: Path = Path(),
-) -> "list[SlideCheck | EncoderCheck]":
+    output: str | Path = ".",
+) -> "list[SlideCheck | EncoderCheck | DiskCheck]":
     """Open every slide, find its tissue, read some tiles, and look at the weights, the GPU and the disk.
 
     Args:
         slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.
         tile_encoder: Also check this tile encoder: its weights, and how many tiles a second it embeds here.
         tile_checkpoint: Weights of the tile encoder, as `embed` takes them.
+        slide_encoder: Also check this slide encoder's weights.
+        slide_checkpoint: Weights of the slide encoder, as `embed` takes them.
         slide_mpp: Microns per pixel at level 0, for all slides that have no `mpp` in the table; overrides the file's.
         mpp: Microns per pixel of the tiles. Default: what the tile encoder recommends, or 0.5.
         tile_px: Edge of a tile in pixels. Default: what the tile encoder recommends, or 256.
@@ -125,7 +162,7 @@ def doctor(
         output: Folder whose disk must hold the feature files.
 
     Returns:
-        What was found about each slide, and last about the tile encoder if one was named.
+        What was found about each slide, then about the encoders that were named, and last about the disk.
 
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.
@@ -137,23 +174,32 @@ def doctor(
         console = Console(width=160, soft_wrap=True, highlight=False)  # a log is not 80 characters wide
     entries = find_slides(slides, slide_mpp)
     spec = None if tile_encoder is None else load_tile_encoder_spec(tile_encoder)
-    mpp = mpp or (spec.mpp if spec else None) or DEFAULT_MPP
-    tile_px = tile_px or (spec.tile_px if spec else 256)
+    mpp, tile_px = resolve_tiles(spec, mpp, tile_px, overlap, min_tissue)
+    if threads < 1:
+        raise LongslideError("--threads must be at least 1")
+    if slide_encoder is not None and spec is None:
+        raise LongslideError("--slide-encoder needs --tile-encoder: it reads the embeddings of that one")
 
     checks = [
         _check_slide(entry, mpp, tile_px, overlap, min_tissue, threads)
         for entry in track(entries, "checking slides", console=Console(stderr=True), transient=True)
     ]
     checks = _mark_duplicates(checks)
-    encoder = (
-        None if tile_encoder is None else _check_encoder(tile_encoder, tile_checkpoint, tile_px, device, precision)
-    )
+    encoders = []
+    if tile_encoder is not None and spec is not None:
+        encoders.append(_check_tile_encoder(tile_encoder, tile_checkpoint, tile_px, device, precision))
+        if slide_encoder is not None:
+            encoders.append(_check_slide_encoder(slide_encoder, slide_checkpoint, spec))
+
+    disk = _check_disk(checks, encoders, spec.dim if spec else DIM_WITHOUT_ENCODER, Path(output))
 
     console.print(_table(checks))
-    _print_problems(console, checks, encoder)
-    _print_machine(console, encoder)
-    _print_totals(console, checks, encoder, spec.dim if spec else None, output)
-    return [*checks, encoder] if encoder is not None else [*checks]
+    _print_problems(console, [*checks, *encoders, disk])
+    _print_machine(console, encoders)
+    _print_totals(console, checks, encoders)
+    note = "" if spec else f" at {DIM_WITHOUT_ENCODER:,} numbers a tile"
+    console.print(f"disk          {_size(disk.need)}{note}, {_size(disk.free)} free in {escape(str(disk.folder))}")
+    return [*checks, *encoders, disk]
 
 
 def _check_slide(
@@ -171,10 +217,10 @@ def _check_slide(
             grid = make_grid(slide, tissue, mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
             check = replace(check, tissue_mm2=tissue.area_mm2(slide.mpp.value), tiles=len(grid.coords))
             if not len(grid.coords):
-                return replace(check, remark="no tissue found")
+                return replace(check, remark=why_no_tiles(tissue, min_tissue))
             return replace(check, tiles_per_second=_reading_speed(slide, grid, threads))
-    except LongslideError as error:
-        return replace(check, problem=str(error))
+    except Exception as error:
+        return replace(check, problem=failed_slide(entry, error).reason)
 
 
 def _reading_speed(slide: Slide, grid: Grid, threads: int) -> float:
@@ -196,7 +242,9 @@ def _mark_duplicates(checks: list[SlideCheck]) -> list[SlideCheck]:
     return marked
 
 
-def _check_encoder(name: str, checkpoint: str | None, tile_px: int, device: str, precision: str) -> EncoderCheck:
+def _check_tile_encoder(
+    name: str | Path, checkpoint: str | Path | None, tile_px: int, device: str, precision: str
+) -> EncoderCheck:
     """Load the weights for real, and time a few batches of noise."""
     from ..models.tile_encoder import create_tile_encoder
     from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
@@ -205,7 +253,7 @@ def _check_encoder(name: str, checkpoint: str | None, tile_px: int, device: str,
         torch_device = resolve_device(device)
         encoder = create_tile_encoder(name, checkpoint=checkpoint).to(torch_device)
     except LongslideError as error:
-        return EncoderCheck(name, problem=str(error))
+        return EncoderCheck(str(name), problem=str(error))
     resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
     batch, batches = (64, 8) if torch_device.type == "cuda" else (2, 2)
     rng = np.random.default_rng(0)
@@ -215,7 +263,27 @@ def _check_encoder(name: str, checkpoint: str | None, tile_px: int, device: str,
     started = time.perf_counter()
     embedder([noise] * batches)
     speed = batch * batches / (time.perf_counter() - started)
-    return EncoderCheck(name, "", encoder.weights, str(torch_device), resolved, speed)
+    return EncoderCheck(str(name), "", encoder.weights, str(torch_device), resolved, speed)
+
+
+def _check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: "TileEncoderSpec") -> EncoderCheck:
+    from ..models.slide_encoder import create_slide_encoder
+
+    try:
+        check_slide_encoder(name, checkpoint, tile_encoder.name)
+        encoder = create_slide_encoder(name, checkpoint=checkpoint, tile_dim=tile_encoder.dim)
+    except LongslideError as error:
+        return EncoderCheck(name, problem=str(error))
+    return EncoderCheck(name, weights=encoder.weights)
+
+
+def _check_disk(checks: list[SlideCheck], encoders: list[EncoderCheck], dim: int, output: Path) -> DiskCheck:
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    number_bytes = 4 if encoders and encoders[0].precision == "float32" else 2
+    tiles = sum(check.tiles for check in _readable(checks))
+    return DiskCheck(folder, tiles * (dim * number_bytes + 16), shutil.disk_usage(folder).free)
 
 
 def _table(checks: list[SlideCheck]) -> Table:
@@ -235,15 +303,14 @@ def _table(checks: list[SlideCheck]) -> Table:
     return table
 
 
-def _print_problems(console: Console, checks: list[SlideCheck], encoder: EncoderCheck | None) -> None:
+def _print_problems(console: Console, checks: Sequence[SlideCheck | EncoderCheck | DiskCheck]) -> None:
     for check in checks:
         if check.problem:
-            console.print(f"[bold red]problem[/] {escape(check.slide_id)}: {escape(check.problem)}")
-    if encoder is not None and encoder.problem:
-        console.print(f"[bold red]problem[/] {escape(encoder.problem)}")
+            name = f"{check.slide_id}: " if isinstance(check, SlideCheck) else ""
+            console.print(f"[bold red]problem[/] {escape(name + check.problem)}")
 
 
-def _print_machine(console: Console, encoder: EncoderCheck | None) -> None:
+def _print_machine(console: Console, encoders: list[EncoderCheck]) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -255,35 +322,31 @@ def _print_machine(console: Console, encoder: EncoderCheck | None) -> None:
         )
     else:
         console.print("GPU           none: encoders run on the CPU in float32, a large ViT takes seconds a tile there")
-    if encoder is not None and encoder.ok:
-        console.print(
-            f"tile encoder  {escape(encoder.name)} ({escape(str(encoder.weights))}): "
-            f"{encoder.tiles_per_second:,.1f} tiles/s on {encoder.device} in {encoder.precision}"
-        )
+    for kind, encoder in zip(("tile encoder ", "slide encoder"), encoders, strict=False):
+        if encoder.ok:
+            speed = ""
+            if encoder.tiles_per_second:
+                speed = f": {encoder.tiles_per_second:,.1f} tiles/s on {encoder.device} in {encoder.precision}"
+            console.print(f"{kind} {escape(f'{encoder.name} ({encoder.weights})')}{speed}")
 
 
-def _print_totals(
-    console: Console, checks: list[SlideCheck], encoder: EncoderCheck | None, dim: int | None, output: Path
-) -> None:
-    tiles = sum(check.tiles for check in checks if check.ok)
-    reading = sum(check.tiles / check.tiles_per_second for check in checks if check.ok and check.tiles_per_second)
+def _readable(checks: list[SlideCheck]) -> list[SlideCheck]:
+    """What `embed` gets through: also slides that are copies of others."""
+    return [check for check in checks if check.tiles_per_second]
+
+
+def _print_totals(console: Console, checks: list[SlideCheck], encoders: list[EncoderCheck]) -> None:
+    readable = _readable(checks)
+    tiles = sum(check.tiles for check in readable)
+    reading = sum(check.tiles / check.tiles_per_second for check in readable if check.tiles_per_second)
     hours = f"{_duration(reading)} to read them"
-    if encoder is not None and encoder.tiles_per_second:
-        embedding = tiles / encoder.tiles_per_second
+    if encoders and encoders[0].tiles_per_second:
+        embedding = tiles / encoders[0].tiles_per_second
         hours += f", {_duration(embedding)} to embed them; both at once {_duration(max(reading, embedding))}"
-    else:
+    elif not encoders:
         hours += "; name a --tile-encoder to learn how long embedding takes"
     console.print(f"slides        {sum(check.ok for check in checks)} of {len(checks)} without problem")
     console.print(f"tiles         {tiles:,}: {hours}")
-
-    folder = output.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    need = tiles * ((dim or DIM_WITHOUT_ENCODER) * 2 + 16)
-    note = "" if dim else f" at {DIM_WITHOUT_ENCODER:,} numbers a tile"
-    verdict = "" if need < free else "  [bold red]not enough[/]"
-    console.print(f"disk          {_size(need)}{note}, {_size(free)} free in {escape(str(folder))}{verdict}")
 
 
 def _duration(seconds: float) -> str:

@@ -16,14 +16,16 @@ from ..data.slide import Slide, open_slide
 from ..data.slide_table import SlideEntry, find_slides
 from ..data.stream import TileStream
 from ..data.tissue import METHOD as TISSUE_METHOD
-from ..data.tissue import Tissue, find_tissue, read_tissue_mask
+from ..data.tissue import Tissue, find_tissue, mask_method, read_tissue_mask
+from ..data.whole_file import remove_leftovers
 from ..errors import LongslideError
-from .job import SUMMARY, SlideResult, claim, make_output_folder, record
+from .job import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
 from .progress import JobProgress
 from .qc import draw_qc, save_qc
 
 if TYPE_CHECKING:
     from ..models.slide_encoder import SlideEncoder
+    from ..models.tile_encoder_spec import TileEncoderSpec
     from .tile_embedding import TileEmbedder
 
 T = TypeVar("T")
@@ -31,14 +33,17 @@ T = TypeVar("T")
 DEFAULT_MPP = 0.5
 """Microns per pixel of the tiles where the encoder recommends none: 20x."""
 
+DEFAULT_TILE_PX = 256
+"""Edge of the tiles where no encoder is named."""
+
 
 def embed(
     slides: Sequence[str | Path],
-    output: Path,
-    tile_encoder: str,
-    tile_checkpoint: str | None = None,
+    output: str | Path,
+    tile_encoder: str | Path,
+    tile_checkpoint: str | Path | None = None,
     slide_encoder: str | None = None,
-    slide_checkpoint: str | None = None,
+    slide_checkpoint: str | Path | None = None,
     pool: Literal["mean", "cls"] = "mean",
     slide_mpp: float | None = None,
     mpp: float | None = None,
@@ -85,8 +90,16 @@ def embed(
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.
     """
+    from ..models.tile_encoder_spec import load_tile_encoder_spec
+
+    output = Path(output)
     entries = find_slides(slides, slide_mpp)
-    _check_numbers(mpp, tile_px, overlap, min_tissue, max_bad_tiles, batch_size, threads)
+    spec = load_tile_encoder_spec(tile_encoder)
+    mpp, tile_px = resolve_tiles(spec, mpp, tile_px, overlap, min_tissue)
+    if min(batch_size, threads) < 1 or max_bad_tiles < 0:
+        raise LongslideError("--batch-size and --threads must be at least 1, and --max-bad-tiles at least 0")
+    if slide_encoder is not None:
+        check_slide_encoder(slide_encoder, slide_checkpoint, spec.name)
     make_output_folder(output)
 
     from ..models.slide_encoder import create_slide_encoder
@@ -94,20 +107,18 @@ def embed(
     from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
 
     torch_device = resolve_device(device)
+    slide_model = None
+    if slide_encoder is not None:  # before the tile encoder, whose weights are far larger
+        slide_model = create_slide_encoder(
+            slide_encoder, checkpoint=slide_checkpoint, pool=pool, seed=seed, tile_dim=spec.dim
+        ).to(torch_device)
     encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed).to(torch_device)
-    if slide_encoder is not None and slide_checkpoint is None:
-        _check_pair(slide_encoder, encoder.spec.name)
-    resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
     job = EmbedJob(
         output=output,
-        embedder=TileEmbedder(encoder, torch_device, resolved),
-        slide_encoder=None
-        if slide_encoder is None
-        else create_slide_encoder(
-            slide_encoder, checkpoint=slide_checkpoint, pool=pool, seed=seed, tile_dim=encoder.dim
-        ).to(torch_device),
-        mpp=mpp or encoder.spec.mpp or DEFAULT_MPP,
-        tile_px=tile_px or encoder.spec.tile_px,
+        embedder=TileEmbedder(encoder, torch_device, resolve_precision(precision, spec.precision, torch_device)),
+        slide_encoder=slide_model,
+        mpp=mpp,
+        tile_px=tile_px,
         overlap=overlap,
         min_tissue=min_tissue,
         max_bad_tiles=max_bad_tiles,
@@ -120,7 +131,10 @@ def embed(
         progress.note(job.description)
         for prepared in one_ahead(job.prepare, entries):
             result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
-            record(output, result)
+            try:
+                record(output, result)
+            except LongslideError as error:
+                progress.note(str(error))
             progress.slide_ended(result)
             results.append(result)
     counts = {status: sum(result.status == status for result in results) for status in ("done", "failed", "skipped")}
@@ -128,42 +142,51 @@ def embed(
     return results
 
 
-def _check_numbers(
-    mpp: float | None,
-    tile_px: int | None,
-    overlap: int,
-    min_tissue: float,
-    max_bad_tiles: int,
-    batch: int,
-    threads: int,
-) -> None:
+def resolve_tiles(
+    spec: "TileEncoderSpec | None", mpp: float | None, tile_px: int | None, overlap: int, min_tissue: float
+) -> tuple[float, int]:
+    """Microns per pixel and edge of the tiles: as asked for, else as the tile encoder recommends.
+
+    Raises:
+        LongslideError: These, or the overlap or the share of tissue, cannot be meant.
+    """
+    if mpp is None:
+        mpp = (spec.mpp if spec else None) or DEFAULT_MPP
+    if tile_px is None:
+        tile_px = spec.tile_px if spec else DEFAULT_TILE_PX
     wrong = None
-    if mpp is not None and not 0.05 <= mpp <= 100:
+    if not 0.05 <= mpp <= 100:
         wrong = f"--mpp {mpp:g} is not a plausible number of microns per pixel (0.05 to 100)"
-    elif tile_px is not None and tile_px < 16:
+    elif tile_px < 16:
         wrong = f"--tile-px {tile_px} is too small (at least 16)"
-    elif overlap < 0 or (tile_px is not None and overlap >= tile_px):
-        wrong = f"--overlap {overlap} must be at least 0 and less than --tile-px"
+    elif not 0 <= overlap < tile_px:
+        wrong = f"--overlap {overlap} must be at least 0 and less than --tile-px {tile_px}"
     elif not 0 <= min_tissue <= 1:
         wrong = f"--min-tissue {min_tissue:g} must be between 0 and 1"
-    elif max_bad_tiles < 0:
-        wrong = f"--max-bad-tiles {max_bad_tiles} must not be negative"
-    elif batch < 1 or threads < 1:
-        wrong = "--batch-size and --threads must be at least 1"
     if wrong:
         raise LongslideError(wrong)
+    return mpp, tile_px
 
 
-def _check_pair(slide_encoder: str, tile_encoder: str) -> None:
-    """Published slide encoders read the embeddings of one tile encoder; those of another may have the same length."""
+def check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: str) -> None:
+    """Published slide encoders read the embeddings of one tile encoder; those of another may have the same length.
+
+    Raises:
+        LongslideError: There is no such slide encoder, or its published weights read those of another tile encoder.
+    """
     from ..models.slide_encoder import load_slide_encoder_spec
 
-    spec = load_slide_encoder_spec(slide_encoder)
-    if spec.tile_encoder != tile_encoder:
+    spec = load_slide_encoder_spec(name)
+    if checkpoint is None and spec.tile_encoder != tile_encoder:
         raise LongslideError(
-            f"the published weights of slide encoder {slide_encoder!r} read tile embeddings of {spec.tile_encoder!r}, not "
+            f"the published weights of slide encoder {name!r} read tile embeddings of {spec.tile_encoder!r}, not "
             f"of {tile_encoder!r}; use that tile encoder, or weights of your own with --slide-checkpoint"
         )
+
+
+def why_no_tiles(tissue: Tissue, min_tissue: float) -> str:
+    """Why a slide has no tiles to embed."""
+    return f"no tile has {min_tissue:.0%} tissue or more (--min-tissue)" if tissue.mask.any() else "no tissue found"
 
 
 @dataclass
@@ -171,8 +194,7 @@ class PreparedSlide:
     """A slide that is claimed and waits for the encoders; `resources` frees it."""
 
     entry: SlideEntry
-    existing: Features | None  # a file that lacks nothing but the slide embedding
-    tiled: tuple[Slide, Tissue, Grid] | None  # what there is to embed otherwise
+    tiled: tuple[Slide, Tissue, Grid] | None  # None: the feature file lacks nothing but the slide embedding
     resources: ExitStack
     started: float
 
@@ -224,17 +246,19 @@ class EmbedJob:
             try:
                 lock = claim(self.output, entry.slide_id)
                 if lock is None:
-                    return _result(entry, "skipped", "another process is working on it")
+                    return _result(entry, "skipped", BUSY)
                 resources.callback(lock.release)
                 existing = self._existing(entry)
-                if existing is not None and (self.slide_encoder is None or existing.slide_embedding is not None):
-                    return self._done(entry, existing, "was there already")
-                tiled = None
-                if existing is None:
-                    tiled = self._tile(entry, resources)
-                    if not len(tiled[2].coords):
-                        return self._nothing_to_embed(entry, *tiled)
-                return PreparedSlide(entry, existing, tiled, resources.pop_all(), started)
+                if existing is not None:
+                    if self.slide_encoder is None or existing.slide_embedding is not None:
+                        return self._done(entry, existing, "was there already")
+                    return PreparedSlide(entry, None, resources.pop_all(), started)
+                for path in (self._path(entry), self._qc_path(entry)):
+                    remove_leftovers(path)
+                tiled = self._tile(entry, resources)
+                if not len(tiled[2].coords):
+                    return self._nothing_to_embed(entry, *tiled)
+                return PreparedSlide(entry, tiled, resources.pop_all(), started)
             except Exception as error:
                 return failed_slide(entry, error)
 
@@ -243,20 +267,26 @@ class EmbedJob:
         entry = prepared.entry
         with prepared.resources:
             try:
-                bad_tiles = 0
-                features = prepared.existing
-                if prepared.tiled is not None:
-                    features, bad_tiles = self._embed_tiles(entry, *prepared.tiled, progress)
-                assert features is not None
+                if prepared.tiled is None:
+                    features = read_features(self._path(entry))
+                else:
+                    features = self._embed_tiles(entry, *prepared.tiled, progress)
                 if self.slide_encoder is not None:
-                    features = self._embed_slide(features)
+                    try:
+                        features = self._embed_slide(features)
+                    except Exception:
+                        write_features(self._path(entry), features)  # the tiles' embeddings took the time: keep them
+                        raise
                 write_features(self._path(entry), features)
-                return self._done(entry, features, bad_tiles=bad_tiles, seconds=time.monotonic() - prepared.started)
+                return self._done(entry, features, seconds=time.monotonic() - prepared.started)
             except Exception as error:
                 return failed_slide(entry, error)
 
     def _path(self, entry: SlideEntry) -> Path:
         return self.output / f"{entry.slide_id}.h5"
+
+    def _qc_path(self, entry: SlideEntry) -> Path:
+        return self.output / "qc" / f"{entry.slide_id}.jpg"
 
     def _existing(self, entry: SlideEntry) -> Features | None:
         """What is there already and may stay.
@@ -268,8 +298,12 @@ class EmbedJob:
         if not path.exists():
             return None
         try:
-            existing = read_features(path)
+            existing = read_features(path, embeddings=False)
             wanted = self._settings(entry)
+            if entry.mpp is None and existing.settings.get("mpp_source") == "option":
+                wanted["mpp_source"] = "the file's own"
+            if existing.settings.get("bad_tiles", 0) > self.max_bad_tiles:
+                wanted["bad_tiles"] = f"at most {self.max_bad_tiles}"
             if existing.slide_embedding is not None and self.slide_encoder is not None:
                 wanted |= self._slide_settings()
             check_same(path, existing, wanted)
@@ -293,8 +327,7 @@ class EmbedJob:
         }
         if entry.mpp is not None:
             settings["level0_mpp"] = entry.mpp
-        if entry.tissue_mask is None:
-            settings["tissue_method"] = TISSUE_METHOD
+        settings["tissue_method"] = TISSUE_METHOD if entry.tissue_mask is None else mask_method(entry.tissue_mask)
         return settings
 
     def _slide_settings(self) -> dict[str, Any]:
@@ -311,7 +344,7 @@ class EmbedJob:
         grid = make_grid(
             slide, tissue, mpp=self.mpp, tile_px=self.tile_px, overlap=self.overlap, min_tissue=self.min_tissue
         )
-        save_qc(self.output / "qc" / f"{entry.slide_id}.jpg", draw_qc(slide, tissue, grid))
+        save_qc(self._qc_path(entry), draw_qc(slide, tissue, grid))
         need = len(grid.coords) * (self.embedder.encoder.dim * 4 + 16) + 2**20
         free = shutil.disk_usage(self.output).free
         if need > free:
@@ -322,7 +355,7 @@ class EmbedJob:
 
     def _embed_tiles(
         self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid, progress: JobProgress
-    ) -> tuple[Features, int]:
+    ) -> Features:
         progress.slide_started(entry.slide_id, len(grid.coords))
         stream = TileStream(
             slide, grid, batch_size=self.batch_size, threads=self.threads, max_bad_tiles=self.max_bad_tiles
@@ -347,11 +380,12 @@ class EmbedJob:
                 "mpp_source": slide.mpp.source,
                 "level": grid.level,
                 "tissue_mm2": tissue.area_mm2(slide.mpp.value),
+                "bad_tiles": len(stream.bad_tiles),
             },
         )
         made_with = self._settings(entry) | {"level0_mpp": slide.mpp.value, "tissue_method": tissue.method}
         del made_with["slide"], made_with["min_tissue"]
-        return replace(features, **made_with), len(stream.bad_tiles)
+        return replace(features, **made_with)
 
     def _embed_slide(self, features: Features) -> Features:
         assert self.slide_encoder is not None
@@ -363,25 +397,18 @@ class EmbedJob:
         return replace(features, slide_embedding=embedding, **self._slide_settings())
 
     def _nothing_to_embed(self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid) -> SlideResult:
-        reason = "no tissue found"
-        if tissue.mask.any():
-            reason = f"no tile has {self.min_tissue:.0%} tissue or more (--min-tissue)"
-        result = _result(entry, "skipped", f"{reason}; see qc/{entry.slide_id}.jpg")
+        self._path(entry).unlink(missing_ok=True)  # with --overwrite there may be one, of other settings
+        result = _result(entry, "skipped", f"{why_no_tiles(tissue, self.min_tissue)}; see qc/{entry.slide_id}.jpg")
         area = tissue.area_mm2(slide.mpp.value)
         return replace(result, tiles=0, mpp=slide.mpp.value, mpp_source=slide.mpp.source, tissue_mm2=area)
 
     def _done(
-        self,
-        entry: SlideEntry,
-        features: Features,
-        reason: str = "",
-        bad_tiles: int | None = None,
-        seconds: float | None = None,
+        self, entry: SlideEntry, features: Features, reason: str = "", seconds: float | None = None
     ) -> SlideResult:
         return replace(
             _result(entry, "done", reason),
             tiles=len(features.coords),
-            bad_tiles=bad_tiles,
+            bad_tiles=features.settings.get("bad_tiles"),
             mpp=features.level0_mpp,
             mpp_source=features.settings.get("mpp_source"),
             tissue_mm2=features.settings.get("tissue_mm2"),
@@ -398,10 +425,17 @@ def failed_slide(entry: SlideEntry, error: Exception) -> SlideResult:
     """The result of a slide that an exception ended; one that is no user's mistake is printed with its traceback."""
     if isinstance(error, LongslideError):
         return _result(entry, "failed", str(error))
+    if isinstance(error, OSError):  # the disk, not the program
+        return _result(entry, "failed", f"{error.filename or entry.path}: {error.strerror or error}")
     traceback.print_exception(error)  # not the user's mistake: whoever reports it needs to know where
     return _result(
         entry, "failed", f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     )
+
+
+def identity(value: object) -> object:
+    """What must be equal: of weights the digest, wherever they lie."""
+    return value.partition(" sha256:")[2] or value if isinstance(value, str) else value
 
 
 def check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
@@ -410,7 +444,7 @@ def check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
     different = [
         f"{name} {made_with.get(name)} there, {value} now"
         for name, value in wanted.items()
-        if made_with.get(name) != value
+        if identity(made_with.get(name)) != identity(value)
     ]
     if different:
         raise LongslideError(

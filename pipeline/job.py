@@ -1,17 +1,22 @@
 """What every batch job over slides shares: one result a slide, the summary table, and claims between processes."""
 
 import csv
-import os
+import io
 import tempfile
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from ..data.whole_file import remove_leftovers, write_whole
 from ..errors import LongslideError
 
 SUMMARY = "summary.csv"
+
+BUSY = "another process is working on it"
+"""Why a slide is skipped that another process has claimed."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,7 @@ def claim(output: Path, slide_id: str) -> FileLock | None:
     Returns:
         The lock to release when the slide is finished, or None when another process holds it.
     """
-    folder = output / ".locks"
-    folder.mkdir(exist_ok=True)
-    lock = FileLock(folder / f"{slide_id}.lock", thread_local=False)
+    lock = FileLock(_lock_folder(output) / f"{slide_id}.lock", thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -88,22 +91,46 @@ def claim(output: Path, slide_id: str) -> FileLock | None:
 def record(output: Path, result: SlideResult) -> None:
     """Write a slide's result into `<output>/summary.csv`, replacing its earlier row.
 
-    Several processes may do so at once. A slide that one process finished stays `done` when another one reports that it
-    skipped it.
+    Several processes may do so at once. What another process says of a slide is not replaced by the news that it is
+    busy with it, nor the row of the run that embedded a slide by one that found it done.
+
+    Raises:
+        LongslideError: The summary cannot be written.
     """
     path = output / SUMMARY
-    (output / ".locks").mkdir(exist_ok=True)
-    with FileLock(output / ".locks" / "summary.lock"):
-        rows: dict[str, dict[str, object]] = {}
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = {row["slide_id"]: dict(row) for row in csv.DictReader(file)}
-        if result.status == "skipped" and rows.get(result.slide_id, {}).get("status") == "done":
-            return
-        rows[result.slide_id] = asdict(result)
-        temporary = path.with_name(f".{SUMMARY}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(SlideResult)], extrasaction="ignore")
+    found_done = result.status == "done" and result.seconds is None
+    try:
+        with FileLock(_lock_folder(output) / f".{SUMMARY}.lock"):  # no slide's own lock: an id has no dot in front
+            rows = _rows(path)
+            before = rows.get(result.slide_id)
+            if before and (result.reason == BUSY or (found_done and before["status"] == "done")):
+                return
+            rows[result.slide_id] = asdict(result)
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, [field.name for field in fields(SlideResult)], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows[slide_id] for slide_id in sorted(rows))
-        temporary.replace(path)
+            remove_leftovers(path)
+            write_whole(path, table.getvalue().encode())
+    except OSError as error:
+        raise LongslideError(f"{path}: cannot write it ({error.strerror})") from error
+
+
+def _rows(path: Path) -> dict[str, dict[str, object]]:
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return {}
+    return dict(_read_rows(path, now.st_ino, now.st_mtime_ns, now.st_size))
+
+
+@lru_cache(maxsize=1)  # a run that finds ten thousand slides done would read ten thousand rows for each
+def _read_rows(path: Path, *version: int) -> dict[str, dict[str, object]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["slide_id"]: dict(row) for row in csv.DictReader(file)}
+
+
+def _lock_folder(output: Path) -> Path:
+    folder = output / ".locks"
+    folder.mkdir(exist_ok=True)
+    return folder

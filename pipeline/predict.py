@@ -17,11 +17,12 @@ from PIL import Image
 from ..data.features import Features, read_features
 from ..data.slide import Slide, open_slide
 from ..data.slide_table import SlideEntry, find_slides
+from ..data.whole_file import remove_leftovers
 from ..errors import LongslideError
 from .checkpoint_features import FeatureMaker, doubts
 from .embed import PreparedSlide, failed_slide, one_ahead
 from .explain import explain_features, write_explanation
-from .job import SUMMARY, SlideResult, claim, make_output_folder, record
+from .job import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
 from .prediction import PREDICTIONS, SCHEMA, Prediction, read_json, with_numbers, write_json, write_predictions
 from .progress import JobProgress
 
@@ -197,7 +198,7 @@ class _Job:
             try:
                 lock = claim(self.output, f"{entry.slide_id} prediction")
                 if lock is None:
-                    return SlideResult(entry.slide_id, str(entry.path), "skipped", "another process is working on it")
+                    return SlideResult(entry.slide_id, str(entry.path), "skipped", BUSY)
                 resources.callback(lock.release)
                 done = self._done_before(entry)
                 if done is not None:
@@ -226,7 +227,13 @@ class _Job:
                     made = self.maker.finish(claimed.prepared, progress)
                     if made.status != "done":
                         return made
+                remove_leftovers(self.json_path(entry))
                 return self._predict(entry, claimed.remarks, claimed.started)
+            except OSError as error:
+                what = (
+                    f"{self.output}: cannot write the results ({error.strerror}); make room or choose another --output"
+                )
+                return failed_slide(entry, LongslideError(what))
             except Exception as error:
                 return failed_slide(entry, error)
 

@@ -1,13 +1,14 @@
 """Predictions as users get them: typed, a row of `predictions.csv`, JSON."""
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..data.whole_file import write_whole
 from ..errors import LongslideError
 from ..task import CLASSIFICATION, Task
 
@@ -165,21 +166,27 @@ def row(prediction: Prediction, task: Task) -> dict[str, Any]:
 
 
 def write_predictions(output: Path, task: Task, predictions: Iterable[Prediction]) -> None:
-    """Write `predictions.csv`, replacing it: slides first, then patients, each by name."""
+    """Write `predictions.csv`, replacing it: slides first, then patients, each by name.
+
+    Raises:
+        LongslideError: It cannot be written.
+    """
     ordered = sorted(predictions, key=lambda one: (one.level != "slide", one.slide_id, one.patient_id))
-    temporary = output / f".{PREDICTIONS}.{os.getpid()}.tmp"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns(task))
-        writer.writeheader()
-        writer.writerows(row(one, task) for one in ordered)
-    temporary.replace(output / PREDICTIONS)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns(task))
+    writer.writeheader()
+    writer.writerows(row(one, task) for one in ordered)
+    write_whole(output / PREDICTIONS, text.getvalue().encode())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON; it appears under its name only when complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write JSON; it appears under its name only when complete.
+
+    Raises:
+        LongslideError: It cannot be written.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, text.encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

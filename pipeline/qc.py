@@ -1,6 +1,6 @@
 """The quality-control picture of a slide: thumbnail, tissue contours, tile grid, scale bar."""
 
-import os
+import io
 from pathlib import Path
 
 import cv2
@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..data.grid import Grid
 from ..data.slide import Slide
 from ..data.tissue import Tissue
+from ..data.whole_file import write_whole
 
 TILE_COLOUR = (0, 114, 178)
 CONTOUR_COLOUR = (213, 94, 0)
@@ -48,10 +49,10 @@ def draw_qc(slide: Slide, tissue: Tissue, grid: Grid | None, *, max_px: int = 16
 
 def save_qc(path: Path, picture: Image.Image) -> None:
     """Save a picture as JPEG; it appears under its name only when complete."""
+    content = io.BytesIO()  # Pillow does not notice a file that it wrote only half, on a full disk
+    picture.save(content, format="JPEG", quality=88)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    picture.save(temporary, format="JPEG", quality=88)
-    temporary.replace(path)
+    write_whole(path, content.getbuffer())
 
 
 def _draw_tiles(picture: np.ndarray, grid: Grid, scale: np.ndarray) -> np.ndarray:

@@ -142,11 +142,20 @@ def embed_slide(
 
     Returns:
         `(D_slide,)` float32.
+
+    Raises:
+        LongslideError: The slide does not fit in the device's memory.
     """
-    with autocast(device, precision):
-        embedding = slide_encoder(
-            torch.from_numpy(features).to(device=device, dtype=torch.float32)[None],
-            torch.from_numpy(cells).to(device)[None],
-        )
+    try:
+        with autocast(device, precision):
+            embedding = slide_encoder(
+                torch.from_numpy(features).to(device=device, dtype=torch.float32)[None],
+                torch.from_numpy(cells).to(device)[None],
+            )
+    except torch.OutOfMemoryError as error:
+        raise LongslideError(
+            f"the slide encoder runs out of memory on {device} with {len(features):,} tiles; the same command with "
+            "--device cpu goes on from the tile embeddings"
+        ) from error
     result: np.ndarray = embedding[0].float().cpu().numpy()
     return result

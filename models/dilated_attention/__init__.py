@@ -45,7 +45,7 @@ def dilated_attention(
             its own; none is empty.
         scale: Factor of the logits; `D ** -0.5` by default.
         backend: `naive` for the readable version, `gather` for plain PyTorch, `fused` for Triton kernels; `auto` takes
-            `fused` on a GPU where it fits (ratios that divide the largest one, no float64), else `gather`.
+            `fused` on a GPU where it fits (ratios that are powers of two, no float64), else `gather`.
 
     Returns:
         The shape and dtype of `q`; zero where no branch covers a token and head.
@@ -73,13 +73,14 @@ def dilated_attention(
 
         if cu_seqlens is not None:
             return fused_dilated_attention(q, k, v, cu_seqlens, *settings)
-        packed = (x.flatten(0, 1) for x in (q, k, v))
-        return fused_dilated_attention(*packed, equal_lengths(len(q), q.shape[1], q.device), *settings).view(q.shape)
+        lengths = equal_lengths(len(q), q.shape[1], q.device)
+        packed = fused_dilated_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), lengths, *settings)
+        return packed.view(q.shape)
     function = naive_dilated_attention if backend == "naive" else gather_dilated_attention
     if cu_seqlens is None:
         return function(q, k, v, *settings)
-    lengths = cu_seqlens.diff().tolist()
-    sequences = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    counts = cu_seqlens.diff().tolist()
+    sequences = zip(*(torch.split(x, counts) for x in (q, k, v)), strict=True)
     return torch.cat([function(q[None], k[None], v[None], *settings)[0] for q, k, v in sequences])
 
 
@@ -90,12 +91,17 @@ def equal_lengths(batch: int, length: int, device: torch.device) -> Tensor:
         return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether this machine has kernels for where x is: a GPU, and Triton."""
+    return x.is_cuda and find_spec("triton") is not None
+
+
 def _fused(q: Tensor, dilated_ratios: Sequence[int], scale: float, backend: str) -> bool:
-    if backend in ("naive", "gather") or (backend == "auto" and (not q.is_cuda or find_spec("triton") is None)):
+    if backend in ("naive", "gather") or (backend == "auto" and not has_kernels(q)):
         return False
     from .fused import eligible  # imports triton, which not every machine has
 
-    fits = eligible(q, dilated_ratios, scale)
+    fits = eligible(q.dtype, q.shape[-1], dilated_ratios, scale)
     if backend == "fused" and not fits:
         raise ValueError(
             f"the fused kernels do not take {q.dtype}, head dimension {q.shape[-1]}, ratios {dilated_ratios}, scale {scale}"

@@ -17,15 +17,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def eligible(q: Tensor, dilated_ratios: Sequence[int], scale: float) -> bool:
-    """Whether the kernels take these tensors and branches: ratios are powers of two, head dimension up to 128."""
+def eligible(dtype: torch.dtype, head_dim: int, dilated_ratios: Sequence[int], scale: float = 1.0) -> bool:
+    """Whether the kernels take tensors of this kind: ratios are powers of two, head dimension up to 128."""
     return (
-        q.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and q.shape[-1] <= 128
+        dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and head_dim <= 128
         and max(dilated_ratios) <= 64
         and all(ratio & (ratio - 1) == 0 for ratio in dilated_ratios)
         and scale > 0
@@ -112,7 +113,8 @@ def _segment(rows, first, last, step, length, start, width, shift, offset, R: tl
 
 @triton.jit
 def _forward_keys(
-    q1, q2, acc1, acc2, largest, total, ones, k, v, lane, base, base_step, low, high, key, key_step, real, rows, inside, factor,
+    q1, q2, acc1, acc2, largest, total, ones, k, v, lane, base, base_step, low, high, key, key_step, real, rows, inside,
+    factor,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     ONLINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -182,13 +184,13 @@ def _forward_branches(
                 key_base = base + key.to(tl.int64) * stride_l
                 key_base_step = (BN * ratio * stride_l).to(tl.int64)
                 acc1, acc2, largest, total = _forward_keys(
-                    q1, q2, acc1, acc2, largest, total, ones, k, v, lane, key_base, key_base_step, 0, full, key, ratio, real,
-                    rows, inside, factor, D, D1, D2, BN, False, CAUSAL, ONLINE, PRECISION,
+                    q1, q2, acc1, acc2, largest, total, ones, k, v, lane, key_base, key_base_step, 0, full, key, ratio,
+                    real, rows, inside, factor, D, D1, D2, BN, False, CAUSAL, ONLINE, PRECISION,
                 )  # fmt: skip
                 if full < real:
                     acc1, acc2, largest, total = _forward_keys(
-                        q1, q2, acc1, acc2, largest, total, ones, k, v, lane, key_base, key_base_step, full, real, key, ratio,
-                        real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, ONLINE, PRECISION,
+                        q1, q2, acc1, acc2, largest, total, ones, k, v, lane, key_base, key_base_step, full, real, key,
+                        ratio, real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, ONLINE, PRECISION,
                     )  # fmt: skip
             start += width
     total = tl.sum(total, 1) / 16
@@ -233,14 +235,14 @@ def _forward(
     # A token sees its own key. Its logit is a good enough reference for the exponentials, unless another one is larger by
     # more than 41 (2 ** 60): then once more, with the running maximum. Shares of float16 are too narrow for that.
     acc1, acc2, largest, total = _forward_branches(
-        q1, q2, own * factor, k, v, plan, base, head, rows, first, last, step, length, stride_l, factor,
-        H, D, D1, D2, R, S, NB, CAUSAL, BM, BN, q.dtype.element_ty == tl.float16, PRECISION,
+        q1, q2, own * factor, k, v, plan, base, head, rows, first, last, step, length, stride_l, factor, H, D, D1, D2,
+        R, S, NB, CAUSAL, BM, BN, q.dtype.element_ty == tl.float16, PRECISION,
     )  # fmt: skip
-    if q.dtype.element_ty != tl.float16:
+    if q.dtype.element_ty != tl.float16:  # noqa: SIM102 (known when compiled: the other only when run)
         if tl.max(tl.where(valid & ~(total < 1.0e18), 1, 0), 0) > 0:
             acc1, acc2, largest, total = _forward_branches(
-                q1, q2, own * factor, k, v, plan, base, head, rows, first, last, step, length, stride_l, factor,
-                H, D, D1, D2, R, S, NB, CAUSAL, BM, BN, True, PRECISION,
+                q1, q2, own * factor, k, v, plan, base, head, rows, first, last, step, length, stride_l, factor, H, D,
+                D1, D2, R, S, NB, CAUSAL, BM, BN, True, PRECISION,
             )  # fmt: skip
     covered = total > 0
     inverse = tl.where(covered, 1.0 / tl.where(covered, total, 1.0), 0.0)
@@ -353,13 +355,13 @@ def _backward_q(
                 key_base = base + key.to(tl.int64) * stride_l
                 key_base_step = (BN * ratio * stride_l).to(tl.int64)
                 acc1, acc2 = _backward_q_keys(
-                    q1, q2, g1, g2, acc1, acc2, log_sum, inner, k, v, lane, key_base, key_base_step, 0, full, key, ratio,
-                    real, rows, inside, factor, D, D1, D2, BN, False, CAUSAL, PRECISION,
+                    q1, q2, g1, g2, acc1, acc2, log_sum, inner, k, v, lane, key_base, key_base_step, 0, full, key,
+                    ratio, real, rows, inside, factor, D, D1, D2, BN, False, CAUSAL, PRECISION,
                 )  # fmt: skip
                 if full < real:
                     acc1, acc2 = _backward_q_keys(
-                        q1, q2, g1, g2, acc1, acc2, log_sum, inner, k, v, lane, key_base, key_base_step, full, real, key,
-                        ratio, real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, PRECISION,
+                        q1, q2, g1, g2, acc1, acc2, log_sum, inner, k, v, lane, key_base, key_base_step, full, real,
+                        key, ratio, real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, PRECISION,
                     )  # fmt: skip
             start += width
     _store(grad_q + out_base, out_offsets, valid, acc1 * scale, D, 0, D1)
@@ -468,21 +470,24 @@ def _backward_kv(
                     low = (tl.maximum(first - start - offset, 0) >> shift) // BN * BN
                     seam = tl.minimum((((last - start - offset) >> shift) + BN) // BN * BN, full)
                     acc_k1, acc_k2, acc_v1, acc_v2 = _backward_kv_queries(
-                        k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane, query_base,
-                        query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base, stat_base_step, low, seam, query, ratio, real,
-                        rows, inside, factor, D, D1, D2, BN, True, CAUSAL, PRECISION,
+                        k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane,
+                        query_base, query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base,
+                        stat_base_step, low, seam, query, ratio, real, rows, inside, factor, D, D1, D2, BN, True,
+                        CAUSAL, PRECISION,
                     )  # fmt: skip
                     low = tl.maximum(low, seam)
                 acc_k1, acc_k2, acc_v1, acc_v2 = _backward_kv_queries(
-                    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane, query_base,
-                    query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base, stat_base_step, low, full, query, ratio, real,
-                    rows, inside, factor, D, D1, D2, BN, False, CAUSAL, PRECISION,
+                    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane,
+                    query_base, query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base,
+                    stat_base_step, low, full, query, ratio, real, rows, inside, factor, D, D1, D2, BN, False, CAUSAL,
+                    PRECISION,
                 )  # fmt: skip
                 if tl.maximum(low, full) < real:
                     acc_k1, acc_k2, acc_v1, acc_v2 = _backward_kv_queries(
-                        k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane, query_base,
-                        query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base, stat_base_step, tl.maximum(low, full), real, query,
-                        ratio, real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, PRECISION,
+                        k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane,
+                        query_base, query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base,
+                        stat_base_step, tl.maximum(low, full), real, query, ratio, real, rows, inside, factor, D, D1,
+                        D2, BN, True, CAUSAL, PRECISION,
                     )  # fmt: skip
             start += width
     _store(grad_k + out_base, out_offsets, valid, acc_k1 * scale, D, 0, D1)
@@ -540,8 +545,8 @@ def _settings(
     pairs = q.shape[0] // (2 * blocks["BM"] * stride) + sequences
     constants = {
         "H": q.shape[1], "D": q.shape[2], "D1": first, "D2": rest, "R": largest, "S": stride, "NB": len(ratios),
-        "LARGEST": list(ratios).index(largest), "CAUSAL": causal, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        **blocks,
+        "LARGEST": list(ratios).index(largest), "CAUSAL": causal,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", **blocks,
     }  # fmt: skip
     plan = _plan(
         tuple(min(length, 2 ** (q.shape[0] - 1).bit_length()) for length in segment_lengths),
@@ -560,8 +565,7 @@ def _alike(*tensors: Tensor) -> list[Tensor]:
     return [x.contiguous() for x in tensors]
 
 
-@torch.library.custom_op("longslide::dilated_attention", mutates_args=())
-def _op(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -595,6 +599,9 @@ def _op(
     return out, lse
 
 
+_op = torch.library.custom_op("longslide::dilated_attention", _attend, mutates_args=())
+
+
 @_op.register_fake
 def _op_fake(
     q: Tensor,
@@ -609,8 +616,7 @@ def _op_fake(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("longslide::dilated_attention_backward", mutates_args=())
-def _backward_op(
+def _attend_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -634,6 +640,9 @@ def _backward_op(
     grid, constants, plan = _settings(q, cu_seqlens, "backward_kv", segment_lengths, dilated_ratios, is_causal)
     _backward_kv[grid](q, k, v, grad, stats, grad_k, grad_v, plan, *shape, **constants)
     return grad_q, grad_k, grad_v
+
+
+_backward_op = torch.library.custom_op("longslide::dilated_attention_backward", _attend_backward, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -666,6 +675,21 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
 _op.register_autograd(_differentiate, setup_context=_save)
 
 
+class _Attention(torch.autograd.Function):
+    """The op without its dispatcher, which takes longer than the kernels on short sequences."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _attend(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None)
+
+
 def fused_dilated_attention(
     q: Tensor,
     k: Tensor,
@@ -677,5 +701,12 @@ def fused_dilated_attention(
     scale: float,
 ) -> Tensor:
     """See `dilated_attention`, on packed sequences. Memory: the output and a float32 per token and head."""
-    output: Tensor = _op(q, k, v, cu_seqlens, list(segment_lengths), list(dilated_ratios), is_causal, scale)[0]
+    inputs = (q, k, v, cu_seqlens, list(segment_lengths), list(dilated_ratios), is_causal, scale)
+    output: Tensor
+    if torch.compiler.is_compiling():
+        output, _ = _op(*inputs)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        output, _ = _Attention.apply(*inputs)
+    else:
+        output, _ = _attend(*inputs)
     return output

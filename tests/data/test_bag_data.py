@@ -345,6 +345,19 @@ def test_lightning_stops_within_an_epoch_and_goes_on_with_the_same_losses(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lightning_may_look_at_a_few_batches_only(two_classes: tuple[Path, Path], tmp_path: Path) -> None:
+    module = data(*two_classes, max_bags=3, workers=1)
+    few: dict[str, Any] = {"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 2}
+    train(tmp_path / "limited", module, enable_checkpointing=False, **few)
+    taken = (tmp_path / "limited" / "train-0.txt").read_text().splitlines()
+    assert len(taken) == 4
+    assert len(set(taken)) == 4
+    train(tmp_path / "overfit", data(*two_classes), enable_checkpointing=False, overfit_batches=2, max_epochs=2)
+    taken = (tmp_path / "overfit" / "train-0.txt").read_text().splitlines()
+    assert taken[:2] == taken[2:]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_two_processes_take_different_bags_and_validate_them_all(
     two_classes: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -119,7 +119,7 @@ def test_a_write_that_runs_out_of_room_leaves_what_was_there_and_nothing_else(tm
         [sys.executable, "-c", WRITE_WITH_LITTLE_ROOM, str(tmp_path / "a.h5")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "a.h5: cannot write the feature file" in done.stdout
+    assert "a.h5: cannot write it" in done.stdout
     assert len(done.stdout.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
     assert (tmp_path / "a.h5").read_bytes() == before
@@ -127,7 +127,7 @@ def test_a_write_that_runs_out_of_room_leaves_what_was_there_and_nothing_else(tm
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LongslideError, match="cannot write the feature file"):
+    with pytest.raises(LongslideError, match="cannot write it"):
         write_features(tmp_path / "file" / "a.h5", complete())
 
 
@@ -285,6 +285,32 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         (tmp_path / "a.h5").write_bytes(whole[:size])
         with pytest.raises(LongslideError, match=r"a\.h5: not a readable HDF5 file"):
             read_features(tmp_path / "a.h5")
+
+
+def test_broken_bytes_are_never_more_than_one_line(tmp_path: Path) -> None:
+    write_features(tmp_path / "a.h5", complete())
+    whole = (tmp_path / "a.h5").read_bytes()
+    rng = np.random.default_rng(1)
+    refusals = []
+    for _ in range(100):
+        broken = bytearray(whole)
+        start = int(rng.integers(len(whole) - 60))
+        broken[start : start + 60] = rng.bytes(60)
+        (tmp_path / "a.h5").write_bytes(broken)
+        try:
+            read_features(tmp_path / "a.h5")
+        except LongslideError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 10
+    assert all("a.h5: " in refusal and len(refusal.splitlines()) == 1 for refusal in refusals)
+
+
+def test_everything_but_the_embeddings_can_be_read_alone(tmp_path: Path) -> None:
+    write_features(tmp_path / "a.h5", complete())
+    whole, rest = read_features(tmp_path / "a.h5"), read_features(tmp_path / "a.h5", embeddings=False)
+    assert (rest.features.shape, rest.features.dtype) == (whole.features.shape, whole.features.dtype)
+    np.testing.assert_array_equal(rest.coords, whole.coords)
+    assert (rest.weights, rest.tissue, rest.settings) == (whole.weights, whole.tissue, whole.settings)
 
 
 def test_a_file_that_is_not_there_or_of_a_newer_version_is_named(tmp_path: Path) -> None:

@@ -188,6 +188,10 @@ def truncated_image(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def sixteen_bits(path: Path) -> None:
+    Image.fromarray(picture()[..., 1].astype(np.uint16) * 256).save(path, format="png")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -195,8 +199,9 @@ def truncated_image(path: Path) -> None:
         (zero_bytes, "empty"),
         (truncated_slide, "truncated|broken"),
         (truncated_image, "truncated|broken"),
+        (sixteen_bits, "8-bit"),
         (Path.mkdir, "folder"),
-        (lambda path: None, "no such file"),
+        (lambda path: None, "No such file"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".svs", ".png", ".tif"])
@@ -209,6 +214,13 @@ def test_what_cannot_be_opened_is_one_line_that_names_the_file(
         open_slide(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_slide_one_may_not_read_is_not_called_broken(slide_path: Path) -> None:
+    slide_path.chmod(0)
+    with pytest.raises(LongslideError, match="Permission denied"):
+        open_slide(slide_path)
 
 
 def test_an_unreadable_region_is_named_and_the_others_still_read(tmp_path: Path) -> None:

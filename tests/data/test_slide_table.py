@@ -36,6 +36,11 @@ def test_files_keep_the_users_order_whatever_their_suffix(tmp_path: Path) -> Non
     assert entries == [SlideEntry(tmp_path / "b.svs", "b"), SlideEntry(tmp_path / "a.unusual", "a")]
 
 
+def test_a_single_path_is_a_list_of_one(tmp_path: Path) -> None:
+    touch(tmp_path / "a.svs")
+    assert find_slides(str(tmp_path / "a.svs")) == find_slides([tmp_path / "a.svs"]) == find_slides(tmp_path)
+
+
 def test_a_folder_is_searched_through_its_subfolders(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("z.SVS", "sub/deep/a.ndpi", "sub/b.tif", "notes.txt", "sub/table.xlsx")))
     assert sorted(entry.slide_id for entry in find_slides([tmp_path])) == ["a", "b", "z"]
@@ -51,6 +56,17 @@ def test_pictures_beside_slides_are_no_slides_but_a_folder_of_pictures_alone_is_
     touch(tmp_path / "pictures/b.png", tmp_path / "pictures/c.jpg")
     assert [entry.slide_id for entry in find_slides([tmp_path / "slides"])] == ["a"]
     assert [entry.slide_id for entry in find_slides([tmp_path / "pictures"])] == ["b", "c"]
+
+
+def test_a_link_to_a_slide_that_is_gone_is_not_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path / "a.svs")
+    (tmp_path / "b.svs").symlink_to("nowhere.svs")
+    assert [entry.slide_id for entry in find_slides([tmp_path])] == ["a", "b"]
+
+
+def test_the_pictures_of_an_earlier_job_are_no_slides(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("a.png", "features/summary.csv", "features/a.h5", "features/qc/a.jpg")))
+    assert [entry.path.name for entry in find_slides(tmp_path)] == ["a.png"]
 
 
 @pytest.mark.parametrize("stem", ["a", "S21.1234"])
@@ -99,6 +115,15 @@ def test_a_table_says_everything_about_a_slide(tmp_path: Path, suffix: str) -> N
 def test_an_mpp_for_all_gives_way_to_the_tables(tmp_path: Path) -> None:
     table = write_table(tmp_path / "cohort.csv", [{"slide": "a.svs", "mpp": 0.265}, {"slide": "b.svs", "mpp": None}])
     assert [entry.mpp for entry in find_slides([table], slide_mpp=0.5)] == [0.265, 0.5]
+
+
+def test_ids_are_text_and_an_mpp_may_be_unknown(tmp_path: Path) -> None:
+    (tmp_path / "cohort.csv").write_text("slide,slide_id,patient_id,mpp\na.svs,NA,null,NA\nb.svs,007,1e3,0.5\n")
+    entries = find_slides([tmp_path / "cohort.csv"])
+    assert [(entry.slide_id, entry.patient_id, entry.mpp) for entry in entries] == [
+        ("NA", "null", None),
+        ("007", "1e3", 0.5),
+    ]
 
 
 def test_a_table_without_the_column_says_which_it_has(tmp_path: Path) -> None:

@@ -124,6 +124,25 @@ def test_iterative_stratification_keeps_the_shares() -> None:
     np.testing.assert_allclose(labels[part == 1].sum(0) / labels.sum(0), 0.3, atol=0.03)
 
 
+@pytest.mark.parametrize("patients", [9, 13, 20, 40])
+def test_small_cohorts_get_the_parts_they_were_asked_for(patients: int) -> None:
+    rng = np.random.default_rng(patients)
+    survival = np.stack([rng.exponential(100, patients), np.arange(patients) % 2], axis=1).astype(np.float32)
+    values = rng.normal(size=patients).astype(np.float32)
+    labels = (np.stack([np.arange(patients) % 2, np.arange(patients) % 3 == 0], axis=1)).astype(np.float32)
+    for cohort in (
+        in_memory(Task("survival", ("t", "e"), times=(50,)), survival),
+        in_memory(Task("regression", ("y",)), values),
+        in_memory(Task("multilabel", ("a", "b"), ("a", "b")), labels),
+        binary(np.arange(patients) % 2),
+    ):
+        for folds in (1, 3):
+            splits = check_splits(make_splits(cohort, folds=folds, val_share=0.2, test_share=0.2), cohort)
+            counts = splits["fold_0"].value_counts()
+            assert abs(counts["test"] - patients * (0.2 if folds == 1 else 1 / 3)) < 2
+            assert abs(counts["val"] - 0.2 * (patients - counts["test"])) < 2
+
+
 def test_sites_are_kept_apart() -> None:
     sites = [f"site {i % 9}" for i in range(90)]
     cohort = binary(np.random.default_rng(0).integers(0, 2, 90), site=sites)

@@ -149,13 +149,15 @@ def biopsy(case: Case) -> Case:
         (lambda case: on_glass(case, (225, 224, 205)), 0.94),
         (lambda case: on_glass(case, (245, 226, 235)), 0.94),
         (lambda case: on_glass(case, (228, 232, 244)), 0.94),
+        (lambda case: on_glass(case, (222, 228, 246)), 0.94),
+        (lambda case: on_glass(case, (210, 212, 240)), 0.94),
         (lambda case: on_glass(case, (205, 205, 205)), 0.94),
     ],
     ids=[
         "clean", "white gaps", "black borders", "grey borders", "faint", "fatty", "blue pen", "green pen", "red pen",
         "black pen", "coverslip", "biopsy", "jpeg", "light blue pen", "light green pen", "light red pen",
         "light black pen", "haematoxylin", "blue haematoxylin", "pale haematoxylin", "DAB", "pale DAB", "immunostain",
-        "yellow glass", "pink glass", "blue glass", "grey glass",
+        "yellow glass", "pink glass", "blue glass", "bluer glass", "bluest glass", "grey glass",
     ],
 )  # fmt: skip
 def test_tissue_is_found_where_it_is(make: Any, least: float, clean: Case) -> None:
@@ -179,6 +181,7 @@ def shaded(case: Case) -> Case:
         on_glass(EMPTY, GLASS)[0],
         on_glass(EMPTY, (245, 226, 235))[0],
         on_glass(EMPTY, (228, 232, 244))[0],
+        on_glass(EMPTY, (210, 212, 240))[0],
         shaded(EMPTY)[0],
         as_jpeg(EMPTY)[0],
         np.full((HEIGHT, WIDTH, 3), 255, np.uint8),
@@ -187,7 +190,7 @@ def shaded(case: Case) -> Case:
         *(pen(EMPTY, ink)[0] for pen in (with_pen, with_light_pen) for ink in INKS.values()),
     ],
     ids=[
-        "noise", "pink glass", "blue glass", "shaded", "jpeg", "white", "black", "coverslip",
+        "noise", "pink glass", "blue glass", "bluest glass", "shaded", "jpeg", "white", "black", "coverslip",
         *(f"{kind}{ink} pen" for kind in ("", "light ") for ink in INKS),
     ],
 )  # fmt: skip

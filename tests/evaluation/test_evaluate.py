@@ -133,6 +133,9 @@ def test_subgroups_are_by_columns_of_the_cohort(binary_predictions: Make) -> Non
     assert ages["scope"].iloc[0] == "subgroup:age=30 to 42.375"
     assert only(metrics, "auroc", "subgroup:scanner=several")["n"] == 100, "patients with slides of both scanners"
     assert only(metrics, "auroc", "subgroup:scanner=old", "slide")["n"] == 100
+    scopes = set(evaluate(predictions, BINARY, bootstrap=20, cohort=cohort)["scope"])
+    assert scopes == {"fold_0", "pooled", "subgroup:site=Bergen", "subgroup:site=Turin"}, "by site if nothing is said"
+    assert "fold_0" in set(evaluate(predictions, BINARY, bootstrap=20, cohort=cohort.assign(site="x"))["scope"])
     with pytest.raises(LongslideError, match=r"no column 'sex'.*site, age, scanner, stage"):
         evaluate(predictions, BINARY, bootstrap=20, cohort=cohort, subgroups=["sex"])
     with pytest.raises(LongslideError, match="200 different values"):

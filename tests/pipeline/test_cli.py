@@ -46,24 +46,64 @@ def test_help_of_a_command_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+OPTIONS = ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni"]
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("words", "named"),
     [
-        [],
-        ["embd"],
-        ["embed"],
-        ["embed", "--output", "o", "--tile-encoder", "uni"],
-        ["embed", "a.svs", "--tile-encoder", "uni"],
-        ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni", "--tile-px", "many"],
-        ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni", "--no-such-option", "1"],
-        ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni", "--pool", "max"],
+        ([], "subcommand"),
+        (["embd"], "embd"),
+        (["embed"], "output"),
+        (["embed", "--output", "o", "--tile-encoder", "uni"], "needs slides"),
+        (["embed", "a.svs", "--tile-encoder", "uni"], "output"),
+        ([*OPTIONS, "--tile-px", "many"], "--tile-px cannot be many"),
+        ([*OPTIONS, "--mpp", "nan"], "--mpp cannot be nan"),
+        ([*OPTIONS, "--no-such-option", "1"], "--no-such-option"),
+        ([*OPTIONS, "--pool", "max"], "max"),
+        (["embed", "--config", "no-such.yaml"], "no-such.yaml"),
     ],
 )
-def test_wrong_usage_ends_with_status_2_and_no_traceback(words: list[str]) -> None:
-    result = run(*words)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert result.stderr
+def test_wrong_usage_is_one_line_with_status_2(
+    words: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("longslide")
+    assert named in line
+    assert "--help" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("slides: a.svs\noutput: o\ntile_encoder: uni\n", "`slides: [a.svs]`"),
+        ("slides: [a.svs]\noutput: o\ntile_encoder: uni\ntile_pixels: 3\n", "tile_pixels"),
+        ("slides: [a.svs]\noutput: o\ntile_encoder: uni\ntile_px: many\n", "--tile-px cannot be many"),
+        ("slides: [", "line 2"),
+    ],
+)
+def test_a_wrong_yaml_file_is_one_line(
+    text: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main(["embed", "--config", str(tmp_path / "job.yaml")])
+    [line] = capsys.readouterr().err.splitlines()
+    assert named in line
+
+
+def test_what_print_config_writes_is_the_same_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["embed", "b.svs", *OPTIONS[1:], "--tile-px", "224", "--overwrite", "--print-config"])
+    first = capsys.readouterr().out
+    (tmp_path / "job.yaml").write_text(first)
+    with pytest.raises(SystemExit, match="0"):
+        main(["embed", "--config", str(tmp_path / "job.yaml"), "--print-config"])
+    assert capsys.readouterr().out == first
+    assert "tile_px: 224" in first
+    assert "- b.svs" in first
 
 
 def test_a_user_mistake_is_one_line(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import openslide
 import pytest
 import torch
 from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
+from longslide.models.slide_encoder import SlideEncoder
 from longslide.pipeline.job import claim
 from PIL import Image
 
@@ -120,6 +124,12 @@ def test_each_slide_becomes_a_feature_file_a_picture_and_a_row(job: dict[str, An
     assert left_behind(job["output"]) == []
 
 
+def test_paths_may_be_text_in_python(job: dict[str, Any], slides: Path, encoder: Path) -> None:
+    [result] = embed([str(slides / "a.svs")], output=str(job["output"]), tile_encoder=encoder, tile_checkpoint="random")
+    assert (job["output"] / "a.h5").exists()
+    assert result.features == str(job["output"] / "a.h5")
+
+
 def test_the_embedding_of_a_tile_is_that_of_the_pixels_at_its_coordinates(job: dict[str, Any], encoder: Path) -> None:
     from longslide import create_tile_encoder
 
@@ -187,7 +197,7 @@ def test_killed_in_the_middle_and_run_again_gives_what_an_undisturbed_run_gives(
     job: dict[str, Any], tmp_path: Path
 ) -> None:
     undisturbed = tmp_path / "undisturbed"
-    assert subprocess.run(command(job | {"output": undisturbed}), capture_output=True).returncode == 0
+    embed(**job | {"output": undisturbed})
 
     process = subprocess.Popen(command(job, "--batch-size", "1", "--threads", "1"), stderr=subprocess.DEVNULL)
     while not (job["output"] / "a.h5").exists():
@@ -200,10 +210,11 @@ def test_killed_in_the_middle_and_run_again_gives_what_an_undisturbed_run_gives(
     for leftover in ("b.h5", "c.h5"):  # as a process killed while it wrote would leave them
         (job["output"] / f".{leftover}.1.tmp").write_bytes(b"half a file")
     first = (job["output"] / "a.h5").stat().st_mtime_ns
-    assert subprocess.run(command(job), capture_output=True).returncode == 0
+    assert {result.status for result in embed(**job)} == {"done"}
     assert (job["output"] / "a.h5").stat().st_mtime_ns == first, "done before, not done again"
     for name in ("b", "c"):
         assert content(job["output"] / f"{name}.h5") == content(undisturbed / f"{name}.h5")
+    assert left_behind(job["output"]) == []
 
 
 def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(job: dict[str, Any]) -> None:
@@ -217,7 +228,7 @@ def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(job: dict[str, Any])
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "goes on from here" in errors
-    assert subprocess.run(command(job), capture_output=True).returncode == 0
+    embed(**job)
     assert {row["status"] for row in summary(job["output"]).values()} == {"done"}
 
 
@@ -227,6 +238,27 @@ def test_a_second_run_does_nothing_and_is_still_done(job: dict[str, Any]) -> Non
     results = embed(**job)
     assert {result.status for result in results} == {"done"}
     assert {path: path.stat().st_mtime_ns for path in job["output"].glob("*.h5")} == before
+    assert all(row["seconds"] for row in summary(job["output"]).values()), "the rows still tell of the first run"
+
+
+def test_a_slide_may_have_the_name_of_a_file_of_the_job(job: dict[str, Any], slides: Path, tmp_path: Path) -> None:
+    names = ["a.svs", "summary.svs", "summary.csv.svs"]
+    paths = [shutil.copy(slides / "a.svs", tmp_path / name) for name in names]
+    thread = threading.Thread(target=lambda: embed(**job | {"slides": paths}), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "the job waits for itself"
+    assert set(summary(job["output"])) == {"a", "summary", "summary.csv"}
+
+
+def test_made_anew_without_tissue_the_old_file_does_not_stay(job: dict[str, Any], slides: Path) -> None:
+    job |= {"slides": [slides / "a.svs"]}
+    embed(**job)
+    [result] = embed(**job, min_tissue=1.0, tile_px=700, overwrite=True)
+    assert (result.status, result.tiles) == ("skipped", 0)
+    assert "--min-tissue" in result.reason
+    assert not (job["output"] / "a.h5").exists()
+    assert summary(job["output"])["a"]["status"] == "skipped"
 
 
 @pytest.mark.parametrize(
@@ -255,6 +287,51 @@ def test_a_file_made_with_other_settings_is_refused_unless_overwrite(
     [result] = embed(**job | change, overwrite=True)
     assert result.status == "done"
     assert content(job["output"] / "a.h5") != before
+
+
+def test_a_mask_or_mpp_given_or_taken_back_later_is_another_setting(job: dict[str, Any], tmp_path: Path) -> None:
+    write_synthetic_slide(tmp_path / "a.svs", size=(1536, 1024))
+    for name in ("one.png", "other.png"):
+        mask = np.zeros((64, 96), np.uint8)
+        mask[16:32, 24 : 48 if name == "one.png" else 60] = 255
+        Image.fromarray(mask).save(tmp_path / name)
+    tables = {
+        "plain": "slide\na.svs\n",
+        "mpp": "slide,mpp\na.svs,0.499\n",
+        "mask": "slide,tissue_mask\na.svs,one.png\n",
+        "other mask": "slide,tissue_mask\na.svs,other.png\n",
+    }
+    for name, table in tables.items():
+        (tmp_path / f"{name}.csv").write_text(table)
+
+    def made_anew(name: str) -> str:
+        [result] = embed(**job | {"slides": [tmp_path / f"{name}.csv"]})
+        embed(**job | {"slides": [tmp_path / f"{name}.csv"]}, overwrite=True)
+        return f"{result.status}: {result.reason}"
+
+    assert made_anew("mpp") == "done: "
+    assert "mpp_source option there, the file's own now" in made_anew("plain")
+    assert "tissue_method longslide-tissue-1 there, mask:one.png" in made_anew("mask")
+    assert "now" in made_anew("other mask")
+    assert "there, longslide-tissue-1 now" in made_anew("plain")
+    assert made_anew("plain") == "done: was there already"
+
+
+def test_weights_are_the_same_wherever_they_lie(
+    job: dict[str, Any], slides: Path, encoder: Path, tmp_path: Path
+) -> None:
+    from longslide import create_tile_encoder
+
+    for name, seed in (("one", 0), ("other", 1)):
+        network = create_tile_encoder(encoder, checkpoint="random", seed=seed).network
+        torch.save(network.state_dict(), tmp_path / f"{name}.pth")
+    shutil.copy(tmp_path / "one.pth", tmp_path / "copy.pth")
+    job |= {"slides": [slides / "a.svs"]}
+    results = [
+        embed(**job | {"tile_checkpoint": str(tmp_path / f"{name}.pth")})[0] for name in ("one", "copy", "other")
+    ]
+    assert [result.status for result in results] == ["done", "done", "failed"]
+    assert "weights" in results[2].reason
 
 
 def test_another_slide_of_the_same_name_is_not_taken_for_the_one_embedded(
@@ -286,6 +363,28 @@ def test_the_slide_embedding_is_added_later_without_reading_the_slide_again(
     [result] = embed(**job, slide_encoder="gigapath", slide_checkpoint="random", pool="cls")
     assert result.status == "failed"
     assert "pool mean there, cls now" in result.reason
+
+
+def test_a_slide_encoder_that_runs_out_of_memory_does_not_cost_the_tile_embeddings(
+    job: dict[str, Any], slides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job |= {"slides": [slides / "a.svs"], "slide_encoder": "gigapath", "slide_checkpoint": "random"}
+    with monkeypatch.context() as small_memory:
+
+        def out_of_memory(*_: Any, **__: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        small_memory.setattr(SlideEncoder, "forward", out_of_memory)
+        [result] = embed(**job)
+    assert result.status == "failed"
+    assert "--device cpu" in result.reason
+    tiles = read_features(job["output"] / "a.h5")
+    assert tiles.slide_embedding is None
+    [result] = embed(**job)
+    assert result.status == "done"
+    both = read_features(job["output"] / "a.h5")
+    assert both.slide_embedding is not None
+    np.testing.assert_array_equal(both.features, tiles.features)
 
 
 def test_two_processes_on_one_folder_share_the_work(job: dict[str, Any], tmp_path: Path) -> None:
@@ -360,6 +459,36 @@ def test_a_full_disk_fails_the_slide_before_the_work(job: dict[str, Any], monkey
     assert not list(job["output"].glob("*.h5"))
 
 
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """No file of this process may grow beyond 50 kB, as on a disk that is full."""
+    limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, action)
+
+
+def test_a_disk_that_is_full_in_the_middle_is_one_line_and_leaves_nothing_half_written(
+    job: dict[str, Any], slides: Path, little_room: None
+) -> None:
+    [result] = embed(**job | {"slides": [slides / "a.svs"]})
+    assert result.status == "failed"
+    assert "a.jpg: cannot write it" in result.reason
+    assert [path.name for path in job["output"].rglob("*") if path.is_file() and path.suffix != ".lock"] == [
+        "summary.csv"
+    ]
+
+
+def test_a_summary_that_cannot_be_written_is_said_and_ends_nothing(
+    job: dict[str, Any], slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job["output"] / "summary.csv").mkdir(parents=True)
+    [result] = embed(**job | {"slides": [slides / "a.svs"]})
+    assert result.status == "done"
+    assert "summary.csv: cannot write it" in capsys.readouterr().err
+
+
 def test_a_truncated_feature_file_is_named_and_replaced_on_request(job: dict[str, Any], slides: Path) -> None:
     job |= {"slides": [slides / "a.svs"]}
     embed(**job)
@@ -400,7 +529,12 @@ def test_a_mask_and_mpp_of_the_table_are_used(job: dict[str, Any], tmp_path: Pat
         ({"device": "cuda:99"}, "cuda:99"),
         ({"device": "gpu"}, "gpu"),
         ({"tile_px": 4}, "--tile-px"),
-        ({"tile_px": 64, "overlap": 64}, "--overlap"),
+        ({"overlap": 64}, "--overlap 64 must be at least 0 and less than --tile-px 64"),
+        ({"tile_px": 0}, "--tile-px"),
+        ({"mpp": 0.0}, "--mpp"),
+        ({"slide_mpp": 250.0}, "--slide-mpp 250 is not plausible"),
+        ({"threads": 0}, "--threads"),
+        ({"max_bad_tiles": -1}, "--max-bad-tiles"),
         ({"min_tissue": 2.0}, "--min-tissue"),
         ({"mpp": -1.0}, "--mpp"),
         ({"batch_size": 0}, "--batch-size"),
@@ -450,6 +584,11 @@ def test_more_unreadable_tiles_than_allowed_fail_the_slide_and_fewer_are_left_ou
     assert result.status == "done"
     assert result.bad_tiles
     assert 0 < result.bad_tiles <= 16
+    [again] = embed(**job | {"slides": [broken]}, max_bad_tiles=16)
+    assert (again.reason, again.bad_tiles) == ("was there already", result.bad_tiles)
+    [again] = embed(**job | {"slides": [broken]})
+    assert again.status == "failed"
+    assert f"bad_tiles {result.bad_tiles} there, at most 0 now" in again.reason
     coords = read_features(result.features or "").coords
     inside = (coords // 256 == [x // 256, y // 256]).all(1)
     assert not inside.any(), "no tile of the unreadable region"

@@ -260,14 +260,21 @@ def test_features_unlike_those_of_training_are_refused(
     assert not list(job["output"].glob("*.json"))
 
 
-def test_weights_are_the_same_by_their_digest_wherever_the_file_was() -> None:
-    from longslide.pipeline.checkpoint_features import _same_weights
-
-    assert _same_weights("hf:org/model@abc sha256:0123456789abcdef", "/data/model.safetensors sha256:0123456789abcdef")
-    assert not _same_weights(
-        "/data/model.safetensors sha256:0123456789abcdef", "/data/model.safetensors sha256:1111111111111111"
-    )
-    assert not _same_weights("random seed=0", "random seed=1")
+def test_weights_are_the_same_by_their_digest_wherever_the_file_was(
+    home: Path, job: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    folder.mkdir()
+    features = read_features(home / "features" / "a.h5")
+    write_features(folder / "a.h5", dataclasses.replace(features, weights="/data/model.safetensors sha256:0123"))
+    job |= {"features": folder, "slides": [home / "slides" / "a.svs"]}
+    for trained, status in (
+        ("hf:org/model@abc sha256:0123", "done"),
+        ("/data/model.safetensors sha256:9876", "failed"),
+    ):
+        write_classifier(tmp_path / "other.ckpt", home / "features", tile_weights=trained)
+        [one] = predict(**job | {"checkpoint": str(tmp_path / "other.ckpt"), "output": tmp_path / status})
+        assert one.status == status, one.reason
 
 
 def test_a_slide_unlike_those_of_training_is_predicted_with_a_warning(

@@ -1,0 +1,44 @@
+"""Files that appear under their name only when they are complete and on the disk."""
+
+import errno
+import glob
+import os
+from pathlib import Path
+
+from ..errors import LongslideError
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file under a temporary name in the same folder, flush it to the disk, and rename it.
+
+    Args:
+        path: Where to; an existing file is replaced.
+        content: The content.
+
+    Raises:
+        LongslideError: The file cannot be written (full disk, read-only folder). Nothing is left behind then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise LongslideError(f"{path}: cannot write it ({reason}); make room or choose another --output") from error
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed while they wrote this file left; only while no other is writing it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.tmp"):
+        leftover.unlink(missing_ok=True)
