@@ -116,13 +116,18 @@ def find_checkpoints(path: Path) -> list[Path]:
     """The checkpoints that a path stands for: a file itself, the best one of a run, or the best one of each of its folds.
 
     Raises:
-        LongslideError: There are none.
+        LongslideError: There are none, or a fold has none yet.
     """
     if not path.is_dir():
         return [path]
-    folds = sorted(path.glob("fold_*/best.ckpt"), key=lambda file: int(file.parent.name.removeprefix("fold_")))
+    folds = {int(fold.name[5:]): fold / "best.ckpt" for fold in path.glob("fold_*") if fold.name[5:].isdecimal()}
+    unfinished = [str(file) for _, file in sorted(folds.items()) if not file.is_file()]
+    if unfinished:
+        raise LongslideError(
+            f"{', '.join(unfinished)}: not there; finish the cross-validation, or give the folds to use"
+        )
     if folds:
-        return folds
+        return [file for _, file in sorted(folds.items())]
     if (path / "best.ckpt").is_file():
         return [path / "best.ckpt"]
     raise LongslideError(f"{path}: neither best.ckpt nor fold_0/best.ckpt in this folder; give a .ckpt file or a run")

@@ -173,6 +173,10 @@ def test_folds_are_averaged_and_their_spread_is_told(home: Path, job: dict[str, 
         assert "±" in one.text
     assert float(rows(job["output"] / "predictions.csv")[0]["spread_tumour"]) > 0
     write_classifier(tmp_path / "other.ckpt", home / "features", Task("binary", ("label",), ("a", "b")))
+    (run / "fold_3").mkdir()
+    with pytest.raises(LongslideError, match=r"fold_3/best\.ckpt: not there; finish the cross-validation"):
+        predict(**job | {"checkpoint": str(run)})
+    (run / "fold_3").rmdir()
     with pytest.raises(LongslideError, match=r"other\.ckpt: classes \('a', 'b'\), but \('normal', 'tumour'\)"):
         predict(**job | {"checkpoint": [str(run), str(tmp_path / "other.ckpt")]})
 

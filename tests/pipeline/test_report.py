@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from longslide import LongslideError, embed, predict, write_synthetic_slide
+from longslide.pipeline.cli import main
 from longslide.pipeline.job import SlideResult, record
 from longslide.pipeline.report import report
 from PIL import Image
@@ -86,6 +87,13 @@ def test_pictures_that_are_too_many_stay_beside_the_page(results: Path) -> None:
 
     assert all((results / unquote(source)).is_file() for source in beside)
     assert sum(source.startswith("data:") for source in sources(page)) == 3, "thumbnails are always inside"
+
+
+def test_the_command_takes_several_folders(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, SlideResult("a", "a.svs", "failed", "the reason"))
+    assert main(["report", str(results), str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("report.html") == 2
+    assert main(["report", str(tmp_path / "none")]) == 2
 
 
 def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
