@@ -20,6 +20,11 @@ from ..errors import LongslideError
 COMMANDS = {
     "doctor": (".doctor", "Check slides, weights and this machine before the GPU hours are spent."),
     "embed": (".embed", "Embed slides: one feature file a slide, with tile embeddings and a slide embedding."),
+    "predict": (
+        ".predict",
+        "Predict new slides with a trained classifier, and show which tiles speak for and against.",
+    ),
+    "report": (".report", "Write an HTML page over the results of predict: table, overlays, galleries, failures."),
     "compare": (
         ".compare",
         "Compare runs on the same patients: every metric with its interval, and paired differences.",
@@ -42,6 +47,7 @@ TRAINING_COMMANDS = {
 # Arguments that are given without a name, by their name in the function and in YAML.
 POSITIONAL = {
     "slides": "Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.",
+    "results": "Output folders of longslide predict.",
     "runs": "Run folders of longslide fit, crossval or test.",
 }
 
