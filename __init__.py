@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .pipeline.compare import compare as compare
     from .pipeline.doctor import doctor as doctor
     from .pipeline.embed import embed as embed
+    from .pipeline.explain import explain as explain
+    from .pipeline.predict import predict as predict
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,8 @@ _HOME = {
     "compare": ".pipeline.compare",
     "doctor": ".pipeline.doctor",
     "embed": ".pipeline.embed",
+    "explain": ".pipeline.explain",
+    "predict": ".pipeline.predict",
 }
 
 __all__ = ["__version__", *_HOME]

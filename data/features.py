@@ -3,13 +3,13 @@
 import io
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import h5py
 import numpy as np
 
+from .. import __version__
 from ..errors import LongslideError
 from .whole_file import write_whole
 
@@ -135,7 +135,7 @@ def _fill(file: h5py.File, features: Features) -> None:
         attributes(embedding.attrs, _SLIDE)
     attributes(file.attrs, _FILE)
     file.attrs["schema"] = SCHEMA
-    file.attrs["software"] = f"longslide {version('longslide')}"
+    file.attrs["software"] = f"longslide {__version__}"
     file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
 
 

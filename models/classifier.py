@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..errors import LongslideError
 from ..task import Task
 from .abmil import ABMIL, ABMILOptions
@@ -233,7 +233,7 @@ class SlideClassifier(BagWeightedModule):
         return {
             "schema": SCHEMA,
             "kind": "classifier",
-            "software": f"longslide {version('longslide')}",
+            "software": f"longslide {__version__}",
             "task": self.task.to_dict(),
             "aggregator": {
                 "name": self.aggregator_name,

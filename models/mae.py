@@ -7,7 +7,6 @@ light LongNet decoder tells the hidden embeddings from them and the hidden tiles
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from torchmetrics import MeanMetric
 
+from .. import __version__
 from ..errors import LongslideError
 from .aggregator import split_bags
 from .bag_weights import BagWeightedModule
@@ -214,7 +214,7 @@ class MaskedAutoencoder(BagWeightedModule):
         return {
             "schema": SCHEMA,
             "kind": "mae",
-            "software": f"longslide {version('longslide')}",
+            "software": f"longslide {__version__}",
             "slide_encoder": asdict(self.encoder.spec),
             "preprocessing": dict(self.facts.preprocessing),
             "mask_ratio": self.mask_ratio,

@@ -1,9 +1,11 @@
 """The command line: every command is a typed Python function, its options are the function's arguments."""
 
+import _thread
 import argparse
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -18,6 +20,11 @@ from ..errors import LongslideError
 COMMANDS = {
     "doctor": (".doctor", "Check slides, weights and this machine before the GPU hours are spent."),
     "embed": (".embed", "Embed slides: one feature file a slide, with tile embeddings and a slide embedding."),
+    "predict": (
+        ".predict",
+        "Predict new slides with a trained classifier, and show which tiles speak for and against.",
+    ),
+    "report": (".report", "Write an HTML page over the results of predict: table, overlays, galleries, failures."),
     "compare": (
         ".compare",
         "Compare runs on the same patients: every metric with its interval, and paired differences.",
@@ -40,6 +47,7 @@ TRAINING_COMMANDS = {
 # Arguments that are given without a name, by their name in the function and in YAML.
 POSITIONAL = {
     "slides": "Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.",
+    "results": "Output folders of longslide predict.",
     "runs": "Run folders of longslide fit, crossval or test.",
 }
 
@@ -100,6 +108,14 @@ def _parser(command: str | None) -> _Parser:
     return parser
 
 
+def _ctrl_c_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Python drops a Ctrl-C that comes while an object is destroyed, a slide's cache for one: repeat it soon after."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(dropped)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -122,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in set(POSITIONAL) & set(inspect.signature(function).parameters):
         if not options.get(name):
             parser.error(f"longslide {command} needs {name}: {POSITIONAL[name]}")
+    default_hook, sys.unraisablehook = sys.unraisablehook, _ctrl_c_again
     try:
         results = function(**options)
     except LongslideError as error:
@@ -130,6 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    finally:
+        sys.unraisablehook = default_hook
     return 0 if all(result.ok for result in results) else 1
 
 

@@ -433,7 +433,7 @@ def failed_slide(entry: SlideEntry, error: Exception) -> SlideResult:
     )
 
 
-def _identity(value: object) -> object:
+def identity(value: object) -> object:
     """What must be equal: of weights the digest, wherever they lie."""
     return value.partition(" sha256:")[2] or value if isinstance(value, str) else value
 
@@ -444,7 +444,7 @@ def check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
     different = [
         f"{name} {made_with.get(name)} there, {value} now"
         for name, value in wanted.items()
-        if _identity(made_with.get(name)) != _identity(value)
+        if identity(made_with.get(name)) != identity(value)
     ]
     if different:
         raise LongslideError(

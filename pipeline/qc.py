@@ -72,9 +72,6 @@ def _with_caption(picture: np.ndarray, caption: str, mm_per_px: float) -> Image.
     height, width = picture.shape[:2]
     size = max(11, min(22, round(width / 60)))
     font = ImageFont.load_default(size)
-    bar_mm = _round_length(0.25 * width * mm_per_px)
-    bar_label = f"{bar_mm:g} mm" if bar_mm >= 0.1 else f"{bar_mm * 1000:g} um"
-    bar_px = round(bar_mm / mm_per_px)
 
     strip = round(3.9 * size)
     canvas = Image.new("RGB", (width, height + strip), "white")
@@ -85,9 +82,26 @@ def _with_caption(picture: np.ndarray, caption: str, mm_per_px: float) -> Image.
         font = ImageFont.load_default(size)
     draw.text((size, height + 0.5 * size), caption, fill=TEXT_COLOUR, font=font)
     bar_y = height + strip - round(0.9 * size)
-    draw.rectangle((size, bar_y - max(2, size // 6), size + bar_px, bar_y), fill=TEXT_COLOUR)
-    draw.text((2 * size + bar_px, bar_y), bar_label, fill=TEXT_COLOUR, font=font, anchor="ls")
+    draw_scale_bar(draw, (size, bar_y), 0.25 * width, mm_per_px, size)
     return canvas
+
+
+def draw_scale_bar(draw: ImageDraw.ImageDraw, at: tuple[int, int], max_px: float, mm_per_px: float, size: int) -> None:
+    """Draw a scale bar of a round length with its label to the right.
+
+    Args:
+        draw: Where to.
+        at: (x, y) of its bottom left corner.
+        max_px: Longest it may be.
+        mm_per_px: Millimetres per pixel of the picture.
+        size: Size of the label's font.
+    """
+    x, y = at
+    bar_mm = _round_length(max_px * mm_per_px)
+    label = f"{bar_mm:g} mm" if bar_mm >= 0.1 else f"{bar_mm * 1000:g} um"
+    bar_px = round(bar_mm / mm_per_px)
+    draw.rectangle((x, y - max(2, size // 6), x + bar_px, y), fill=TEXT_COLOUR)
+    draw.text((x + size + bar_px, y), label, fill=TEXT_COLOUR, font=ImageFont.load_default(size), anchor="ls")
 
 
 def _round_length(length: float) -> float:

@@ -106,6 +106,29 @@ def test_what_print_config_writes_is_the_same_job(tmp_path: Path, capsys: pytest
     assert "- b.svs" in first
 
 
+DROPPED = """
+import os, signal, sys, time
+from longslide.pipeline import cli, demo
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+def job(output: str = ".", device: str = "cpu"):
+    Slow()
+    time.sleep(20)
+    return []
+demo.demo = job
+sys.exit(cli.main(["demo"]))
+"""
+
+
+def test_ctrl_c_while_an_object_is_destroyed_is_not_lost() -> None:
+    result = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 130, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "goes on from here" in result.stderr
+
+
 def test_a_user_mistake_is_one_line(tmp_path: Path) -> None:
     result = run("embed", tmp_path / "none.svs", "--output", tmp_path / "out", "--tile-encoder", "uni")
     assert result.returncode == 2

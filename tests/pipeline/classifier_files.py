@@ -1,0 +1,48 @@
+"""Small classifiers as checkpoint files, and the tile encoder whose features they read."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from longslide.data.feature_cache import FeatureCache
+from longslide.data.feature_statistics import FeatureStatistics
+from longslide.data.feature_survey import survey_features
+from longslide.models.abmil import ABMILOptions
+from longslide.models.classifier import SlideClassifier, TrainingFacts
+from longslide.task import Task
+
+ENCODER = """
+name: tiny
+architecture: vit_tiny_patch16_224
+timm_args: {img_size: 32, depth: 2, embed_dim: 48, num_heads: 3}
+dim: 48
+resize: 32
+interpolation: bicubic
+crop: 32
+mean: [0.5, 0.5, 0.5]
+std: [0.5, 0.5, 0.5]
+pooling: cls
+precision: float32
+mpp: 0.5
+tile_px: 64
+licence: none
+gated: false
+paper: none
+hub_id: null
+"""
+
+BINARY = Task("binary", ("label",), ("normal", "tumour"))
+
+
+def write_classifier(
+    path: Path, features: Path, task: Task = BINARY, seed: int = 0, aggregator: str = "abmil", **preprocessing: Any
+) -> SlideClassifier:
+    """Save a classifier of random weights for these features; `preprocessing` overrides what they say of themselves."""
+    survey = survey_features(sorted(features.glob("*.h5")), FeatureCache(), quiet=True)
+    torch.manual_seed(seed)
+    facts = TrainingFacts(task, survey.dim, preprocessing=survey.preprocessing | preprocessing)
+    classifier = SlideClassifier(facts, aggregator, abmil=ABMILOptions(width=16, attention_width=8)).eval()
+    classifier.use_training_features(FeatureStatistics.of(survey.moments).to_dict())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": classifier.state_dict(), "longslide": classifier.describe()}, path)
+    return classifier
