@@ -306,6 +306,9 @@ def main_prints_config(*words: str) -> dict:
         (["--data.label", "no_such_column"], "no_such_column"),
         (["--model.aggregator", "longnet", "--model.checkpoint", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
         (["--model.checkpoint", "some.ckpt"], "abmil has no slide encoder"),
+        (["--model.aggregator", "longnet", "--model.longnet.width", "30"], "width 30 must be a multiple of 4"),
+        (["--model.abmil.dropout", "7"], "dropout probability"),
+        (["--trainer.accelerator", "no-such-device"], "--trainer: "),
         (["--model.class_weights", "[1, 2, 3]"], "3 class weights for a binary task with 2 classes"),
     ],
 )
