@@ -119,6 +119,12 @@ def test_a_finished_run_is_not_overwritten(finished: Path, cohort: tuple[Path, l
     assert (finished / "best.ckpt").read_bytes() == before
 
 
+def test_a_run_is_repeated_by_its_own_configuration(finished: Path, tmp_path: Path) -> None:
+    assert main(["fit", "--config", str(finished / "config.yaml"), "--run", str(tmp_path / "again")]) == 0
+    for name in ("predictions.csv", "history.csv", "splits.csv"):
+        assert (tmp_path / "again" / name).read_text() == (finished / name).read_text()
+
+
 def test_fit_then_test_on_another_cohort_from_the_command_line(finished: Path, tmp_path: Path) -> None:
     options = write_cohort(tmp_path / "external", 18, seed=5)
     words = ["--checkpoint", finished / "best.ckpt", "--run", tmp_path / "run", "--bootstrap", "20"]
@@ -195,6 +201,9 @@ def test_a_stopped_run_does_not_go_on_with_other_options(
     (run / "run.json").write_text(json.dumps(facts | {"finished": False}))
     assert main(["fit", *words, "--model.optimiser.learning_rate", "0.5"]) == 2
     assert "--model.optimiser.learning_rate 0.0002 there, 0.5 now" in capsys.readouterr().err
+    history = (run / "history.csv").read_text()
+    assert main(["fit", *words]) == 0
+    assert (run / "history.csv").read_text() == history, "what was trained already is not trained again"
 
 
 def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
