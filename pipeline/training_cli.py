@@ -61,6 +61,7 @@ def quieten() -> None:
         "Checkpoint directory .* exists",
         ".*LeafSpec.*",
         ".*logging interval.*",
+        ".*in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -94,7 +95,7 @@ class TrainingCLI(LightningCLI):
             model_class=SlideClassifier if self.method == "classifier" else MaskedAutoencoder,
             datamodule_class=BagDataModule,
             save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS | ({"devices": 1} if command == "crossval" else {}),
             seed_everything_default=0,
             parser_kwargs={
                 "prog": f"longslide {command}",
