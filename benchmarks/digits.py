@@ -34,9 +34,11 @@ def write_bags(
     *,
     tiles: tuple[int, int] = (10, 400),
     nines: float = 0.02,
+    train_share: float = 0.6,
+    val_share: float = 0.15,
     seed: int = 0,
 ) -> None:
-    """Write `features/` and `cohort.csv` (with `split`: 60% train, 15% val, 25% test) to a folder.
+    """Write `features/` and `cohort.csv` (with `split`; the rest of the bags is for test) to a folder.
 
     A bag of n tiles that has nines has one and `nines` times n more.
     """
@@ -47,7 +49,8 @@ def write_bags(
     halves = rng.permutation(len(digits)) % 2  # images for training and validation, and images for test
     labels = rng.permutation(np.arange(bags) % 2)
     shown = rng.permutation(labels) if question == "permuted" else labels
-    parts = np.where(np.arange(bags) < 0.75 * bags, np.where(np.arange(bags) < 0.6 * bags, "train", "val"), "test")
+    place = np.arange(bags) / bags
+    parts = np.where(place < train_share + val_share, np.where(place < train_share, "train", "val"), "test")
     (folder / "features").mkdir(parents=True)
     for bag in range(bags):
         half = halves == (parts[bag] == "test")

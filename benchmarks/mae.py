@@ -1,7 +1,7 @@
 """Does pretraining by masked autoencoding help when labels are few? On bags of digits (see digits.py).
 
-A LongNet encoder is pretrained on many unlabelled bags, then frozen; a linear head is trained on few labelled ones. Beside
-it the same with an encoder that has not been trained, and the whole model from scratch on the few.
+A LongNet encoder is pretrained on many unlabelled bags. A linear head on it, frozen, is trained on few labelled bags, beside
+one on an encoder that has not been trained; and it is fine-tuned, beside the same model from scratch.
 
     python benchmarks/mae.py --work /tmp/mae
 """
@@ -13,6 +13,9 @@ from pathlib import Path
 import pandas as pd
 from digits import train, write_bags  # type: ignore[import-not-found]  # beside this file
 from longslide.pipeline.cli import main as longslide
+
+TEST_BAGS = 300
+"""Bags of the labelled sets; all but the few are for test."""
 
 SIZE = "{layers: 2, width: 64, heads: 4, ffn_width: 128, dropout: 0.0}"
 
@@ -33,32 +36,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=None, help="Folder for bags and runs; a temporary one by default.")
     parser.add_argument("--unlabelled", type=int, default=600)
-    parser.add_argument("--labelled", type=int, nargs="+", default=[80, 160])
+    parser.add_argument("--labelled", type=int, nargs="+", default=[40, 80], help="Bags to train and validate on.")
     parser.add_argument("--epochs", type=int, default=30)
     arguments = parser.parse_args()
     work = arguments.work or Path(tempfile.mkdtemp())
     lines = []
     for question in ("arrangement", "contains"):
-        write_bags(work / question, question, arguments.unlabelled, tiles=(16, 144), seed=1)
+        write_bags(work / question, question, arguments.unlabelled, tiles=(16, 144), nines=0.1, seed=1)
         history = pretrain(work / question / "features", work / f"mae-{question}", arguments.epochs, 5e-4)
         pretrain(work / question / "features", work / f"untrained-{question}", 1, 1e-12)
         losses = history["val_loss"]
         lines.append(f"{question}: loss of hidden tiles {losses.iloc[0]:.3f} -> {losses.iloc[-1]:.3f}")
         for labelled in arguments.labelled:
-            # A quarter of the bags is the test part: enough of them for an interval of some use.
-            write_bags(work / f"{question}-{labelled}", question, labelled, tiles=(16, 144), seed=2)
-            for name in ("mae", "untrained", "from scratch"):
+            share = labelled / TEST_BAGS
+            shares = {"train_share": 2 / 3 * share, "val_share": share / 3}
+            few = work / f"{question}-{labelled}"
+            write_bags(few, question, TEST_BAGS, tiles=(16, 144), nines=0.1, seed=2, **shares)
+            for name in ("mae frozen", "untrained frozen", "mae fine-tuned", "from scratch"):
                 words = ["--trainer.max_epochs", "30"]
-                aggregator = "longnet"
                 if name != "from scratch":
-                    aggregator = "gigapath"
-                    words += ["--model.checkpoint", str(work / f"{name}-{question}" / "best.ckpt")]
-                    words += ["--model.gigapath.frozen", "true"]
+                    words += ["--model.checkpoint", str(work / f"{name.split()[0]}-{question}" / "best.ckpt")]
+                    words += ["--model.gigapath.frozen", str("frozen" in name).lower()]
                 run = work / "runs" / f"{question}-{labelled}-{name}".replace(" ", "-")
-                metrics = train(work / f"{question}-{labelled}", aggregator, run, *words)
+                metrics = train(few, "longnet" if name == "from scratch" else "gigapath", run, *words)
                 row = metrics[(metrics["metric"] == "auroc") & (metrics["level"] == "patient")].iloc[0]
                 lines.append(
-                    f"  {labelled:4} bags, {name:12} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+                    f"  {labelled:4} bags, {name:17} {row['value']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
                 )
     print("\n".join(lines))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
 
+from ..errors import LongslideError
 from .aggregator import Aggregator, split_bags
 
 
@@ -109,7 +110,7 @@ class TransMIL(Aggregator):
     def __init__(self, feature_dim: int, options: TransMILOptions) -> None:
         super().__init__()
         if options.width % options.heads:
-            raise ValueError(f"width {options.width} must be a multiple of heads {options.heads}")
+            raise LongslideError(f"width {options.width} must be a multiple of heads {options.heads}")
         self.width = options.width
         self.projection = nn.Linear(feature_dim, options.width)
         self.cls_token = nn.Parameter(torch.randn(1, options.width))

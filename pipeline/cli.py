@@ -154,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(command: str, argv: Sequence[str]) -> int:
     module = import_module(TRAINING_COMMANDS[command][0], __package__)
+    default_hook, sys.unraisablehook = sys.unraisablehook, _ctrl_c_again
     try:
         return int(getattr(module, command)(argv))
     except KeyboardInterrupt:
@@ -167,6 +168,8 @@ def _train(command: str, argv: Sequence[str]) -> int:
             raise
         print(f"longslide {command}: {cause}", file=sys.stderr)
         return 2
+    finally:
+        sys.unraisablehook = default_hook
 
 
 if __name__ == "__main__":

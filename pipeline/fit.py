@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from ..data.bag_data import Part
+from ..errors import LongslideError
 from ..models.classifier import SlideClassifier
 from ..models.classifier_checkpoint import load_classifier
 from ..models.objective import Cox
@@ -79,6 +80,11 @@ def train(training: Training, run: TrainingRun | None) -> None:
         trainer.fit(
             training.model, datamodule=training.data, ckpt_path=resume, weights_only=None if resume is None else True
         )
+    except torch.OutOfMemoryError as error:
+        raise LongslideError(
+            "the GPU has too little memory: lower --data.max_tokens, or set --model.longnet.checkpointing true (or "
+            "--model.gigapath.checkpointing), or --trainer.precision bf16-mixed"
+        ) from error
     except SystemExit as end:  # Lightning's way to end after Ctrl-C
         if trainer.interrupted:
             raise KeyboardInterrupt from end

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import yaml
 from lightning import LightningModule, Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -164,7 +165,11 @@ class TrainingCLI(LightningCLI):
         return str(self.parser.dump(self.config, skip_none=False))
 
     def build(self, fold: int | None = None) -> Training:
-        """Model, data and trainer of a fold, from one seed; the data of all folds share what was read."""
+        """Model, data and trainer of a fold, from one seed; the data of all folds share what was read.
+
+        Raises:
+            LongslideError: Wrong input, or options that do not go together.
+        """
         config = self.config.clone()
         folder = self.run
         if fold is not None:
@@ -172,7 +177,12 @@ class TrainingCLI(LightningCLI):
         if self.command == "crossval":
             folder = folder / f"fold_{config['data']['fold']}"
         seed_everything(self.seed, workers=True, verbose=False)
-        self.config_init = self.parser.instantiate_classes(config)
+        try:
+            self.config_init = self.parser.instantiate_classes(config)
+        except ValueError as error:
+            if isinstance(error.__cause__, LongslideError):
+                raise
+            raise LongslideError(" ".join(str(error).split())) from error  # options that do not go together
         model, data = self.config_init["model"], self._data
         assert data is not None
         data.setup()
@@ -183,7 +193,10 @@ class TrainingCLI(LightningCLI):
         trainer_config = dict(self.config_init["trainer"])
         trainer_config["default_root_dir"] = trainer_config["default_root_dir"] or str(self.run)
         own = self._callbacks(folder, data)
-        trainer = self._instantiate_trainer(trainer_config, own)
+        try:
+            trainer = self._instantiate_trainer(trainer_config, own)
+        except (MisconfigurationException, ValueError) as error:
+            raise LongslideError(f"--trainer: {' '.join(str(error).split())}") from error
         return Training(model, data, trainer, folder)
 
     def _callbacks(self, folder: Path, data: BagDataModule) -> list[Any]:

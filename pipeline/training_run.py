@@ -14,12 +14,13 @@ import pandas as pd
 import torch
 import yaml
 
+from .. import __version__
 from ..data.bag_data import BagDataModule
 from ..errors import LongslideError
 from ..task import Task
 from .job import make_output_folder
 
-_PACKAGES = ("longslide", "torch", "lightning", "numpy", "pandas", "scikit-learn", "torchmetrics")
+_PACKAGES = ("torch", "lightning", "numpy", "pandas", "scikit-learn", "torchmetrics")
 
 
 class TrainingRun:
@@ -80,7 +81,8 @@ class TrainingRun:
             "without_features": list(cohort.without_features),
             "without_label": list(cohort.without_label),
             "notes": data.notes,
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+            "versions": {"python": platform.python_version(), "longslide": __version__}
+            | {name: version(name) for name in _PACKAGES},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             **facts,
         }

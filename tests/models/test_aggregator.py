@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
+from longslide.errors import LongslideError
 from longslide.models.abmil import ABMIL, ABMILOptions
 from longslide.models.aggregator import Aggregator, LinearProbe, Pool, PoolOptions
+from longslide.models.slide_encoder import create_slide_encoder
 from longslide.models.slide_encoder_aggregator import (
-    GigaPathOptions,
     LongNetOptions,
     SlideEncoderAggregator,
-    create_gigapath,
+    check_features,
     create_longnet,
 )
 from longslide.models.transmil import NystromAttention, TransMIL, TransMILOptions
@@ -144,14 +145,15 @@ def test_a_frozen_encoder_does_not_train_and_drops_nothing() -> None:
     )
 
 
-def test_gigapath_from_a_published_file_refuses_features_of_another_tile_encoder(tmp_path) -> None:
-    from longslide.errors import LongslideError
-    from longslide.models.slide_encoder import create_slide_encoder
-    from longslide.models.slide_encoder_checkpoint import to_published
+def test_a_checkpoint_refuses_features_that_it_was_not_trained_on() -> None:
+    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1, width=16, heads=2, ffn_width=16)
+    with pytest.raises(LongslideError, match="trained on features of tile encoder 'gigapath', but these are of 'uni'"):
+        check_features(encoder, "slide_encoder.pth", 1536, "uni")
+    with pytest.raises(LongslideError, match="of length 1536, but the features have 1024"):
+        check_features(encoder, "slide_encoder.pth", 1024, "gigapath")
+    check_features(encoder, "slide_encoder.pth", 1536, None)  # files of other tools do not say
 
-    small = {"layers": 1, "width": 16, "heads": 2, "ffn_width": 16}
-    encoder = create_slide_encoder("gigapath", checkpoint="random", **small)
-    file = tmp_path / "slide_encoder.pth"
-    torch.save({"model": to_published(encoder)}, file)
-    with pytest.raises(LongslideError, match=r"does not fit|trained on"):
-        create_gigapath(1536, GigaPathOptions(), file, "uni")
+
+def test_layers_that_the_encoder_does_not_have_are_refused() -> None:
+    with pytest.raises(LongslideError, match=r"has the layers 0 \(the projected tiles\) to 2, not \[3\]"):
+        gigapath((3,))

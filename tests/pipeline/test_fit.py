@@ -1,8 +1,10 @@
 """Training as users do it: recipes, run folders, resume, cross-validation, test on another cohort."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +197,29 @@ def test_a_stopped_run_does_not_go_on_with_other_options(
     assert "--model.optimiser.learning_rate 0.0002 there, 0.5 now" in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
+    words = [
+        "fit",
+        *BINARY,
+        *cohort[1],
+        *quick(tmp_path / "run"),
+        "--trainer.max_epochs",
+        "10000",
+        "--patience",
+        "10000",
+    ]
+    command = [sys.executable, "-m", "longslide.pipeline.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "last.ckpt").is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1] == "longslide fit: stopped; the same command goes on from here"
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+
+
 def test_crossval_predicts_every_patient_once_by_a_model_that_has_not_seen_it(
     cohort: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
@@ -281,6 +306,9 @@ def main_prints_config(*words: str) -> dict:
         (["--data.label", "no_such_column"], "no_such_column"),
         (["--model.aggregator", "longnet", "--model.checkpoint", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
         (["--model.checkpoint", "some.ckpt"], "abmil has no slide encoder"),
+        (["--model.aggregator", "longnet", "--model.longnet.width", "30"], "width 30 must be a multiple of 4"),
+        (["--model.abmil.dropout", "7"], "dropout probability"),
+        (["--trainer.accelerator", "no-such-device"], "--trainer: "),
         (["--model.class_weights", "[1, 2, 3]"], "3 class weights for a binary task with 2 classes"),
     ],
 )
