@@ -1,92 +1,162 @@
 """The demo: the whole job on synthetic slides, with no network and no GPU."""
 
 import csv
+import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 
-from ..data.features import read_features
 from ..data.synthetic import write_synthetic_slide
+from ..errors import LongslideError
 from .embed import embed
-from .job import SlideResult, make_output_folder
+from .job import make_output_folder
 
 Texture = Literal["glandular", "solid"]
 
-# File name, tissue texture, mpp written into the file, mpp in the table.
-SLIDES: tuple[tuple[str, Texture, float | None, float | None], ...] = (
-    ("glandular-1.svs", "glandular", 0.5, None),
-    ("glandular-2.svs", "glandular", 0.25, None),
-    ("solid-1.svs", "solid", 0.5, None),
-    ("solid-2.tif", "solid", None, 0.5),
-)
+TEXTURES: tuple[Texture, ...] = ("glandular", "solid")
+ENCODERS = {
+    "tile_encoder": "vit_tiny_patch16_224",
+    "tile_checkpoint": "random",
+    "slide_encoder": "gigapath",
+    "slide_checkpoint": "random",
+}
+MODELS = ("longnet", "abmil")
 
 
-def demo(output: str | Path = "longslide-demo", device: str = "auto") -> list[SlideResult]:
-    """Make synthetic slides and embed them with small models of random weights.
+def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: int = 24) -> list[Any]:
+    """Make synthetic slides of two kinds of tissue, embed them, train on them, and predict a slide that was kept apart.
 
     Args:
-        output: Folder for the slides, the slide table and the features.
+        output: Folder for all that is made. What is there already is kept.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
+        patients: Patients, each with one slide; at least 12.
 
     Returns:
-        One result a slide.
+        The results of the slides: those embedded and the one predicted.
     """
+    if patients < 12:
+        raise LongslideError(f"--patients {patients} are too few to train and test on; at least 12")
     console = Console(soft_wrap=True, highlight=False)
     output = Path(output)
     make_output_folder(output)
-    slides, features, table = output / "slides", output / "features", output / "cohort.csv"
-    slides.mkdir(exist_ok=True)
-    console.print(f"Writing {len(SLIDES)} synthetic slides to {escape(str(slides))}")
-    for seed, (name, texture, file_mpp, _) in enumerate(SLIDES):
-        if not (slides / name).exists():
-            size = (6144, 4608) if file_mpp == 0.25 else (4096, 3072)
-            unfinished = write_synthetic_slide(slides / f".{name}", size=size, mpp=file_mpp, texture=texture, seed=seed)
-            unfinished.replace(slides / name)  # so that a demo that was stopped can be run again
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["slide", "patient_id", "mpp"])
-        for patient, (name, _, _, table_mpp) in enumerate(SLIDES):
-            writer.writerow([f"slides/{name}", f"patient-{patient + 1}", "" if table_mpp is None else table_mpp])
+    table, features = output / "cohort.csv", output / "features"
+    console.rule("Slides")
+    console.print(f"{patients + 1} synthetic slides of two kinds of tissue, in {escape(str(output / 'slides'))}")
+    new = _write_slides(output, patients)
 
-    command = (
-        f"longslide embed {table} --output {features} --tile-encoder vit_tiny_patch16_224 --tile-checkpoint random "
-        "--slide-encoder gigapath --slide-checkpoint random"
-    )
-    console.print(f"Embedding them, as this command would:\n  {escape(command)}")
-    console.print("[yellow]Both models have random weights: the embeddings show the format, not the tissue.[/]")
-    results = embed(
-        slides=[table],
-        output=features,
-        tile_encoder="vit_tiny_patch16_224",
-        tile_checkpoint="random",
-        slide_encoder="gigapath",
-        slide_checkpoint="random",
-        device=device,
-    )
+    console.rule("Embed")
+    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in ENCODERS.items())
+    _say(console, f"longslide embed {table} --output {features} {words}")
+    console.print("[yellow]Both encoders have random weights: enough for such different tissues, not for real ones.[/]")
+    results: list[Any] = [*embed([table], features, device=device, **ENCODERS)]  # type: ignore[arg-type]
     if not all(result.features for result in results):
         return results
 
-    example = features / f"{results[0].slide_id}.h5"
-    content = read_features(example)
-    assert content.slide_embedding is not None
+    from .crossval import crossval
+    from .predict import predict
+    from .report import report
+
+    console.rule("Train")
+    runs = [output / "runs" / model for model in MODELS]
+    for model, run in zip(MODELS, runs, strict=True):
+        if (run / "metrics.csv").exists():
+            continue
+        arguments = [
+            *("--config", "binary", "--model.aggregator", model, "--run", str(run), "--folds", "3"),
+            *("--data.table", str(table), "--data.features", str(features), "--data.max_tokens", "64"),
+            *("--model.longnet", "{layers: 2, width: 64, heads: 4, ffn_width: 128}"),
+            *("--model.optimiser.learning_rate", "1e-3", "--trainer.max_epochs", "8", "--data.workers", "0"),
+            *_trainer_words(device),
+        ]
+        _say(console, "longslide crossval " + shlex.join(arguments))
+        crossval(arguments)
+
+    console.rule("Predict")
+    method: Literal["integrated-gradients"] = "integrated-gradients"
+    _say(console, f"longslide predict {new} --checkpoint {runs[0]} --output {output / 'results'} --explain {method}")
+    predictions = predict(new, str(runs[0]), output / "results", explain=method, device=device)
+    pages = report([output / "results"])
+
+    console.rule("What there is now")
+    example = results[0].features
     console.print(
-        f"""
-What there is now
-  {slides}  the slides: open them in QuPath, or with longslide.open_slide
-  {table}  the slide table; solid-2.tif has no microns per pixel of its own, the table gives them
-  {features}  one feature file a slide, summary.csv
-  {features / "qc"}  a picture a slide: thumbnail, tissue, tiles. Look at them first.
+        f"""\
+  {output / "slides"}  the slides: open them in QuPath, or with longslide.open_slide
+  {table}  the slide table, with labels; solid-2.tif has no microns per pixel of its own, the table gives them
+  {features}  one feature file a slide, read by longslide.read_features({example!r}); pictures of the tiles in qc/
+{_findings(runs)}
+  {predictions[0].slide_id}, which no model has seen: {predictions[0].text}
+  {pages[0].path}  that prediction, and what speaks for it
+  {_overlay(output / "results", predictions[0].slide_id)}  its overlay
 
-One of the feature files, longslide.read_features({str(example)!r}):
-  features {content.features.shape} {content.features.dtype}, coords {content.coords.shape} {content.coords.dtype}, \
-slide_embedding {content.slide_embedding.shape} {content.slide_embedding.dtype}
-
-What to do next, with slides of your own
+What to do next
+  longslide compare {" ".join(map(str, runs))}
   longslide doctor your-slides/
   longslide embed your-slides/ --output features/ --tile-encoder kaiko-vits8
-  longslide embed your-slides/ --output features/ --tile-encoder gigapath --slide-encoder gigapath""",
+  longslide crossval --config binary --data.table cohort.csv --data.features features/ --folds 5""",
         markup=False,
     )
-    return results
+    return [*results, *predictions]
+
+
+def _say(console: Console, command: str) -> None:
+    console.print(f"As this command would:\n  {command}", markup=False)
+
+
+def _write_slides(output: Path, patients: int) -> Path:
+    """The slides of the cohort and their table; and one more slide, which is returned."""
+    slides = output / "slides"
+    slides.mkdir(exist_ok=True)
+    rows = []
+    for number in range(patients):
+        texture = TEXTURES[number % 2]
+        name = f"{texture}-{number // 2 + 1}.svs"
+        mpp: float | None = 0.25 if number == 2 else 0.5
+        table_mpp = None
+        if number == 3:
+            name, mpp, table_mpp = "solid-2.tif", None, 0.5
+        _write_slide(slides / name, texture, mpp, number)
+        rows.append([f"slides/{name}", Path(name).stem, f"patient-{number + 1}", texture, table_mpp or ""])
+    with (output / "cohort.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["slide", "slide_id", "patient_id", "label", "mpp"], *rows])
+    (output / "new").mkdir(exist_ok=True)
+    return _write_slide(output / "new" / "kept-apart.svs", "solid", 0.5, patients)
+
+
+def _write_slide(path: Path, texture: Texture, mpp: float | None, seed: int) -> Path:
+    if not path.exists():
+        size = (3072, 2304) if mpp == 0.25 else (1792, 1536)
+        unfinished = path.with_name(f".{path.name}")  # so that a demo that was stopped can be run again
+        write_synthetic_slide(unfinished, size=size, mpp=mpp, texture=texture, seed=seed)
+        unfinished.replace(path)
+    return path
+
+
+def _trainer_words(device: str) -> list[str]:
+    from .tile_embedding import resolve_device
+
+    resolved = resolve_device(device)
+    words = ["--trainer.accelerator", "cpu" if resolved.type == "cpu" else "gpu"]
+    devices = "1" if resolved.index is None else f"[{resolved.index}]"
+    return [*words, "--trainer.devices", devices, "--trainer.enable_progress_bar", "false"]
+
+
+def _findings(runs: list[Path]) -> str:
+    """A line a model: its AUROC on the patients that it has not seen."""
+    import pandas as pd
+
+    lines = []
+    for run in runs:
+        rows = pd.read_csv(run / "metrics.csv").query("scope == 'pooled' and level == 'patient' and metric == 'auroc'")
+        found = rows.iloc[0]
+        lines.append(
+            f"  {run / 'report.html'}  held-out AUROC of {run.name} {found['value']:.2f} "
+            f"({found['low']:.2f} to {found['high']:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def _overlay(results: Path, slide_id: str) -> Path:
+    return next((results / "slides" / slide_id).glob("overlay*"))

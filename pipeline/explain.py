@@ -98,31 +98,36 @@ def explain_features(
     """
     import torch
 
-    from ..models.classifier_explanation import explain_ensemble
+    from ..models.classifier_explanation import explain_ensemble, recompute_layers
     from ..models.explain import METHODS
 
     if method not in METHODS:
         raise LongslideError(f"no way to explain {method!r}; there are {', '.join(METHODS)}")
-    try:
-        found = explain_ensemble(
-            ensemble,
-            torch.from_numpy(features.features).to(device),
-            torch.from_numpy(features.cells).to(device),
-            method,
-        )
-    except torch.OutOfMemoryError as error:
-        raise LongslideError(
-            f"{features.slide_id}: {method} of {len(features.coords):,} tiles does not fit in the memory of {device}; "
-            "occlusion needs less, a CPU is slower but has more"
-        ) from error
+    tile_features = torch.from_numpy(features.features).to(device)
+    grid_cells = torch.from_numpy(features.cells).to(device)
+    found = None
+    for last_try in (False, True):
+        try:
+            found = explain_ensemble(ensemble, tile_features, grid_cells, method)
+            break
+        except torch.OutOfMemoryError as error:
+            if last_try:
+                raise LongslideError(
+                    f"{features.slide_id}: {method} of {len(features.coords):,} tiles does not fit in the memory of "
+                    f"{device}; occlusion needs less, a CPU is slower but has more"
+                ) from error
+        recompute_layers(ensemble)  # outside the handler: the error's traceback keeps the failed pass's tensors
+        torch.cuda.empty_cache()
+    assert found is not None
+    names = found.names
 
     def by_name(values: "torch.Tensor | None") -> dict[str, float] | None:
-        return None if values is None else dict(zip(found.names, values.tolist(), strict=True))
+        return None if values is None else dict(zip(names, values.tolist(), strict=True))
 
     return Explanation(
         slide_id=features.slide_id,
         method=method,
-        names=found.names,
+        names=names,
         scores=found.scores.numpy(),
         coords=features.coords,
         tile_size_level0=features.tile_size_level0,

@@ -10,7 +10,7 @@ from longslide.models.abmil import ABMILOptions
 from longslide.models.aggregator import PoolOptions
 from longslide.models.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier_ensemble import ClassifierEnsemble
-from longslide.models.classifier_explanation import explain_ensemble
+from longslide.models.classifier_explanation import explain_ensemble, recompute_layers
 from longslide.models.slide_encoder_aggregator import LongNetOptions
 from longslide.models.transmil import TransMILOptions
 from longslide.task import Task
@@ -173,3 +173,18 @@ def test_a_classifier_of_slide_embeddings_has_no_tiles_to_explain() -> None:
     features, cells, _ = slides(1, seed=3)[0]
     with pytest.raises(LongslideError, match="no tiles to explain"):
         explain_ensemble(ClassifierEnsemble([model], ["x"]), features, cells, "occlusion")
+
+
+@pytest.mark.parametrize("method", ["integrated-gradients", "gradient-x-input"])
+def test_scores_are_the_same_when_layers_are_computed_again(method: str) -> None:
+    features, cells, _ = slides(2, seed=1)[1]
+    ensemble = ClassifierEnsemble([new_model("longnet")], ["x"])
+    before = explain_ensemble(ensemble, features, cells, method).scores
+    recompute_layers(ensemble)
+    computed = []
+    for layer in ensemble.classifiers[0].aggregator.encoder.layers:
+        layer.register_forward_pre_hook(lambda *_: computed.append(1))
+    after = explain_ensemble(ensemble, features, cells, method).scores
+    torch.testing.assert_close(after, before)
+    passes = 50 if method == "integrated-gradients" else 1
+    assert len(computed) >= 2 * 2 * passes, "two layers, each twice in a pass"

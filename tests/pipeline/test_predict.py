@@ -500,3 +500,27 @@ def test_a_classifier_of_slide_embeddings_predicts_and_says_that_it_cannot_be_ex
     [refused] = predict(**job | {"features": folder, "output": tmp_path / "x"}, explain="occlusion")
     assert refused.status == "failed"
     assert "no tiles to explain" in refused.reason
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_out_of_memory_is_tried_again_layer_by_layer_and_then_one_line(
+    home: Path, job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    from longslide.models import classifier_explanation
+
+    write_classifier(tmp_path / "longnet.ckpt", home / "features", aggregator="longnet")
+    whole, calls = classifier_explanation.explain_ensemble, []
+
+    def small_memory(ensemble: Any, *arguments: Any) -> Any:
+        calls.append(ensemble.classifiers[0].aggregator.encoder.spec.checkpointing)
+        if len(calls) <= failures:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(ensemble, *arguments)
+
+    monkeypatch.setattr(classifier_explanation, "explain_ensemble", small_memory)
+    job |= {"checkpoint": str(tmp_path / "longnet.ckpt"), "slides": [home / "slides" / "a.svs"]}
+    [one] = predict(**job, explain="gradient-x-input")
+    assert calls == [False, True]
+    assert one.status == ("done" if failures == 1 else "failed")
+    if failures == 2:
+        assert "does not fit in the memory of cpu" in one.reason
