@@ -214,7 +214,7 @@ class SlideClassifier(BagWeightedModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log `val_loss` and `val_metric`."""
-        outputs, target, _ = self.validation.compute()
+        outputs, target = self.validation.gathered()
         self.validation.reset()
         loss, weight = self.objective(outputs, target)
         self.log("val_loss", loss / weight.clamp(min=1e-12), prog_bar=True)

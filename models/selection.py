@@ -38,9 +38,16 @@ class BagOutputs(Metric):
 
     def update(self, outputs: Tensor, target: Tensor, index: Tensor) -> None:
         """Add bags: raw outputs `(B, n_outputs)`, targets, and `(B,)` rows of the dataset."""
+        self.tails = outputs.shape[1:], target.shape[1:]
         self.outputs.append(outputs.detach())
         self.target.append(target)
         self.index.append(index)
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Outputs and targets, by row."""
+        outputs, target, index = self.compute()
+        # torchmetrics makes a tensor of one element a scalar: one bag is a batch of one here.
+        return outputs.reshape(index.numel(), *self.tails[0]), target.reshape(index.numel(), *self.tails[1])
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs, targets and rows, by row."""

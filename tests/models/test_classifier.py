@@ -237,3 +237,11 @@ def test_a_loss_that_is_not_finite_says_what_to_do() -> None:
 def test_embeddings_of_another_length_are_refused() -> None:
     with pytest.raises(LongslideError, match="embeddings of length 6, not 7"):
         classifier()(torch.zeros(2, 7), torch.zeros(2, 2).long(), torch.tensor([0, 2]).int())
+
+
+def test_one_validation_bag_is_enough() -> None:
+    model = classifier()
+    model.validation.update(model.outputs_of(batch(1)), batch(1)["target"], batch(1)["index"])
+    outputs, target = model.validation.gathered()
+    assert outputs.shape == (1, 1)
+    assert target.shape == (1,)

@@ -4,35 +4,47 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from longslide import read_features
+from longslide import LongslideError, read_features
 from longslide.pipeline.demo import demo
 
 
-def test_the_demo_makes_slides_embeds_them_and_says_what_to_do_next(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "longslide.pipeline.cli",
-        "demo",
-        "--output",
-        str(tmp_path / "demo"),
-        "--device",
-        "cpu",
-    ]
+def test_the_demo_embeds_trains_and_predicts_and_can_be_run_again(tmp_path: Path) -> None:
+    words = ["demo", "--output", str(tmp_path / "demo"), "--device", "cpu", "--patients", "12"]
+    command = [sys.executable, "-m", "longslide.pipeline.cli", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "random weights" in done.stdout
-    assert "4 done, 0 failed, 0 skipped" in done.stdout
-    assert "longslide embed your-slides/" in done.stdout
+    assert "12 done, 0 failed, 0 skipped" in done.stdout
+
     files = sorted((tmp_path / "demo" / "features").glob("*.h5"))
-    assert [file.stem for file in files] == ["glandular-1", "glandular-2", "solid-1", "solid-2"]
+    assert len(files) == 12
     for file in files:
         features = read_features(file)
-        assert len(features.coords) > 20
+        assert len(features.coords) > 5
         assert features.slide_embedding is not None
         assert (tmp_path / "demo" / "features" / "qc" / f"{file.stem}.jpg").stat().st_size > 10_000
-    demo(tmp_path / "demo", device="cpu")
-    assert capsys.readouterr().err.count("was there already") == 4
+
+    for model in ("longnet", "abmil"):
+        metrics = pd.read_csv(tmp_path / "demo" / "runs" / model / "metrics.csv")
+        auroc = metrics.query("scope == 'pooled' and level == 'patient' and metric == 'auroc'").iloc[0]
+        assert auroc["n"] == 12
+        assert auroc["value"] > 0.9, "the class is visible in the tissue"
+        assert f"held-out AUROC of {model} {auroc['value']:.2f} ({auroc['low']:.2f} to" in done.stdout
+    results = tmp_path / "demo" / "results"
+    predicted = pd.read_csv(results / "predictions.csv").iloc[0]
+    assert predicted["prediction"] == "solid"
+    for path in (results / "report.html", results / "slides" / "kept-apart" / "overlay.png"):
+        assert path.stat().st_size > 10_000
+        assert str(path) in done.stdout
+
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("was there already") == 13
+    assert "fold 0" not in again.stdout
+
+
+def test_too_few_patients_to_test_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(LongslideError, match="at least 12"):
+        demo(tmp_path, patients=6)
