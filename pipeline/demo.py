@@ -68,6 +68,7 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
             *("--data.table", str(table), "--data.features", str(features), "--data.max_tokens", "64"),
             *("--model.longnet", "{layers: 2, width: 64, heads: 4, ffn_width: 128}"),
             *("--model.optimiser.learning_rate", "1e-3", "--trainer.max_epochs", "8", "--data.workers", "0"),
+            *("--data.val_share", "0.3", "--monitor", "val_loss"),
             *_trainer_words(device),
         ]
         _say(console, "longslide crossval " + shlex.join(arguments))
