@@ -546,7 +546,7 @@ def _settings(
     constants = {
         "H": q.shape[1], "D": q.shape[2], "D1": first, "D2": rest, "R": largest, "S": stride, "NB": len(ratios),
         "LARGEST": list(ratios).index(largest), "CAUSAL": causal,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32", **blocks,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32", **blocks,
     }  # fmt: skip
     plan = _plan(
         tuple(min(length, 2 ** (q.shape[0] - 1).bit_length()) for length in segment_lengths),
