@@ -149,13 +149,14 @@ class _Patients:
             LongslideError: As said.
         """
         wanted = f"the {folds} folds" if folds > 1 else "the parts (train, val, test)"
+        remedy = "use fewer folds" if folds > 1 else "set --data.val_share or --data.test_share to 0"
         task = self.cohort.task
         if task is not None and task.kind in (*CLASSIFICATION, "multilabel"):
             for name, count in zip(task.classes, self.labels.sum(0), strict=True):
                 if count < parts:
                     raise LongslideError(
-                        f"class {name!r} has {count} patients, fewer than {wanted} need ({parts}); use fewer --data.folds, "
-                        "or join it with another class"
+                        f"class {name!r} has {count} patients, fewer than {wanted} need ({parts}); {remedy}, or join it "
+                        "with another class"
                     )
         if task is not None and task.kind == "survival":
             events = int(self.labels[:, _QUANTILES:].any(1).sum())
@@ -165,7 +166,7 @@ class _Patients:
             raise LongslideError(f"{len(self.ids)} patients are fewer than {wanted} need ({parts})")
         if self.site is not None and self.site.max() + 1 < parts:
             raise LongslideError(
-                f"{self.site.max() + 1} sites are fewer than {wanted} need ({parts}); use fewer --data.folds, or drop "
+                f"{self.site.max() + 1} sites are fewer than {wanted} need ({parts}); {remedy}, or drop "
                 "--data.keep_sites_apart"
             )
 

@@ -385,7 +385,10 @@ class _Job:
         return Prediction.from_dict(read_json(there))
 
     def predict_patients(self, entries: Sequence[SlideEntry], predictions: Sequence[Prediction]) -> list[Prediction]:
-        """A prediction for each patient, from those of the patient's slides that have one."""
+        """A prediction for each patient, from those of the patient's slides that have one.
+
+        It is the mean of what the classifier says of the slides, or what it says of all of them as one bag, as in training.
+        """
         patients: dict[str, list[tuple[SlideEntry, Prediction]]] = {}
         for entry, prediction in zip(entries, predictions, strict=True):
             if entry.patient_id is not None:
@@ -403,8 +406,9 @@ class _Job:
             return replace(done[0][1], level="patient", slide_id="", patient_id=patient_id, warnings=tuple(warnings))
         prediction = Prediction("patient", "", patient_id, warnings=tuple(warnings))
         try:
-            bags = [self._bag([self.maker.path(entry)]) for entry, _ in done]
-            found = self._classify(bags)
+            files = [self.maker.path(entry) for entry, _ in done]
+            groups = [files] if self.ensemble.bag_unit == "patient" else [[file] for file in files]
+            found = self._classify([self._bag(group) for group in groups])
         except LongslideError as error:
             return replace(prediction, status="failed", reason=str(error))
         return with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))

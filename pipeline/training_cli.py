@@ -189,6 +189,7 @@ class TrainingCLI(LightningCLI):
         data.setup()
         if isinstance(model, SlideClassifier):
             model.fold = data.fold
+            model.bag_unit = data.bag_unit
             model.slide_ids = {part: sum(len(bag.slide_ids) for bag in data.bags(part)) for part in ("train", "val")}
             model.use_training_features(data.training_features.to_dict())
         trainer_config = dict(self.config_init["trainer"])
