@@ -259,7 +259,7 @@ def list_recipes() -> list[str]:
 
 
 def with_recipe_paths(argv: Sequence[str]) -> list[str]:
-    """The words, with `--config <name>` of a recipe of the package replaced by its path.
+    """The words, with `--config <name>` (or `configs/fit/<name>.yaml`) of a recipe of the package replaced by its path.
 
     Raises:
         LongslideError: A name that is neither a file's nor a recipe's.
@@ -270,8 +270,12 @@ def with_recipe_paths(argv: Sequence[str]) -> list[str]:
         if name not in ("--config", "-c") or (not equals and i + 1 == len(words)):
             continue
         value = value if equals else words[i + 1]
-        if Path(value).exists() or Path(value).suffix:
+        if Path(value).exists():
             continue
+        if Path(value).parent == Path("configs/fit"):  # as it is in the repository
+            value = Path(value).stem
+        if Path(value).suffix:
+            raise LongslideError(f"--config {value}: no such file")
         if value not in list_recipes():
             raise LongslideError(
                 f"--config {value}: neither a file nor a recipe; recipes are {', '.join(list_recipes())}"

@@ -299,6 +299,12 @@ def test_every_recipe_is_a_yaml_of_known_options() -> None:
         assert result["trainer"]["max_epochs"] == recipe["trainer"]["max_epochs"]
 
 
+def test_a_recipe_is_found_by_its_path_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = main_prints_config("fit", "--config", "configs/fit/transmil.yaml", "--data.features", "f")
+    assert config["model"]["aggregator"] == "transmil"
+
+
 def main_prints_config(*words: str) -> dict:
     import contextlib
     import io
@@ -335,6 +341,7 @@ def test_a_mistake_is_one_line_before_training(
     [
         (["fit"], "the following arguments are required: data.features"),
         (["fit", "--config", "no-such-recipe"], "neither a file nor a recipe; recipes are abmil, binary"),
+        (["fit", "--config", "missing.yaml"], "missing.yaml: no such file"),
         (["fit", "--data.features", "f", "--model.abmil.wdth", "3"], "--model.abmil.wdth"),
         (["fit", "--data.features", "f", "--model.aggregator", "abml"], "model.aggregator"),
         (["crossval", "--data.features", "f", "--folds", "many"], "folds"),
@@ -370,7 +377,9 @@ def test_a_patient_of_several_slides_is_one_bag_from_training_to_prediction(tmp_
 
     patient = expected.index[0]
     cohort = pd.read_csv(tmp_path / "cohort.csv")
-    slides = cohort[cohort["patient_id"] == patient].assign(slide=lambda rows: str(tmp_path) + "/" + rows["slide_id"] + ".svs")
+    slides = cohort[cohort["patient_id"] == patient].assign(
+        slide=lambda rows: str(tmp_path) + "/" + rows["slide_id"] + ".svs"
+    )
     for slide in slides["slide"]:
         Path(slide).write_text("the features are there, and are enough")
     slides.to_csv(tmp_path / "slides.csv", index=False)
