@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,9 @@ class TrainingParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and exit with status 2."""
         if self.exit_on_error:
+            if value := re.search(r'.*key "(\S+)":.*(?:Given|Got) value: (.*)', message, re.DOTALL):
+                choices = re.search(r"Literal\[([^]]*)\]", message)
+                message = f"--{value[1]} cannot be {value[2]}" + (f", but {choices[1]}" if choices else "")
             line = " ".join(message.split())
             self.exit(2, f"{self.prog}: {line}; `{self.prog} --help` lists the options\n")
         super().error(message, ex)
@@ -286,7 +290,11 @@ def with_recipe_paths(argv: Sequence[str]) -> list[str]:
 
 
 def method_of(argv: Sequence[str]) -> Method:
-    """What is trained: it decides which options there are, so it is looked for before they are parsed."""
+    """What is trained: it decides which options there are, so it is looked for before they are parsed.
+
+    Raises:
+        LongslideError: A configuration file is not YAML.
+    """
     method = "classifier"
     words = iter(argv)
     for word in words:
@@ -299,8 +307,8 @@ def method_of(argv: Sequence[str]) -> Method:
         elif Path(value).is_file():
             try:
                 content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError):
-                continue  # the parser says what is wrong with it
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise LongslideError(f"--config {value}: not YAML: {' '.join(str(error).split())}") from error
             if isinstance(content, dict):
                 method = str(content.get("method", method))
     return "mae" if method == "mae" else "classifier"
