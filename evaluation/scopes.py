@@ -122,18 +122,30 @@ def _mean(folds: list[dict[str, Scored]]) -> dict[str, Scored]:
     return result
 
 
-def _groups(rows: pd.DataFrame, cohort: pd.DataFrame | None, column: str) -> dict[str, Integers]:
-    """The subgroups in their order, as text, and the rows of each."""
+def subgroup_of_slide(cohort: pd.DataFrame | None, column: str) -> tuple[pd.Series, list[str]]:
+    """The subgroup of each row of a cohort table, and the subgroups in their order.
+
+    Args:
+        cohort: The cohort table; numbers may be there as text.
+        column: A column of it.
+
+    Returns:
+        The names of the subgroups, `missing` where the table says nothing; and those that are not, in their order.
+
+    Raises:
+        LongslideError: There is no such column, or it has too many values.
+    """
     if cohort is None or column not in cohort or not set(_ID) <= set(cohort):
         known = [] if cohort is None else [name for name in map(str, cohort) if name not in _ID]
         raise LongslideError(
             f"there is no column {column!r} in the cohort table to make subgroups by; it has {', '.join(known) or 'none'}"
         )
     values = cohort[column]
-    if pd.api.types.is_numeric_dtype(values) and values.nunique() > MOST_NUMBERS:
-        edges = sorted(set(values.quantile([0, 0.25, 0.5, 0.75, 1])))
+    numbers = pd.to_numeric(values, errors="coerce")
+    if numbers.notna().equals(values.notna()) and numbers.nunique() > MOST_NUMBERS:
+        edges = sorted(set(numbers.quantile([0, 0.25, 0.5, 0.75, 1])))
         ranges = [f"{low:g} to {high:g}" for low, high in pairwise(edges)]
-        values = pd.cut(values, edges, labels=ranges, include_lowest=True)
+        values = pd.cut(numbers, edges, labels=ranges, include_lowest=True)
         order = ranges
     else:
         order = list(map(str, sorted(values.dropna().unique())))
@@ -141,7 +153,13 @@ def _groups(rows: pd.DataFrame, cohort: pd.DataFrame | None, column: str) -> dic
         raise LongslideError(
             f"column {column!r} has {len(order)} different values, too many for subgroups (at most {MOST_GROUPS})"
         )
-    named = values.astype(object).where(cohort[column].notna(), "missing").astype(str)
+    return values.astype(object).where(cohort[column].notna(), "missing").astype(str), order
+
+
+def _groups(rows: pd.DataFrame, cohort: pd.DataFrame | None, column: str) -> dict[str, Integers]:
+    """The subgroups in their order, as text, and the rows of each."""
+    named, order = subgroup_of_slide(cohort, column)
+    assert cohort is not None
     by_slide = dict(zip(cohort["slide_id"].astype(str), named, strict=True))
     patients = named.groupby(cohort["patient_id"].astype(str))
     by_patient = patients.agg(lambda group: group.iloc[0] if group.nunique() == 1 else "several")

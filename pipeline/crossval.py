@@ -23,7 +23,7 @@ def crossval(argv: Sequence[str]) -> int:
     cli = TrainingCLI("crossval", argv)
     if cli.method != "classifier":
         raise LongslideError("crossval trains classifiers; pretrain with `longslide fit`")
-    run = TrainingRun(cli.run, cli.resolved())
+    run = TrainingRun(cli.run, cli.resolved(), cli.subgroups)
     predictions, counts = [], []
     fold, folds = 0, 1
     while fold < folds:

@@ -32,7 +32,7 @@ def fit(argv: Sequence[str]) -> int:
         LongslideError: Wrong usage or input.
     """
     cli = TrainingCLI("fit", argv)
-    run = TrainingRun(cli.run, cli.resolved()) if getattr(rank_zero_only, "rank", 0) == 0 else None
+    run = TrainingRun(cli.run, cli.resolved(), cli.subgroups) if getattr(rank_zero_only, "rank", 0) == 0 else None
     training = cli.build()
     classifies = isinstance(training.model, SlideClassifier)
     if run is not None:

@@ -11,7 +11,7 @@ from ..errors import LongslideError
 from ..models.classifier import SlideClassifier
 from ..models.classifier_checkpoint import check_preprocessing, load_classifier
 from .prediction_table import prediction_rows, run_classifier
-from .training_cli import TrainingParser, quieten
+from .training_cli import SUBGROUPS_HELP, TrainingParser, quieten
 from .training_run import TrainingRun, tell
 
 # What the checkpoint says, and the command line does not.
@@ -47,7 +47,7 @@ def test(argv: Sequence[str]) -> int:
     checkpoint = Path(config.checkpoint)
     classifier = load_classifier(checkpoint)
     folder = config.run or Path("runs") / f"{checkpoint.resolve().parent.name}-test"
-    run = TrainingRun(folder, parser.dump(config, skip_none=False))
+    run = TrainingRun(folder, parser.dump(config, skip_none=False), config.subgroups)
     data = _data(classifier, config.data.as_dict())
     check_preprocessing(checkpoint, classifier, data.preprocessing, data.feature_dim)
     data.setup()
@@ -81,6 +81,7 @@ def _parser() -> TrainingParser:
     parser.add_argument("--checkpoint", type=str, required=True, help="A checkpoint of longslide fit or crossval.")
     parser.add_argument("--run", type=Path | None, default=None, help="Run folder. Default: runs/<run>-test.")
     parser.add_argument("--bootstrap", type=int, default=1000, help="Resamples for the intervals of the metrics.")
+    parser.add_argument("--subgroups", type=str, default="", help=SUBGROUPS_HELP)
     parser.add_argument("--accelerator", type=str, default="auto", help="Device, as Lightning names it.")
     parser.add_argument(
         "--precision",

@@ -25,6 +25,8 @@ from .training_callbacks import BestCheckpoint, DefinedMetric, History, StepSeed
 
 Method = Literal["classifier", "mae"]
 
+SUBGROUPS_HELP = "Columns of the table to evaluate by too, separated by commas. Default: site, if there is one."
+
 TRAINER_DEFAULTS = {
     "max_epochs": 20,
     "gradient_clip_val": 1.0,
@@ -139,6 +141,7 @@ class TrainingCLI(LightningCLI):
             parser.add_argument(
                 "--bootstrap", type=int, default=1000, help="Resamples for the intervals of the metrics."
             )
+            parser.add_argument("--subgroups", type=str, default="", help=SUBGROUPS_HELP)
             parser.link_arguments("model.aggregator", "data.slide_embeddings", lambda name: name == "linear-probe")
         if self.command == "crossval":
             parser.add_argument("--folds", type=int, default=5, help="Folds, if the splits are not given.")
@@ -164,6 +167,11 @@ class TrainingCLI(LightningCLI):
         if self.config["run"] is not None:
             return Path(self.config["run"])
         return Path("runs") / (self.config["model"]["aggregator"] if self.method == "classifier" else "mae")
+
+    @property
+    def subgroups(self) -> str:
+        """Columns to evaluate by; a masked autoencoder has none."""
+        return str(self.config.get("subgroups", ""))
 
     def resolved(self) -> str:
         """The resolved configuration as YAML."""

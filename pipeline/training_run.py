@@ -29,6 +29,7 @@ class TrainingRun:
     Args:
         folder: The run folder.
         config: The resolved configuration as YAML.
+        subgroups: Columns of the cohort table to evaluate by, separated by commas.
 
     Attributes:
         facts: What `run.json` holds.
@@ -39,8 +40,9 @@ class TrainingRun:
             be written to.
     """
 
-    def __init__(self, folder: Path, config: str) -> None:
+    def __init__(self, folder: Path, config: str, subgroups: str = "") -> None:
         self.folder = folder
+        self.subgroups = [column.strip() for column in subgroups.split(",") if column.strip()]
         self._began = time.monotonic()
         before = self._read()
         if before.get("finished"):
@@ -73,8 +75,16 @@ class TrainingRun:
         return content if isinstance(content, dict) else {}
 
     def describe(self, data: BagDataModule, task: Task | None, **facts: Any) -> None:
-        """Write `run.json`, `splits.csv` and `cohort.csv`."""
+        """Write `run.json`, `splits.csv` and `cohort.csv`.
+
+        Raises:
+            LongslideError: A subgroup column is not in the table, or has too many values.
+        """
+        from ..evaluation.scopes import subgroup_of_slide
+
         cohort = data.cohort
+        for column in self.subgroups:
+            subgroup_of_slide(cohort.rows, column)
         self.facts |= {
             "task": None if task is None else task.to_dict(),
             "preprocessing": data.preprocessing,
@@ -121,7 +131,7 @@ class TrainingRun:
         table = pd.concat(predictions, ignore_index=True)
         write_text(self.folder / "predictions.csv", table.to_csv(index=False))
         if (table["part"] == "test").any():
-            metrics = evaluate(table, task, bootstrap=bootstrap, cohort=cohort)
+            metrics = evaluate(table, task, bootstrap=bootstrap, cohort=cohort, subgroups=self.subgroups or None)
             write_text(self.folder / "metrics.csv", metrics.to_csv(index=False))
             self.write()
             write_run_report(self.folder)

@@ -323,6 +323,7 @@ def main_prints_config(*words: str) -> dict:
         (["--model.checkpoint", "some.ckpt"], "abmil has no slide encoder"),
         (["--model.aggregator", "longnet", "--model.longnet.width", "30"], "width 30 must be a multiple of 4"),
         (["--model.abmil.dropout", "7"], "dropout probability"),
+        (["--subgroups", "site"], "there is no column 'site' in the cohort table"),
         (["--trainer.accelerator", "no-such-device"], "--trainer: "),
         (["--model.class_weights", "[1, 2, 3]"], "3 class weights for a binary task with 2 classes"),
     ],
@@ -392,6 +393,16 @@ def test_a_patient_of_several_slides_is_one_bag_from_training_to_prediction(tmp_
     apart = rows.loc[rows["level"] == "slide", "probability_positive"].mean()
     assert together == pytest.approx(expected[patient], rel=1e-5)
     assert together != pytest.approx(apart, rel=1e-5), "the mean of the slides would not be told from it"
+
+
+def test_subgroups_are_by_any_column_of_the_table(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
+    words = ["--config", "mean", "--data.task", "binary", *cohort[1], "--trainer.max_epochs", "1"]
+    words += ["--subgroups", "grade, score", "--data.test_share", "0.4", "--monitor", "val_loss"]
+    assert main(["fit", *words, *quick(tmp_path / "run")]) == 0
+    scopes = set(pd.read_csv(tmp_path / "run" / "metrics.csv")["scope"])
+    assert {"subgroup:grade=high", "subgroup:grade=low", "subgroup:grade=middle"} < scopes
+    assert 1 < sum(scope.startswith("subgroup:score=") for scope in scopes) <= 4, "numbers are cut at their quartiles"
+    assert "grade = high" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_what_was_left_out_and_settled_is_said_once(
