@@ -1,6 +1,5 @@
 """Splits: which patients train, validate and test in each fold. A patient is in one part of a fold, whole."""
 
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from .cohort_table import (
     require_columns,
     without_suffix,
 )
+from .whole_file import write_whole
 
 PARTS = ("train", "val", "test")
 """Parts of a fold."""
@@ -292,13 +292,7 @@ def write_splits(path: Path, splits: pd.DataFrame) -> None:
     Raises:
         LongslideError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        splits.to_csv(temporary, index=False)
-        temporary.replace(path)
-    except OSError as error:
-        raise LongslideError(f"{path}: cannot write the splits ({error.strerror})") from error
+    write_whole(path, splits.to_csv(index=False).encode(), "--data.splits")
 
 
 def check_splits(splits: pd.DataFrame, cohort: Cohort, *, keep_sites_apart: bool = False) -> pd.DataFrame:

@@ -151,7 +151,7 @@ class FeatureMaker:
                 f"the checkpoint does not say the {', '.join(unknown)} of its training features, which another tool made: "
                 "make those of the new slides with it too, and give their folder with --features"
             )
-        make_output_folder(self.folder)
+        make_output_folder(self.folder, "--features")
         checkpoint, seed = _weights_to_load(self.tile_checkpoint, facts.get("tile_weights"))
         name = self.tile_encoder or facts["tile_encoder"]
         try:

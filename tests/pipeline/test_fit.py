@@ -330,6 +330,14 @@ def test_a_mistake_is_one_line_before_training(
     assert said in error
 
 
+def test_a_run_folder_that_cannot_be_made_names_its_option(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["fit", *BINARY, *cohort[1], *quick(tmp_path / "file" / "run")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("choose another --run")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
