@@ -11,6 +11,7 @@ from longslide.models.mae import DecoderOptions, MaskedAutoencoder, UnlabelledFa
 from longslide.models.slide_encoder_aggregator import LongNetOptions
 from longslide.pipeline.cli import main
 from longslide.task import Task
+from training_cohort import write_cohort
 
 DIM = 6
 LONGNET = LongNetOptions(layers=1, width=16, heads=2, ffn_width=16, dilated_ratios=(1, 2), dropout=0.0)
@@ -84,11 +85,6 @@ def test_flipped_and_shifted_slides_stay_row_by_row_and_keep_their_neighbours() 
 
 
 def pretrain(tmp_path: Path, *words: str) -> Path:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
-    from training_cohort import write_cohort
-
     write_cohort(tmp_path / "cohort", 24)
     small = [
         "--model.longnet",

@@ -15,8 +15,6 @@ import yaml
 from longslide.models.classifier_checkpoint import load_classifier
 from longslide.pipeline.cli import main
 from longslide.pipeline.training_cli import list_recipes, recipes
-
-sys.path.insert(0, str(Path(__file__).parent))
 from training_cohort import quick, write_cohort
 
 BINARY = ["--config", "abmil", "--data.task", "binary", "--trainer.max_epochs", "3", "--model.abmil.width", "32"]

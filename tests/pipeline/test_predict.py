@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from classifier_files import BINARY, ENCODER, write_classifier
 from longslide import LongslideError, embed, explain, open_slide, predict, read_features, write_synthetic_slide
 from longslide.data.features import write_features
 from longslide.pipeline.cli import main
 from longslide.pipeline.job import claim
 from longslide.task import Task
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-from classifier_files import BINARY, ENCODER, write_classifier
 from training_cohort import quick, write_cohort
 
 

@@ -5,21 +5,18 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from classifier_files import ENCODER, write_classifier
 from longslide import LongslideError, embed, predict, write_synthetic_slide
 from longslide.pipeline.cli import main
 from longslide.pipeline.job import SlideResult, record
 from longslide.pipeline.report import report
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-from classifier_files import ENCODER, write_classifier
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
