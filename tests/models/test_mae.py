@@ -115,6 +115,11 @@ def test_pretraining_lowers_the_loss_and_a_classifier_begins_with_its_encoder(tm
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, content["state_dict"][f"encoder.{name}"]), name
 
+    content["longslide"]["schema"] = 99
+    torch.save(content, tmp_path / "newer.ckpt")
+    with pytest.raises(LongslideError, match="newer Longslide"):
+        SlideClassifier(facts, "longnet", checkpoint=str(tmp_path / "newer.ckpt"))
+
     other = TrainingFacts(facts.task, DIM, preprocessing={"tile_encoder": "uni"})
     with pytest.raises(LongslideError, match="trained on features of tile encoder 'toy', but these are of 'uni'"):
         SlideClassifier(other, "longnet", checkpoint=str(run / "best.ckpt"))
