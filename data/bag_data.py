@@ -25,9 +25,7 @@ from .cohort_table import FOLD_COLUMN, listed
 from .feature_cache import FeatureCache
 from .feature_statistics import FeatureStatistics
 from .feature_survey import FeatureSurvey, survey_features
-from .splits import PARTS, check_splits, make_splits, read_splits, write_splits
-
-Part = Literal["train", "val", "test"]
+from .splits import PARTS, Part, check_splits, make_splits, read_splits, write_splits
 
 NO_AUGMENTATION = Augmentation()
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,9 @@ from .cohort_table import (
 )
 from .whole_file import write_whole
 
-PARTS = ("train", "val", "test")
+Part = Literal["train", "val", "test"]
+
+PARTS: tuple[Part, ...] = get_args(Part)
 """Parts of a fold."""
 
 _SPELLINGS = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.features import Features
+from ..data.features import MUST_AGREE, MUST_AGREE_SLIDE, Features
 from ..data.slide_table import SlideEntry
 from ..errors import LongslideError
 from .embed import EmbedJob, PreparedSlide, identity
@@ -18,18 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..models.classifier import SlideClassifier
-
-MUST_AGREE = {
-    "tile_encoder": "encoder",
-    "tile_weights": "weights",
-    "mpp": "target_mpp",
-    "tile_px": "tile_px",
-    "overlap": "overlap",
-}
-"""Name in a checkpoint's `preprocessing` -> attribute of `Features`: another value makes other features."""
-
-MUST_AGREE_SLIDE = {"slide_encoder": "slide_encoder", "slide_weights": "slide_weights", "pool": "pool"}
-"""Likewise for classifiers that read slide embeddings."""
 
 FAR = 1.5
 """A slide is far from training when the distance of its mean embedding is so many times the training slides' 99th

@@ -8,14 +8,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from ..data.synthetic import write_synthetic_slide
+from ..data.synthetic import TEXTURES, Texture, write_synthetic_slide
 from ..errors import LongslideError
 from .embed import embed
 from .job import make_output_folder
 
-Texture = Literal["glandular", "solid"]
-
-TEXTURES: tuple[Texture, ...] = ("glandular", "solid")
 ENCODERS = {
     "tile_encoder": "vit_tiny_patch16_224",
     "tile_checkpoint": "random",

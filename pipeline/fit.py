@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from ..data.bag_data import Part
+from ..data.splits import Part
 from ..data.whole_file import write_whole
 from ..errors import LongslideError
 from ..models.classifier import SlideClassifier
