@@ -11,7 +11,8 @@ from torch import Tensor
 from ..errors import LongslideError
 from .aggregator import Aggregator
 from .checkpoint_file import digest, read_description
-from .slide_encoder import SlideEncoder, SlideEncoderSpec, create_slide_encoder
+from .slide_encoder import SlideEncoder, create_slide_encoder
+from .slide_encoder_spec import SlideEncoderSpec
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: 
     Raises:
         LongslideError: There is no such slide encoder, or its published weights read those of another tile encoder.
     """
-    from ..models.slide_encoder import load_slide_encoder_spec
+    from ..models.slide_encoder_spec import load_slide_encoder_spec
 
     spec = load_slide_encoder_spec(name)
     if checkpoint is None and spec.tile_encoder != tile_encoder:
