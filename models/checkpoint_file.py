@@ -112,6 +112,11 @@ def digest(file: Path) -> str:
 def check_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
     """Hold the tensors of a checkpoint against those a model wants.
 
+    Args:
+        state: Name -> tensor, of the checkpoint.
+        wanted: Name -> tensor, of the model.
+        what: Which checkpoint does not fit which model, for the message.
+
     Raises:
         LongslideError: Some are missing, unexpected or of the wrong shape; they are named after `what`.
     """

@@ -222,6 +222,12 @@ def load_pretrained(file: Path, options: LongNetOptions | GigaPathOptions) -> Sl
 def check_features(encoder: SlideEncoder, checkpoint: str | Path, feature_dim: int, tile_encoder: str | None) -> None:
     """Refuse features that the checkpoint was not trained on.
 
+    Args:
+        encoder: The slide encoder with the checkpoint's weights.
+        checkpoint: The checkpoint, for the message.
+        feature_dim: Length of a tile embedding.
+        tile_encoder: The tile encoder that made the features, if known.
+
     Raises:
         LongslideError: They are of another tile encoder, or of another length.
     """

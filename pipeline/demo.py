@@ -32,6 +32,9 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
 
     Returns:
         The results of the slides: those embedded and the one predicted.
+
+    Raises:
+        LongslideError: Too few patients, or the folder cannot be written to.
     """
     if patients < 12:
         raise LongslideError(f"--patients {patients} are too few to train and test on; at least 12")

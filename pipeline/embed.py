@@ -439,7 +439,16 @@ def identity(value: object) -> object:
 
 
 def check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
-    """Refuse a file made with other settings: mixed in one folder, they would be compared as if they were alike."""
+    """Refuse a file made with other settings: mixed in one folder, they would be compared as if they were alike.
+
+    Args:
+        path: The feature file.
+        existing: Its content.
+        wanted: What it must have been made with, under the names in `Features` and its `settings`.
+
+    Raises:
+        LongslideError: Something differs; all of it is named.
+    """
     made_with = vars(existing) | existing.settings | {"slide": Path(existing.slide_path or "").name}
     different = [
         f"{name} {made_with.get(name)} there, {value} now"

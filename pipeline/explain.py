@@ -91,7 +91,16 @@ def explain(
 def explain_features(
     ensemble: "ClassifierEnsemble", features: Features, method: "Method", device: "torch.device"
 ) -> Explanation:
-    """Explain what an ensemble on a device says of a slide.
+    """Explain what an ensemble says of a slide.
+
+    Args:
+        ensemble: The classifiers, on `device`.
+        features: The slide's features.
+        method: How; see `explain`.
+        device: Where to run.
+
+    Returns:
+        The scores, mean over the classifiers.
 
     Raises:
         LongslideError: The method does not work for this model, or the slide does not fit in the device's memory.
