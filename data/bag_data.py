@@ -273,7 +273,7 @@ class BagDataModule(lightning.LightningDataModule):
         """
         rows = self._rows["train"]
         if not len(rows):
-            raise LongslideError(f"fold {self.fold} has no slides to train on")
+            raise LongslideError(f"fold {self.fold} has no slides to train on; see --data.splits")
         return FeatureStatistics.of([self.survey.moments[row] for row in rows])
 
     @property

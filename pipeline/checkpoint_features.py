@@ -155,7 +155,10 @@ class FeatureMaker:
             from ..models.slide_encoder import create_slide_encoder
 
             if facts.get("slide_encoder") is None:
-                raise LongslideError("the checkpoint does not say the slide encoder of its training features")
+                raise LongslideError(
+                    "the checkpoint does not say the slide encoder of its training features: embed the new slides with it, "
+                    "and give their folder with --features"
+                )
             checkpoint, seed = _weights_to_load(self.slide_checkpoint, facts.get("slide_weights"))
             slide_encoder = create_slide_encoder(
                 facts["slide_encoder"], checkpoint=checkpoint, pool=facts["pool"], seed=seed, tile_dim=encoder.dim
