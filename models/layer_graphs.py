@@ -17,13 +17,13 @@ def bucket(tokens: int) -> int:
 
 
 class LayerGraphs:
-    """Runs a function of tokens and cumulative lengths, from a graph for each bucket of lengths.
+    """Runs a function of one sequence's tokens from a graph for each bucket of lengths.
 
-    The kernels find the sequences by the cumulative lengths on the device, so one graph serves every length up to its
-    bucket's; the rows past the end are computed and never read.
+    The kernels find the end of the sequence by the cumulative lengths on the device, so one graph serves every length up to
+    its bucket's; the rows past the end are computed and never read. All graphs read and write the same buffers.
 
     Args:
-        run: Maps `(T, width)` tokens and `(B + 1,)` int32 cumulative lengths to `(T, width)`, on one GPU, without gradients.
+        run: Maps `(T, width)` tokens and `(2,)` int32 cumulative lengths to `(T, width)`, on one GPU, without gradients.
         module: Whose parameters it uses: graphs are thrown away when these have moved.
     """
 
@@ -31,6 +31,7 @@ class LayerGraphs:
         self._run = run
         self._module = module
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self._buffers: dict[Any, Tensor] = {}
         self._parameters = 0
         self._pool: Any = None
 
@@ -44,25 +45,36 @@ class LayerGraphs:
         parameters = hash(tuple(parameter.data_ptr() for parameter in self._module.parameters()))
         if parameters != self._parameters:
             self._graphs.clear()
+            self._buffers.clear()
             self._parameters, self._pool = parameters, torch.cuda.graph_pool_handle()
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (bucket(len(x)), len(cu_seqlens), x.dtype, autocast)
+        key = (bucket(len(x)), x.dtype, autocast)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(key[0], x, cu_seqlens)
+            self._graphs[key] = self._capture(key[0], x)
         graph, tokens, lengths, output = self._graphs[key]
         tokens[: len(x)].copy_(x)
         lengths.copy_(cu_seqlens)
         graph.replay()
         return output[: len(x)]
 
-    def _capture(self, rows: int, x: Tensor, cu_seqlens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
-        tokens, lengths = x.new_zeros(rows, x.shape[1]), cu_seqlens.clone()
+    def _capture(self, rows: int, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
+        tokens = self._buffer("tokens", x)[:rows]
+        lengths = self._buffer("lengths", torch.tensor([0, rows], dtype=torch.int32, device=x.device))
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside the graph: kernels are compiled and their look-ups made
-            self._run(tokens, lengths)
+            output = self._buffer("output", self._run(tokens, lengths))[:rows]
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = self._run(tokens, lengths)
+        # A loader's thread may pin memory meanwhile: only this thread's calls are held to what a capture allows.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            output.copy_(self._run(tokens, lengths))
         return graph, tokens, lengths, output
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """The buffer of this name for tensors like this one, as long as the longest sequence."""
+        key = (name, like.dtype, like.shape[1:])
+        if key not in self._buffers:
+            rows = len(like) if like.ndim == 1 else bucket(MAX_TOKENS)
+            self._buffers[key] = like.new_zeros(rows, *like.shape[1:])
+        return self._buffers[key]

@@ -109,7 +109,7 @@ class SlideEncoder(nn.Module):
             LongslideError: Two tiles of a slide in one cell, a negative cell, an empty slide, or shapes that do not fit.
         """
         x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
-        if self._takes_graphs(x):
+        if len(slides.lengths) == 1 and self._takes_graphs(x):
             if self._graphs is None:
                 self._graphs = LayerGraphs(self._encode, self)
             return self._pool(self._graphs(x, slides.cu_seqlens), slides)
@@ -168,7 +168,7 @@ class SlideEncoder(nn.Module):
         return output
 
     def _takes_graphs(self, x: Tensor) -> bool:
-        """Whether the layers may run as CUDA graphs: inference on short sequences, by kernels that never ask the host."""
+        """Whether the layers may run as CUDA graphs: inference on a short sequence, by kernels that never ask the host."""
         if self.training or torch.is_grad_enabled() or not has_kernels(x) or len(x) > MAX_TOKENS:
             return False
         if self.sequence_group is not None or self.spec.pattern != "dilated" or torch.compiler.is_compiling():

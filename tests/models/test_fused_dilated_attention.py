@@ -104,9 +104,9 @@ def test_what_the_kernels_do_not_take_is_said_or_left_to_plain_pytorch() -> None
 
 
 def test_packed_sequences_are_those_one_at_a_time() -> None:
-    lengths = [1, 33, 130, 7, 64]
+    lengths = [1, 33, 80, 7]
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-    inputs = qkv(sum(lengths), 3, 16)
+    inputs = qkv(sum(lengths), 2, 16)
     direction = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     packed = dilated_attention(*inputs, [16, 50, 128], [1, 2, 4], cu_seqlens=cu_seqlens, backend="fused")
     alone = torch.cat(
@@ -118,3 +118,53 @@ def test_packed_sequences_are_those_one_at_a_time() -> None:
     assert torch.equal(packed, alone)
     grads = [torch.autograd.grad(output, inputs, direction) for output in (packed, alone)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def one_row(q: Tensor, k: Tensor, v: Tensor, token: int, head: int, lengths: list[int], ratios: list[int]) -> Tensor:
+    """The output of one token and head of `(T, H, D)`, from the definition, in float64."""
+    logits, values = [], []
+    for segment_length, ratio in zip(lengths, ratios, strict=True):
+        width, offset = min(segment_length, len(q)), head // -(-q.shape[1] // ratio)
+        start = token // width * width
+        if (token - start) % ratio != offset:
+            continue
+        keys = torch.arange(start + offset, min(start + width, len(q)), ratio, device=q.device)
+        logits.append(k[keys, head].double() @ q[token, head].double() * q.shape[2] ** -0.5)
+        values.append(v[keys, head].double())
+        zeros = -(-width // ratio) - len(keys)
+        logits.append(logits[-1].new_zeros(zeros))
+        values.append(values[-1].new_zeros(zeros, q.shape[2]))
+    if not logits:
+        return torch.zeros(q.shape[2], dtype=torch.float64, device=q.device)
+    return torch.cat(logits).softmax(0) @ torch.cat(values)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        200,
+        pytest.param(1_000_000, marks=pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: a million tokens")),
+    ],
+)
+def test_rows_of_long_sequences_are_those_of_the_definition(tokens: int) -> None:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    q, k, v = (x.detach() for x in qkv(tokens, 3, 48, dtype=dtype))
+    lengths, ratios = [64, tokens // 7, tokens], [1, 4, 16]
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE)
+    found = dilated_attention(q, k, v, lengths, ratios, cu_seqlens=cu_seqlens, backend="fused")
+    for token in random.Random(0).sample(range(tokens), 40):
+        for head in range(3):
+            wanted = one_row(q, k, v, token, head, lengths, ratios)
+            error = (found[token, head].double() - wanted).norm() / wanted.norm()
+            assert error < (2e-2 if dtype == torch.bfloat16 else 2e-6), (token, head)
+
+
+@pytest.mark.parametrize("size", [1, 30, 300])
+def test_extreme_logits_are_no_matter(size: float) -> None:
+    """A logit far above the token's own makes the kernel take the running maximum instead."""
+    inputs = [size * x.detach() for x in qkv(1, 90, 2, 16)]
+    inputs[1][:, 40] = 10 * inputs[0][:, 70]  # one key that one query likes far better than its own
+    expected = dilated_attention(*(x.double() for x in inputs), [32, 90], [1, 2], backend="naive")
+    found = dilated_attention(*inputs, [32, 90], [1, 2], backend="fused")
+    assert torch.isfinite(found).all()
+    assert (found.double() - expected).norm() < 1e-3 * expected.norm()

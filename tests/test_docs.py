@@ -1,0 +1,66 @@
+"""README and docs name commands, options, files and encoders that exist."""
+
+import inspect
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from longslide.data.augmentation import Augmentation
+from longslide.data.bag_data import BagDataModule
+from longslide.models.classifier import SlideClassifier
+from longslide.models.tile_encoder import create_tile_encoder, load_tile_encoder_spec
+from longslide.pipeline.cli import COMMANDS, TRAINING_COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINING = {"config", "run", "folds", "checkpoint", "method", "monitor", "patience", "ema", "checkpoint_every_n_steps"}
+
+
+def commands(page: Path) -> list[str]:
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = [block or inline for block, inline in re.findall(r"```\n(.*?)```|`(longslide [^`]*)`", text, re.DOTALL)]
+    return re.findall(r"longslide [a-z][^\n#|&;]*", "\n".join(blocks))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_in_the_documentation_exist(page: Path) -> None:
+    for command in commands(page):
+        name, *words = command.split()[1:]
+        options = {word[2:].split("=")[0] for word in words if word.startswith("--")}
+        if name in TRAINING_COMMANDS:
+            parts = {"data": BagDataModule, "model": SlideClassifier}
+            for option in options:
+                group, _, rest = option.partition(".")
+                if group in parts:
+                    assert rest.split(".")[0] in inspect.signature(parts[group].__init__).parameters, command
+                else:
+                    assert group in TRAINING | {"trainer"}, command
+        else:
+            assert name in COMMANDS, command
+            function = getattr(import_module(f"longslide.pipeline{COMMANDS[name][0]}"), name.replace("-", "_"))
+            known = {parameter.replace("_", "-") for parameter in inspect.signature(function).parameters}
+            assert options <= known | {"config", "print-config", "help"}, command
+
+
+def test_there_are_commands_to_check() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_within_the_documentation_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).is_file(), target
+
+
+def test_the_augmentations_in_the_documentation_exist() -> None:
+    [names] = re.findall(r"augment\.\{(.*?)\}", (ROOT / "docs" / "train.md").read_text(encoding="utf-8"))
+    assert set(names.split(",")) <= set(inspect.signature(Augmentation).parameters)
+
+
+def test_the_example_of_an_encoder_is_one(tmp_path: Path) -> None:
+    [content] = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8"), re.S)
+    (tmp_path / "my-encoder.yaml").write_text(content)
+    assert load_tile_encoder_spec(str(tmp_path / "my-encoder.yaml")).dim == 384
+    assert create_tile_encoder(str(tmp_path / "my-encoder.yaml"), checkpoint="random").dim == 384
