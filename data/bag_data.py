@@ -135,6 +135,7 @@ class BagDataModule(lightning.LightningDataModule):
         self.cache_gb = cache_gb
         self.workers = workers
         self.seed = seed
+        self._told: set[str] = set()  # of all folds: Lightning calls `setup` again, and most notes are of the cohort
 
     # What is read once and holds for all folds.
 
@@ -358,13 +359,14 @@ class BagDataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check everything, and tell what was found."""
-        first = "_bags" not in self.__dict__
         _ = self._bags
         if self.only_part != "test":
             _ = self.training_features
-        if first and _first_rank():
+        if _first_rank():
             for note in self.notes:
-                print(note, file=sys.stderr)
+                if note not in self._told:
+                    print(note, file=sys.stderr)
+                    self._told.add(note)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented batches; resumable."""

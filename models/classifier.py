@@ -73,6 +73,7 @@ class SlideClassifier(BagWeightedModule):
         training_features: Statistics of the training features, as a checkpoint holds them.
         fold: The fold it was trained on.
         slide_ids: Numbers of slides in training and validation: `train` and `val`.
+        bag_unit: Whether it was trained on bags of a `slide`, or of all slides of a `patient`.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class SlideClassifier(BagWeightedModule):
         self.training_features: dict[str, Any] = {}
         self.fold = 0
         self.slide_ids = {"train": 0, "val": 0}
+        self.bag_unit = "slide"
         self.options: Any = {
             "longnet": longnet, "gigapath": gigapath, "abmil": abmil, "transmil": transmil, "mean": pool, "max": pool,
         }.get(aggregator)  # fmt: skip
@@ -246,6 +248,7 @@ class SlideClassifier(BagWeightedModule):
             "temperature": self.temperature,
             "fold": self.fold,
             "slide_ids": dict(self.slide_ids),
+            "bag_unit": self.bag_unit,
         }
 
 

@@ -102,4 +102,5 @@ def load_classifier(path: str | Path) -> SlideClassifier:
         raise LongslideError(f"{path}: does not fit this version of Longslide: {reason}") from error
     for attribute in ("temperature", "thresholds", "training_features", "fold", "slide_ids"):
         setattr(classifier, attribute, description[attribute])
+    classifier.bag_unit = description.get("bag_unit", "slide")
     return classifier.eval()

@@ -72,6 +72,11 @@ class ClassifierEnsemble(nn.Module):
         return self.classifiers[0].facts.preprocessing  # type: ignore[no-any-return]
 
     @property
+    def bag_unit(self) -> str:
+        """Whether a bag is a `slide`, or all slides of a `patient`."""
+        return str(self.classifiers[0].bag_unit)
+
+    @property
     def reads_slide_embedding(self) -> bool:
         """Whether slide embeddings are read in place of tile embeddings."""
         return bool(self.classifiers[0].aggregator.reads_slide_embedding)
@@ -160,4 +165,5 @@ def _facts(classifier: SlideClassifier) -> dict[str, Any]:
     }
     facts |= {"times": classifier.task.times, "embedding length": classifier.facts.feature_dim}
     facts["reads slide embeddings"] = classifier.aggregator.reads_slide_embedding
+    facts["trained on bags of a"] = classifier.bag_unit
     return facts | dict(classifier.facts.preprocessing)

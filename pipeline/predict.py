@@ -167,8 +167,12 @@ class _Job:
         """Predict all slides, then the patients, and write the tables.
 
         Raises:
-            LongslideError: What is wrong with the encoders, and so for every slide that has no features.
+            LongslideError: What is wrong with the encoders, and so for every slide that has no features; or predictions of
+                other checkpoints are in the folder: the tables are of one set of them.
         """
+        other = next((path for path in sorted(self.output.glob("*.json")) if not self._is_of_these(path)), None)
+        if other is not None and not self.overwrite:
+            raise LongslideError(f"{other}: a prediction of other checkpoints; choose another --output, or --overwrite")
         if any(not self.json_path(entry).exists() and not self.maker.path(entry).exists() for entry in entries):
             self.maker.load_encoders()
         results = []
@@ -344,12 +348,8 @@ class _Job:
             return None
         content = read_json(path)
         method = (content.get("explanation") or {}).get("method")
-        there = {
-            "slide": Path(content["slide"]).name,
-            "checkpoints": _digests(content),
-            "explain": method,
-        }
-        now = {"slide": entry.path.name, "checkpoints": self.digests, "explain": self.method or method}
+        there = {"slide": Path(content["slide"]).name, "explain": method}
+        now = {"slide": entry.path.name, "explain": self.method or method}
         if method is None and self.method is not None:
             there["explain"] = self.method  # an explanation may be added
         different = [f"{name} {there[name]} there, {value} now" for name, value in now.items() if there[name] != value]
@@ -377,15 +377,16 @@ class _Job:
         """The prediction of a slide whose result is known."""
         there = self.json_path(entry)
         # What another process was at work on may be done by now.
-        done = result.status == "done" or (
-            result.status == "skipped" and there.exists() and _digests(read_json(there)) == self.digests
-        )
+        done = result.status == "done" or (result.status == "skipped" and there.exists() and self._is_of_these(there))
         if not done:
             return Prediction("slide", entry.slide_id, entry.patient_id or "", result.status, result.reason)
         return Prediction.from_dict(read_json(there))
 
     def predict_patients(self, entries: Sequence[SlideEntry], predictions: Sequence[Prediction]) -> list[Prediction]:
-        """A prediction for each patient, from those of the patient's slides that have one."""
+        """A prediction for each patient, from those of the patient's slides that have one.
+
+        It is the mean of what the classifier says of the slides, or what it says of all of them as one bag, as in training.
+        """
         patients: dict[str, list[tuple[SlideEntry, Prediction]]] = {}
         for entry, prediction in zip(entries, predictions, strict=True):
             if entry.patient_id is not None:
@@ -403,22 +404,23 @@ class _Job:
             return replace(done[0][1], level="patient", slide_id="", patient_id=patient_id, warnings=tuple(warnings))
         prediction = Prediction("patient", "", patient_id, warnings=tuple(warnings))
         try:
-            bags = [self._bag([self.maker.path(entry)]) for entry, _ in done]
-            found = self._classify(bags)
+            files = [self.maker.path(entry) for entry, _ in done]
+            groups = [files] if self.ensemble.bag_unit == "patient" else [[file] for file in files]
+            found = self._classify([self._bag(group) for group in groups])
         except LongslideError as error:
             return replace(prediction, status="failed", reason=str(error))
         return with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
 
     def write_table(self, predictions: Sequence[Prediction]) -> None:
         """Write `predictions.csv` of all slides that the folder has predictions of by these checkpoints, and of patients."""
-        contents = [read_json(path) for path in self.output.glob("*.json")]
-        slides = [Prediction.from_dict(content) for content in contents if _digests(content) == self.digests]
+        paths = [path for path in self.output.glob("*.json") if self._is_of_these(path)]
+        slides = [Prediction.from_dict(read_json(path)) for path in paths]
         patients = [one for one in predictions if one.level == "patient" and one.status == "done"]
         write_predictions(self.output, self.ensemble.task, [*slides, *patients])
 
-
-def _digests(content: dict[str, Any]) -> list[str]:
-    return [one["digest"] for one in content["checkpoints"]]
+    def _is_of_these(self, path: Path) -> bool:
+        """Whether a prediction is by the checkpoints of this job."""
+        return [one["digest"] for one in read_json(path)["checkpoints"]] == self.digests
 
 
 def _save_thumbnail(path: Path, thumbnail: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from .training_cli import TrainingParser, quieten
 from .training_run import TrainingRun, tell
 
 # What the checkpoint says, and the command line does not.
-_FROM_CHECKPOINT = {"task", "classes", "times", "discrete_time", "task_file", "slide_embeddings"}
+_FROM_CHECKPOINT = {"task", "classes", "times", "discrete_time", "task_file", "slide_embeddings", "bags"}
 _FOR_TRAINING = {
     "splits",
     "fold",
@@ -105,5 +105,6 @@ def _data(classifier: SlideClassifier, options: dict[str, Any]) -> BagDataModule
         times=list(task.times) or None,
         discrete_time=task.discrete_time,
         splits="test",
+        bags=classifier.bag_unit,
         slide_embeddings=classifier.aggregator.reads_slide_embedding,
     )

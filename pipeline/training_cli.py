@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,9 @@ class TrainingParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and exit with status 2."""
         if self.exit_on_error:
+            if value := re.search(r'.*key "(\S+)":.*(?:Given|Got) value: (.*)', message, re.DOTALL):
+                choices = re.search(r"Literal\[([^]]*)\]", message)
+                message = f"--{value[1]} cannot be {value[2]}" + (f", but {choices[1]}" if choices else "")
             line = " ".join(message.split())
             self.exit(2, f"{self.prog}: {line}; `{self.prog} --help` lists the options\n")
         super().error(message, ex)
@@ -189,6 +193,7 @@ class TrainingCLI(LightningCLI):
         data.setup()
         if isinstance(model, SlideClassifier):
             model.fold = data.fold
+            model.bag_unit = data.bag_unit
             model.slide_ids = {part: sum(len(bag.slide_ids) for bag in data.bags(part)) for part in ("train", "val")}
             model.use_training_features(data.training_features.to_dict())
         trainer_config = dict(self.config_init["trainer"])
@@ -262,7 +267,7 @@ def list_recipes() -> list[str]:
 
 
 def with_recipe_paths(argv: Sequence[str]) -> list[str]:
-    """The words, with `--config <name>` of a recipe of the package replaced by its path.
+    """The words, with `--config <name>` (or `configs/fit/<name>.yaml`) of a recipe of the package replaced by its path.
 
     Raises:
         LongslideError: A name that is neither a file's nor a recipe's.
@@ -273,8 +278,12 @@ def with_recipe_paths(argv: Sequence[str]) -> list[str]:
         if name not in ("--config", "-c") or (not equals and i + 1 == len(words)):
             continue
         value = value if equals else words[i + 1]
-        if Path(value).exists() or Path(value).suffix:
+        if Path(value).exists():
             continue
+        if Path(value).parent == Path("configs/fit"):  # as it is in the repository
+            value = Path(value).stem
+        if Path(value).suffix:
+            raise LongslideError(f"--config {value}: no such file")
         if value not in list_recipes():
             raise LongslideError(
                 f"--config {value}: neither a file nor a recipe; recipes are {', '.join(list_recipes())}"
@@ -285,7 +294,11 @@ def with_recipe_paths(argv: Sequence[str]) -> list[str]:
 
 
 def method_of(argv: Sequence[str]) -> Method:
-    """What is trained: it decides which options there are, so it is looked for before they are parsed."""
+    """What is trained: it decides which options there are, so it is looked for before they are parsed.
+
+    Raises:
+        LongslideError: A configuration file is not YAML.
+    """
     method = "classifier"
     words = iter(argv)
     for word in words:
@@ -298,8 +311,8 @@ def method_of(argv: Sequence[str]) -> Method:
         elif Path(value).is_file():
             try:
                 content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError):
-                continue  # the parser says what is wrong with it
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise LongslideError(f"--config {value}: not YAML: {' '.join(str(error).split())}") from error
             if isinstance(content, dict):
                 method = str(content.get("method", method))
     return "mae" if method == "mae" else "classifier"

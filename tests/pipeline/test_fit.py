@@ -297,6 +297,12 @@ def test_every_recipe_is_a_yaml_of_known_options() -> None:
         assert result["trainer"]["max_epochs"] == recipe["trainer"]["max_epochs"]
 
 
+def test_a_recipe_is_found_by_its_path_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = main_prints_config("fit", "--config", "configs/fit/transmil.yaml", "--data.features", "f")
+    assert config["model"]["aggregator"] == "transmil"
+
+
 def main_prints_config(*words: str) -> dict:
     import contextlib
     import io
@@ -341,8 +347,11 @@ def test_a_run_folder_that_cannot_be_made_names_its_option(
     [
         (["fit"], "the following arguments are required: data.features"),
         (["fit", "--config", "no-such-recipe"], "neither a file nor a recipe; recipes are abmil, binary"),
+        (["fit", "--config", "missing.yaml"], "missing.yaml: no such file"),
+        (["fit", "--config", __file__], f"{__file__}: not YAML"),
+        (["fit", "--data.features", "f", "--trainer.max_epochs", "many"], "--trainer.max_epochs cannot be many;"),
         (["fit", "--data.features", "f", "--model.abmil.wdth", "3"], "--model.abmil.wdth"),
-        (["fit", "--data.features", "f", "--model.aggregator", "abml"], "model.aggregator"),
+        (["fit", "--data.features", "f", "--model.aggregator", "abml"], "cannot be abml, but 'longnet', "),
         (["crossval", "--data.features", "f", "--folds", "many"], "folds"),
         (["test", "--data.features", "f"], "required: checkpoint"),
     ],
@@ -356,3 +365,49 @@ def test_wrong_usage_is_one_line_and_status_2(words: list[str], said: str, capsy
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert said in lines[0]
+
+
+def test_a_patient_of_several_slides_is_one_bag_from_training_to_prediction(tmp_path: Path) -> None:
+    options = write_cohort(tmp_path, 24, slides_a_patient=2)
+    run = tmp_path / "run"
+    words = ["--config", "mean", "--data.task", "binary", "--data.bags", "patient", "--trainer.max_epochs", "2"]
+    words += ["--monitor", "val_loss"]
+    assert main(["fit", *words, *options, *quick(run)]) == 0
+    expected = pd.read_csv(run / "predictions.csv").set_index("patient_id")["probability_positive"]
+
+    checkpoint = str(run / "best.ckpt")
+    tested = ["--checkpoint", checkpoint, *options, "--run", str(tmp_path / "test"), "--accelerator", "cpu"]
+    assert main(["test", *tested, "--bootstrap", "20"]) == 0
+    again = pd.read_csv(tmp_path / "test" / "predictions.csv")
+    assert set(again["level"]) == {"patient"}
+    again = again.set_index("patient_id")["probability_positive"]
+    np.testing.assert_allclose(again[expected.index], expected, rtol=1e-5)
+
+    patient = expected.index[0]
+    cohort = pd.read_csv(tmp_path / "cohort.csv")
+    slides = cohort[cohort["patient_id"] == patient].assign(
+        slide=lambda rows: str(tmp_path) + "/" + rows["slide_id"] + ".svs"
+    )
+    for slide in slides["slide"]:
+        Path(slide).write_text("the features are there, and are enough")
+    slides.to_csv(tmp_path / "slides.csv", index=False)
+    job = ["--checkpoint", checkpoint, "--features", str(tmp_path / "features"), "--output", str(tmp_path / "results")]
+    assert main(["predict", str(tmp_path / "slides.csv"), *job, "--device", "cpu"]) == 0
+    rows = pd.read_csv(tmp_path / "results" / "predictions.csv")
+    together = rows.loc[rows["level"] == "patient", "probability_positive"].item()
+    apart = rows.loc[rows["level"] == "slide", "probability_positive"].mean()
+    assert together == pytest.approx(expected[patient], rel=1e-5)
+    assert together != pytest.approx(apart, rel=1e-5), "the mean of the slides would not be told from it"
+
+
+def test_what_was_left_out_and_settled_is_said_once(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(cohort[0] / "cohort.csv", dtype=str)
+    table.loc[3, "label"] = None
+    table.to_csv(tmp_path / "cohort.csv", index=False)
+    words = ["--config", "mean", "--data.task", "binary", *cohort[1], "--data.table", f"{tmp_path}/cohort.csv"]
+    assert main(["crossval", *words, "--folds", "2", "--trainer.max_epochs", "1", *quick(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("1 feature files have no label: s3") == 1
+    assert said.count("classes of label, in this order: negative, positive") == 1
