@@ -100,7 +100,7 @@ class SlideClassifier(BagWeightedModule):
         self.training_features: dict[str, Any] = {}
         self.fold = 0
         self.slide_ids = {"train": 0, "val": 0}
-        self.bag_unit = "slide"
+        self.bag_unit: Literal["slide", "patient"] = "slide"
         self.options: Any = {
             "longnet": longnet, "gigapath": gigapath, "abmil": abmil, "transmil": transmil, "mean": pool, "max": pool,
         }.get(aggregator)  # fmt: skip
