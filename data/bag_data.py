@@ -25,9 +25,7 @@ from .cohort_table import FOLD_COLUMN, listed
 from .feature_cache import FeatureCache
 from .feature_statistics import FeatureStatistics
 from .feature_survey import FeatureSurvey, survey_features
-from .splits import PARTS, check_splits, make_splits, read_splits, write_splits
-
-Part = Literal["train", "val", "test"]
+from .splits import PARTS, Part, check_splits, make_splits, read_splits, write_splits
 
 NO_AUGMENTATION = Augmentation()
 
@@ -276,7 +274,7 @@ class BagDataModule(lightning.LightningDataModule):
         """
         rows = self._rows["train"]
         if not len(rows):
-            raise LongslideError(f"fold {self.fold} has no slides to train on")
+            raise LongslideError(f"fold {self.fold} has no slides to train on; see --data.splits")
         return FeatureStatistics.of([self.survey.moments[row] for row in rows])
 
     @property

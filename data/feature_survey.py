@@ -15,17 +15,7 @@ from ..errors import LongslideError
 from .cohort_table import listed
 from .feature_cache import FeatureCache
 from .feature_statistics import SlideMoments
-from .features import Features, read_features
-
-# Name in a checkpoint's `preprocessing` <- attribute of `Features`: what all files must agree on.
-_SAME = {
-    "tile_encoder": "encoder",
-    "tile_weights": "weights",
-    "mpp": "target_mpp",
-    "tile_px": "tile_px",
-    "overlap": "overlap",
-}
-_SAME_SLIDE = {"slide_encoder": "slide_encoder", "slide_weights": "slide_weights", "pool": "pool"}
+from .features import MUST_AGREE, MUST_AGREE_SLIDE, Features, read_features
 
 T = TypeVar("T")
 
@@ -74,7 +64,7 @@ def survey_features(
         LongslideError: A file that cannot be read, has no tiles, or has NaN or infinite embeddings; files of several
             widths, encoders or tile sizes.
     """
-    same = _SAME | (_SAME_SLIDE if cache.slide_embeddings else {})
+    same = MUST_AGREE | (MUST_AGREE_SLIDE if cache.slide_embeddings else {})
     notes: list[str] = []
     headers: list[Features] = []
     crowded: list[str] = []

@@ -82,6 +82,18 @@ class Features:
         return self.coords // self.step_level0
 
 
+MUST_AGREE = {
+    "tile_encoder": "encoder",
+    "tile_weights": "weights",
+    "mpp": "target_mpp",
+    "tile_px": "tile_px",
+    "overlap": "overlap",
+}
+"""Name in a checkpoint's `preprocessing` -> attribute of `Features`: another value makes other features."""
+
+MUST_AGREE_SLIDE = {"slide_encoder": "slide_encoder", "slide_weights": "slide_weights", "pool": "pool"}
+"""Likewise where slide embeddings are used."""
+
 # Attribute of the file <- attribute of `Features`, for each dataset.
 _FEATURES = {"encoder": "encoder", "weights": "weights", "precision": "precision"}
 _COORDS = {

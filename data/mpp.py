@@ -82,7 +82,16 @@ def _mean(x: float | None, y: float | None, path: Path, remedy: str) -> float:
 
 
 def plausible(value: float, what: str, remedy: str = "check --slide-mpp or the column `mpp`") -> float:
-    """The value, or an error about `what` when it cannot be microns per pixel."""
+    """The value, if it can be microns per pixel.
+
+    Args:
+        value: Microns per pixel.
+        what: What it is and where it stands, for the message.
+        remedy: What to do about it, for the message.
+
+    Raises:
+        LongslideError: It is outside `PLAUSIBLE`.
+    """
     if not PLAUSIBLE[0] <= value <= PLAUSIBLE[1]:
         raise LongslideError(f"{what} is not plausible ({PLAUSIBLE[0]:g} to {PLAUSIBLE[1]:g}); {remedy}")
     return value

@@ -1,9 +1,9 @@
 """Splits: which patients train, validate and test in each fold. A patient is in one part of a fold, whole."""
 
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -21,8 +21,11 @@ from .cohort_table import (
     require_columns,
     without_suffix,
 )
+from .whole_file import write_whole
 
-PARTS = ("train", "val", "test")
+Part = Literal["train", "val", "test"]
+
+PARTS: tuple[Part, ...] = get_args(Part)
 """Parts of a fold."""
 
 _SPELLINGS = {
@@ -149,24 +152,24 @@ class _Patients:
             LongslideError: As said.
         """
         wanted = f"the {folds} folds" if folds > 1 else "the parts (train, val, test)"
-        remedy = "use fewer folds" if folds > 1 else "set --data.val_share or --data.test_share to 0"
+        fewer = "use fewer folds" if folds > 1 else "set --data.val_share or --data.test_share to 0"
         task = self.cohort.task
         if task is not None and task.kind in (*CLASSIFICATION, "multilabel"):
             for name, count in zip(task.classes, self.labels.sum(0), strict=True):
                 if count < parts:
                     raise LongslideError(
-                        f"class {name!r} has {count} patients, fewer than {wanted} need ({parts}); {remedy}, or join it "
-                        "with another class"
+                        f"class {name!r} has {count} patients, fewer than {wanted} need ({parts}); {fewer}, or "
+                        "join it with another class"
                     )
         if task is not None and task.kind == "survival":
             events = int(self.labels[:, _QUANTILES:].any(1).sum())
             if events < parts:
-                raise LongslideError(f"{events} patients have an event, fewer than {wanted} need ({parts})")
+                raise LongslideError(f"{events} patients have an event, fewer than {wanted} need ({parts}); {fewer}")
         if len(self.ids) < parts:
-            raise LongslideError(f"{len(self.ids)} patients are fewer than {wanted} need ({parts})")
+            raise LongslideError(f"{len(self.ids)} patients are fewer than {wanted} need ({parts}); {fewer}")
         if self.site is not None and self.site.max() + 1 < parts:
             raise LongslideError(
-                f"{self.site.max() + 1} sites are fewer than {wanted} need ({parts}); {remedy}, or drop "
+                f"{self.site.max() + 1} sites are fewer than {wanted} need ({parts}); {fewer}, or drop "
                 "--data.keep_sites_apart"
             )
 
@@ -293,13 +296,7 @@ def write_splits(path: Path, splits: pd.DataFrame) -> None:
     Raises:
         LongslideError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        splits.to_csv(temporary, index=False)
-        temporary.replace(path)
-    except OSError as error:
-        raise LongslideError(f"{path}: cannot write the splits ({error.strerror})") from error
+    write_whole(path, splits.to_csv(index=False).encode(), "--data.splits")
 
 
 def check_splits(splits: pd.DataFrame, cohort: Cohort, *, keep_sites_apart: bool = False) -> pd.DataFrame:
@@ -332,7 +329,7 @@ def check_splits(splits: pd.DataFrame, cohort: Cohort, *, keep_sites_apart: bool
             _check_apart(fold, "site", cohort.rows["site"][used], parts[used])
         train = (parts == "train").to_numpy()
         if not train.any():
-            raise LongslideError(f"{fold} has no slides to train on")
+            raise LongslideError(f"{fold} has no slides to train on; mark some of them train in the splits")
         if task is None or targets is None:
             continue
         if task.kind in CLASSIFICATION:

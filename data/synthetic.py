@@ -1,7 +1,7 @@
 """Synthetic H&E-like slides: pyramidal TIFF files that OpenSlide reads, for demos, tests and documentation."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -14,13 +14,17 @@ GLASS = np.array([243.0, 241.0, 244.0])
 
 NATIVE_TILE = 256
 
+Texture = Literal["glandular", "solid"]
+
+TEXTURES: tuple[Texture, ...] = get_args(Texture)
+
 
 def write_synthetic_slide(
     path: str | Path,
     *,
     size: tuple[int, int] = (4096, 3072),
     mpp: float | None = 0.5,
-    texture: Literal["glandular", "solid"] = "glandular",
+    texture: Texture = "glandular",
     seed: int = 0,
 ) -> Path:
     """Write a slide with a few pieces of tissue on glass.

@@ -8,18 +8,20 @@ from pathlib import Path
 from ..errors import LongslideError
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
+def write_whole(path: Path, content: bytes | memoryview, option: str = "--output") -> None:
     """Write a file under a temporary name in the same folder, flush it to the disk, and rename it.
 
     Args:
-        path: Where to; an existing file is replaced.
+        path: Where to; an existing file is replaced, a missing folder made.
         content: The content.
+        option: What the user gives the folder by, for the message.
 
     Raises:
         LongslideError: The file cannot be written (full disk, read-only folder). Nothing is left behind then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -35,7 +37,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             os.close(folder)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise LongslideError(f"{path}: cannot write it ({reason}); make room or choose another --output") from error
+        raise LongslideError(f"{path}: cannot write it ({reason}); make room or choose another {option}") from error
 
 
 def remove_leftovers(path: Path) -> None:

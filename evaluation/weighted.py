@@ -66,7 +66,14 @@ def auroc_and_auprc(target: Booleans, score: Floats, weights: Floats) -> tuple[F
 
 
 def confusion(target: Integers, prediction: Integers, classes: int, weights: Floats) -> Floats:
-    """Confusion matrices `(R, C, C)`: rows are the true classes."""
+    """Confusion matrices `(R, C, C)`: rows are the true classes.
+
+    Args:
+        target: `(n,)` true class numbers.
+        prediction: `(n,)` predicted class numbers.
+        classes: C.
+        weights: `(R, n)`.
+    """
     cell = np.zeros((len(target), classes * classes))
     cell[np.arange(len(target)), target * classes + prediction] = 1
     return (weights @ cell).reshape(-1, classes, classes)
@@ -108,14 +115,14 @@ def expected_calibration_error(confidence: Floats, correct: Floats, weights: Flo
 
 
 def r2(target: Floats, prediction: Floats, weights: Floats) -> Floats:
-    """Coefficient of determination, `(R,)`."""
+    """Coefficient of determination `(R,)` of `(n,)` predictions; `weights` is `(R, n)`."""
     centred = target - target.mean()  # keeps the difference of squares below accurate
     variance = mean(centred**2, weights) - mean(centred, weights) ** 2
     return 1 - ratio(mean((target - prediction) ** 2, weights), np.where(variance > 1e-12, variance, 0))
 
 
 def spearman(target: Floats, prediction: Floats, weights: Floats) -> Floats:
-    """Spearman's rank correlation, `(R,)`; ties share the mean of their ranks."""
+    """Spearman's rank correlation `(R,)` of `(n,)` numbers, `weights` being `(R, n)`; ties share the mean of their ranks."""
     total = weights.sum(1, keepdims=True)
     centred = []
     for values in (target, prediction):

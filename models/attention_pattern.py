@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..errors import LongslideError
 from .dilated_attention import dilated_attention
 
 Pattern = Literal["dilated", "dense", "sliding-window", "strided"]
-PATTERNS: tuple[Pattern, ...] = ("dilated", "dense", "sliding-window", "strided")
+PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 _BLOCK = 128
 """Queries and keys of a block of FlexAttention, and the fewest queries of a block of the plain sliding window."""
 

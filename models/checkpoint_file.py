@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..errors import LongslideError
 
+SCHEMA = 1
+"""Version of what Longslide's own checkpoints hold under `longslide`."""
+
 
 def download(what: str, hub_id: str | None, names: Sequence[str], *, gated: bool, option: str) -> tuple[Path, str]:
     """Take a weights file from the Hugging Face hub, or from its cache (with HF_HUB_OFFLINE, only from there).
@@ -80,6 +83,26 @@ def read_checkpoint(file: Path) -> Any:
         ) from error
 
 
+def read_description(file: Path) -> dict[str, Any] | None:
+    """What a checkpoint of `longslide fit` holds under `longslide`, and its weights under `state_dict`.
+
+    Returns:
+        The description, its `kind` among it; None for a checkpoint of other software.
+
+    Raises:
+        LongslideError: No such file, a truncated one, one with pickled code, or one of a newer Longslide.
+    """
+    if not file.is_file():
+        raise LongslideError(f"{file}: no such checkpoint")
+    content = read_checkpoint(file)
+    description = content.get("longslide") if isinstance(content, dict) else None
+    if not isinstance(description, dict) or "schema" not in description or "state_dict" not in content:
+        return None
+    if description["schema"] > SCHEMA:
+        raise LongslideError(f"{file}: written by a newer Longslide (schema {description['schema']}); update Longslide")
+    return description | {"state_dict": content["state_dict"]}
+
+
 def digest(file: Path) -> str:
     """`sha256:` and the first 16 hex digits of the SHA-256 of a file."""
     with file.open("rb") as stream:
@@ -88,6 +111,11 @@ def digest(file: Path) -> str:
 
 def check_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
     """Hold the tensors of a checkpoint against those a model wants.
+
+    Args:
+        state: Name -> tensor, of the checkpoint.
+        wanted: Name -> tensor, of the model.
+        what: Which checkpoint does not fit which model, for the message.
 
     Raises:
         LongslideError: Some are missing, unexpected or of the wrong shape; they are named after `what`.

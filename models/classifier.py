@@ -15,14 +15,12 @@ from ..task import Task
 from .abmil import ABMIL, ABMILOptions
 from .aggregator import Aggregator, AggregatorName, LinearProbe, Pool, PoolOptions
 from .bag_weights import BagWeightedModule
+from .checkpoint_file import SCHEMA
 from .objective import Cox, create_objective
 from .optimisation import OptimiserOptions, configure
 from .selection import BagOutputs, class_of, selection_metric
 from .slide_encoder_aggregator import GigaPathOptions, LongNetOptions, create_gigapath, create_longnet
 from .transmil import TransMIL, TransMILOptions
-
-SCHEMA = 1
-"""Version of what a checkpoint holds under `longslide`."""
 
 
 class TrainingFacts(NamedTuple):
@@ -102,7 +100,7 @@ class SlideClassifier(BagWeightedModule):
         self.training_features: dict[str, Any] = {}
         self.fold = 0
         self.slide_ids = {"train": 0, "val": 0}
-        self.bag_unit = "slide"
+        self.bag_unit: Literal["slide", "patient"] = "slide"
         self.options: Any = {
             "longnet": longnet, "gigapath": gigapath, "abmil": abmil, "transmil": transmil, "mean": pool, "max": pool,
         }.get(aggregator)  # fmt: skip

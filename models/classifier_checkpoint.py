@@ -10,8 +10,8 @@ from ..errors import LongslideError
 from ..task import Task
 from .abmil import ABMILOptions
 from .aggregator import PoolOptions
-from .checkpoint_file import read_checkpoint
-from .classifier import SCHEMA, SlideClassifier, TrainingFacts
+from .checkpoint_file import read_description
+from .classifier import SlideClassifier, TrainingFacts
 from .slide_encoder_aggregator import GigaPathOptions, LongNetOptions
 from .transmil import TransMILOptions
 
@@ -24,24 +24,6 @@ _OPTIONS: dict[str, tuple[str, type]] = {
     "max": ("pool", PoolOptions),
 }
 """Aggregator -> the argument of `SlideClassifier` with its options, and their type."""
-
-
-def read_description(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint of Longslide holds under `longslide`, with the weights under `state_dict`.
-
-    Raises:
-        LongslideError: No such file, a truncated one, one with pickled code, or one of other software or a newer Longslide.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise LongslideError(f"{path}: no such checkpoint")
-    content = read_checkpoint(path)
-    description = content.get("longslide") if isinstance(content, dict) else None
-    if not isinstance(description, dict) or "schema" not in description or "state_dict" not in content:
-        raise LongslideError(f"{path}: not a checkpoint of `longslide fit`")
-    if description["schema"] > SCHEMA:
-        raise LongslideError(f"{path}: written by a newer Longslide (schema {description['schema']}); update Longslide")
-    return description | {"state_dict": content["state_dict"]}
 
 
 def check_preprocessing(
@@ -87,7 +69,9 @@ def load_classifier(path: str | Path) -> SlideClassifier:
     Raises:
         LongslideError: No such file, a truncated one, one with pickled code, one of a newer Longslide, or no classifier.
     """
-    description = read_description(path)
+    description = read_description(Path(path))
+    if description is None:
+        raise LongslideError(f"{path}: not a checkpoint of `longslide fit`")
     if description.get("kind") != "classifier":
         raise LongslideError(
             f"{path}: a checkpoint of {description.get('kind')!r}, not of a classifier; `longslide fit "

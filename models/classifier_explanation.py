@@ -41,11 +41,6 @@ class ClassScores:
     change: Tensor | None = None
     completeness_error: Tensor | None = None
 
-    @property
-    def signed(self) -> bool:
-        """Whether scores below 0 speak against."""
-        return self.method != "attention"
-
 
 def explain_ensemble(
     ensemble: ClassifierEnsemble, tile_features: Tensor, grid_cells: Tensor, method: Method

@@ -19,13 +19,11 @@ from .. import __version__
 from ..errors import LongslideError
 from .aggregator import split_bags
 from .bag_weights import BagWeightedModule
+from .checkpoint_file import SCHEMA
 from .longnet import LongNetLayer
 from .optimisation import OptimiserOptions, configure
 from .slide_encoder import grid_positions
 from .slide_encoder_aggregator import GigaPathOptions, LongNetOptions, create_gigapath, create_longnet
-
-SCHEMA = 1
-"""Version of what a checkpoint holds under `longslide`."""
 
 
 class UnlabelledFacts(NamedTuple):

@@ -90,7 +90,13 @@ def _depth(name: str) -> int | None:
 
 
 def configure(model: nn.Module, options: OptimiserOptions, trainer: Trainer) -> dict[str, Any]:
-    """What `LightningModule.configure_optimizers` returns: AdamW, and the learning rate set at every step."""
+    """What `LightningModule.configure_optimizers` returns: AdamW, and the learning rate set at every step.
+
+    Args:
+        model: The module.
+        options: The options.
+        trainer: Says how many steps there will be.
+    """
     total, steps_per_epoch = _steps(trainer)
     warmup = min(total - 1, round(options.warmup_epochs * steps_per_epoch))
     floor = options.min_learning_rate / options.learning_rate

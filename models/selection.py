@@ -12,16 +12,6 @@ from torchmetrics.utilities import dim_zero_cat
 
 from ..task import Task
 
-SELECTION_METRICS = {
-    "binary": "AUROC",
-    "multiclass": "macro AUROC",
-    "multilabel": "macro AUROC",
-    "ordinal": "quadratic kappa",
-    "regression": "R2",
-    "survival": "c-index",
-}
-"""What `val_metric` is for each kind of task; higher is better."""
-
 
 class BagOutputs(Metric):
     """Outputs and targets of the bags of all devices, each bag once, however often a sampler repeats it."""
@@ -60,7 +50,10 @@ class BagOutputs(Metric):
 
 
 def selection_metric(task: Task, predictions: dict[str, Tensor], target: Tensor) -> float:
-    """The metric of a task (see `SELECTION_METRICS`).
+    """What `val_metric` is, higher being better.
+
+    AUROC for binary, its mean over classes or labels for multiclass and multilabel, quadratic kappa for ordinal, R2 for
+    regression, the c-index for survival.
 
     Args:
         task: The task.

@@ -64,7 +64,11 @@ class SequenceParallelStrategy(DDPStrategy):
         return self._mesh
 
     def setup_environment(self) -> None:
-        """Start the process groups."""
+        """Start the process groups.
+
+        Raises:
+            LongslideError: The number of ranks is no multiple of those that share a slide.
+        """
         super().setup_environment()
         size, world_size = self.sequence_parallel_size, self.world_size
         if size < 1 or world_size % size:
@@ -73,7 +77,11 @@ class SequenceParallelStrategy(DDPStrategy):
         self._mesh = init_device_mesh(self.root_device.type, (world_size // size, size), mesh_dim_names=names)
 
     def setup(self, trainer: Trainer) -> None:
-        """Let the model's slide encoders share their slides."""
+        """Let the model's slide encoders share their slides.
+
+        Raises:
+            LongslideError: The model has no slide encoder.
+        """
         assert self.lightning_module is not None
         encoders = [module for module in self.lightning_module.modules() if isinstance(module, SlideEncoder)]
         if not encoders:
@@ -89,7 +97,11 @@ class SequenceParallelStrategy(DDPStrategy):
         return {"num_replicas": data.size(), "rank": data.get_local_rank()}
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Keep this rank's part of the slide."""
+        """Keep this rank's part of the slide.
+
+        Raises:
+            LongslideError: The batch has several slides.
+        """
         if isinstance(batch, dict) and "tile_features" in batch:
             slides = len(batch["cu_seqlens"]) - 1
             if slides != 1:

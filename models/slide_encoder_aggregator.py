@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..errors import LongslideError
 from .aggregator import Aggregator
-from .checkpoint_file import digest, read_checkpoint
-from .slide_encoder import SlideEncoder, SlideEncoderSpec, create_slide_encoder
+from .checkpoint_file import digest, read_description
+from .slide_encoder import SlideEncoder, create_slide_encoder
+from .slide_encoder_spec import SlideEncoderSpec
 
 
 @dataclass(frozen=True)
@@ -201,28 +202,31 @@ def load_pretrained(file: Path, options: LongNetOptions | GigaPathOptions) -> Sl
         options: How it is pooled and trained further; its size is the checkpoint's.
 
     Raises:
-        LongslideError: No such file, or not a checkpoint of the masked autoencoder.
+        LongslideError: No such file, a broken one, not one of the masked autoencoder, or one of a newer Longslide.
     """
-    if not file.is_file():
-        raise LongslideError(f"{file}: no such checkpoint (--model.checkpoint)")
-    content = read_checkpoint(file)
-    facts = content.get("longslide") if isinstance(content, dict) else None
-    if not isinstance(facts, dict) or facts.get("kind") != "mae":
+    description = read_description(file)
+    if description is None or description.get("kind") != "mae":
         raise LongslideError(
             f"{file}: not a checkpoint of the masked autoencoder (`longslide fit --config mae`); "
             "published weights go with --model.aggregator gigapath"
         )
     regularisation = {name: getattr(options, name) for name in ("dropout", "drop_path", "checkpointing")}
-    architecture = facts["slide_encoder"] | {"weights": f"{file} {digest(file)}"} | regularisation
+    architecture = description["slide_encoder"] | {"weights": f"{file} {digest(file)}"} | regularisation
     encoder = _from_architecture(architecture, options.pool)
     prefix = "encoder."
-    state = {key[len(prefix) :]: value for key, value in content["state_dict"].items() if key.startswith(prefix)}
+    state = {key[len(prefix) :]: value for key, value in description["state_dict"].items() if key.startswith(prefix)}
     encoder.load_state_dict(state)
     return encoder
 
 
 def check_features(encoder: SlideEncoder, checkpoint: str | Path, feature_dim: int, tile_encoder: str | None) -> None:
     """Refuse features that the checkpoint was not trained on.
+
+    Args:
+        encoder: The slide encoder with the checkpoint's weights.
+        checkpoint: The checkpoint, for the message.
+        feature_dim: Length of a tile embedding.
+        tile_encoder: The tile encoder that made the features, if known.
 
     Raises:
         LongslideError: They are of another tile encoder, or of another length.

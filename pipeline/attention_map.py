@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ..data.whole_file import write_whole
 from ..errors import LongslideError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ..models.attention_pattern import Pattern
 
 MAX_TOKENS = 1024
@@ -105,7 +103,9 @@ def attention_map(
     }[pattern]
     lengths = [length for length, _ in branches]
     figure = draw_attention_map(seen, title, labels, lengths, causal, result.share, result.seen, pairs)
-    _save(figure, output)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(output, picture.getbuffer())
     print(
         f"{output}: each head scores {result.share:.1%} of dense attention's query-key pairs; all heads together see "
         f"{result.seen:.1%} of them"
@@ -221,16 +221,3 @@ def _every(count: int) -> str:
         return "every token"
     ending = {1: "st", 2: "nd", 3: "rd"}.get(count % 10, "th") if count % 100 not in (11, 12, 13) else "th"
     return f"every {count}{ending} token"
-
-
-def _save(figure: Figure, output: Path) -> None:
-    """The picture appears under its name only when complete."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        temporary.replace(output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise LongslideError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error

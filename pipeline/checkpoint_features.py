@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.features import Features
+from ..data.features import MUST_AGREE, MUST_AGREE_SLIDE, Features
 from ..data.slide_table import SlideEntry
 from ..errors import LongslideError
 from .embed import EmbedJob, PreparedSlide, identity
@@ -18,18 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from ..models.classifier import SlideClassifier
-
-MUST_AGREE = {
-    "tile_encoder": "encoder",
-    "tile_weights": "weights",
-    "mpp": "target_mpp",
-    "tile_px": "tile_px",
-    "overlap": "overlap",
-}
-"""Name in a checkpoint's `preprocessing` -> attribute of `Features`: another value makes other features."""
-
-MUST_AGREE_SLIDE = {"slide_encoder": "slide_encoder", "slide_weights": "slide_weights", "pool": "pool"}
-"""Likewise for classifiers that read slide embeddings."""
 
 FAR = 1.5
 """A slide is far from training when the distance of its mean embedding is so many times the training slides' 99th
@@ -151,7 +139,7 @@ class FeatureMaker:
                 f"the checkpoint does not say the {', '.join(unknown)} of its training features, which another tool made: "
                 "make those of the new slides with it too, and give their folder with --features"
             )
-        make_output_folder(self.folder)
+        make_output_folder(self.folder, "--features")
         checkpoint, seed = _weights_to_load(self.tile_checkpoint, facts.get("tile_weights"))
         name = self.tile_encoder or facts["tile_encoder"]
         try:
@@ -167,7 +155,10 @@ class FeatureMaker:
             from ..models.slide_encoder import create_slide_encoder
 
             if facts.get("slide_encoder") is None:
-                raise LongslideError("the checkpoint does not say the slide encoder of its training features")
+                raise LongslideError(
+                    "the checkpoint does not say the slide encoder of its training features: embed the new slides with it, "
+                    "and give their folder with --features"
+                )
             checkpoint, seed = _weights_to_load(self.slide_checkpoint, facts.get("slide_weights"))
             slide_encoder = create_slide_encoder(
                 facts["slide_encoder"], checkpoint=checkpoint, pool=facts["pool"], seed=seed, tile_dim=encoder.dim

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.whole_file import write_whole
 from ..errors import LongslideError
 from ..task import Task
 from .job import make_output_folder
@@ -93,7 +94,7 @@ def compare(
         )
         for name, table in predictions.items()
     }
-    _one_table(values, differences).to_csv(output / TABLE, index=False)
+    write_whole(output / TABLE, _one_table(values, differences).to_csv(index=False).encode())
     page = write_comparison_page(output / PAGE, named, predictions, task, values, differences, left_out, level)
     print_comparison(values, differences, task, level)
     print(f"see {page} and {output / TABLE}")

@@ -8,14 +8,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from ..data.synthetic import write_synthetic_slide
+from ..data.synthetic import TEXTURES, Texture, write_synthetic_slide
 from ..errors import LongslideError
 from .embed import embed
 from .job import make_output_folder
 
-Texture = Literal["glandular", "solid"]
-
-TEXTURES: tuple[Texture, ...] = ("glandular", "solid")
 ENCODERS = {
     "tile_encoder": "vit_tiny_patch16_224",
     "tile_checkpoint": "random",
@@ -35,6 +32,9 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
 
     Returns:
         The results of the slides: those embedded and the one predicted.
+
+    Raises:
+        LongslideError: Too few patients, or the folder cannot be written to.
     """
     if patients < 12:
         raise LongslideError(f"--patients {patients} are too few to train and test on; at least 12")

@@ -174,7 +174,7 @@ def check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: 
     Raises:
         LongslideError: There is no such slide encoder, or its published weights read those of another tile encoder.
     """
-    from ..models.slide_encoder import load_slide_encoder_spec
+    from ..models.slide_encoder_spec import load_slide_encoder_spec
 
     spec = load_slide_encoder_spec(name)
     if checkpoint is None and spec.tile_encoder != tile_encoder:
@@ -439,7 +439,16 @@ def identity(value: object) -> object:
 
 
 def check_same(path: Path, existing: Features, wanted: dict[str, Any]) -> None:
-    """Refuse a file made with other settings: mixed in one folder, they would be compared as if they were alike."""
+    """Refuse a file made with other settings: mixed in one folder, they would be compared as if they were alike.
+
+    Args:
+        path: The feature file.
+        existing: Its content.
+        wanted: What it must have been made with, under the names in `Features` and its `settings`.
+
+    Raises:
+        LongslideError: Something differs; all of it is named.
+    """
     made_with = vars(existing) | existing.settings | {"slide": Path(existing.slide_path or "").name}
     different = [
         f"{name} {made_with.get(name)} there, {value} now"

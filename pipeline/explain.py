@@ -12,7 +12,7 @@ from ..data.features import Features, read_features
 from ..data.slide import Slide
 from ..errors import LongslideError
 from .gallery import write_gallery
-from .geojson import AGAINST_COLOUR, FOR_COLOUR, region_features, tile_features, to_geojson
+from .geojson import AGAINST_COLOUR, FOR_COLOUR, regions_to_geojson, tiles_to_geojson, to_geojson
 from .overlay import draw_overlay, score_limit, tile_raster
 
 if TYPE_CHECKING:
@@ -91,7 +91,16 @@ def explain(
 def explain_features(
     ensemble: "ClassifierEnsemble", features: Features, method: "Method", device: "torch.device"
 ) -> Explanation:
-    """Explain what an ensemble on a device says of a slide.
+    """Explain what an ensemble says of a slide.
+
+    Args:
+        ensemble: The classifiers, on `device`.
+        features: The slide's features.
+        method: How; see `explain`.
+        device: Where to run.
+
+    Returns:
+        The scores, mean over the classifiers.
 
     Raises:
         LongslideError: The method does not work for this model, or the slide does not fit in the device's memory.
@@ -187,9 +196,9 @@ def write_explanation(
     if explanation.signed:
         regions.append((-shown, f"against {name}", AGAINST_COLOUR))
     scores = {column: explanation.scores[:, number] for number, column in enumerate(explanation.names)}
-    collection = tile_features(explanation.coords, size, scores)
+    collection = tiles_to_geojson(explanation.coords, size, scores)
     for values, title, colour in regions:
-        collection += region_features(explanation.coords, size, values, threshold, name=title, colour=colour)
+        collection += regions_to_geojson(explanation.coords, size, values, threshold, name=title, colour=colour)
     (folder / "tiles.geojson").write_text(to_geojson(collection), encoding="utf-8")
     if slide is None or thumbnail is None:
         return written

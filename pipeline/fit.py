@@ -9,14 +9,15 @@ import pandas as pd
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from ..data.bag_data import Part
+from ..data.splits import Part
+from ..data.whole_file import write_whole
 from ..errors import LongslideError
 from ..models.classifier import SlideClassifier
 from ..models.classifier_checkpoint import load_classifier
 from ..models.objective import Cox
 from .prediction_table import Outputs, calibrate, prediction_rows, run_classifier
 from .training_cli import Training, TrainingCLI
-from .training_run import TrainingRun, tell, write_bytes
+from .training_run import TrainingRun, tell
 
 
 def fit(argv: Sequence[str]) -> int:
@@ -130,7 +131,7 @@ def store_calibration(path: Path, classifier: SlideClassifier) -> None:
     content["state_dict"] |= {f"objective.{name}": value for name, value in classifier.objective.state_dict().items()}
     stream = io.BytesIO()
     torch.save(content, stream)
-    write_bytes(path, stream.getbuffer())
+    write_whole(path, stream.getbuffer(), "--run")
 
 
 def aggregator_facts(training: Training) -> dict[str, object]:

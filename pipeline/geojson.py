@@ -17,7 +17,9 @@ AGAINST_COLOUR = (59, 76, 192)
 Polygon = list[list[list[int]]]
 
 
-def tile_features(coords: np.ndarray, tile_size_level0: int, scores: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def tiles_to_geojson(
+    coords: np.ndarray, tile_size_level0: int, scores: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
     """A GeoJSON Feature for each tile, a `tile` object in QuPath, with its scores as measurements.
 
     Args:
@@ -42,7 +44,7 @@ def tile_features(coords: np.ndarray, tile_size_level0: int, scores: Mapping[str
     return features
 
 
-def region_features(
+def regions_to_geojson(
     coords: np.ndarray,
     tile_size_level0: int,
     scores: np.ndarray,

@@ -56,8 +56,12 @@ class SlideResult:
         return self.status != "failed"
 
 
-def make_output_folder(output: Path) -> None:
+def make_output_folder(output: Path, option: str = "--output") -> None:
     """Create the output folder and make sure that files can be written there.
+
+    Args:
+        output: The folder.
+        option: What the user gives it by, for the message.
 
     Raises:
         LongslideError: The folder cannot be created or written to.
@@ -68,7 +72,7 @@ def make_output_folder(output: Path) -> None:
             pass
     except OSError as error:
         raise LongslideError(
-            f"{output}: cannot write to the output folder ({error.strerror}); choose another --output"
+            f"{output}: cannot write to the output folder ({error.strerror}); choose another {option}"
         ) from error
 
 

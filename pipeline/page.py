@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import __version__
-from ..errors import LongslideError
+from ..data.whole_file import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
 
 class Picture(NamedTuple):
@@ -57,12 +56,7 @@ def write_page(path: Path, template: str, *, title: str, **content: Any) -> Path
     )
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     text = environment.get_template(template).render(title=title, version=__version__, made=made, **content)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise LongslideError(f"{path}: cannot write the page ({error.strerror}); choose another folder") from error
+    write_whole(path, text.encode(), "folder")
     return path
 
 
@@ -80,11 +74,3 @@ def figure_uri(figure: "Figure") -> str:
 def picture(figure: "Figure", alt: str, caption: str = "") -> Picture:
     """A matplotlib figure as a picture of a page."""
     return Picture(figure_uri(figure), alt, caption.strip())
-
-
-def image_uri(image: "Image", *, quality: int = 85) -> str:
-    """A Pillow image as a data URI: a JPEG, or a PNG if it has transparency."""
-    content = io.BytesIO()
-    kind = "png" if image.mode in ("RGBA", "LA", "P") else "jpeg"
-    image.save(content, format=kind, quality=quality)
-    return f"data:image/{kind};base64," + base64.b64encode(content.getvalue()).decode()

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from .. import __version__
 from ..data.features import Features, read_features
 from ..data.slide import Slide, open_slide
 from ..data.slide_table import SlideEntry, find_slides
@@ -332,7 +332,7 @@ class _Job:
             "features": result.features,
             "explanation": explanation,
             "schema": SCHEMA,
-            "software": f"longslide {version('longslide')}",
+            "software": f"longslide {__version__}",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(self.json_path(entry), content)

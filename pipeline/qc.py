@@ -51,7 +51,6 @@ def save_qc(path: Path, picture: Image.Image) -> None:
     """Save a picture as JPEG; it appears under its name only when complete."""
     content = io.BytesIO()  # Pillow does not notice a file that it wrote only half, on a full disk
     picture.save(content, format="JPEG", quality=88)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getbuffer())
 
 

@@ -48,7 +48,13 @@ def precision_recall(curves: Mapping[str, Curve]) -> Figure:
 
 
 def calibration(curves: Mapping[str, Curve], xlabel: str, ylabel: str) -> Figure:
-    """Observed against predicted, in bins of `SMALLEST_BIN` rows or more; the size of a point is the number of rows."""
+    """Observed against predicted, in bins of `SMALLEST_BIN` rows or more; the size of a point is the number of rows.
+
+    Args:
+        curves: Name -> `(n,)` whether each prediction holds, and its `(n,)` probability.
+        xlabel: What the probability is of.
+        ylabel: What the share is of.
+    """
     figure, axes = _square(xlabel, ylabel)
     axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
     for colour, (name, (correct, confidence)) in zip(_colours(len(curves)), curves.items(), strict=True):

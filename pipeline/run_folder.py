@@ -39,8 +39,7 @@ class Run:
     @property
     def aggregator(self) -> str:
         """Name of the model that pools the tiles."""
-        aggregator = self.facts.get("aggregator", "")
-        return str(aggregator.get("name", "") if isinstance(aggregator, dict) else aggregator)
+        return str(self.facts.get("aggregator", {}).get("name", ""))
 
     @cached_property
     def cohort(self) -> "pd.DataFrame | None":

@@ -122,7 +122,9 @@ class TileEmbedder:
             except torch.OutOfMemoryError as error:
                 smallest = min(self.max_batch or len(tiles), len(tiles))
                 if smallest == 1:
-                    raise LongslideError(f"one tile does not fit in the memory of {self.device}") from error
+                    raise LongslideError(
+                        f"one tile does not fit in the memory of {self.device}; use --device cpu, or free the GPU"
+                    ) from error
                 self.max_batch = smallest // 2
             torch.cuda.empty_cache()  # outside the handler: the error's traceback keeps the failed batch's tensors
 

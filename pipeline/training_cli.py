@@ -242,7 +242,11 @@ class TrainingCLI(LightningCLI):
 
 
 def facts_of(data: BagDataModule) -> TrainingFacts:
-    """What a classifier must know of its training data."""
+    """What a classifier must know of its training data.
+
+    Raises:
+        LongslideError: All targets of a regression are the same.
+    """
     task, weights = data.task, data.class_weights
     mean, std = 0.0, 1.0
     if task.kind == "regression":

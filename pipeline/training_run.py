@@ -1,7 +1,6 @@
 """The run folder while a run goes on: what it trains, whether it may go on, and what it leaves."""
 
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import yaml
 
 from .. import __version__
 from ..data.bag_data import BagDataModule
+from ..data.whole_file import write_whole
 from ..errors import LongslideError
 from ..task import Task
 from .job import make_output_folder
@@ -54,7 +54,7 @@ class TrainingRun:
                 f"{folder}: a run that was stopped is there, with other options ({'; '.join(different[:3])}); give the same "
                 "options to go on with it, choose another --run, or delete the folder"
             )
-        make_output_folder(folder)
+        make_output_folder(folder, "--run")
         old.write_text(config, "utf-8")
         self.facts: dict[str, Any] = {
             "started": before.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
@@ -104,7 +104,7 @@ class TrainingRun:
         """Write `run.json`: whole, or not at all."""
         self.facts["trained_folds"] = self.trained
         self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._began, 1)
-        write_text(self.folder / "run.json", json.dumps(self.facts, indent=2, default=str) + "\n")
+        self._write("run.json", json.dumps(self.facts, indent=2, default=str) + "\n")
 
     def finish(
         self, predictions: Sequence[pd.DataFrame], task: Task, *, bootstrap: int, cohort: pd.DataFrame
@@ -129,30 +129,18 @@ class TrainingRun:
             self.write()
             return metrics
         table = pd.concat(predictions, ignore_index=True)
-        write_text(self.folder / "predictions.csv", table.to_csv(index=False))
+        self._write("predictions.csv", table.to_csv(index=False))
         if (table["part"] == "test").any():
             metrics = evaluate(table, task, bootstrap=bootstrap, cohort=cohort, subgroups=self.subgroups or None)
-            write_text(self.folder / "metrics.csv", metrics.to_csv(index=False))
+            self._write("metrics.csv", metrics.to_csv(index=False))
             self.write()
             write_run_report(self.folder)
         self.facts["finished"] = True
         self.write()
         return metrics
 
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under its name only when it is complete."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write a file under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def _write(self, name: str, text: str) -> None:
+        write_whole(self.folder / name, text.encode(), "--run")
 
 
 def tell(metrics: pd.DataFrame | None, folder: Path) -> None:

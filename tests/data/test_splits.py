@@ -165,7 +165,9 @@ def test_what_cannot_be_split_is_refused() -> None:
     assert "class 'yes' has 3 patients, fewer than the 5 folds need (5)" in refusal(
         make_splits, binary([1] * 3 + [0] * 30), folds=5
     )
-    assert "class 'yes' has 2 patients, fewer than the parts" in refusal(make_splits, binary([1] * 2 + [0] * 30))
+    one_split = refusal(make_splits, binary([1] * 2 + [0] * 30))
+    assert "class 'yes' has 2 patients, fewer than the parts" in one_split
+    assert "set --data.val_share or --data.test_share to 0" in one_split
     assert "no column `site`" in refusal(make_splits, binary([0, 1] * 10), keep_sites_apart=True)
     two = binary([0, 1] * 10, site=["a", "b"] * 10)
     assert "2 sites are fewer than" in refusal(make_splits, two, folds=3, keep_sites_apart=True)

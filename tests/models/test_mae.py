@@ -11,6 +11,7 @@ from longslide.models.mae import DecoderOptions, MaskedAutoencoder, UnlabelledFa
 from longslide.models.slide_encoder_aggregator import LongNetOptions
 from longslide.pipeline.cli import main
 from longslide.task import Task
+from training_cohort import write_cohort
 
 DIM = 6
 LONGNET = LongNetOptions(layers=1, width=16, heads=2, ffn_width=16, dilated_ratios=(1, 2), dropout=0.0)
@@ -84,11 +85,6 @@ def test_flipped_and_shifted_slides_stay_row_by_row_and_keep_their_neighbours() 
 
 
 def pretrain(tmp_path: Path, *words: str) -> Path:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "pipeline"))
-    from training_cohort import write_cohort
-
     write_cohort(tmp_path / "cohort", 24)
     small = [
         "--model.longnet",
@@ -118,6 +114,11 @@ def test_pretraining_lowers_the_loss_and_a_classifier_begins_with_its_encoder(tm
     assert encoder.pool == "cls"
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, content["state_dict"][f"encoder.{name}"]), name
+
+    content["longslide"]["schema"] = 99
+    torch.save(content, tmp_path / "newer.ckpt")
+    with pytest.raises(LongslideError, match="newer Longslide"):
+        SlideClassifier(facts, "longnet", checkpoint=str(tmp_path / "newer.ckpt"))
 
     other = TrainingFacts(facts.task, DIM, preprocessing={"tile_encoder": "uni"})
     with pytest.raises(LongslideError, match="trained on features of tile encoder 'toy', but these are of 'uni'"):

@@ -9,13 +9,9 @@ import numpy as np
 import pytest
 import torch
 from longslide import LongslideError, create_slide_encoder
-from longslide.models.slide_encoder import (
-    SlideEncoder,
-    grid_positions,
-    list_slide_encoders,
-    load_slide_encoder_spec,
-)
+from longslide.models.slide_encoder import SlideEncoder, grid_positions
 from longslide.models.slide_encoder_checkpoint import to_published
+from longslide.models.slide_encoder_spec import list_slide_encoders, load_slide_encoder_spec
 from torch import Tensor
 
 REFERENCE = Path(__file__).parent / "reference" / "gigapath_slide_encoder_2l64d.npz"

@@ -83,7 +83,7 @@ def _write_run(
     pd.concat(history).to_csv(folder / "history.csv", index=False)
     facts = {
         "task": task.to_dict(),
-        "aggregator": "abmil",
+        "aggregator": {"name": "abmil", "options": {"width": 512}, "parameters": 525827},
         "seed": 0,
         "preprocessing": {"tile_encoder": "gigapath", "mpp": 0.5, "tile_px": 256, "overlap": 0},
         "without_features": ["slide-9001", "slide-9002"],

@@ -145,6 +145,15 @@ def test_what_cannot_be_compared_is_one_clear_line(runs: Path, tmp_path: Path, w
         compare([longnet, runs / "abmil"], tmp_path / "out", bootstrap=10)
 
 
+def test_a_table_that_cannot_be_written_is_one_line(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "comparison.csv").mkdir()
+    result = run_cli(runs / "longnet", runs / "abmil", "--output", tmp_path, "--bootstrap", "100")
+    assert result.returncode == 2
+    assert "comparison.csv: cannot write it" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.csv"]
+
+
 def test_no_runs_is_wrong_usage() -> None:
     result = run_cli()
     assert result.returncode == 2

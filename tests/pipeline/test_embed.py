@@ -19,30 +19,11 @@ import numpy as np
 import openslide
 import pytest
 import torch
+from classifier_files import ENCODER
 from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
 from longslide.models.slide_encoder import SlideEncoder
 from longslide.pipeline.job import claim
 from PIL import Image
-
-ENCODER = """
-name: tiny
-architecture: vit_tiny_patch16_224
-timm_args: {img_size: 32, depth: 2, embed_dim: 48, num_heads: 3}
-dim: 48
-resize: 32
-interpolation: bicubic
-crop: 32
-mean: [0.5, 0.5, 0.5]
-std: [0.5, 0.5, 0.5]
-pooling: cls
-precision: float32
-mpp: 0.5
-tile_px: 64
-licence: none
-gated: false
-paper: none
-hub_id: null
-"""
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ import yaml
 from longslide.models.classifier_checkpoint import load_classifier
 from longslide.pipeline.cli import main
 from longslide.pipeline.training_cli import list_recipes, recipes
-
-sys.path.insert(0, str(Path(__file__).parent))
 from training_cohort import quick, write_cohort
 
 BINARY = ["--config", "abmil", "--data.task", "binary", "--trainer.max_epochs", "3", "--model.abmil.width", "32"]
@@ -335,6 +333,14 @@ def test_a_mistake_is_one_line_before_training(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("longslide fit: ")
     assert said in error
+
+
+def test_a_run_folder_that_cannot_be_made_names_its_option(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["fit", *BINARY, *cohort[1], *quick(tmp_path / "file" / "run")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("choose another --run")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from longslide.pipeline.geojson import region_features, tile_features, to_geojson
+from longslide.pipeline.geojson import regions_to_geojson, tiles_to_geojson, to_geojson
 
 
 def signed_area(ring: np.ndarray) -> float:
@@ -62,7 +62,7 @@ def test_regions_are_exactly_the_union_of_their_tiles(mask: list[list[bool]], si
     union = np.zeros((edge, edge), bool)
     for x, y in coords:
         union[y : y + size, x : x + size] = True
-    features = region_features(coords, size, np.ones(len(coords)), 0.5, name="for", colour=(1, 2, 3))
+    features = regions_to_geojson(coords, size, np.ones(len(coords)), 0.5, name="for", colour=(1, 2, 3))
     features = check_rfc_7946(to_geojson(features))
     np.testing.assert_array_equal(filled(features, edge), union)
     assert sum(feature["properties"]["measurements"]["tiles"] for feature in features) == len(coords)
@@ -71,25 +71,27 @@ def test_regions_are_exactly_the_union_of_their_tiles(mask: list[list[bool]], si
 def test_only_tiles_that_reach_the_threshold_are_in_a_region() -> None:
     coords = np.array([[0, 0], [10, 0], [20, 0], [20, 10], [50, 50]])
     scores = np.array([0.4, 0.5, 0.8, 0.2, 0.9])
-    first, second = check_rfc_7946(to_geojson(region_features(coords, 10, scores, 0.5, name="for x", colour=(9, 8, 7))))
+    first, second = check_rfc_7946(
+        to_geojson(regions_to_geojson(coords, 10, scores, 0.5, name="for x", colour=(9, 8, 7)))
+    )
     corners = {tuple(point) for point in first["geometry"]["coordinates"][0]}
     assert corners == {(10, 0), (30, 0), (30, 10), (10, 10)}
     assert first["properties"]["objectType"] == "annotation"
     assert first["properties"]["classification"] == {"name": "for x", "color": [9, 8, 7]}
     assert first["properties"]["measurements"] == {"tiles": 2, "mean score": 0.65, "threshold": 0.5}
     assert second["properties"]["measurements"]["tiles"] == 1
-    assert region_features(coords, 10, scores, 2.0, name="for x", colour=(0, 0, 0)) == []
+    assert regions_to_geojson(coords, 10, scores, 2.0, name="for x", colour=(0, 0, 0)) == []
 
 
 def test_pieces_that_meet_in_a_corner_are_two_regions() -> None:
-    features = region_features(np.array([[0, 0], [5, 5]]), 5, np.ones(2), 0.5, name="for", colour=(0, 0, 0))
+    features = regions_to_geojson(np.array([[0, 0], [5, 5]]), 5, np.ones(2), 0.5, name="for", colour=(0, 0, 0))
     assert len(check_rfc_7946(to_geojson(features))) == 2
 
 
 def test_a_tile_is_a_polygon_at_its_level_0_pixels_with_its_scores_as_measurements() -> None:
     coords = np.array([[1024, 512], [2048, 512]])
     scores = {"tumour": np.array([0.25, -1.5]), "normal": np.array([-0.25, 1.5])}
-    first, second = check_rfc_7946(to_geojson(tile_features(coords, 512, scores)))
+    first, second = check_rfc_7946(to_geojson(tiles_to_geojson(coords, 512, scores)))
     ring = np.array(first["geometry"]["coordinates"][0])
     assert ring.min(0).tolist() == [1024, 512]
     assert ring.max(0).tolist() == [1536, 1024]

@@ -14,15 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from longslide import LongslideError, embed, explain, open_slide, predict, read_features, write_synthetic_slide
+from classifier_files import BINARY, ENCODER, write_classifier
+from longslide import (
+    LongslideError,
+    __version__,
+    embed,
+    explain,
+    open_slide,
+    predict,
+    read_features,
+    write_synthetic_slide,
+)
 from longslide.data.features import write_features
 from longslide.pipeline.cli import main
 from longslide.pipeline.job import claim
 from longslide.task import Task
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-from classifier_files import BINARY, ENCODER, write_classifier
 from training_cohort import quick, write_cohort
 
 
@@ -92,6 +99,7 @@ def test_from_slides_alone_to_prediction_picture_and_scores(home: Path, job: dic
         assert content["probability"]["tumour"] == found[1]
         features = read_features(home / "features" / f"{slide_id}.h5")
         assert content["quality"]["tiles"] == len(features.coords)
+        assert content["software"] == f"longslide {__version__}"
         assert content["quality"]["mpp_source"] == features.settings["mpp_source"]
         pictures = output / "slides" / slide_id
         with Image.open(pictures / "overlay.png") as overlay:

@@ -5,21 +5,18 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from classifier_files import ENCODER, write_classifier
 from longslide import LongslideError, embed, predict, write_synthetic_slide
 from longslide.pipeline.cli import main
 from longslide.pipeline.job import SlideResult, record
 from longslide.pipeline.report import report
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent))
-from classifier_files import ENCODER, write_classifier
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -250,3 +247,12 @@ def test_print_shows_every_slide(results: Path, tmp_path: Path) -> None:
 def test_the_thumbnail_is_that_of_the_slide(results: Path) -> None:
     with Image.open(results / "slides" / "second" / "thumbnail.jpg") as thumbnail:
         assert thumbnail.size == (1024, 768)
+
+
+def test_slides_without_an_explanation_have_a_page_too(results: Path, tmp_path: Path) -> None:
+    plain = shutil.copytree(results, tmp_path / "plain")
+    for path in plain.glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"explanation": None}))
+    [written] = report([plain])
+    assert (written.slides, written.failed) == (4, 1)
+    assert "Explained by" not in written.path.read_text(encoding="utf-8")
