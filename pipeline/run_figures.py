@@ -171,7 +171,7 @@ def forest(rows: Sequence[tuple[str, float, float, float]], xlabel: str, referen
     if reference is not None:
         axes.axvline(reference, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(rows)), [name if len(name) <= 34 else name[:33] + "…" for name, *_ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(max(len(rows), 1) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines["left"].set_visible(False)

@@ -184,6 +184,8 @@ class TrainingCLI(LightningCLI):
             LongslideError: Wrong input, or options that do not go together.
         """
         config = self.config.clone()
+        if (accumulated := config["trainer"]["accumulate_grad_batches"]) < 1:
+            raise LongslideError(f"--trainer.accumulate_grad_batches {accumulated} must be at least 1")
         folder = self.run
         if fold is not None:
             config["data"]["fold"] = fold

@@ -321,6 +321,7 @@ def main_prints_config(*words: str) -> dict:
         (["--model.checkpoint", "some.ckpt"], "abmil has no slide encoder"),
         (["--model.aggregator", "longnet", "--model.longnet.width", "30"], "width 30 must be a multiple of 4"),
         (["--model.abmil.dropout", "7"], "dropout probability"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches 0 must be at least 1"),
         (["--subgroups", "site"], "there is no column 'site' in the cohort table"),
         (["--trainer.accelerator", "no-such-device"], "--trainer: "),
         (["--model.class_weights", "[1, 2, 3]"], "3 class weights for a binary task with 2 classes"),
@@ -408,7 +409,7 @@ def test_subgroups_are_by_any_column_of_the_table(cohort: tuple[Path, list[str]]
     scopes = set(pd.read_csv(tmp_path / "run" / "metrics.csv")["scope"])
     assert {"subgroup:grade=high", "subgroup:grade=low", "subgroup:grade=middle"} < scopes
     assert 1 < sum(scope.startswith("subgroup:score=") for scope in scopes) <= 4, "numbers are cut at their quartiles"
-    assert "grade = high" in (tmp_path / "run" / "report.html").read_text()
+    assert "By grade" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_what_was_left_out_and_settled_is_said_once(
