@@ -14,7 +14,18 @@ from longslide.pipeline.cli import COMMANDS, TRAINING_COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TRAINING = {"config", "run", "folds", "checkpoint", "method", "monitor", "patience", "ema", "checkpoint_every_n_steps"}
+TRAINING = {
+    "config",
+    "run",
+    "folds",
+    "checkpoint",
+    "method",
+    "monitor",
+    "patience",
+    "ema",
+    "checkpoint_every_n_steps",
+    "subgroups",
+}
 
 
 def commands(page: Path) -> list[str]:
