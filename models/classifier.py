@@ -69,7 +69,8 @@ class SlideClassifier(BagWeightedModule):
 
     Attributes:
         temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
-        thresholds: Threshold of the probability, by class name (the second one of `binary`) or label; None for 0.5.
+        thresholds: Threshold of the probability, by class name (the second one of `binary`) or label; None for 0.5. Of
+            survival the median `risk` of validation, above which a patient counts as of high risk.
         training_features: Statistics of the training features, as a checkpoint holds them.
         fold: The fold it was trained on.
         slide_ids: Numbers of slides in training and validation: `train` and `val`.

@@ -59,13 +59,16 @@ def run_classifier(
 
 
 def calibrate(classifier: SlideClassifier, validation: Outputs) -> None:
-    """Fit temperature, thresholds and baseline hazard on validation bags, and on nothing else."""
+    """Fit temperature, thresholds (of survival the median risk) and baseline hazard on validation bags, on nothing else."""
     task, target = classifier.task, validation.target.numpy()
     if task.kind in CLASSIFICATION:
         # Of an ordinal task these are log-probabilities of the classes, so it is calibrated like the others.
         classifier.temperature = fit_temperature(classifier.objective.logits(validation.raw).numpy(), target)
     if isinstance(classifier.objective, Cox):
         classifier.objective.fit_baseline(validation.raw, validation.target)
+    if task.kind == "survival":
+        risk = classifier.predict(validation.raw)["risk"].double()
+        classifier.thresholds = {"risk": float(risk.quantile(0.5))}
     if task.kind == "binary":
         probability = classifier.predict(validation.raw)["probability"].numpy()
         classifier.thresholds = {task.classes[1]: float(best_threshold(target == 1, probability[:, 1]))}

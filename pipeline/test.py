@@ -59,6 +59,7 @@ def test(argv: Sequence[str]) -> int:
         checkpoint=str(checkpoint),
         aggregator={"name": classifier.aggregator_name},
         counts=[row | {"fold": 0} for row in data.counts()],
+        risk_threshold=(classifier.thresholds or {}).get("risk"),
     )
     trainer = Trainer(
         accelerator=config.accelerator, devices=1, precision=config.precision, logger=False, enable_checkpointing=False

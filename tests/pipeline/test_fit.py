@@ -284,6 +284,23 @@ def test_every_task_and_every_aggregator_trains_from_its_recipe(
     load_classifier(run / "best.ckpt")
 
 
+def test_patients_of_another_cohort_are_at_high_risk_above_the_median_of_validation(tmp_path: Path) -> None:
+    words = ["--config", "survival", "--data.label", "[months, died]", "--model.aggregator", "mean"]
+    options = write_cohort(tmp_path / "cohort", 36)
+    run, external = tmp_path / "run", tmp_path / "external"
+    assert main(["fit", *words, "--trainer.max_epochs", "1", *options, *quick(run)]) == 0
+    predictions = pd.read_csv(run / "predictions.csv").query("level == 'slide' and part == 'val'")
+    threshold = load_classifier(run / "best.ckpt").thresholds["risk"]
+    assert threshold == pytest.approx(predictions["risk"].median(), rel=1e-5)
+    options = write_cohort(tmp_path / "others", 18, seed=5)
+    assert (
+        main(["test", "--checkpoint", str(run / "best.ckpt"), "--run", str(external), "--bootstrap", "20", *options])
+        == 0
+    )
+    assert json.loads((external / "run.json").read_text())["risk_threshold"] == threshold
+    assert "Kaplan-Meier" in (external / "report.html").read_text()
+
+
 def test_every_recipe_is_a_yaml_of_known_options() -> None:
     assert {"binary", "multiclass", "multilabel", "ordinal", "regression", "survival", "abmil", "transmil"} <= set(
         list_recipes()
