@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, Literal, cast, get_args
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..errors import LongslideError
-from .dilated_attention import dilated_attention
+from .dilated_attention import dilated_attention, has_kernels
 
 Pattern = Literal["dilated", "dense", "sliding-window", "strided"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
@@ -160,7 +159,7 @@ def _window(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int, scale
 
 def _takes_flex(q: Tensor) -> bool:
     """FlexAttention's kernels need Triton, and know no float64 and no head dimension below 16."""
-    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] >= 16 and find_spec("triton") is not None
+    return has_kernels(q) and q.dtype != torch.float64 and q.shape[-1] >= 16
 
 
 @cache

@@ -69,6 +69,9 @@ class _Parser(ArgumentParser):
             message = f"--{value[1].replace('_', '-')} cannot be {value[2]}"
         elif "does not support item assignment" in message:  # `slides: a.svs` in a YAML file
             message = "slides must be a list in a YAML file: `slides: [a.svs]`"
+        elif "arguments are required:" in message and (missing := re.findall(r"([a-z-]+)\.([a-z_]+)", message)):
+            command = f"longslide {missing[0][0]}"
+            message = f"{', '.join('--' + name.replace('_', '-') for _, name in missing)} must be given"
         message = " ".join(message.split()).removeprefix(f"{command} ").rstrip(".")
         print(f"{command}: {message}; see {command} --help", file=sys.stderr)
         sys.exit(2)

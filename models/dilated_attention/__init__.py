@@ -1,8 +1,10 @@
 """Dilated attention (LongNet, https://arxiv.org/abs/2307.02486): linear in the number of tokens."""
 
+import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
+from shutil import which
 from typing import Literal
 
 import torch
@@ -92,8 +94,15 @@ def equal_lengths(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether this machine has kernels for where x is: a GPU, and Triton."""
-    return x.is_cuda and find_spec("triton") is not None
+    """Whether this machine has kernels for where x is: a GPU, and a Triton that can start them."""
+    return x.is_cuda and triton_runs()
+
+
+@cache
+def triton_runs() -> bool:
+    """Whether Triton is there, and the C compiler with which it builds the launchers of its kernels."""
+    compiler = os.environ.get("CC") or which("gcc") or which("clang")
+    return find_spec("triton") is not None and compiler is not None
 
 
 def _fused(q: Tensor, dilated_ratios: Sequence[int], scale: float, backend: str) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from longslide import dilated_attention
+from longslide.models.dilated_attention import triton_runs
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -168,3 +169,11 @@ def test_extreme_logits_are_no_matter(size: float) -> None:
     found = dilated_attention(*inputs, [32, 90], [1, 2], backend="fused")
     assert torch.isfinite(found).all()
     assert (found.double() - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_without_a_c_compiler_triton_cannot_start_its_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not triton_runs.__wrapped__()
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert triton_runs.__wrapped__()

@@ -129,6 +129,12 @@ def test_ctrl_c_while_an_object_is_destroyed_is_not_lost() -> None:
     assert "goes on from here" in result.stderr
 
 
+def test_an_option_that_must_be_given_is_named_as_it_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "a.svs"])
+    assert capsys.readouterr().err.startswith("longslide predict: --checkpoint must be given; see longslide predict")
+
+
 def test_a_user_mistake_is_one_line(tmp_path: Path) -> None:
     result = run("embed", tmp_path / "none.svs", "--output", tmp_path / "out", "--tile-encoder", "uni")
     assert result.returncode == 2
