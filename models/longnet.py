@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_pattern import Pattern, attention
+from .dilated_attention import dilated_self_attention
 from .dilated_attention.parallel import SequenceShards, parallel_dilated_attention
 from .norm_linear import norm_linear
 
@@ -69,21 +70,23 @@ class LongNetLayer(nn.Module):
             `(T, width)`.
         """
         qkv, _ = norm_linear(x, self.attention_norm, self.qkv)
-        q, k, v = qkv.view(len(x), 3, self.heads, x.shape[1] // self.heads).unbind(1)
-        attended = self._attend(q, k, v, cu_seqlens, shards).flatten(1)
+        qkv = qkv.view(len(x), 3, self.heads, x.shape[1] // self.heads)
+        attended = self._attend(qkv, cu_seqlens, shards).flatten(1)
         attended, _ = norm_linear(attended, self.attention_inner_norm, self.attention_out)
         attended = self._drop_path(self.dropout(attended), cu_seqlens, shards)
         hidden, x = norm_linear(attended, self.ffn_norm, self.ffn_in, residual=x)
         hidden, _ = norm_linear(hidden, self.ffn_inner_norm, self.ffn_out, gelu=True)
         return x + self._drop_path(self.dropout(hidden), cu_seqlens, shards)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
+    def _attend(self, qkv: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         lengths, ratios = self.segment_lengths, self.dilated_ratios
         if shards is not None:
-            return parallel_dilated_attention(q[None], k[None], v[None], lengths, ratios, shards=shards)[0]
+            q, k, v = qkv[None].unbind(2)
+            return parallel_dilated_attention(q, k, v, lengths, ratios, shards=shards)[0]
+        if self.pattern == "dilated":
+            return dilated_self_attention(qkv, lengths, ratios, cu_seqlens)
         return attention(
-            q, k, v, self.pattern, segment_lengths=lengths, dilated_ratios=ratios, window=self.window, period=self.period,
-            cu_seqlens=cu_seqlens,
+            *qkv.unbind(1), self.pattern, window=self.window, period=self.period, cu_seqlens=cu_seqlens
         )  # fmt: skip
 
     def _drop_path(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:

@@ -86,6 +86,27 @@ def dilated_attention(
     return torch.cat([function(q[None], k[None], v[None], *settings)[0] for q, k, v in sequences])
 
 
+def dilated_self_attention(
+    qkv: Tensor, segment_lengths: Sequence[int], dilated_ratios: Sequence[int], cu_seqlens: Tensor
+) -> Tensor:
+    """`dilated_attention` of one projection to queries, keys and values, not causal.
+
+    Args:
+        qkv: `(T, 3, H, D)` of packed sequences.
+        segment_lengths: Tokens of a segment, for each branch.
+        dilated_ratios: Every how many-th token takes part, for each branch.
+        cu_seqlens: `(B + 1,)` int32 on the device of `qkv`: where each sequence begins, and T.
+
+    Returns:
+        `(T, H, D)`.
+    """
+    if _fused(qkv, dilated_ratios, qkv.shape[-1] ** -0.5, "auto"):
+        from .fused import fused_dilated_self_attention
+
+        return fused_dilated_self_attention(qkv, cu_seqlens, segment_lengths, dilated_ratios)
+    return dilated_attention(*qkv.unbind(1), segment_lengths, dilated_ratios, cu_seqlens=cu_seqlens)
+
+
 @lru_cache(maxsize=64)
 def equal_lengths(batch: int, length: int, device: torch.device) -> Tensor:
     """`(batch + 1,)` int32 cumulative lengths of sequences of one length."""

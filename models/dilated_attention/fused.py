@@ -1,8 +1,9 @@
 """Dilated attention in Triton: all branches in one running softmax, forward and backward, nothing gathered or padded.
 
 Tokens are taken in residue classes of half the largest ratio R: within a segment a branch of a smaller ratio covers either
-every token of a class or none, so a block of one class streams exactly the keys of the branches that cover it, by strided
-reads, and no branch has an output of its own. In the classes of which R's branch covers every second token, one block takes
+every token of a class or none, so a block of one class streams exactly the keys of the branches that cover it, and no
+branch has an output of its own. Queries, keys and values are first laid out by head and class, so that what is read together
+lies together. In the classes of which R's branch covers every second token, one block takes
 those tokens and its neighbour the others. Zero-key slots are added to the denominator by arithmetic. A block that straddles
 a segment's border goes through the keys of both segments, each for its own rows. Sequences are packed end to end; programs
 find theirs by the cumulative lengths, so that no table is made and lengths never come to the host. No atomics: results are
@@ -34,28 +35,140 @@ def eligible(dtype: torch.dtype, head_dim: int, dilated_ratios: Sequence[int], s
 
 
 @triton.jit
-def _load(pointer, offsets, mask, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr):
-    """(rows, WIDTH) of columns START.. of rows of D columns, where the offsets of the rows are given."""
-    columns = START + tl.arange(0, WIDTH)
-    where = offsets[:, None] + columns[None, :]
+def _load(pointer, rows, mask, DP: tl.constexpr, MASK: tl.constexpr):
+    """(rows, DP) of a matrix whose rows are contiguous."""
+    where = rows[:, None] * DP + tl.arange(0, DP)[None, :]
     if MASK:
-        if START + WIDTH > D:
-            return tl.load(pointer + where, mask=mask[:, None] & (columns < D)[None, :], other=0.0)
         return tl.load(pointer + where, mask=mask[:, None], other=0.0)
-    if START + WIDTH > D:
-        return tl.load(pointer + where, mask=(columns < D)[None, :], other=0.0)
     return tl.load(pointer + where)
 
 
 @triton.jit
-def _store(pointer, offsets, mask, value, D: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
-    columns = START + tl.arange(0, WIDTH)
-    where = offsets[:, None] + columns[None, :]
-    value = value.to(pointer.dtype.element_ty)
-    if START + WIDTH > D:
-        tl.store(pointer + where, value, mask=mask[:, None] & (columns < D)[None, :])
+def _load_columns(pointer, offsets, mask, D: tl.constexpr, DP: tl.constexpr):
+    """(rows, DP) of rows of D columns, where the offsets of the rows are given; zero past D."""
+    column = tl.arange(0, DP)
+    inside = mask[:, None] & (column < D)[None, :]
+    return tl.load(pointer + offsets[:, None] + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_columns(pointer, offsets, mask, value, D: tl.constexpr, DP: tl.constexpr):
+    column = tl.arange(0, DP)
+    inside = mask[:, None] & (column < D)[None, :]
+    tl.store(pointer + offsets[:, None] + column[None, :], value.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sequence(cu_seqlens, sequences, block, span):
+    """(sequence, its begin, its length) of a block, of which each sequence has as many as it needs of `span` tokens.
+
+    Sequence b starts at block `begin // span + b`.
+    """
+    low = 0
+    high = sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(cu_seqlens + middle) // span + middle <= block:
+            low = middle
+        else:
+            high = middle
+    begin = tl.load(cu_seqlens + low)
+    return low, begin, tl.load(cu_seqlens + low + 1) - begin
+
+
+@triton.jit
+def _arrangement(sequence, begin, length, S: tl.constexpr):
+    """(first row of a sequence, rows from one of its classes to the next) in what `_arrange` makes."""
+    group = 4 * S
+    return (begin // group + sequence).to(tl.int64) * group, tl.cdiv(length, group) * 4
+
+
+@triton.jit
+def _tensor(arranged, which, head, origin, padded, H: tl.constexpr, DP: tl.constexpr):
+    """Where a sequence begins in one of the tensors (H, padded, DP) that `_arrange` makes."""
+    return arranged + ((which * H + head) * padded + origin) * DP
+
+
+@triton.jit
+def _spare(value, column, D: tl.constexpr):
+    """A float32 a row as columns D .. D + 2, the sum of three numbers that are exact in each of the dtypes.
+
+    Its product with three ones is the number again, 24 bits of it: so the matrix units add it to a product of rows.
+    """
+    high = value.to(tl.bfloat16).to(tl.float32)
+    middle = (value - high).to(tl.bfloat16).to(tl.float32)
+    low = value - high - middle
+    part = tl.where(column == D, high[:, None], tl.where(column == D + 1, middle[:, None], low[:, None]))
+    return tl.where((column >= D) & (column < D + 3), part, 0.0)
+
+
+@triton.jit
+def _own_block(
+    cu_seqlens, sequences, H: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """What a program of `_arrange` and `_arrange_grad` moves: (head, begin, origin, positions, rows, which there are)."""
+    program = tl.program_id(0)
+    head = program % H
+    residue = program // H % S
+    block = program // (H * S)
+    sequence, begin, length = _sequence(cu_seqlens, sequences, block, BLOCK * S)
+    origin, run = _arrangement(sequence, begin, length, S)
+    index = BLOCK * (block - begin // (BLOCK * S) - sequence) + tl.arange(0, BLOCK)
+    position = residue + S * index
+    return head, begin.to(tl.int64), origin, position, residue * run + index, position < length
+
+
+@triton.jit
+def _arrange(
+    q, k, v, arranged, cu_seqlens, sequences, padded, stride_l, stride_h,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Queries, keys and values (T, H, D) by head, then by class of S, in rows of DP columns.
+
+    The cache answers as many requests in a second for parts of lines as for whole ones: so what is read together should
+    lie together. Where columns are left over, three hold ones for the keys and values.
+    """
+    head, begin, origin, position, row, valid = _own_block(cu_seqlens, sequences, H, S, BLOCK)
+    base = begin * stride_l + head * stride_h
+    offsets = position.to(tl.int64) * stride_l
+    column = tl.arange(0, DP)[None, :]
+    ones = ((column >= D) & (column < D + 3)).to(tl.float32)
+    for which in tl.static_range(3):
+        x = q if which == 0 else k if which == 1 else v
+        value = _load_columns(x + base, offsets, valid, D, DP)
+        if which == 1:
+            value = tl.where(column < D, value, (ones * ONE).to(value.dtype))
+        if which == 2:
+            value = tl.where(column < D, value, ones.to(value.dtype))
+        _store_columns(_tensor(arranged, which, head, origin, padded, H, DP), row * DP, valid, value, DP, DP)
+
+
+@triton.jit
+def _arrange_grad(
+    grad, out, lse, arranged, arranged_grad, inners, cu_seqlens, sequences, tokens, padded, scale,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the output like the queries, and its inner product with the output.
+
+    The columns left over take what the backward subtracts from logits and from their gradients: here minus the inner
+    product, in the queries minus the log-sum-exp.
+    """
+    head, begin, origin, position, row, valid = _own_block(cu_seqlens, sequences, H, S, BLOCK)
+    base = (begin * H + head) * D
+    offsets = position.to(tl.int64) * (H * D)
+    column = tl.arange(0, DP)[None, :]
+    value = _load_columns(grad + base, offsets, valid, D, DP)
+    inner = tl.sum(value.to(tl.float32) * _load_columns(out + base, offsets, valid, D, DP).to(tl.float32), 1)
+    if DP - D >= 3:
+        value = tl.where(column < D, value, _spare(-inner, column, D).to(value.dtype))
+        log_sum = tl.load(lse + head.to(tl.int64) * tokens + begin + position, mask=valid, other=0.0)
+        least: tl.constexpr = -1.0e30 if ONE == 1 else -60000.0  # for +inf, of a token that nothing covers
+        parts = _spare(tl.maximum(-log_sum / (scale * LOG2_E * ONE), least), column, D)
+        queries = _tensor(arranged, 0, head, origin, padded, H, DP) + row[:, None] * DP + column
+        tl.store(queries, parts.to(arranged.dtype.element_ty), mask=valid[:, None] & (column >= D))
     else:
-        tl.store(pointer + where, value, mask=mask[:, None])
+        tl.store(inners + head.to(tl.int64) * tokens + begin + position, inner, mask=valid)
+    _store_columns(_tensor(arranged_grad, 0, head, origin, padded, H, DP), row * DP, valid, value, DP, DP)
 
 
 @triton.jit
@@ -63,31 +176,22 @@ def _place(
     cu_seqlens, sequences, plan, head,
     H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr, LARGEST: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Where this program's rows are: (begin of the sequence, its length, first row, step between rows).
+    """Where this program's rows are: (begin of the sequence, its length, its arrangement, first row, step between rows).
 
-    Two neighbouring programs share 2 * BM rows of one class of S. Sequence b starts at pair `begin // span + b`, which
-    leaves each at least as many pairs as it needs.
+    Two neighbouring programs share 2 * BM rows of one class of S.
     """
     span = 2 * BM * S
     pair = tl.program_id(0) // 2
     half = tl.program_id(0) % 2
-    low = 0
-    high = sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(cu_seqlens + middle) // span + middle <= pair:
-            low = middle
-        else:
-            high = middle
-    begin = tl.load(cu_seqlens + low)
-    length = tl.load(cu_seqlens + low + 1) - begin
+    sequence, begin, length = _sequence(cu_seqlens, sequences, pair, span)
+    origin, run = _arrangement(sequence, begin, length, S)
     residue = tl.load(plan + NB * (2 + H) + head * S + tl.program_id(2))  # the classes with most keys first
-    first = residue + S * 2 * BM * (pair - begin // span - low)
+    first = residue + S * 2 * BM * (pair - begin // span - sequence)
     width = tl.maximum(tl.minimum(tl.load(plan + 2 * LARGEST), length), 1)
     offset = tl.load(plan + NB * 2 + LARGEST * H + head)
     alternate = (S < R) & (((residue - first // width * width - offset) & (S - 1)) == 0)
     first += half * tl.where(alternate, S, S * BM)
-    return begin, length, first, tl.where(alternate, R, S)
+    return begin, length, origin, run, first, tl.where(alternate, R, S)
 
 
 @triton.jit
@@ -112,65 +216,68 @@ def _segment(rows, first, last, step, length, start, width, shift, offset, R: tl
 
 
 @triton.jit
+def _lanes(key, shift, run, S: tl.constexpr, BN: tl.constexpr):
+    """(slot, row in the arrangement) of each key of a segment's first BN, of which the first is at position `key`.
+
+    They are taken class by class, so that neighbours lie together. The next BN are BN * ratio / S rows further.
+    """
+    lane = tl.arange(0, BN)
+    classes = tl.maximum(S >> shift, 1)
+    group = lane * classes // BN
+    within = lane - group * (BN // classes)
+    position = key + (group << shift)
+    row = position % S * run + position // S + within * tl.maximum((1 << shift) // S, 1)
+    return group + within * classes, row
+
+
+@triton.jit
 def _forward_keys(
-    q1, q2, acc1, acc2, largest, total, ones, k, v, lane, base, base_step, low, high, key, key_step, real, rows, inside,
+    q, acc, largest, total, ones, keys_at, values_at, lane, slot, tile_rows, low, high, key, key_step, real, rows, inside,
     factor,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     ONLINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take slots low..high of a segment into the softmax; `largest` is raised if ONLINE, else taken as it is."""
     for j in range(low, high, BN):
-        there = j + tl.arange(0, BN) < real
-        where = base + (j // BN) * base_step
-        k1 = _load(k + where, lane, there, D, 0, D1, MASK)
-        logits = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-        if D2 > 0:
-            k2 = _load(k + where, lane, there, D, D1, D2, MASK)
-            logits = tl.dot(q2, tl.trans(k2), logits, input_precision=PRECISION)
+        there = j + slot < real
+        row = (j // BN) * tile_rows * DP
+        k = _load(keys_at + row, lane, there, DP, MASK)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASK:
             seen = inside[:, None] & there[None, :]
             if CAUSAL:
-                keys = key + (j + tl.arange(0, BN)) * key_step
-                seen = seen & (keys[None, :] <= rows[:, None])
+                seen = seen & ((key + (j + slot) * key_step)[None, :] <= rows[:, None])
             logits = tl.where(seen, logits, -float("inf"))
         if ONLINE:
             raised = tl.maximum(largest, tl.max(logits, 1) * factor)
             shrink = tl.exp2(largest - raised)
             largest = raised
-            acc1 = acc1 * shrink[:, None]
-            total = total * shrink[:, None]
-            if D2 > 0:
-                acc2 = acc2 * shrink[:, None]
-        share = tl.exp2(logits * factor - largest[:, None])
-        share = share.to(q1.dtype)
-        total = tl.dot(share, ones, total, input_precision=PRECISION)
-        v1 = _load(v + where, lane, there, D, 0, D1, MASK)
-        acc1 = tl.dot(share, v1, acc1, input_precision=PRECISION)
-        if D2 > 0:
-            v2 = _load(v + where, lane, there, D, D1, D2, MASK)
-            acc2 = tl.dot(share, v2, acc2, input_precision=PRECISION)
-    return acc1, acc2, largest, total
+            acc = acc * shrink[:, None]
+            if not SPARE:
+                total = total * shrink[:, None]
+        share = tl.exp2(logits * factor - largest[:, None]).to(q.dtype)
+        if not SPARE:
+            total = tl.dot(share, ones, total, input_precision=PRECISION)
+        v = _load(values_at + row, lane, there, DP, MASK)
+        acc = tl.dot(share, v, acc, input_precision=PRECISION)
+    return acc, largest, total
 
 
 @triton.jit
 def _forward_branches(
-    q1, q2, largest, k, v, plan, base, head, rows, first, last, step, length, stride_l, factor,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    NB: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, largest, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr,
+    CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over all branches before its division: (sums of values, in two parts; reference; sum of exponentials)."""
-    acc1 = tl.zeros((BM, D1), tl.float32)
-    acc2 = acc1
-    if D2 > 0:
-        acc2 = tl.zeros((BM, D2), tl.float32)
+    """The softmax over all branches before its division: (sums of values; reference; sum of exponentials)."""
+    SPARE: tl.constexpr = DP - D >= 3
+    acc = tl.zeros((BM, DP), tl.float32)
     total = tl.zeros((BM, 16), tl.float32)
-    ones = tl.full((BN, 16), 1.0, q1.dtype)
+    ones = tl.full((BN, 16), 1.0, q.dtype)
     zeros = tl.zeros((BM,), tl.int32)
     for branch in range(NB):
         width, shift, offset, start = _branch(plan, branch, head, first, length, H, NB)
         ratio = 1 << shift
-        lane = tl.arange(0, BN) * (ratio * stride_l)
         while start <= last:
             if ((first - start - offset) & (tl.minimum(ratio, step) - 1)) == 0:  # the branch covers rows here
                 real, inside, whole = _segment(rows, first, last, step, length, start, width, shift, offset, R, S)
@@ -181,169 +288,129 @@ def _forward_branches(
                 else:
                     zeros += tl.where(inside, ((width + ratio - 1) >> shift) - real, 0)
                 key = start + offset
-                key_base = base + key.to(tl.int64) * stride_l
-                key_base_step = (BN * ratio * stride_l).to(tl.int64)
-                acc1, acc2, largest, total = _forward_keys(
-                    q1, q2, acc1, acc2, largest, total, ones, k, v, lane, key_base, key_base_step, 0, full, key, ratio,
-                    real, rows, inside, factor, D, D1, D2, BN, False, CAUSAL, ONLINE, PRECISION,
+                slot, lane = _lanes(key, shift, run, S, BN)
+                acc, largest, total = _forward_keys(
+                    q, acc, largest, total, ones, keys_at, values_at, lane, slot, BN * ratio // S, 0, full, key, ratio,
+                    real, rows, inside, factor, DP, SPARE, BN, False, CAUSAL, ONLINE, PRECISION,
                 )  # fmt: skip
                 if full < real:
-                    acc1, acc2, largest, total = _forward_keys(
-                        q1, q2, acc1, acc2, largest, total, ones, k, v, lane, key_base, key_base_step, full, real, key,
-                        ratio, real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, ONLINE, PRECISION,
+                    acc, largest, total = _forward_keys(
+                        q, acc, largest, total, ones, keys_at, values_at, lane, slot, BN * ratio // S, full, real, key,
+                        ratio, real, rows, inside, factor, DP, SPARE, BN, True, CAUSAL, ONLINE, PRECISION,
                     )  # fmt: skip
             start += width
-    total = tl.sum(total, 1) / 16
+    sums = tl.sum(total, 1) / 16
+    if SPARE:  # the values have a column of ones
+        sums = tl.sum(tl.where(tl.arange(0, DP)[None, :] == D, acc, 0.0), 1)
     if not CAUSAL:  # at the end: scaling the accumulators within the loops would serialise their matrix instructions
         raised = largest
         if ONLINE:
             raised = tl.where(zeros > 0, tl.maximum(largest, 0.0), largest)
             shrink = tl.exp2(largest - raised)
-            total = total * shrink
-            acc1 = acc1 * shrink[:, None]
-            acc2 = acc2 * shrink[:, None]
-        total += tl.where(zeros > 0, zeros * tl.exp2(-raised), 0.0)
+            sums = sums * shrink
+            acc = acc * shrink[:, None]
+        sums += tl.where(zeros > 0, zeros * tl.exp2(-raised), 0.0)
         largest = raised
-    return acc1, acc2, largest, total
+    return acc, largest, sums
 
 
 @triton.jit
 def _forward(
-    q, k, v, out, lse, plan, cu_seqlens, sequences, tokens, stride_l, stride_h, scale,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    NB: tl.constexpr, LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    arranged, out, lse, plan, cu_seqlens, sequences, tokens, padded, scale,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr,
+    LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    begin, length, first, step = _place(cu_seqlens, sequences, plan, head, H, R, S, NB, LARGEST, BM)
+    begin, length, origin, run, first, step = _place(cu_seqlens, sequences, plan, head, H, R, S, NB, LARGEST, BM)
     if first >= length:
         return
     rows = first + step * tl.arange(0, BM)
     valid = rows < length
     last = tl.minimum(first + step * (BM - 1), length - 1)
-    base = begin.to(tl.int64) * stride_l + head * stride_h
-    row_offsets = rows.to(tl.int64) * stride_l
+    own = first % S * run + rows // S
+    keys_at = _tensor(arranged, 1, head, origin, padded, H, DP)
+    values_at = _tensor(arranged, 2, head, origin, padded, H, DP)
     factor = scale * LOG2_E
-    q1 = _load(q + base, row_offsets, valid, D, 0, D1, True)
-    k1 = _load(k + base, row_offsets, valid, D, 0, D1, True)
-    own = tl.sum(q1.to(tl.float32) * k1.to(tl.float32), 1)
-    q2 = q1
-    if D2 > 0:
-        q2 = _load(q + base, row_offsets, valid, D, D1, D2, True)
-        k2 = _load(k + base, row_offsets, valid, D, D1, D2, True)
-        own += tl.sum(q2.to(tl.float32) * k2.to(tl.float32), 1)
+    q = _load(_tensor(arranged, 0, head, origin, padded, H, DP), own, valid, DP, True)
+    logit = tl.sum(q.to(tl.float32) * _load(keys_at, own, valid, DP, True).to(tl.float32), 1)
     # A token sees its own key. Its logit is a good enough reference for the exponentials, unless another one is larger by
     # more than 41 (2 ** 60): then once more, with the running maximum. Shares of float16 are too narrow for that.
-    acc1, acc2, largest, total = _forward_branches(
-        q1, q2, own * factor, k, v, plan, base, head, rows, first, last, step, length, stride_l, factor, H, D, D1, D2,
-        R, S, NB, CAUSAL, BM, BN, q.dtype.element_ty == tl.float16, PRECISION,
+    acc, largest, total = _forward_branches(
+        q, logit * factor, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor, H, D, DP, R, S,
+        NB, CAUSAL, BM, BN, arranged.dtype.element_ty == tl.float16, PRECISION,
     )  # fmt: skip
-    if q.dtype.element_ty != tl.float16:  # noqa: SIM102 (known when compiled: the other only when run)
+    if arranged.dtype.element_ty != tl.float16:  # noqa: SIM102 (known when compiled: the other only when run)
         if tl.max(tl.where(valid & ~(total < 1.0e18), 1, 0), 0) > 0:
-            acc1, acc2, largest, total = _forward_branches(
-                q1, q2, own * factor, k, v, plan, base, head, rows, first, last, step, length, stride_l, factor, H, D,
-                D1, D2, R, S, NB, CAUSAL, BM, BN, True, PRECISION,
+            acc, largest, total = _forward_branches(
+                q, logit * factor, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor, H, D,
+                DP, R, S, NB, CAUSAL, BM, BN, True, PRECISION,
             )  # fmt: skip
     covered = total > 0
     inverse = tl.where(covered, 1.0 / tl.where(covered, total, 1.0), 0.0)
     # +inf where nothing covers the token: the backward's exp(logit - lse) is then 0.
     log_sum = tl.where(covered, largest + tl.log2(tl.where(covered, total, 1.0)), float("inf"))
-    out_offsets = rows.to(tl.int64) * (H * D)
     out_base = (begin.to(tl.int64) * H + head) * D
-    _store(out + out_base, out_offsets, valid, acc1 * inverse[:, None], D, 0, D1)
-    if D2 > 0:
-        _store(out + out_base, out_offsets, valid, acc2 * inverse[:, None], D, D1, D2)
+    _store_columns(out + out_base, rows.to(tl.int64) * (H * D), valid, acc * inverse[:, None], D, DP)
     tl.store(lse + head.to(tl.int64) * tokens + begin + rows, log_sum, mask=valid)
 
 
 @triton.jit
-def _store_stats(stats, rows, valid, minus_log_sum, minus_inner):
-    """Two float32 a row as columns 0..2 and 3..5 of a matrix with 16, each the sum of three numbers of its dtype.
-
-    A product with a row of ones adds them to the logits and their gradients in the matrix units, exactly enough: 24 bits.
-    """
-    columns = tl.arange(0, 16)[None, :]
-    value = tl.where(columns < 3, minus_log_sum[:, None], minus_inner[:, None])
-    high = value.to(stats.dtype.element_ty)
-    value -= high.to(tl.float32)
-    middle = value.to(stats.dtype.element_ty)
-    low = (value - middle.to(tl.float32)).to(stats.dtype.element_ty)
-    part = tl.where(columns % 3 == 0, high, tl.where(columns % 3 == 1, middle, low))
-    tl.store(stats + rows[:, None] * 16 + columns, tl.where(columns < 6, part, 0.0), mask=valid[:, None])
-
-
-@triton.jit
 def _backward_q_keys(
-    q1, q2, g1, g2, acc1, acc2, log_sum, inner, k, v, lane, base, base_step, low, high, key, key_step, real, rows, inside,
+    q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, tile_rows, low, high, key, key_step, real, rows, inside,
     factor,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     for j in range(low, high, BN):
-        there = j + tl.arange(0, BN) < real
-        where = base + (j // BN) * base_step
-        k1 = _load(k + where, lane, there, D, 0, D1, MASK)
-        v1 = _load(v + where, lane, there, D, 0, D1, MASK)
-        logits = tl.dot(q1, tl.trans(k1), input_precision=PRECISION)
-        grad_share = tl.dot(g1, tl.trans(v1), input_precision=PRECISION)
-        if D2 > 0:
-            k2 = _load(k + where, lane, there, D, D1, D2, MASK)
-            v2 = _load(v + where, lane, there, D, D1, D2, MASK)
-            logits = tl.dot(q2, tl.trans(k2), logits, input_precision=PRECISION)
-            grad_share = tl.dot(g2, tl.trans(v2), grad_share, input_precision=PRECISION)
-        share = tl.exp2(logits * factor - log_sum[:, None])
+        there = j + slot < real
+        row = (j // BN) * tile_rows * DP
+        k = _load(keys_at + row, lane, there, DP, MASK)
+        v = _load(values_at + row, lane, there, DP, MASK)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        grad_share = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        if SPARE:
+            share = tl.exp2(logits * factor)
+        else:
+            share = tl.exp2(logits * factor - log_sum[:, None])
+            grad_share -= inner[:, None]
         if MASK:
             seen = inside[:, None] & there[None, :]
             if CAUSAL:
-                keys = key + (j + tl.arange(0, BN)) * key_step
-                seen = seen & (keys[None, :] <= rows[:, None])
+                seen = seen & ((key + (j + slot) * key_step)[None, :] <= rows[:, None])
             share = tl.where(seen, share, 0.0)
-        grad_logits = (share * (grad_share - inner[:, None])).to(q1.dtype)
-        acc1 = tl.dot(grad_logits, k1, acc1, input_precision=PRECISION)
-        if D2 > 0:
-            acc2 = tl.dot(grad_logits, k2, acc2, input_precision=PRECISION)
-    return acc1, acc2
+        acc = tl.dot((share * grad_share).to(q.dtype), k, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def _backward_q(
-    q, k, v, out, grad, lse, stats, grad_q, plan, cu_seqlens, sequences, tokens, stride_l, stride_h, scale,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    NB: tl.constexpr, LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    arranged, arranged_grad, lse, inners, grad_q, grad_stride, plan, cu_seqlens, sequences, tokens, padded, scale,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr,
+    LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    SPARE: tl.constexpr = DP - D >= 3
     head = tl.program_id(1)
-    begin, length, first, step = _place(cu_seqlens, sequences, plan, head, H, R, S, NB, LARGEST, BM)
+    begin, length, origin, run, first, step = _place(cu_seqlens, sequences, plan, head, H, R, S, NB, LARGEST, BM)
     if first >= length:
         return
     rows = first + step * tl.arange(0, BM)
     valid = rows < length
     last = tl.minimum(first + step * (BM - 1), length - 1)
-    base = begin.to(tl.int64) * stride_l + head * stride_h
-    row_offsets = rows.to(tl.int64) * stride_l
-    out_base = (begin.to(tl.int64) * H + head) * D
-    out_offsets = rows.to(tl.int64) * (H * D)
-    q1 = _load(q + base, row_offsets, valid, D, 0, D1, True)
-    g1 = _load(grad + out_base, out_offsets, valid, D, 0, D1, True)
-    o1 = _load(out + out_base, out_offsets, valid, D, 0, D1, True)
-    inner = tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
-    acc1 = tl.zeros((BM, D1), tl.float32)
-    q2 = q1
-    g2 = g1
-    acc2 = acc1
-    if D2 > 0:
-        q2 = _load(q + base, row_offsets, valid, D, D1, D2, True)
-        g2 = _load(grad + out_base, out_offsets, valid, D, D1, D2, True)
-        o2 = _load(out + out_base, out_offsets, valid, D, D1, D2, True)
-        inner += tl.sum(g2.to(tl.float32) * o2.to(tl.float32), 1)
-        acc2 = tl.zeros((BM, D2), tl.float32)
-    log_sum = tl.load(lse + head.to(tl.int64) * tokens + begin + rows, mask=valid, other=float("inf"))
+    own = first % S * run + rows // S
+    keys_at = _tensor(arranged, 1, head, origin, padded, H, DP)
+    values_at = _tensor(arranged, 2, head, origin, padded, H, DP)
+    q = _load(_tensor(arranged, 0, head, origin, padded, H, DP), own, valid, DP, True)
+    grad = _load(_tensor(arranged_grad, 0, head, origin, padded, H, DP), own, valid, DP, True)
+    log_sum = tl.zeros((BM,), tl.float32)
+    inner = tl.zeros((BM,), tl.float32)
+    if not SPARE:
+        log_sum = tl.load(lse + head.to(tl.int64) * tokens + begin + rows, mask=valid, other=float("inf"))
+        inner = tl.load(inners + head.to(tl.int64) * tokens + begin + rows, mask=valid, other=0.0)
+    acc = tl.zeros((BM, DP), tl.float32)
     factor = scale * LOG2_E
-    _store_stats(stats, (begin + rows).to(tl.int64) * H + head, valid, tl.maximum(-log_sum / factor, -1.0e30), -inner)
     for branch in range(NB):
         width, shift, offset, start = _branch(plan, branch, head, first, length, H, NB)
         ratio = 1 << shift
-        lane = tl.arange(0, BN) * (ratio * stride_l)
         while start <= last:
             if ((first - start - offset) & (tl.minimum(ratio, step) - 1)) == 0:  # the branch covers rows here
                 real, inside, whole = _segment(rows, first, last, step, length, start, width, shift, offset, R, S)
@@ -352,158 +419,109 @@ def _backward_q(
                     real = tl.minimum(real, ((last - start - offset) >> shift) + 1)
                     full = tl.where(whole, tl.minimum(full, (((first - start - offset) >> shift) + 1) // BN * BN), 0)
                 key = start + offset
-                key_base = base + key.to(tl.int64) * stride_l
-                key_base_step = (BN * ratio * stride_l).to(tl.int64)
-                acc1, acc2 = _backward_q_keys(
-                    q1, q2, g1, g2, acc1, acc2, log_sum, inner, k, v, lane, key_base, key_base_step, 0, full, key,
-                    ratio, real, rows, inside, factor, D, D1, D2, BN, False, CAUSAL, PRECISION,
+                slot, lane = _lanes(key, shift, run, S, BN)
+                acc = _backward_q_keys(
+                    q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, BN * ratio // S, 0, full, key, ratio,
+                    real, rows, inside, factor, DP, SPARE, BN, False, CAUSAL, PRECISION,
                 )  # fmt: skip
                 if full < real:
-                    acc1, acc2 = _backward_q_keys(
-                        q1, q2, g1, g2, acc1, acc2, log_sum, inner, k, v, lane, key_base, key_base_step, full, real,
-                        key, ratio, real, rows, inside, factor, D, D1, D2, BN, True, CAUSAL, PRECISION,
+                    acc = _backward_q_keys(
+                        q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, BN * ratio // S, full, real, key,
+                        ratio, real, rows, inside, factor, DP, SPARE, BN, True, CAUSAL, PRECISION,
                     )  # fmt: skip
             start += width
-    _store(grad_q + out_base, out_offsets, valid, acc1 * scale, D, 0, D1)
-    if D2 > 0:
-        _store(grad_q + out_base, out_offsets, valid, acc2 * scale, D, D1, D2)
+    grad_base = begin.to(tl.int64) * grad_stride + head * D
+    _store_columns(grad_q + grad_base, rows.to(tl.int64) * grad_stride, valid, acc * scale, D, DP)
 
 
 @triton.jit
 def _backward_kv_queries(
-    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane, base, base_step,
-    grad_lane, grad_base, grad_base_step, stat_lane, stat_base, stat_base_step, low, high, query, query_step, real, rows,
-    inside, factor,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, tile_rows, low, high, query, query_step, real,
+    rows, inside, factor,
+    DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     for j in range(low, high, BN):
-        slot = j + tl.arange(0, BN)
-        there = slot < real
-        where = base + (j // BN) * base_step
-        grad_where = grad_base + (j // BN) * grad_base_step
-        stat = _load(stats + stat_base + (j // BN) * stat_base_step, stat_lane, there, 16, 0, 16, MASK)
-        q1 = _load(q + where, lane, there, D, 0, D1, MASK)
-        g1 = _load(grad + grad_where, grad_lane, there, D, 0, D1, MASK)
-        logits = tl.dot(ones_log_sum, tl.trans(stat), input_precision=PRECISION)
-        logits = tl.dot(k1, tl.trans(q1), logits, input_precision=PRECISION)
-        grad_share = tl.dot(ones_inner, tl.trans(stat), input_precision=PRECISION)
-        grad_share = tl.dot(v1, tl.trans(g1), grad_share, input_precision=PRECISION)
-        if D2 > 0:
-            q2 = _load(q + where, lane, there, D, D1, D2, MASK)
-            g2 = _load(grad + grad_where, grad_lane, there, D, D1, D2, MASK)
-            logits = tl.dot(k2, tl.trans(q2), logits, input_precision=PRECISION)
-            grad_share = tl.dot(v2, tl.trans(g2), grad_share, input_precision=PRECISION)
-        share = tl.exp2(logits * factor)
+        there = j + slot < real
+        row = (j // BN) * tile_rows * DP
+        q = _load(queries_at + row, lane, there, DP, MASK)
+        grad = _load(grads_at + row, lane, there, DP, MASK)
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        grad_share = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        if SPARE:
+            share = tl.exp2(logits * factor)
+        else:
+            position = query + (j + slot) * query_step
+            share = tl.exp2(logits * factor - tl.load(lse_at + position, mask=there, other=float("inf"))[None, :])
+            grad_share -= tl.load(inners_at + position, mask=there, other=0.0)[None, :]
         if MASK:
             seen = inside[:, None] & there[None, :]
             if CAUSAL:
-                queries = query + slot * query_step
-                seen = seen & (queries[None, :] >= rows[:, None])
+                seen = seen & ((query + (j + slot) * query_step)[None, :] >= rows[:, None])
             share = tl.where(seen, share, 0.0)
-        grad_logits = (share * grad_share).to(k1.dtype)
-        share = share.to(k1.dtype)
-        acc_v1 = tl.dot(share, g1, acc_v1, input_precision=PRECISION)
-        acc_k1 = tl.dot(grad_logits, q1, acc_k1, input_precision=PRECISION)
-        if D2 > 0:
-            acc_v2 = tl.dot(share, g2, acc_v2, input_precision=PRECISION)
-            acc_k2 = tl.dot(grad_logits, q2, acc_k2, input_precision=PRECISION)
-    return acc_k1, acc_k2, acc_v1, acc_v2
+        acc_v = tl.dot(share.to(k.dtype), grad, acc_v, input_precision=PRECISION)
+        acc_k = tl.dot((share * grad_share).to(k.dtype), q, acc_k, input_precision=PRECISION)
+    return acc_k, acc_v
 
 
 @triton.jit
 def _backward_kv(
-    q, k, v, grad, stats, grad_k, grad_v, plan, cu_seqlens, sequences, tokens, stride_l, stride_h, scale,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-    NB: tl.constexpr, LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    arranged, arranged_grad, lse, inners, grad_k, grad_v, grad_stride, plan, cu_seqlens, sequences, tokens, padded, scale,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr,
+    LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The queries of a segment are the positions of its keys: the loops are those of the forward, with rows for keys."""
+    SPARE: tl.constexpr = DP - D >= 3
     head = tl.program_id(1)
-    begin, length, first, step = _place(cu_seqlens, sequences, plan, head, H, R, S, NB, LARGEST, BM)
+    begin, length, origin, run, first, step = _place(cu_seqlens, sequences, plan, head, H, R, S, NB, LARGEST, BM)
     if first >= length:
         return
     rows = first + step * tl.arange(0, BM)
     valid = rows < length
     last = tl.minimum(first + step * (BM - 1), length - 1)
-    base = begin.to(tl.int64) * stride_l + head * stride_h
-    row_offsets = rows.to(tl.int64) * stride_l
-    out_base = (begin.to(tl.int64) * H + head) * D
-    out_offsets = rows.to(tl.int64) * (H * D)
-    k1 = _load(k + base, row_offsets, valid, D, 0, D1, True)
-    v1 = _load(v + base, row_offsets, valid, D, 0, D1, True)
-    acc_k1 = tl.zeros((BM, D1), tl.float32)
-    acc_v1 = tl.zeros((BM, D1), tl.float32)
-    k2 = k1
-    v2 = v1
-    acc_k2 = acc_k1
-    acc_v2 = acc_v1
-    if D2 > 0:
-        k2 = _load(k + base, row_offsets, valid, D, D1, D2, True)
-        v2 = _load(v + base, row_offsets, valid, D, D1, D2, True)
-        acc_k2 = tl.zeros((BM, D2), tl.float32)
-        acc_v2 = tl.zeros((BM, D2), tl.float32)
-    columns = tl.arange(0, 16)[None, :]
-    nought = tl.zeros((BM, 16), tl.int32)
-    ones_log_sum = (columns + nought < 3).to(stats.dtype.element_ty)
-    ones_inner = ((columns + nought >= 3) & (columns + nought < 6)).to(stats.dtype.element_ty)
+    own = first % S * run + rows // S
+    queries_at = _tensor(arranged, 0, head, origin, padded, H, DP)
+    grads_at = _tensor(arranged_grad, 0, head, origin, padded, H, DP)
+    lse_at = lse + head.to(tl.int64) * tokens + begin
+    inners_at = inners + head.to(tl.int64) * tokens + begin
+    k = _load(_tensor(arranged, 1, head, origin, padded, H, DP), own, valid, DP, True)
+    v = _load(_tensor(arranged, 2, head, origin, padded, H, DP), own, valid, DP, True)
+    acc_k = tl.zeros((BM, DP), tl.float32)
+    acc_v = tl.zeros((BM, DP), tl.float32)
     factor = scale * LOG2_E
     for branch in range(NB):
         width, shift, offset, start = _branch(plan, branch, head, first, length, H, NB)
         ratio = 1 << shift
-        lane = tl.arange(0, BN) * (ratio * stride_l)
-        grad_lane = tl.arange(0, BN) * (ratio * H * D)
-        stat_lane = tl.arange(0, BN) * (ratio * H * 16)
         while start <= last:
             if ((first - start - offset) & (tl.minimum(ratio, step) - 1)) == 0:  # the branch covers rows here
                 real, inside, whole = _segment(rows, first, last, step, length, start, width, shift, offset, R, S)
                 query = start + offset
-                query_base = base + query.to(tl.int64) * stride_l
-                query_base_step = (BN * ratio * stride_l).to(tl.int64)
-                grad_base = out_base + query.to(tl.int64) * (H * D)
-                grad_base_step = (BN * ratio).to(tl.int64) * (H * D)
-                stat_base = ((begin + query).to(tl.int64) * H + head) * 16
-                stat_base_step = (BN * ratio).to(tl.int64) * (H * 16)
+                slot, lane = _lanes(query, shift, run, S, BN)
                 low = 0
                 full = tl.where(whole, real // BN * BN, 0)
                 if CAUSAL:  # masked up to the last row, then whole
                     low = (tl.maximum(first - start - offset, 0) >> shift) // BN * BN
                     seam = tl.minimum((((last - start - offset) >> shift) + BN) // BN * BN, full)
-                    acc_k1, acc_k2, acc_v1, acc_v2 = _backward_kv_queries(
-                        k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane,
-                        query_base, query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base,
-                        stat_base_step, low, seam, query, ratio, real, rows, inside, factor, D, D1, D2, BN, True,
-                        CAUSAL, PRECISION,
+                    acc_k, acc_v = _backward_kv_queries(
+                        k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, BN * ratio // S, low,
+                        seam, query, ratio, real, rows, inside, factor, DP, SPARE, BN, True, CAUSAL, PRECISION,
                     )  # fmt: skip
                     low = tl.maximum(low, seam)
-                acc_k1, acc_k2, acc_v1, acc_v2 = _backward_kv_queries(
-                    k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane,
-                    query_base, query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base,
-                    stat_base_step, low, full, query, ratio, real, rows, inside, factor, D, D1, D2, BN, False, CAUSAL,
-                    PRECISION,
+                acc_k, acc_v = _backward_kv_queries(
+                    k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, BN * ratio // S, low, full,
+                    query, ratio, real, rows, inside, factor, DP, SPARE, BN, False, CAUSAL, PRECISION,
                 )  # fmt: skip
                 if tl.maximum(low, full) < real:
-                    acc_k1, acc_k2, acc_v1, acc_v2 = _backward_kv_queries(
-                        k1, k2, v1, v2, acc_k1, acc_k2, acc_v1, acc_v2, ones_log_sum, ones_inner, q, grad, stats, lane,
-                        query_base, query_base_step, grad_lane, grad_base, grad_base_step, stat_lane, stat_base,
-                        stat_base_step, tl.maximum(low, full), real, query, ratio, real, rows, inside, factor, D, D1,
-                        D2, BN, True, CAUSAL, PRECISION,
+                    acc_k, acc_v = _backward_kv_queries(
+                        k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, BN * ratio // S,
+                        tl.maximum(low, full), real, query, ratio, real, rows, inside, factor, DP, SPARE, BN, True,
+                        CAUSAL, PRECISION,
                     )  # fmt: skip
             start += width
-    _store(grad_k + out_base, out_offsets, valid, acc_k1 * scale, D, 0, D1)
-    _store(grad_v + out_base, out_offsets, valid, acc_v1, D, 0, D1)
-    if D2 > 0:
-        _store(grad_k + out_base, out_offsets, valid, acc_k2 * scale, D, D1, D2)
-        _store(grad_v + out_base, out_offsets, valid, acc_v2, D, D1, D2)
-
-
-def _split(dim: int) -> tuple[int, int]:
-    """A head dimension as one or two powers of two of at least 16: 48 is 32 + 16, without padding."""
-    first = 1 << (dim.bit_length() - 1)
-    rest = dim - first
-    if first >= 16 and (rest == 0 or (rest >= 16 and rest & (rest - 1) == 0)):
-        return first, rest
-    return max(16, triton.next_power_of_2(dim)), 0
+    grad_base = begin.to(tl.int64) * grad_stride + head * D
+    grad_offsets = rows.to(tl.int64) * grad_stride
+    _store_columns(grad_k + grad_base, grad_offsets, valid, acc_k * scale, D, DP)
+    _store_columns(grad_v + grad_base, grad_offsets, valid, acc_v, D, DP)
 
 
 @lru_cache(maxsize=64)
@@ -523,46 +541,113 @@ def _plan(
 
 
 BLOCKS: dict[str, dict[str, int]] = {
-    "forward": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128},
-    "backward_q": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 128},
-    "backward_kv": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "forward": {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 255},
+    "backward_q": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "backward_kv": {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
 }
 """The fastest of some 40 tried for each on an H200, at 10,000 and 70,000 tokens and head dimension 48. Fewer registers let
 more programs run side by side on a multiprocessor: while one waits for its matrix products, another takes exponentials."""
+ARRANGE_BLOCK = 64
 FLOAT32_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 WIDE_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 """For head dimensions over 64."""
 
 
+def _columns(dim: int) -> int:
+    """Of a row of what `_arrange` makes: a power of two, at least 16, as the matrix units need it."""
+    return max(16, triton.next_power_of_2(dim))
+
+
 def _settings(
-    q: Tensor, cu_seqlens: Tensor, kernel: str, segment_lengths: Sequence[int], ratios: Sequence[int], causal: bool
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    cu_seqlens: Tensor,
+    kernel: str,
+    segment_lengths: Sequence[int],
+    ratios: Sequence[int],
+    causal: bool,
 ) -> Any:
-    first, rest = _split(q.shape[2])
+    tokens, heads, dim = shape
     largest = max(ratios)
     stride = max(1, largest // 2)
-    blocks = FLOAT32_BLOCKS if q.dtype == torch.float32 else WIDE_BLOCKS if q.shape[2] > 64 else BLOCKS[kernel]
-    sequences = len(cu_seqlens) - 1
-    pairs = q.shape[0] // (2 * blocks["BM"] * stride) + sequences
+    blocks = FLOAT32_BLOCKS if dtype == torch.float32 else WIDE_BLOCKS if dim > 64 else BLOCKS[kernel]
+    pairs = tokens // (2 * blocks["BM"] * stride) + len(cu_seqlens) - 1
     constants = {
-        "H": q.shape[1], "D": q.shape[2], "D1": first, "D2": rest, "R": largest, "S": stride, "NB": len(ratios),
+        "H": heads, "D": dim, "DP": _columns(dim), "R": largest, "S": stride, "NB": len(ratios),
         "LARGEST": list(ratios).index(largest), "CAUSAL": causal,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32", **blocks,
     }  # fmt: skip
-    plan = _plan(
-        tuple(min(length, 2 ** (q.shape[0] - 1).bit_length()) for length in segment_lengths),
-        tuple(ratios),
-        q.shape[1],
-        stride,
-        q.device,
-    )
-    return (2 * pairs, q.shape[1], stride), constants, plan
+    lengths = tuple(min(length, 2 ** (tokens - 1).bit_length()) for length in segment_lengths)
+    return (2 * pairs, heads, stride), constants, _plan(lengths, tuple(ratios), heads, stride, cu_seqlens.device)
 
 
-def _alike(*tensors: Tensor) -> list[Tensor]:
-    """The kernels read q, k and v with one set of strides, and rows that are contiguous."""
-    if all(x.stride() == tensors[0].stride() for x in tensors) and tensors[0].stride(2) == 1:
-        return list(tensors)
-    return [x.contiguous() for x in tensors]
+def _arrange_settings(
+    shape: Sequence[int], dtype: torch.dtype, cu_seqlens: Tensor, ratios: Sequence[int]
+) -> tuple[int, tuple[int], dict[str, int]]:
+    """Rows of a head in what `_arrange` makes, its grid and constants.
+
+    Each sequence takes whole groups of four rows of every class. Float16 holds the log-sum-exp as 256ths.
+    """
+    tokens, heads, dim = shape
+    stride = max(1, max(ratios) // 2)
+    sequences = len(cu_seqlens) - 1
+    programs = (tokens // (ARRANGE_BLOCK * stride) + sequences) * heads * stride
+    one = 256 if dtype == torch.float16 else 1
+    constants = {"H": heads, "D": dim, "DP": _columns(dim), "S": stride, "ONE": one, "BLOCK": ARRANGE_BLOCK}
+    return (tokens // (4 * stride) + sequences) * 4 * stride, (programs,), constants
+
+
+def _arranged(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, ratios: Sequence[int]) -> Tensor:
+    """`(3, H, rows, columns)`, see `_arrange`."""
+    if not q.stride() == k.stride() == v.stride() or q.stride(2) != 1:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    rows, grid, constants = _arrange_settings(q.shape, q.dtype, cu_seqlens, ratios)
+    arranged = torch.empty((3, q.shape[1], rows, constants["DP"]), dtype=q.dtype, device=q.device)
+    _arrange[grid](
+        q, k, v, arranged, cu_seqlens, len(cu_seqlens) - 1, rows, q.stride(0), q.stride(1), **constants
+    )  # fmt: skip
+    return arranged
+
+
+def _run_forward(
+    arranged: Tensor,
+    shape: Sequence[int],
+    cu_seqlens: Tensor,
+    segment_lengths: Sequence[int],
+    ratios: Sequence[int],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty(tuple(shape), dtype=arranged.dtype, device=arranged.device)
+    lse = torch.empty((shape[1], shape[0]), dtype=torch.float32, device=arranged.device)
+    grid, constants, plan = _settings(shape, arranged.dtype, cu_seqlens, "forward", segment_lengths, ratios, causal)
+    _forward[grid](
+        arranged, out, lse, plan, cu_seqlens, len(cu_seqlens) - 1, shape[0], arranged.shape[2], scale, **constants
+    )  # fmt: skip
+    return out, lse
+
+
+def _run_backward(
+    grad: Tensor,
+    arranged: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grads: Sequence[Tensor],
+    segment_lengths: Sequence[int],
+    ratios: Sequence[int],
+    causal: bool,
+    scale: float,
+) -> None:
+    """Write the gradients of q, k and v to three tensors (T, H, D) of one set of strides, heads end to end."""
+    rows, grid, constants = _arrange_settings(out.shape, out.dtype, cu_seqlens, ratios)
+    arranged_grad = torch.empty(arranged.shape[1:], dtype=out.dtype, device=out.device)
+    inners = torch.empty_like(lse)
+    sizes = (cu_seqlens, len(cu_seqlens) - 1, len(out), rows, scale)
+    _arrange_grad[grid](grad.contiguous(), out, lse, arranged, arranged_grad, inners, *sizes, **constants)
+    for name, kernel, outputs in (("backward_q", _backward_q, grads[:1]), ("backward_kv", _backward_kv, grads[1:])):
+        grid, constants, plan = _settings(out.shape, out.dtype, cu_seqlens, name, segment_lengths, ratios, causal)
+        kernel[grid](arranged, arranged_grad, lse, inners, *outputs, grads[0].stride(0), plan, *sizes, **constants)
 
 
 def _attend(
@@ -576,27 +661,8 @@ def _attend(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, D) and base-2 log-sum-exp (H, T), +inf where no branch covers a token."""
-    q, k, v = _alike(q, k, v)
-    tokens, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
-    grid, constants, plan = _settings(q, cu_seqlens, "forward", segment_lengths, dilated_ratios, is_causal)
-    _forward[grid](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        plan,
-        cu_seqlens,
-        len(cu_seqlens) - 1,
-        tokens,
-        q.stride(0),
-        q.stride(1),
-        scale,
-        **constants,
-    )
-    return out, lse
+    arranged = _arranged(q, k, v, cu_seqlens, dilated_ratios)
+    return _run_forward(arranged, q.shape, cu_seqlens, segment_lengths, dilated_ratios, is_causal, scale)
 
 
 _op = torch.library.custom_op("longslide::dilated_attention", _attend, mutates_args=())
@@ -629,16 +695,20 @@ def _attend_backward(
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = _alike(q, k, v)
-    grad = grad.contiguous()
-    dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16  # of the range of float32 in any case
-    stats = torch.empty((*q.shape[:2], 16), dtype=dtype, device=q.device)
+    arranged = _arranged(q, k, v, cu_seqlens, dilated_ratios)
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    shape = (cu_seqlens, len(cu_seqlens) - 1, q.shape[0], q.stride(0), q.stride(1), scale)
-    grid, constants, plan = _settings(q, cu_seqlens, "backward_q", segment_lengths, dilated_ratios, is_causal)
-    _backward_q[grid](q, k, v, out, grad, lse, stats, grad_q, plan, *shape, **constants)
-    grid, constants, plan = _settings(q, cu_seqlens, "backward_kv", segment_lengths, dilated_ratios, is_causal)
-    _backward_kv[grid](q, k, v, grad, stats, grad_k, grad_v, plan, *shape, **constants)
+    _run_backward(
+        grad,
+        arranged,
+        cu_seqlens,
+        out,
+        lse,
+        (grad_q, grad_k, grad_v),
+        segment_lengths,
+        dilated_ratios,
+        is_causal,
+        scale,
+    )
     return grad_q, grad_k, grad_v
 
 
@@ -675,19 +745,27 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
 _op.register_autograd(_differentiate, setup_context=_save)
 
 
-class _Attention(torch.autograd.Function):
-    """The op without its dispatcher, which takes longer than the kernels on short sequences."""
+class _SelfAttention(torch.autograd.Function):
+    """The op without its dispatcher, which takes longer than the kernels on short sequences; of `(T, 3, H, D)`.
+
+    What the kernels read is kept in place of the projection, whose memory is free once this has run.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _attend(*inputs)
-        _save(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, *settings: Any) -> Tensor:
+        arranged = _arranged(*qkv.unbind(1), cu_seqlens, settings[1])
+        out, lse = _run_forward(arranged, (len(qkv), *qkv.shape[2:]), cu_seqlens, *settings)
+        ctx.save_for_backward(arranged, cu_seqlens, out, lse)
+        ctx.settings = settings
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_attend_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        arranged, cu_seqlens, out, lse = ctx.saved_tensors
+        grad_qkv = torch.empty((len(out), 3, *out.shape[1:]), dtype=out.dtype, device=out.device)
+        _run_backward(grad, arranged, cu_seqlens, out, lse, grad_qkv.unbind(1), *ctx.settings)
+        return grad_qkv, None, None, None, None, None
 
 
 def fused_dilated_attention(
@@ -700,13 +778,19 @@ def fused_dilated_attention(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """See `dilated_attention`, on packed sequences. Memory: the output and a float32 per token and head."""
-    inputs = (q, k, v, cu_seqlens, list(segment_lengths), list(dilated_ratios), is_causal, scale)
+    """See `dilated_attention`, on packed sequences. Memory: a copy of q, k and v, the output and a float32 per token and
+    head."""
     output: Tensor
+    output, _ = _op(q, k, v, cu_seqlens, list(segment_lengths), list(dilated_ratios), is_causal, scale)
+    return output
+
+
+def fused_dilated_self_attention(
+    qkv: Tensor, cu_seqlens: Tensor, segment_lengths: Sequence[int], dilated_ratios: Sequence[int]
+) -> Tensor:
+    """`fused_dilated_attention` of the projection `(T, 3, H, D)` of packed sequences, not causal: `(T, H, D)`."""
+    settings = (list(segment_lengths), list(dilated_ratios), False, qkv.shape[3] ** -0.5)
     if torch.compiler.is_compiling():
-        output, _ = _op(*inputs)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        output, _ = _Attention.apply(*inputs)
-    else:
-        output, _ = _attend(*inputs)
+        return fused_dilated_attention(*qkv.unbind(1), cu_seqlens, *settings)
+    output: Tensor = _SelfAttention.apply(qkv, cu_seqlens, *settings)
     return output
