@@ -1,10 +1,13 @@
 """Layers replayed as CUDA graphs: on short sequences launching the kernels takes longer than running them."""
 
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 MAX_TOKENS = 16_384
 """Above it the GPU is the slower part."""
@@ -16,65 +19,158 @@ def bucket(tokens: int) -> int:
     return int(-(-tokens // step) * step)
 
 
+@cache
+def keeps_activations(device: torch.device) -> bool:
+    """Whether a GPU has the memory to spare for the activations of such a sequence: those of GigaPath take 4 GiB."""
+    return bool(torch.cuda.get_device_properties(device).total_memory >= 32 * 2**30)
+
+
+class _Graph(NamedTuple):
+    """What is replayed, and where it reads and writes; backward with its gradient only in training."""
+
+    forward: torch.cuda.CUDAGraph
+    tokens: Tensor
+    lengths: Tensor
+    output: Tensor
+    backward: torch.cuda.CUDAGraph | None = None
+    grad_output: Tensor | None = None
+    grad_tokens: Tensor | None = None
+
+
+class _Ticket:
+    """Held by a forward until its backward: while it lives, the graphs keep what that one needs."""
+
+
 class LayerGraphs:
-    """Runs a function of one sequence's tokens from a graph for each bucket of lengths.
+    """Runs a function of one sequence's tokens from a graph for each bucket of lengths, and its backward from another.
 
     The kernels find the end of the sequence by the cumulative lengths on the device, so one graph serves every length up to
-    its bucket's; the rows past the end are computed and never read. All graphs read and write the same buffers.
+    its bucket's; the rows past the end are computed and never read, and their gradients are zero. All graphs read and write
+    the same buffers, and keep their activations in the same memory: that of the longest sequence so far. A second forward
+    before the backward of the first runs without graphs. Nothing may differentiate twice.
 
     Args:
-        run: Maps `(T, width)` tokens and `(2,)` int32 cumulative lengths to `(T, width)`, on one GPU, without gradients.
-        module: Whose parameters it uses: graphs are thrown away when these have moved.
+        run: Maps `(T, width)` tokens and `(2,)` int32 cumulative lengths to `(T, width)`, on one GPU.
+        modules: All whose parameters it uses, and no others: graphs are thrown away when these have moved.
     """
 
-    def __init__(self, run: Callable[[Tensor, Tensor], Tensor], module: nn.Module) -> None:
+    def __init__(self, run: Callable[[Tensor, Tensor], Tensor], modules: Sequence[nn.Module]) -> None:
         self._run = run
-        self._module = module
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
+        self._modules = tuple(modules)
+        self._graphs: dict[Any, _Graph] = {}
         self._buffers: dict[Any, Tensor] = {}
-        self._parameters = 0
+        self._addresses: tuple[int, ...] = ()
         self._pool: Any = None
+        self._ticket: Callable[[], _Ticket | None] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the module starts without graphs
 
+    def __call__(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(T, width)`; without gradients valid until the next call."""
+        if self._ticket() is not None:
+            return self._run(x, cu_seqlens)
+        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
+        if not torch.is_grad_enabled() or not (trained or x.requires_grad):
+            return self._replay(self._graph(x.detach(), ()), x, cu_seqlens)
+        output: Tensor = _Replay.apply(self, x, cu_seqlens, *trained)
+        return output
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for module in self._modules for parameter in module.parameters()]
+
     @torch.inference_mode(False)  # what is kept may serve a call outside inference mode
     @torch.no_grad()
-    def __call__(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`(T, width)`; valid until the next call."""
-        parameters = hash(tuple(parameter.data_ptr() for parameter in self._module.parameters()))
-        if parameters != self._parameters:
+    def _replay(self, graph: _Graph, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        graph.tokens[: len(x)].copy_(x)
+        graph.lengths.copy_(cu_seqlens)
+        graph.forward.replay()
+        return graph.output[: len(x)]
+
+    @torch.inference_mode(False)
+    def _graph(self, x: Tensor, trained: tuple[Tensor, ...]) -> _Graph:
+        addresses = tuple(parameter.data_ptr() for parameter in self._parameters())
+        if addresses != self._addresses:
             self._graphs.clear()
             self._buffers.clear()
-            self._parameters, self._pool = parameters, torch.cuda.graph_pool_handle()
+            self._addresses, self._pool = addresses, torch.cuda.graph_pool_handle()
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (bucket(len(x)), x.dtype, autocast)
+        wanted = (x.requires_grad, *(parameter.data_ptr() for parameter in trained))
+        key = (bucket(len(x)), x.dtype, autocast, wanted, self._modules[0].training)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(key[0], x)
-        graph, tokens, lengths, output = self._graphs[key]
-        tokens[: len(x)].copy_(x)
-        lengths.copy_(cu_seqlens)
-        graph.replay()
-        return output[: len(x)]
+            with torch.cuda.device(x.device), torch.random.fork_rng([x.device]):
+                self._graphs[key] = self._capture(key[0], x, trained)
+        return self._graphs[key]
 
-    def _capture(self, rows: int, x: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]:
-        tokens = self._buffer("tokens", x)[:rows]
+    def _capture(self, rows: int, x: Tensor, trained: tuple[Tensor, ...]) -> _Graph:
+        differentiable = x.requires_grad or len(trained) > 0
+        tokens = self._buffer("tokens", x)[:rows].detach().requires_grad_(x.requires_grad)
         lengths = self._buffer("lengths", torch.tensor([0, rows], dtype=torch.int32, device=x.device))
+        wanted = (*((tokens,) if x.requires_grad else ()), *trained)
+        graphs = [torch.cuda.CUDAGraph() for _ in range(1 + differentiable)]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once outside the graph: kernels are compiled and their look-ups made
-            output = self._buffer("output", self._run(tokens, lengths))[:rows]
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         # A loader's thread may pin memory meanwhile: only this thread's calls are held to what a capture allows.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output.copy_(self._run(tokens, lengths))
-        return graph, tokens, lengths, output
+        capture = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        with torch.set_grad_enabled(differentiable):
+            with torch.cuda.stream(stream):  # once outside the graph: kernels are compiled and their look-ups made
+                found = self._run(tokens, lengths)
+                output = self._buffer("output", found)[:rows]
+                grad_output = self._buffer("grad_output", found)[:rows] if differentiable else None
+                if differentiable:
+                    torch.autograd.grad(found, wanted, grad_output)
+            torch.cuda.current_stream().wait_stream(stream)
+            del found
+            with torch.cuda.graph(graphs[0], **capture):
+                found = self._run(tokens, lengths)
+                output.copy_(found.detach())
+            if not differentiable:
+                return _Graph(graphs[0], tokens, lengths, output)
+            grad_tokens = self._buffer("grad_tokens", x)[:rows] if x.requires_grad else None
+            targets = [*(() if grad_tokens is None else (grad_tokens,)), *self._grads_of(trained)]
+            with torch.cuda.graph(graphs[1], **capture):
+                torch._foreach_copy_(targets, torch.autograd.grad(found, wanted, grad_output))
+        return _Graph(graphs[0], tokens.detach(), lengths, output, graphs[1], grad_output, grad_tokens)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         """The buffer of this name for tensors like this one, as long as the longest sequence."""
         key = (name, like.dtype, like.shape[1:])
         if key not in self._buffers:
             rows = len(like) if like.ndim == 1 else bucket(MAX_TOKENS)
-            self._buffers[key] = like.new_zeros(rows, *like.shape[1:])
+            self._buffers[key] = torch.zeros(rows, *like.shape[1:], dtype=like.dtype, device=like.device)
         return self._buffers[key]
+
+    def _grads_of(self, trained: tuple[Tensor, ...]) -> list[Tensor]:
+        """Where the backward writes the gradients of these parameters."""
+        for parameter in trained:
+            key = ("grad", parameter.data_ptr())
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty_like(parameter)
+        return [self._buffers["grad", parameter.data_ptr()] for parameter in trained]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graphs: LayerGraphs, x: Tensor, cu_seqlens: Tensor, *trained: Tensor) -> Tensor:
+        with torch.enable_grad():
+            graph = graphs._graph(x, trained)
+        ctx.ticket = _Ticket()
+        graphs._ticket = weakref.ref(ctx.ticket)
+        ctx.graphs, ctx.graph, ctx.tokens, ctx.trained = graphs, graph, len(x), trained
+        return graphs._replay(graph, x, cu_seqlens).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        graphs, graph = ctx.graphs, ctx.graph
+        if graphs._ticket() is not ctx.ticket:
+            raise RuntimeError("the backward of a slide may run once: later slides have taken its activations")
+        graph.grad_output[: ctx.tokens].copy_(grad)
+        graph.grad_output[ctx.tokens :].zero_()
+        graph.backward.replay()
+        graphs._ticket = lambda: None
+        grads = [torch.empty_like(parameter) for parameter in ctx.trained]
+        if grads:
+            torch._foreach_copy_(grads, graphs._grads_of(ctx.trained))
+        grad_x = None if graph.grad_tokens is None else graph.grad_tokens[: ctx.tokens].clone()
+        return (None, grad_x, None, *grads)

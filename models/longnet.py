@@ -85,9 +85,8 @@ class LongNetLayer(nn.Module):
             return parallel_dilated_attention(q, k, v, lengths, ratios, shards=shards)[0]
         if self.pattern == "dilated":
             return dilated_self_attention(qkv, lengths, ratios, cu_seqlens)
-        return attention(
-            *qkv.unbind(1), self.pattern, window=self.window, period=self.period, cu_seqlens=cu_seqlens
-        )  # fmt: skip
+        q, k, v = qkv.unbind(1)
+        return attention(q, k, v, self.pattern, window=self.window, period=self.period, cu_seqlens=cu_seqlens)
 
     def _drop_path(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         if self.drop_path == 0 or not self.training:
@@ -95,4 +94,6 @@ class LongNetLayer(nn.Module):
         kept = (torch.rand(len(cu_seqlens) - 1, device=x.device) >= self.drop_path).to(x.dtype) / (1 - self.drop_path)
         if shards is not None:
             kept = shards.first(kept)  # the half is left out on all ranks or on none
+        if len(kept) == 1:
+            return x * kept
         return x * kept.repeat_interleave(cu_seqlens.diff(), output_size=len(x))[:, None]

@@ -190,8 +190,8 @@ class _NormLinear(torch.autograd.Function):
             None if residual_dtype is None else grad_sum,
             grad_norm_weight,
             grad_norm_bias,
-            (grad.T @ y).to(weight.dtype),
-            grad.sum(0).to(bias_dtype),
+            (grad.T @ y).to(weight.dtype) if ctx.needs_input_grad[4] else None,
+            grad.sum(0).to(bias_dtype) if ctx.needs_input_grad[5] else None,
             None,
             None,
         )

@@ -14,7 +14,7 @@ from .attention_pattern import check_pattern
 from .checkpoint_file import digest, download
 from .dilated_attention import has_kernels
 from .dilated_attention.parallel import SequenceShards
-from .layer_graphs import MAX_TOKENS, LayerGraphs
+from .layer_graphs import MAX_TOKENS, LayerGraphs, keeps_activations
 from .longnet import LongNetLayer
 from .slide_encoder_checkpoint import load_published
 from .slide_encoder_spec import SlideEncoderSpec, load_slide_encoder_spec
@@ -111,7 +111,7 @@ class SlideEncoder(nn.Module):
         x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
         if len(slides.lengths) == 1 and self._takes_graphs(x):
             if self._graphs is None:
-                self._graphs = LayerGraphs(self._encode, self)
+                self._graphs = LayerGraphs(self._encode, (self.layers, self.layers_norm))
             return self._pool(self._graphs(x, slides.cu_seqlens), slides)
         return self._pool(self._encode(x, slides.cu_seqlens, slides.shards), slides)
 
@@ -168,10 +168,12 @@ class SlideEncoder(nn.Module):
         return output
 
     def _takes_graphs(self, x: Tensor) -> bool:
-        """Whether the layers may run as CUDA graphs: inference on a short sequence, by kernels that never ask the host."""
-        if self.training or torch.is_grad_enabled() or not has_kernels(x) or len(x) > MAX_TOKENS:
+        """Whether the layers may run as CUDA graphs: a short sequence, by kernels that never ask the host."""
+        if not has_kernels(x) or len(x) > MAX_TOKENS or torch.compiler.is_compiling():
             return False
-        if self.sequence_group is not None or self.spec.pattern != "dilated" or torch.compiler.is_compiling():
+        if self.sequence_group is not None or self.spec.pattern != "dilated":
+            return False
+        if torch.is_grad_enabled() and (self.spec.checkpointing or not keeps_activations(x.device)):
             return False
         from .dilated_attention.fused import eligible
 

@@ -104,7 +104,8 @@ def dilated_self_attention(
         from .fused import fused_dilated_self_attention
 
         return fused_dilated_self_attention(qkv, cu_seqlens, segment_lengths, dilated_ratios)
-    return dilated_attention(*qkv.unbind(1), segment_lengths, dilated_ratios, cu_seqlens=cu_seqlens)
+    q, k, v = qkv.unbind(1)
+    return dilated_attention(q, k, v, segment_lengths, dilated_ratios, cu_seqlens=cu_seqlens)
 
 
 @lru_cache(maxsize=64)

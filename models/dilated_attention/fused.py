@@ -173,17 +173,19 @@ def _arrange_grad(
 
 @triton.jit
 def _place(
-    cu_seqlens, sequences, plan, head,
+    cu_seqlens, sequences, tokens, plan, head,
     H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr, LARGEST: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Where this program's rows are: (begin of the sequence, its length, its arrangement, first row, step between rows).
+    """Where this program's rows are: (begin of the sequence, its length, rows to be written, its arrangement, first row,
+    step between rows).
 
-    Two neighbouring programs share 2 * BM rows of one class of S.
+    Two neighbouring programs share 2 * BM rows of one class of S. Rows past the last sequence are written too: zeros.
     """
     span = 2 * BM * S
     pair = tl.program_id(0) // 2
     half = tl.program_id(0) % 2
     sequence, begin, length = _sequence(cu_seqlens, sequences, pair, span)
+    end = tl.where(sequence == sequences - 1, tokens - begin, length)
     origin, run = _arrangement(sequence, begin, length, S)
     residue = tl.load(plan + NB * (2 + H) + head * S + tl.program_id(2))  # the classes with most keys first
     first = residue + S * 2 * BM * (pair - begin // span - sequence)
@@ -191,7 +193,7 @@ def _place(
     offset = tl.load(plan + NB * 2 + LARGEST * H + head)
     alternate = (S < R) & (((residue - first // width * width - offset) & (S - 1)) == 0)
     first += half * tl.where(alternate, S, S * BM)
-    return begin, length, origin, run, first, tl.where(alternate, R, S)
+    return begin, length, end, origin, run, first, tl.where(alternate, R, S)
 
 
 @triton.jit
@@ -321,8 +323,10 @@ def _forward(
     LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    begin, length, origin, run, first, step = _place(cu_seqlens, sequences, plan, head, H, R, S, NB, LARGEST, BM)
-    if first >= length:
+    begin, length, end, origin, run, first, step = _place(
+        cu_seqlens, sequences, tokens, plan, head, H, R, S, NB, LARGEST, BM
+    )  # fmt: skip
+    if first >= end:
         return
     rows = first + step * tl.arange(0, BM)
     valid = rows < length
@@ -350,7 +354,8 @@ def _forward(
     # +inf where nothing covers the token: the backward's exp(logit - lse) is then 0.
     log_sum = tl.where(covered, largest + tl.log2(tl.where(covered, total, 1.0)), float("inf"))
     out_base = (begin.to(tl.int64) * H + head) * D
-    _store_columns(out + out_base, rows.to(tl.int64) * (H * D), valid, acc * inverse[:, None], D, DP)
+    inverse = tl.where(valid, inverse, 0.0)
+    _store_columns(out + out_base, rows.to(tl.int64) * (H * D), rows < end, acc * inverse[:, None], D, DP)
     tl.store(lse + head.to(tl.int64) * tokens + begin + rows, log_sum, mask=valid)
 
 
@@ -390,8 +395,10 @@ def _backward_q(
 ):  # fmt: skip
     SPARE: tl.constexpr = DP - D >= 3
     head = tl.program_id(1)
-    begin, length, origin, run, first, step = _place(cu_seqlens, sequences, plan, head, H, R, S, NB, LARGEST, BM)
-    if first >= length:
+    begin, length, end, origin, run, first, step = _place(
+        cu_seqlens, sequences, tokens, plan, head, H, R, S, NB, LARGEST, BM
+    )  # fmt: skip
+    if first >= end:
         return
     rows = first + step * tl.arange(0, BM)
     valid = rows < length
@@ -431,7 +438,8 @@ def _backward_q(
                     )  # fmt: skip
             start += width
     grad_base = begin.to(tl.int64) * grad_stride + head * D
-    _store_columns(grad_q + grad_base, rows.to(tl.int64) * grad_stride, valid, acc * scale, D, DP)
+    acc = tl.where(valid[:, None], acc * scale, 0.0)
+    _store_columns(grad_q + grad_base, rows.to(tl.int64) * grad_stride, rows < end, acc, D, DP)
 
 
 @triton.jit
@@ -473,8 +481,10 @@ def _backward_kv(
     """The queries of a segment are the positions of its keys: the loops are those of the forward, with rows for keys."""
     SPARE: tl.constexpr = DP - D >= 3
     head = tl.program_id(1)
-    begin, length, origin, run, first, step = _place(cu_seqlens, sequences, plan, head, H, R, S, NB, LARGEST, BM)
-    if first >= length:
+    begin, length, end, origin, run, first, step = _place(
+        cu_seqlens, sequences, tokens, plan, head, H, R, S, NB, LARGEST, BM
+    )  # fmt: skip
+    if first >= end:
         return
     rows = first + step * tl.arange(0, BM)
     valid = rows < length
@@ -520,8 +530,10 @@ def _backward_kv(
             start += width
     grad_base = begin.to(tl.int64) * grad_stride + head * D
     grad_offsets = rows.to(tl.int64) * grad_stride
-    _store_columns(grad_k + grad_base, grad_offsets, valid, acc_k * scale, D, DP)
-    _store_columns(grad_v + grad_base, grad_offsets, valid, acc_v, D, DP)
+    acc_k = tl.where(valid[:, None], acc_k * scale, 0.0)
+    acc_v = tl.where(valid[:, None], acc_v, 0.0)
+    _store_columns(grad_k + grad_base, grad_offsets, rows < end, acc_k, D, DP)
+    _store_columns(grad_v + grad_base, grad_offsets, rows < end, acc_v, D, DP)
 
 
 @lru_cache(maxsize=64)
@@ -555,7 +567,7 @@ WIDE_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 
 def _columns(dim: int) -> int:
     """Of a row of what `_arrange` makes: a power of two, at least 16, as the matrix units need it."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def _settings(
@@ -753,7 +765,8 @@ class _SelfAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, *settings: Any) -> Tensor:
-        arranged = _arranged(*qkv.unbind(1), cu_seqlens, settings[1])
+        q, k, v = qkv.unbind(1)
+        arranged = _arranged(q, k, v, cu_seqlens, settings[1])
         out, lse = _run_forward(arranged, (len(qkv), *qkv.shape[2:]), cu_seqlens, *settings)
         ctx.save_for_backward(arranged, cu_seqlens, out, lse)
         ctx.settings = settings
@@ -791,6 +804,7 @@ def fused_dilated_self_attention(
     """`fused_dilated_attention` of the projection `(T, 3, H, D)` of packed sequences, not causal: `(T, H, D)`."""
     settings = (list(segment_lengths), list(dilated_ratios), False, qkv.shape[3] ** -0.5)
     if torch.compiler.is_compiling():
-        return fused_dilated_attention(*qkv.unbind(1), cu_seqlens, *settings)
+        q, k, v = qkv.unbind(1)
+        return fused_dilated_attention(q, k, v, cu_seqlens, *settings)
     output: Tensor = _SelfAttention.apply(qkv, cu_seqlens, *settings)
     return output

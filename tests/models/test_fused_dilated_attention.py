@@ -11,6 +11,8 @@ from longslide.models.dilated_attention import triton_runs
 from torch import Tensor
 
 pytest.importorskip("triton")
+from longslide.models.dilated_attention.fused import fused_dilated_self_attention
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFERENCE = Path(__file__).parent / "reference"
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # rows that a mask takes out afterwards
@@ -119,6 +121,31 @@ def test_packed_sequences_are_those_one_at_a_time() -> None:
     assert torch.equal(packed, alone)
     grads = [torch.autograd.grad(output, inputs, direction) for output in (packed, alone)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_rows_past_the_last_sequence_are_zero_and_so_are_their_gradients() -> None:
+    """CUDA graphs run a sequence as one a little longer; what its end holds must not reach any gradient."""
+    lengths, ratios = [16, 50], [1, 4]
+    qkv = torch.randn(120, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    cu_seqlens = torch.tensor([0, 30, 71], dtype=torch.int32, device=DEVICE)
+    padded, alone = (x.clone().requires_grad_() for x in (qkv, qkv[:71]))
+    outputs = [fused_dilated_self_attention(x, cu_seqlens, lengths, ratios) for x in (padded, alone)]
+    (grad,) = torch.autograd.grad(outputs[0][:71].square().sum(), padded)
+    (wanted,) = torch.autograd.grad(outputs[1].square().sum(), alone)
+    assert torch.equal(outputs[0][:71], outputs[1])
+    assert torch.equal(grad[:71], wanted)
+    assert outputs[0][71:].count_nonzero() == 0
+    assert grad[71:].count_nonzero() == 0
+
+
+def test_one_projection_gives_what_its_three_parts_give() -> None:
+    qkv = torch.randn(60, 3, 2, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    cu_seqlens = torch.tensor([0, 60], dtype=torch.int32, device=DEVICE)
+    together = fused_dilated_self_attention(qkv, cu_seqlens, [16, 60], [1, 2])
+    apart = dilated_attention(*qkv.unbind(1), [16, 60], [1, 2], cu_seqlens=cu_seqlens, backend="fused")
+    assert torch.equal(together, apart)
+    grads = [torch.autograd.grad(x.square().sum(), qkv)[0] for x in (together, apart)]
+    assert torch.equal(*grads)
 
 
 def one_row(q: Tensor, k: Tensor, v: Tensor, token: int, head: int, lengths: list[int], ratios: list[int]) -> Tensor:
