@@ -101,11 +101,14 @@ def predict(
         make_output_folder(output)
 
         from ..models.classifier_ensemble import checkpoint_digests, load_ensemble
+        from ..models.classifier_explanation import check_method
         from .tile_embedding import resolve_device
 
         torch_device = resolve_device(device)
         paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
         ensemble = load_ensemble([Path(path) for path in paths]).to(torch_device)
+        if explain is not None:
+            check_method(ensemble, explain)
         maker = FeatureMaker(
             ensemble.preprocessing,
             output / "features" if features is None else features,

@@ -505,9 +505,28 @@ def test_a_classifier_of_slide_embeddings_predicts_and_says_that_it_cannot_be_ex
         tile_encoder=str(home / "tiny.yaml"),
     )
     assert made.probability == one.probability, "embedded anew, with the slide encoder that the checkpoint names"
-    [refused] = predict(**job | {"features": folder, "output": tmp_path / "x"}, explain="occlusion")
-    assert refused.status == "failed"
-    assert "no tiles to explain" in refused.reason
+    with pytest.raises(LongslideError, match=r"probe\.ckpt: linear-probe reads slide embeddings.*no tiles to explain"):
+        predict(**job | {"features": folder, "output": tmp_path / "x"}, explain="occlusion")
+    assert not (tmp_path / "x" / "summary.csv").exists()
+
+
+@pytest.mark.parametrize("aggregators", [["mean"], ["longnet"], ["abmil", "mean"]])
+def test_a_model_without_attention_weights_is_refused_before_any_slide_is_read(
+    home: Path, job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], aggregators: list[str]
+) -> None:
+    run = tmp_path / "run"
+    for fold, aggregator in enumerate(aggregators):
+        write_classifier(run / f"fold_{fold}" / "best.ckpt", home / "features", aggregator=aggregator)
+    options = ["--checkpoint", str(run), "--features", str(job["features"]), "--output", str(job["output"])]
+    words = [str(home / "slides"), *options, "--device", "cpu", "--explain"]
+    assert main(["predict", *words, "attention"]) == 2
+    said = capsys.readouterr()
+    assert said.err == (
+        f"longslide predict: {run}/fold_{len(aggregators) - 1}/best.ckpt: {aggregators[-1]} has no attention weights to "
+        "show; --explain it by one of integrated-gradients, gradient-x-input, occlusion\n"
+    )
+    assert not any(path.is_file() for path in job["output"].rglob("*"))
+    assert main(["predict", *words, "gradient-x-input"]) == 0, "what the line names works"
 
 
 @pytest.mark.parametrize("failures", [1, 2])
