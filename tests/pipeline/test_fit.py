@@ -353,6 +353,14 @@ def test_a_mistake_is_one_line_before_training(
     assert said in error
 
 
+def test_after_a_mistake_the_corrected_command_takes_the_same_run_folder(
+    cohort: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    words = ["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), "--trainer.max_epochs", "1"]
+    assert main([*words, "--data.label", "no_such_column"]) == 2
+    assert main(words) == 0
+
+
 def test_a_run_folder_that_cannot_be_made_names_its_option(
     cohort: tuple[Path, list[str]], tmp_path: Path, capsys
 ) -> None:
