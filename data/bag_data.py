@@ -187,10 +187,7 @@ class BagDataModule(lightning.LightningDataModule):
                 keep_sites_apart=self.keep_sites_apart,
                 seed=self.seed,
             )
-        splits = check_splits(splits, cohort, keep_sites_apart=self.keep_sites_apart)
-        if path is not None and not path.exists() and _first_rank():
-            write_splits(path, splits)
-        return splits, notes
+        return check_splits(splits, cohort, keep_sites_apart=self.keep_sites_apart), notes
 
     @property
     def splits(self) -> pd.DataFrame:
@@ -363,6 +360,8 @@ class BagDataModule(lightning.LightningDataModule):
         if self.only_part != "test":
             _ = self.training_features
         if _first_rank():
+            if self.splits_file is not None and not self.splits_file.exists():
+                write_splits(self.splits_file, self.splits)  # only now: splits that are refused would be used again
             for note in self.notes:
                 if note not in self._told:
                     print(note, file=sys.stderr)

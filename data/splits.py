@@ -10,7 +10,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from ..errors import LongslideError
-from ..task import CLASSIFICATION
+from ..task import CLASSIFICATION, Task
 from .cohort import Cohort
 from .cohort_table import (
     FOLD_COLUMN,
@@ -343,6 +343,46 @@ def check_splits(splits: pd.DataFrame, cohort: Cohort, *, keep_sites_apart: bool
         elif task.kind == "survival" and not targets[train, 1].any():
             raise LongslideError(f"{fold}: the training part has no event; split anew")
     return splits
+
+
+def check_validation(splits: pd.DataFrame, cohort: Cohort, fold: int | None = None) -> None:
+    """Refuse a validation part that leaves the metric which selects a model undefined: AUROC, kappa, R2 or c-index.
+
+    Args:
+        splits: As `check_splits` gives them. A fold without a validation part selects by no metric, and passes.
+        cohort: The cohort.
+        fold: The fold that is trained; None for all of them.
+
+    Raises:
+        LongslideError: A validation part of one class, one value (of each label, for several), or no two times to compare.
+    """
+    task, targets = cohort.task, cohort.targets
+    if task is None or targets is None:
+        return
+    for name in splits.columns:
+        if not FOLD_COLUMN.fullmatch(name) or fold not in (None, int(name.removeprefix("fold_"))):
+            continue
+        part = targets[(splits[name] == "val").to_numpy()]
+        if len(part) and (lack := _lack(task, part)):
+            raise LongslideError(
+                f"{name}: the validation part {lack}, and --monitor val_metric needs others too; move some there in the "
+                "splits (where none are given, by a larger --data.val_share), or take --monitor val_loss"
+            )
+
+
+def _lack(task: Task, targets: np.ndarray) -> str:
+    """Why a metric is not defined on these targets, `(N, ...)` as in `Cohort.targets`; empty if it is."""
+    if task.kind in CLASSIFICATION:
+        return f"has slides of class {task.classes[targets[0]]!r} alone" if len(np.unique(targets)) == 1 else ""
+    if task.kind == "multilabel":
+        both = ((targets == 0).any(0) & (targets == 1).any(0)).any()
+        return "" if both else "has only slides with, or only slides without, each label"
+    if task.kind == "regression":
+        return f"has slides with {task.label[0]} {targets[0]:g} alone" if len(np.unique(targets)) == 1 else ""
+    time, event = targets[:, 0], targets[:, 1] > 0
+    first = time[event].min(initial=np.inf)  # who is known to be later than the first event can be compared with it
+    comparable = ((time > first) | ((time == first) & ~event)).any()
+    return "" if comparable else "has no event with a later time to compare it with"
 
 
 def _check_apart(fold: str, what: str, names: pd.Series, parts: pd.Series) -> None:

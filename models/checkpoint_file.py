@@ -1,7 +1,9 @@
 """Weights as files: from the hub or the disk, read without unpickling, held against what a model wants."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +42,47 @@ def download(what: str, hub_id: str | None, names: Sequence[str], *, gated: bool
     unreachable: Exception | None = None
     for name in names:
         try:  # a hub that did not answer once is not asked again: it takes 20 seconds
-            file = Path(hf_hub_download(hub_id, name, local_files_only=unreachable is not None))
+            with _errors_alone():
+                file = Path(hf_hub_download(hub_id, name, local_files_only=unreachable is not None))
         except RepositoryNotFoundError as error:  # also GatedRepoError, and a private page without a token
             raise LongslideError(
                 f"{what}: no access to its weights. Accept the terms at {page} "
                 f"and set HF_TOKEN to a token of that account, {local}."
             ) from error
         except LocalEntryNotFoundError as error:
-            unreachable = error
+            unreachable = unreachable or error
         except EntryNotFoundError:
             continue
-        except OSError as error:
-            unreachable = error
+        except Exception as error:  # of a broken connection: requests' are OSErrors, those of httpx are not
+            unreachable = unreachable or error
         else:
             return file, f"hf:{hub_id}@{file.parent.name}"
     if unreachable is None:
         raise LongslideError(f"{what}: {page} has no {' or '.join(names)}; {local[3:]}.")
     terms = f"; its terms must be accepted at {page} and HF_TOKEN set" if gated else f" ({page})"
+    cause = unreachable.__cause__ or unreachable
+    reason = (str(cause).strip() or repr(cause)).split("\n")[0].split(". ")[0][:200]
     raise LongslideError(
-        f"{what}: the weights are neither in the hub's cache nor to be reached{terms}. Connect "
+        f"{what}: the weights are neither in the hub's cache nor to be reached{terms}: {reason}. Connect "
         f"once (unset HF_HUB_OFFLINE), point HF_HOME to a cache that has them, {local}."
     ) from unreachable
+
+
+@contextmanager
+def _errors_alone() -> Iterator[None]:
+    """Leave out what huggingface_hub warns of, two lines for each of its tries; its progress bars stay.
+
+    A user who asked for more by HF_HUB_VERBOSITY or HF_DEBUG gets it.
+    """
+    from huggingface_hub.utils import logging as hub
+
+    before = hub.get_verbosity()
+    if before == logging.WARNING:
+        hub.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub.set_verbosity(before)
 
 
 def read_checkpoint(file: Path) -> Any:

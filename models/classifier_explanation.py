@@ -10,6 +10,7 @@ from ..errors import LongslideError
 from .classifier import SlideClassifier
 from .classifier_ensemble import ClassifierEnsemble
 from .explain import (
+    METHODS,
     Method,
     PackedModel,
     TileScores,
@@ -42,6 +43,23 @@ class ClassScores:
     completeness_error: Tensor | None = None
 
 
+def check_method(ensemble: ClassifierEnsemble, method: str) -> None:
+    """Refuse a method that does not work for all of an ensemble, before it is asked to explain anything.
+
+    Raises:
+        LongslideError: There is no such method, or a classifier has not what it needs; names the model, and what works.
+    """
+    if method not in METHODS:
+        raise LongslideError(f"no way to explain {method!r}; there are {', '.join(METHODS)}")
+    for classifier, source in zip(ensemble.classifiers, ensemble.sources, strict=True):
+        model = f"{source}: {classifier.aggregator_name}"
+        if classifier.aggregator.reads_slide_embedding:
+            raise LongslideError(f"{model} reads slide embeddings, which have no tiles to explain; leave --explain out")
+        if method == "attention" and not hasattr(classifier.aggregator, "attention_weights"):
+            others = ", ".join(other for other in METHODS if other != method)
+            raise LongslideError(f"{model} has no attention weights to show; --explain it by one of {others}")
+
+
 def explain_ensemble(
     ensemble: ClassifierEnsemble, tile_features: Tensor, grid_cells: Tensor, method: Method
 ) -> ClassScores:
@@ -59,10 +77,7 @@ def explain_ensemble(
     Raises:
         LongslideError: The method does not work for this model.
     """
-    if ensemble.reads_slide_embedding:
-        raise LongslideError(
-            "this classifier reads slide embeddings, which have no tiles to explain; leave --explain out"
-        )
+    check_method(ensemble, method)
     tile_features = tile_features.float()
     if method == "attention":
         found = [attention(classifier.aggregator, tile_features, grid_cells) for classifier in ensemble.classifiers]

@@ -10,13 +10,11 @@ number would be lower.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from ..errors import LongslideError
 
 Method = Literal["integrated-gradients", "gradient-x-input", "occlusion", "attention"]
 
@@ -190,14 +188,8 @@ def attention(model: nn.Module, tile_features: Tensor, grid_cells: Tensor) -> Ti
 
     Returns:
         The scores, `(T, 1)`, none below 0.
-
-    Raises:
-        LongslideError: The model has no attention weights.
     """
-    weights = getattr(model, "attention_weights", None)
-    if weights is None:
-        others = ", ".join(method for method in METHODS if method != "attention")
-        raise LongslideError(f"this model has no attention weights to show; --explain one of {others}")
+    weights: Any = model.attention_weights
     with torch.no_grad():
         found: Tensor = weights(tile_features, grid_cells, _one_bag(tile_features)).float()
     return TileScores(found.reshape(len(tile_features), -1).mean(1, keepdim=True).cpu())

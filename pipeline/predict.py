@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from .checkpoint_features import FeatureMaker, doubts
 from .embed import PreparedSlide, failed_slide, one_ahead
 from .explain import explain_features, write_explanation
 from .job import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
+from .patients import PatientJob
 from .prediction import PREDICTIONS, SCHEMA, Prediction, read_json, with_numbers, write_json, write_predictions
 from .progress import JobProgress
 
@@ -57,8 +59,8 @@ def predict(
 ) -> list[Prediction]:
     """Predict new slides: embed them as the training slides were, classify them, and show why.
 
-    Running it again does only what is missing. Several processes may share one output folder. One bad slide never ends
-    the job.
+    Running it again does only what is missing; with other slides, the results of both are in the output folder, and a
+    patient's are of all slides there. Several processes may share one output folder. One bad slide never ends the job.
 
     Args:
         slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`; with a column `patient_id`
@@ -82,7 +84,8 @@ def predict(
         overwrite: Replace predictions that were made with other checkpoints or explained otherwise.
 
     Returns:
-        A prediction a slide, in the order of the input; then one a patient.
+        A prediction a slide, in the order of the input; then one for each patient of these slides, and for a patient of
+        earlier slides alone only if that failed.
 
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.
@@ -101,11 +104,14 @@ def predict(
         make_output_folder(output)
 
         from ..models.classifier_ensemble import checkpoint_digests, load_ensemble
+        from ..models.classifier_explanation import check_method
         from .tile_embedding import resolve_device
 
         torch_device = resolve_device(device)
         paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
         ensemble = load_ensemble([Path(path) for path in paths]).to(torch_device)
+        if explain is not None:
+            check_method(ensemble, explain)
         maker = FeatureMaker(
             ensemble.preprocessing,
             output / "features" if features is None else features,
@@ -124,6 +130,9 @@ def predict(
     if kept:
         count = Counter(one.status for one in predictions if one.level == "slide")
         counts = ", ".join(f"{count[status]} {status}" for status in ("done", "failed", "skipped"))
+        for one in predictions:
+            if one.level == "patient" and not one.ok:  # of slides there is a line already
+                print(f"failed patient {one.patient_id}: {one.reason}")
         print(f"{counts}; see {output / PREDICTIONS} and {output / SUMMARY}")
     else:
         for one in predictions:
@@ -170,14 +179,23 @@ class _Job:
             LongslideError: What is wrong with the encoders, and so for every slide that has no features; or predictions of
                 other checkpoints are in the folder: the tables are of one set of them.
         """
-        other = next((path for path in sorted(self.output.glob("*.json")) if not self._is_of_these(path)), None)
-        if other is not None and not self.overwrite:
-            raise LongslideError(f"{other}: a prediction of other checkpoints; choose another --output, or --overwrite")
+        slides = self.slides()
+        other = [slide_id for slide_id, content in slides.items() if not self.patients.is_of_these(content)]
+        if other and not self.overwrite:
+            path = self.output / f"{other[0]}.json"
+            raise LongslideError(f"{path}: a prediction of other checkpoints; choose another --output, or --overwrite")
+        known = self.patients.known(slides)
+        entries = [replace(entry, patient_id=entry.patient_id or known.get(entry.slide_id)) for entry in entries]
         if any(not self.json_path(entry).exists() and not self.maker.path(entry).exists() for entry in entries):
             self.maker.load_encoders()
         results = []
         with JobProgress(len(entries)) as progress:
             progress.note(self.description)
+            if left := set(other) - {entry.slide_id for entry in entries}:
+                progress.note(
+                    f"{len(left)} slides there were predicted by other checkpoints: {PREDICTIONS} leaves them out until "
+                    "they are predicted again"
+                )
             for prepared in one_ahead(self.prepare, entries):
                 result = prepared if isinstance(prepared, SlideResult) else self.finish(prepared, progress)
                 try:
@@ -187,9 +205,27 @@ class _Job:
                 progress.slide_ended(result)
                 results.append(result)
         predictions = [self.prediction(entry, result) for entry, result in zip(entries, results, strict=True)]
-        predictions += self.predict_patients(entries, predictions)
-        self.write_table(predictions)
-        return predictions
+        given = {entry.slide_id: entry.patient_id for entry in entries if entry.patient_id is not None}
+        slides = self.slides()
+        patients = self.patients.predict(slides, given, {one.slide_id: one.status for one in predictions})
+        rows = [Prediction.from_dict(content) for content in slides.values() if self.patients.is_of_these(content)]
+        rows += [one for one in patients.values() if one.status == "done"]
+        write_predictions(self.output, self.ensemble.task, rows)
+        failed = [patient_id for patient_id, one in patients.items() if not one.ok]  # of earlier slides too
+        return predictions + [patients[patient_id] for patient_id in dict.fromkeys([*given.values(), *failed])]
+
+    @cached_property
+    def patients(self) -> PatientJob:
+        """The patients of the folder."""
+
+        def classify(groups: list[list[Path]]) -> "EnsemblePrediction":
+            return self._classify([self._bag(files) for files in groups])
+
+        return PatientJob(self.output, self.maker.folder, self.ensemble, self.digests, classify)
+
+    def slides(self) -> dict[str, dict[str, Any]]:
+        """JSON of each slide that the folder has a prediction of, by these checkpoints or others."""
+        return {path.stem: read_json(path) for path in sorted(self.output.glob("*.json"))}
 
     def json_path(self, entry: SlideEntry) -> Path:
         """The prediction of a slide."""
@@ -359,6 +395,8 @@ class _Job:
             )
         if method != now["explain"]:
             return None
+        if entry.patient_id is not None and entry.patient_id != content["patient_id"]:  # the table says so now
+            write_json(path, content | {"patient_id": entry.patient_id})
         quality = content["quality"]
         return SlideResult(
             entry.slide_id,
@@ -377,50 +415,10 @@ class _Job:
         """The prediction of a slide whose result is known."""
         there = self.json_path(entry)
         # What another process was at work on may be done by now.
-        done = result.status == "done" or (result.status == "skipped" and there.exists() and self._is_of_these(there))
-        if not done:
+        by_now = result.status == "skipped" and there.exists() and self.patients.is_of_these(read_json(there))
+        if result.status != "done" and not by_now:
             return Prediction("slide", entry.slide_id, entry.patient_id or "", result.status, result.reason)
         return Prediction.from_dict(read_json(there))
-
-    def predict_patients(self, entries: Sequence[SlideEntry], predictions: Sequence[Prediction]) -> list[Prediction]:
-        """A prediction for each patient, from those of the patient's slides that have one.
-
-        It is the mean of what the classifier says of the slides, or what it says of all of them as one bag, as in training.
-        """
-        patients: dict[str, list[tuple[SlideEntry, Prediction]]] = {}
-        for entry, prediction in zip(entries, predictions, strict=True):
-            if entry.patient_id is not None:
-                patients.setdefault(entry.patient_id, []).append((entry, prediction))
-        return [self._predict_patient(patient_id, slides) for patient_id, slides in patients.items()]
-
-    def _predict_patient(self, patient_id: str, slides: list[tuple[SlideEntry, Prediction]]) -> Prediction:
-        done = [(entry, one) for entry, one in slides if one.status == "done"]
-        if not done:
-            return Prediction("patient", "", patient_id, slides[0][1].status, "no slide has a prediction")
-        warnings = [f"{entry.slide_id}: {warning}" for entry, one in done for warning in one.warnings]
-        if len(done) < len(slides):
-            warnings.append(f"{len(slides) - len(done)} of {len(slides)} slides have no prediction")
-        if len(done) == 1:
-            return replace(done[0][1], level="patient", slide_id="", patient_id=patient_id, warnings=tuple(warnings))
-        prediction = Prediction("patient", "", patient_id, warnings=tuple(warnings))
-        try:
-            files = [self.maker.path(entry) for entry, _ in done]
-            groups = [files] if self.ensemble.bag_unit == "patient" else [[file] for file in files]
-            found = self._classify([self._bag(group) for group in groups])
-        except LongslideError as error:
-            return replace(prediction, status="failed", reason=str(error))
-        return with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
-
-    def write_table(self, predictions: Sequence[Prediction]) -> None:
-        """Write `predictions.csv` of all slides that the folder has predictions of by these checkpoints, and of patients."""
-        paths = [path for path in self.output.glob("*.json") if self._is_of_these(path)]
-        slides = [Prediction.from_dict(read_json(path)) for path in paths]
-        patients = [one for one in predictions if one.level == "patient" and one.status == "done"]
-        write_predictions(self.output, self.ensemble.task, [*slides, *patients])
-
-    def _is_of_these(self, path: Path) -> bool:
-        """Whether a prediction is by the checkpoints of this job."""
-        return [one["digest"] for one in read_json(path)["checkpoints"]] == self.digests
 
 
 def _save_thumbnail(path: Path, thumbnail: np.ndarray) -> None:

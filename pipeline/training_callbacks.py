@@ -104,7 +104,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class DefinedMetric(Callback):
-    """Stops a run that selects by a metric which its validation part leaves undefined.
+    """Stops a run that selects by a metric which is not a number, though the validation part as a whole defines it.
 
     Args:
         monitor: The metric it selects by.
@@ -122,6 +122,6 @@ class DefinedMetric(Callback):
         value = trainer.callback_metrics.get(self.monitor)
         if value is not None and bool(value.isnan()):
             raise LongslideError(
-                f"{self.monitor} is not defined on the validation part: it has one class only, or too few bags; "
-                "use a larger --data.val_share, or --monitor val_loss"
+                f"{self.monitor} is not a number: drop --trainer.limit_val_batches, which may leave one class only, or "
+                "lower --model.optimiser.learning_rate"
             )

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from ..data.bag_data import BagDataModule
+from ..data.splits import check_validation
 from ..errors import LongslideError
 from ..models.classifier import SlideClassifier, TrainingFacts
 from ..models.mae import MaskedAutoencoder, UnlabelledFacts
@@ -240,6 +241,9 @@ class TrainingCLI(LightningCLI):
         self._data = data if self._data is None else self._data.with_fold(data.fold)
         if self.method == "mae":
             return UnlabelledFacts(self._data.feature_dim, self._data.preprocessing)
+        if self.config["monitor"] == "val_metric":
+            every_fold = self.command == "crossval"  # the last one too, before the first one is trained
+            check_validation(self._data.splits, self._data.cohort, None if every_fold else data.fold)
         return facts_of(self._data)
 
 

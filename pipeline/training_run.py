@@ -48,12 +48,13 @@ class TrainingRun:
         if before.get("finished"):
             raise LongslideError(f"{folder}: a finished run is there; choose another --run, or delete the folder")
         old = folder / "config.yaml"
-        self.resumes = old.is_file()
-        if self.resumes and (different := _different(yaml.safe_load(old.read_text("utf-8")), yaml.safe_load(config))):
-            raise LongslideError(
-                f"{folder}: a run that was stopped is there, with other options ({'; '.join(different[:3])}); give the same "
-                "options to go on with it, choose another --run, or delete the folder"
-            )
+        if before and old.is_file():  # without run.json its input was refused, and other options are what it needs
+            different = _different(yaml.safe_load(old.read_text("utf-8")), yaml.safe_load(config))
+            if different:
+                raise LongslideError(
+                    f"{folder}: a run that was stopped is there, with other options ({'; '.join(different[:3])}); give the "
+                    "same options to go on with it, choose another --run, or delete the folder"
+                )
         make_output_folder(folder, "--run")
         old.write_text(config, "utf-8")
         self.facts: dict[str, Any] = {

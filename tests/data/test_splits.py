@@ -7,11 +7,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longslide.data.cohort import Cohort, read_cohort
-from longslide.data.splits import PARTS, check_splits, iterative_stratification, make_splits, read_splits, write_splits
+from longslide.data.splits import (
+    PARTS,
+    check_splits,
+    check_validation,
+    iterative_stratification,
+    make_splits,
+    read_splits,
+    write_splits,
+)
 from longslide.errors import LongslideError
+from longslide.models.objective import create_objective
+from longslide.models.selection import selection_metric
 from longslide.task import Task
 
 Write = Callable[..., Path]
@@ -244,3 +255,52 @@ def test_bad_splits_are_refused(tmp_path: Path, rows: Write) -> None:
     rows([{"slide_id": "s0"}], "folder/train_0.csv")
     rows([{"slide_id": "s0"}], "folder/test_0.csv")
     assert "s0 is also in t" in refusal(read_splits, tmp_path / "folder", cohort)
+
+
+@pytest.mark.parametrize(
+    ("task", "targets", "said"),
+    [
+        (Task("binary", ("label",), ("no", "yes")), [1, 1], "has slides of class 'yes' alone"),
+        (Task("multiclass", ("label",), ("a", "b", "c")), [2], "has slides of class 'c' alone"),
+        (Task("ordinal", ("label",), ("low", "high")), [0, 0], "has slides of class 'low' alone"),
+        (
+            Task("multilabel", ("x", "y"), ("x", "y")),
+            [[0, 1], [np.nan, 1]],
+            "has only slides with, or only slides without, each label",
+        ),
+        (Task("regression", ("age",)), [3.5, 3.5], "has slides with age 3.5 alone"),
+        (Task("survival", ("t", "e"), times=(5,)), [[3.0, 0.0], [9.0, 1.0]], "has no event with a later time"),
+    ],
+)
+def test_a_validation_part_that_can_select_no_model_is_refused(task: Task, targets: Any, said: str) -> None:
+    cohort = in_memory(task, targets)
+    splits = cohort.rows.assign(fold_0="train", fold_1="val")
+    message = refusal(check_validation, splits, cohort)
+    assert message.startswith(f"fold_1: the validation part {said}")
+    assert "--data.val_share" in message
+    assert "--monitor val_loss" in message
+    assert message == refusal(check_validation, splits, cohort, 1)
+    check_validation(splits, cohort, 0)
+
+
+@given(st.sampled_from(["binary", "multiclass", "multilabel", "survival"]), st.integers(1, 4), st.integers(0, 2**16))
+@settings(max_examples=150, deadline=None)
+def test_it_is_refused_exactly_where_the_metric_is_not_defined(kind: Any, slides: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    names = tuple("ab" if kind == "binary" else "abc")
+    task = Task(kind, names) if kind == "survival" else Task(kind, names, names)
+    if kind == "multilabel":
+        targets = rng.choice(np.array([0, 1, np.nan], np.float32), (slides, 3))
+    elif kind == "survival":
+        targets = np.stack([rng.integers(1, 4, slides), rng.integers(0, 2, slides)], 1).astype(np.float32)
+    else:
+        targets = rng.integers(0, len(names), slides)
+    outputs = torch.from_numpy(rng.normal(size=(slides, task.outputs)))
+    metric = selection_metric(task, create_objective(task).predict(outputs), torch.from_numpy(targets))
+    cohort = in_memory(task, targets)
+    refused = False
+    try:
+        check_validation(cohort.rows.assign(fold_0="val"), cohort)
+    except LongslideError:
+        refused = True
+    assert refused == np.isnan(metric), (targets, metric)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from longslide import LongslideError
 from longslide.models.explain import (
     attention,
     class_log_odds,
@@ -140,7 +139,7 @@ def test_no_method_keeps_a_gradient_or_changes_the_weights(slide: tuple[Tensor, 
     assert not features.requires_grad
 
 
-def test_attention_is_the_mean_over_heads_and_a_model_without_it_is_named() -> None:
+def test_attention_is_the_mean_over_heads() -> None:
     class Attending(Linear):
         def attention_weights(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
             assert cu_seqlens.tolist() == [0, 4]
@@ -150,8 +149,6 @@ def test_attention_is_the_mean_over_heads_and_a_model_without_it_is_named() -> N
     found = attention(Attending(), features, cells)
     torch.testing.assert_close(found.scores, torch.tensor([[0.2], [0.2], [0.2], [0.4]]))
     assert found.change is None
-    with pytest.raises(LongslideError, match=r"no attention weights.*integrated-gradients"):
-        attention(Linear(), features, cells)
 
 
 def test_log_odds_of_a_class_are_those_of_its_probability() -> None:

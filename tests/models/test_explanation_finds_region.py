@@ -171,8 +171,15 @@ def test_every_task_is_explained_by_the_numbers_it_predicts(task: Task, names: t
 def test_a_classifier_of_slide_embeddings_has_no_tiles_to_explain() -> None:
     model = SlideClassifier(TrainingFacts(Task("binary", ("y",), ("a", "b")), DIM), "linear-probe").eval()
     features, cells, _ = slides(1, seed=3)[0]
-    with pytest.raises(LongslideError, match="no tiles to explain"):
+    with pytest.raises(LongslideError, match="x: linear-probe reads slide embeddings, which have no tiles to explain"):
         explain_ensemble(ClassifierEnsemble([model], ["x"]), features, cells, "occlusion")
+
+
+def test_a_classifier_without_attention_weights_is_named_also_as_one_of_several() -> None:
+    features, cells, _ = slides(1, seed=3)[0]
+    ensemble = ClassifierEnsemble([new_model("abmil"), new_model("longnet")], ["x", "y"])
+    with pytest.raises(LongslideError, match=r"y: longnet has no attention weights.*integrated-gradients.*occlusion$"):
+        explain_ensemble(ensemble, features, cells, "attention")
 
 
 @pytest.mark.parametrize("method", ["integrated-gradients", "gradient-x-input"])

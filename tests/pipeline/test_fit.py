@@ -353,6 +353,55 @@ def test_a_mistake_is_one_line_before_training(
     assert said in error
 
 
+def test_after_a_mistake_the_corrected_command_takes_the_same_run_folder(
+    cohort: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    words = ["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), "--trainer.max_epochs", "1"]
+    assert main([*words, "--data.label", "no_such_column"]) == 2
+    assert main(words) == 0
+
+
+def test_a_validation_part_of_one_class_is_refused_before_training_and_the_advice_works(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), "--data.splits", str(tmp_path / "splits.csv")]
+    assert main([*words, "--data.val_share", "0.01"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("longslide fit: fold_0: the validation part has slides of class '")
+    assert "by a larger --data.val_share" in line
+    assert "--monitor val_loss" in line
+    assert not (tmp_path / "run" / "history.csv").exists()
+    assert not (tmp_path / "splits.csv").exists(), "splits that were refused would be those of the next run"
+    assert main([*words, "--data.val_share", "0.3"]) == 0
+    words = ["fit", *BINARY, *cohort[1], *quick(tmp_path / "other"), "--data.val_share", "0.01"]
+    assert main([*words, "--monitor", "val_loss"]) == 0
+
+
+def test_every_fold_has_been_looked_at_before_the_first_is_trained(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(cohort[0] / "cohort.csv")
+    positive = table.index[table["label"] == "positive"]
+    table["fold_0"] = ["train", "train", "val", "test"] * 10
+    table["fold_1"] = "train"
+    table.loc[positive[:4], "fold_1"] = "val"
+    table.loc[positive[4:6], "fold_1"] = "test"
+    table.to_csv(tmp_path / "cohort.csv", index=False)
+    words = ["crossval", *BINARY, *cohort[1], "--data.table", f"{tmp_path}/cohort.csv", *quick(tmp_path / "run")]
+    assert main(words) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("longslide crossval: fold_1: the validation part has slides of class 'positive' alone")
+    assert not (tmp_path / "run" / "fold_0").exists()
+
+
+def test_a_metric_that_few_validation_batches_leave_undefined_ends_the_run_in_one_line(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--data.max_bags", "1", "--trainer.limit_val_batches", "0.25"]  # one of five
+    assert main(["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), *few]) == 2
+    assert "val_metric is not a number: drop --trainer.limit_val_batches" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_run_folder_that_cannot_be_made_names_its_option(
     cohort: tuple[Path, list[str]], tmp_path: Path, capsys
 ) -> None:
