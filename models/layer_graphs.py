@@ -1,9 +1,10 @@
 """Layers replayed as CUDA graphs: on short sequences launching the kernels takes longer than running them."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,14 @@ class LayerGraphs:
 
     def __init__(self, run: Callable[[Tensor, Tensor], Tensor], modules: Sequence[nn.Module]) -> None:
         self._run = run
-        self._modules = tuple(modules)
+        self._training = modules[0]
+        self._slots = [
+            (module._parameters, name)
+            for root in modules
+            for module in root.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
         self._graphs: dict[Any, _Graph] = {}
         self._buffers: dict[Any, Tensor] = {}
         self._addresses: tuple[int, ...] = ()
@@ -70,14 +78,26 @@ class LayerGraphs:
         """`(T, width)`; without gradients valid until the next call."""
         if self._ticket() is not None:
             return self._run(x, cu_seqlens)
-        trained = [parameter for parameter in self._parameters() if parameter.requires_grad]
-        if not torch.is_grad_enabled() or not (trained or x.requires_grad):
+        trained = [p for p in self._parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+        if not (trained or (torch.is_grad_enabled() and x.requires_grad)):
             return self._replay(self._graph(x.detach(), ()), x, cu_seqlens)
         output: Tensor = _Replay.apply(self, x, cu_seqlens, *trained)
         return output
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for module in self._modules for parameter in module.parameters()]
+    def _parameters(self) -> list[Tensor]:
+        return [cast(Tensor, parameters[name]) for parameters, name in self._slots]
+
+    @contextmanager
+    def _leaves(self) -> Iterator[list[Tensor]]:
+        """Leaves on the memory of the parameters, in their place: a leaf remembers the stream that it was first used on."""
+        held = self._parameters()
+        for (parameters, name), parameter in zip(self._slots, held, strict=True):
+            parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        try:
+            yield [leaf for leaf in self._parameters() if leaf.requires_grad]
+        finally:
+            for (parameters, name), parameter in zip(self._slots, held, strict=True):
+                parameters[name] = cast(nn.Parameter, parameter)
 
     @torch.inference_mode(False)  # what is kept may serve a call outside inference mode
     @torch.no_grad()
@@ -96,7 +116,7 @@ class LayerGraphs:
             self._addresses, self._pool = addresses, torch.cuda.graph_pool_handle()
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         wanted = (x.requires_grad, *(parameter.data_ptr() for parameter in trained))
-        key = (bucket(len(x)), x.dtype, autocast, wanted, self._modules[0].training)
+        key = (bucket(len(x)), x.dtype, autocast, wanted, self._training.training)
         if key not in self._graphs:
             with torch.cuda.device(x.device), torch.random.fork_rng([x.device]):
                 self._graphs[key] = self._capture(key[0], x, trained)
@@ -106,13 +126,13 @@ class LayerGraphs:
         differentiable = x.requires_grad or len(trained) > 0
         tokens = self._buffer("tokens", x)[:rows].detach().requires_grad_(x.requires_grad)
         lengths = self._buffer("lengths", torch.tensor([0, rows], dtype=torch.int32, device=x.device))
-        wanted = (*((tokens,) if x.requires_grad else ()), *trained)
         graphs = [torch.cuda.CUDAGraph() for _ in range(1 + differentiable)]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         # A loader's thread may pin memory meanwhile: only this thread's calls are held to what a capture allows.
         capture = {"pool": self._pool, "capture_error_mode": "thread_local"}
-        with torch.set_grad_enabled(differentiable):
+        with torch.set_grad_enabled(differentiable), self._leaves() as leaves:
+            wanted = [*((tokens,) if x.requires_grad else ()), *(leaves if trained else ())]
             with torch.cuda.stream(stream):  # once outside the graph: kernels are compiled and their look-ups made
                 found = self._run(tokens, lengths)
                 output = self._buffer("output", found)[:rows]

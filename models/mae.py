@@ -20,9 +20,9 @@ from ..errors import LongslideError
 from .aggregator import split_bags
 from .bag_weights import BagWeightedModule
 from .checkpoint_file import SCHEMA
+from .grid_positions import grid_positions
 from .longnet import LongNetLayer
 from .optimisation import OptimiserOptions, configure
-from .slide_encoder import grid_positions
 from .slide_encoder_aggregator import GigaPathOptions, LongNetOptions, create_gigapath, create_longnet
 
 
@@ -132,7 +132,7 @@ class MaskedAutoencoder(BagWeightedModule):
         seen_cu_seqlens = torch.cat([cu_seqlens[:1], seen_lengths.cumsum(0).int()])
         x = self.decoder_in(self.encoder.tile_tokens(tile_features[seen], grid_cells[seen], seen_cu_seqlens))
         tokens = self.mask_token.to(x.dtype).repeat(len(hidden), 1).index_copy(0, seen.nonzero()[:, 0], x)
-        y = tokens + grid_positions(grid_cells, tokens.shape[1]).to(self.mask_token.dtype)
+        y = tokens + grid_positions(grid_cells, tokens.shape[1], self.mask_token.dtype)
         for layer in self.decoder_layers:
             y = layer(y, cu_seqlens)
         told: Tensor = self.decoder_out(self.decoder_norm(y))

@@ -14,12 +14,11 @@ from .attention_pattern import check_pattern
 from .checkpoint_file import digest, download
 from .dilated_attention import has_kernels
 from .dilated_attention.parallel import SequenceShards
+from .grid_positions import grid_positions
 from .layer_graphs import MAX_TOKENS, LayerGraphs, keeps_activations
 from .longnet import LongNetLayer
 from .slide_encoder_checkpoint import load_published
 from .slide_encoder_spec import SlideEncoderSpec, load_slide_encoder_spec
-
-POSITION_BASE = 10_000.0
 
 
 class SlideEncoder(nn.Module):
@@ -112,8 +111,12 @@ class SlideEncoder(nn.Module):
         if len(slides.lengths) == 1 and self._takes_graphs(x):
             if self._graphs is None:
                 self._graphs = LayerGraphs(self._encode, (self.layers, self.layers_norm))
-            return self._pool(self._graphs(x, slides.cu_seqlens), slides)
-        return self._pool(self._encode(x, slides.cu_seqlens, slides.shards), slides)
+            x = self._graphs(x, slides.cu_seqlens)
+        else:
+            x = self._encode(x, slides.cu_seqlens, slides.shards)
+        pooled = self._pool(x, slides)
+        slides.check()
+        return pooled
 
     def layer_embeddings(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The slide embedding after each layer, before it the one of the projected tiles.
@@ -134,6 +137,7 @@ class SlideEncoder(nn.Module):
         for layer in self.layers:
             x = self._run(layer, x, slides.cu_seqlens, slides.shards)
             embeddings.append(self._pool(x, slides))
+        slides.check()
         return torch.stack(embeddings)
 
     def tile_tokens(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -152,7 +156,9 @@ class SlideEncoder(nn.Module):
         """
         x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
         rows = torch.arange(len(slides.of_tile), device=x.device) + slides.of_tile + 1  # without the cls tokens
-        return self._encode(x, slides.cu_seqlens)[rows]
+        tokens = self._encode(x, slides.cu_seqlens)[rows]
+        slides.check()
+        return tokens
 
     def _encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
         for layer in self.layers:
@@ -195,9 +201,10 @@ class SlideEncoder(nn.Module):
                     f"cu_seqlens of slides with {lengths} tiles do not fit {len(tile_features)} tile embeddings; each slide "
                     "has at least one tile"
                 )
-        slides = _Slides(lengths, tile_features.device)
-        check_cells(grid_cells, slides.of_tile)
+        slides = _Slides(lengths, tile_features.device, grid_cells)
         x = self._project(tile_features, grid_cells)
+        if len(lengths) == 1:
+            return torch.cat([self.cls_token[0].to(x.dtype), x]), slides
         tiles = torch.arange(len(x), device=x.device) + slides.of_tile + 1
         tokens = x.new_empty(len(x) + len(lengths), self.spec.width).index_copy(0, tiles, x)
         cls_tokens = self.cls_token[0].to(x.dtype).expand(len(lengths), -1)
@@ -214,7 +221,6 @@ class SlideEncoder(nn.Module):
             tile_features, grid_cells = tile_features[0], grid_cells[0]
         if len(tile_features):
             check_shapes(tile_features[None], grid_cells[None], self.spec)
-            check_cells(grid_cells, torch.zeros(len(grid_cells), dtype=torch.long, device=grid_cells.device))
         # The others take none of the cls token rather than leave it out: so it has a gradient, of zero, on every rank.
         cls_token = self.cls_token[0, : 1 if group.rank() == 0 else 0]
         x = self._project(tile_features, grid_cells)
@@ -222,13 +228,13 @@ class SlideEncoder(nn.Module):
         shards = SequenceShards.agree(len(x), group, x.device)
         if shards.total == 1:
             raise LongslideError("no rank has a tile of the slide")
-        return x, _Slides([len(tile_features)], x.device, shards)
+        return x, _Slides([len(tile_features)], x.device, grid_cells, shards)
 
     def _project(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
         weight = self.tile_projection.weight
         x = self.tile_projection(tile_features.to(weight.dtype))
         # Under autocast x is half; positions in the dtype of the weights keep the residuals float32, as published.
-        return x + grid_positions(grid_cells, self.spec.width).to(weight.dtype)  # type: ignore[no-any-return]
+        return x + grid_positions(grid_cells, self.spec.width, weight.dtype)  # type: ignore[no-any-return]
 
     def _pool(self, x: Tensor, slides: "_Slides") -> Tensor:
         if slides.shards is not None:
@@ -247,35 +253,27 @@ class SlideEncoder(nn.Module):
 class _Slides:
     """Where packed slides are: `lengths` in tiles, `of_tile` `(T,)` each tile's slide, `cu_seqlens` with the cls tokens.
 
-    With `shards` it is one slide, of which this rank has `lengths` tiles.
+    With `shards` it is one slide, of which this rank has `lengths` tiles. `cells` says whether the grid cells are right.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device, shards: SequenceShards | None = None) -> None:
+    def __init__(
+        self, lengths: list[int], device: torch.device, grid_cells: Tensor, shards: SequenceShards | None = None
+    ) -> None:
         self.lengths = lengths
         self.shards = shards
         cls_tokens = 1 if shards is None or shards.rank == 0 else 0
-        counts = torch.tensor([0, *(n + cls_tokens for n in lengths)])
-        self.cu_seqlens = counts.cumsum(0).int().to(device)
-        self.of_tile = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+        if len(lengths) == 1:
+            self.cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * (lengths[0] + cls_tokens)
+            self.of_tile = torch.zeros(lengths[0], dtype=torch.long, device=device)
+        else:
+            self.cu_seqlens = torch.tensor([0, *(n + cls_tokens for n in lengths)]).cumsum(0).int().to(device)
+            counts = self.cu_seqlens.diff() - cls_tokens
+            self.of_tile = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=sum(lengths))
+        self.cells = CellCheck(grid_cells, self.of_tile) if lengths != [0] else None
 
-
-def grid_positions(grid_cells: Tensor, width: int) -> Tensor:
-    """The 2-D sine-cosine position of grid cells, computed: no table, no limit to the grid.
-
-    The first half of the width encodes the row, the second the column, each as `[sin | cos]`.
-
-    Args:
-        grid_cells: `(..., 2)` integer (column, row).
-        width: Width of the position, a multiple of 4.
-
-    Returns:
-        `(..., width)` float32.
-    """
-    steps = torch.arange(width // 4, device=grid_cells.device, dtype=torch.float64)
-    frequencies = POSITION_BASE ** (-steps / (width / 4))
-    rows_and_columns, which = torch.unique(grid_cells.flip(-1), return_inverse=True)  # few, of however many tiles
-    angles = rows_and_columns[:, None] * frequencies  # float64: a row of some thousands times a frequency near 1
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()[which].flatten(-2)
+    def check(self) -> None:
+        if self.cells is not None:
+            self.cells.finish()
 
 
 def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:
@@ -298,25 +296,40 @@ def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSp
         raise LongslideError("grid_cells must be integers (column, row), not level-0 pixels as floats")
 
 
-def check_cells(grid_cells: Tensor, slide: Tensor) -> None:
-    """Refuse positions that cannot be right.
+class CellCheck:
+    """Finds positions that cannot be right while what comes after is launched.
 
     Args:
         grid_cells: `(T, 2)` integer (column, row) of each tile.
         slide: `(T,)` the slide each tile belongs to.
-
-    Raises:
-        LongslideError: A negative cell, or two tiles of a slide in one cell.
     """
-    columns, rows = grid_cells.long().unbind(-1)
-    ordered = ((slide * (rows.max() + 1) + rows) * (columns.max() + 1) + columns).sort().values
-    negative, twice = torch.stack([(grid_cells < 0).any(), (ordered[1:] == ordered[:-1]).any()]).tolist()
-    if negative:
-        raise LongslideError("negative grid cell: cells are coords // step_level0, counted from the slide's corner")
-    if twice:
-        raise LongslideError(
-            "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 pixels"
-        )
+
+    def __init__(self, grid_cells: Tensor, slide: Tensor) -> None:
+        columns, rows = grid_cells.long().unbind(-1)
+        ordered = ((slide * (rows.max() + 1) + rows) * (columns.max() + 1) + columns).sort().values
+        self._faults = torch.stack([(grid_cells < 0).any(), (ordered[1:] == ordered[:-1]).any()])
+        self._done: torch.cuda.Event | None = None
+        if self._faults.is_cuda:  # answered in its turn, not after all that is launched by the time it is asked for
+            self._faults = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(self._faults, non_blocking=True)
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
+
+    def finish(self) -> None:
+        """Refuse them.
+
+        Raises:
+            LongslideError: A negative cell, or two tiles of a slide in one cell.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        negative, twice = self._faults.tolist()
+        if negative:
+            raise LongslideError("negative grid cell: cells are coords // step_level0, counted from the slide's corner")
+        if twice:
+            raise LongslideError(
+                "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 "
+                "pixels"
+            )
 
 
 def create_slide_encoder(

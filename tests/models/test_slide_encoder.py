@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from longslide import LongslideError, create_slide_encoder
-from longslide.models.slide_encoder import SlideEncoder, grid_positions
+from longslide.models.grid_positions import POSITION_BASE, grid_positions
+from longslide.models.slide_encoder import SlideEncoder
 from longslide.models.slide_encoder_checkpoint import to_published
 from longslide.models.slide_encoder_spec import list_slide_encoders, load_slide_encoder_spec
 from torch import Tensor
@@ -66,6 +67,17 @@ def test_the_position_is_the_row_in_the_first_half_and_the_column_in_the_second(
     position = grid_positions(torch.tensor([column, row]), width)
     np.testing.assert_allclose(position.numpy(), expected, atol=1e-6)
     assert position.dtype == torch.float32
+
+
+def test_the_kernel_gives_the_same_positions() -> None:
+    pytest.importorskip("triton")
+    from longslide.models.grid_positions_fused import fused_grid_positions
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.randint(0, 123_457, (3, 7, 2), generator=torch.Generator().manual_seed(0))
+    frequencies = POSITION_BASE ** (-torch.arange(15, dtype=torch.float64) / 15)
+    found = fused_grid_positions(where.to(device), frequencies.to(device), torch.float32)
+    torch.testing.assert_close(found.cpu(), grid_positions(where, 60), rtol=0, atol=1e-6)
 
 
 def test_the_embedding_depends_on_where_the_tiles_are(small: SlideEncoder) -> None:
