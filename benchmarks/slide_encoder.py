@@ -35,10 +35,10 @@ PUBLISHED = {
 
 
 def measure(run: Callable[[], object], repeats: int = 5) -> tuple[float, float]:
-    """(median milliseconds, peak GiB)."""
+    """(median milliseconds, peak GiB: of the first run, which makes the CUDA graphs of short slides)."""
+    torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

@@ -1,5 +1,7 @@
 """The 2-D sine-cosine position of tiles, as GigaPath's slide encoder adds it to their embeddings."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,7 @@ def grid_positions(grid_cells: Tensor, width: int, dtype: torch.dtype = torch.fl
     Returns:
         `(..., width)` of the dtype.
     """
-    steps = torch.arange(width // 4, device=grid_cells.device, dtype=torch.float64)
-    frequencies = POSITION_BASE ** (-steps / (width / 4))
+    frequencies = _frequencies(width, grid_cells.device)
     if has_kernels(grid_cells) and grid_cells.numel():
         from .grid_positions_fused import fused_grid_positions  # imports triton, which not every machine has
 
@@ -30,3 +31,11 @@ def grid_positions(grid_cells: Tensor, width: int, dtype: torch.dtype = torch.fl
     rows_and_columns, which = torch.unique(grid_cells.flip(-1), return_inverse=True)  # few, of however many tiles
     angles = rows_and_columns[:, None] * frequencies  # float64: a row of some thousands times a frequency near 1
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)[which].flatten(-2)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(width: int, device: torch.device) -> Tensor:
+    """Radians a cell, `(width / 4,)` float64."""
+    with torch.inference_mode(False):  # kept for later calls, which may save it for their backward
+        steps = torch.arange(width // 4, dtype=torch.float64)
+        return (POSITION_BASE ** (-steps / (width / 4))).to(device)

@@ -88,8 +88,11 @@ class LayerGraphs:
         return [cast(Tensor, parameters[name]) for parameters, name in self._slots]
 
     @contextmanager
-    def _leaves(self) -> Iterator[list[Tensor]]:
-        """Leaves on the memory of the parameters, in their place: a leaf remembers the stream that it was first used on."""
+    def _leaves(self, trained: bool) -> Iterator[list[Tensor]]:
+        """Leaves on the memory of trained parameters, in their place: a leaf knows the stream that it was first used on."""
+        if not trained:
+            yield []
+            return
         held = self._parameters()
         for (parameters, name), parameter in zip(self._slots, held, strict=True):
             parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
@@ -131,8 +134,8 @@ class LayerGraphs:
         stream.wait_stream(torch.cuda.current_stream())
         # A loader's thread may pin memory meanwhile: only this thread's calls are held to what a capture allows.
         capture = {"pool": self._pool, "capture_error_mode": "thread_local"}
-        with torch.set_grad_enabled(differentiable), self._leaves() as leaves:
-            wanted = [*((tokens,) if x.requires_grad else ()), *(leaves if trained else ())]
+        with torch.set_grad_enabled(differentiable), self._leaves(len(trained) > 0) as leaves:
+            wanted = [*((tokens,) if x.requires_grad else ()), *leaves]
             with torch.cuda.stream(stream):  # once outside the graph: kernels are compiled and their look-ups made
                 found = self._run(tokens, lengths)
                 output = self._buffer("output", found)[:rows]

@@ -69,14 +69,33 @@ class LongNetLayer(nn.Module):
         Returns:
             `(T, width)`.
         """
-        qkv, _ = norm_linear(x, self.attention_norm, self.qkv)
+        return torch.add(*self.unsummed(x, None, cu_seqlens, shards))
+
+    def unsummed(
+        self, x: Tensor, update: Tensor | None, cu_seqlens: Tensor, shards: SequenceShards | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` of `x + update`, its last sum left to the norm that comes next: a pass over the tokens less.
+
+        Args:
+            x: `(T, width)` tokens.
+            update: `(T, width)` to be added to them; None for nothing.
+            cu_seqlens: As for `forward`.
+            shards: As for `forward`.
+
+        Returns:
+            `(T, width)` tokens, and `(T, width)` to be added to them.
+        """
+        if update is None:
+            qkv, _ = norm_linear(x, self.attention_norm, self.qkv)
+        else:
+            qkv, x = norm_linear(update, self.attention_norm, self.qkv, residual=x)
         qkv = qkv.view(len(x), 3, self.heads, x.shape[1] // self.heads)
         attended = self._attend(qkv, cu_seqlens, shards).flatten(1)
         attended, _ = norm_linear(attended, self.attention_inner_norm, self.attention_out)
         attended = self._drop_path(self.dropout(attended), cu_seqlens, shards)
         hidden, x = norm_linear(attended, self.ffn_norm, self.ffn_in, residual=x)
         hidden, _ = norm_linear(hidden, self.ffn_inner_norm, self.ffn_out, gelu=True)
-        return x + self._drop_path(self.dropout(hidden), cu_seqlens, shards)
+        return x, self._drop_path(self.dropout(hidden), cu_seqlens, shards)
 
     def _attend(self, qkv: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         lengths, ratios = self.segment_lengths, self.dilated_ratios

@@ -1,8 +1,9 @@
 """Slide encoders of the GigaPath family: tile embeddings and their grid cells in, a slide embedding out."""
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -161,17 +162,24 @@ class SlideEncoder(nn.Module):
         return tokens
 
     def _encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
-        for layer in self.layers:
-            x = self._run(layer, x, cu_seqlens, shards)
-        normed: Tensor = self.layers_norm(x)
+        update: Tensor | None = None
+        for layer in cast(Iterable[LongNetLayer], self.layers):
+            if self._checkpoints():
+                x = self._run(layer, x, cu_seqlens, shards)
+            else:
+                x, update = layer.unsummed(x, update, cu_seqlens, shards)
+        normed: Tensor = self.layers_norm(x if update is None else x + update)
         return normed
 
     def _run(self, layer: nn.Module, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
-        if self.spec.checkpointing and torch.is_grad_enabled():
+        if self._checkpoints():
             output: Tensor = recompute(layer, x, cu_seqlens, shards, use_reentrant=False)
         else:
             output = layer(x, cu_seqlens, shards)
         return output
+
+    def _checkpoints(self) -> bool:
+        return self.spec.checkpointing and torch.is_grad_enabled()
 
     def _takes_graphs(self, x: Tensor) -> bool:
         """Whether the layers may run as CUDA graphs: a short sequence, by kernels that never ask the host."""
@@ -179,7 +187,7 @@ class SlideEncoder(nn.Module):
             return False
         if self.sequence_group is not None or self.spec.pattern != "dilated":
             return False
-        if torch.is_grad_enabled() and (self.spec.checkpointing or not keeps_activations(x.device)):
+        if self._checkpoints() or (torch.is_grad_enabled() and not keeps_activations(x.device)):
             return False
         from .dilated_attention.fused import eligible
 
@@ -253,7 +261,7 @@ class SlideEncoder(nn.Module):
 class _Slides:
     """Where packed slides are: `lengths` in tiles, `of_tile` `(T,)` each tile's slide, `cu_seqlens` with the cls tokens.
 
-    With `shards` it is one slide, of which this rank has `lengths` tiles. `cells` says whether the grid cells are right.
+    With `shards` it is one slide, of which this rank has `lengths` tiles.
     """
 
     def __init__(
@@ -269,11 +277,15 @@ class _Slides:
             self.cu_seqlens = torch.tensor([0, *(n + cls_tokens for n in lengths)]).cumsum(0).int().to(device)
             counts = self.cu_seqlens.diff() - cls_tokens
             self.of_tile = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=sum(lengths))
-        self.cells = CellCheck(grid_cells, self.of_tile) if lengths != [0] else None
+        self._grid_cells = grid_cells
+        self._check = CellCheck(grid_cells, self.of_tile) if torch.is_grad_enabled() and len(grid_cells) else None
 
     def check(self) -> None:
-        if self.cells is not None:
-            self.cells.finish()
+        """Refuse grid cells that cannot be right: with gradients as soon as that is known, else at the end."""
+        if self._check is None and len(self._grid_cells):
+            self._check = CellCheck(self._grid_cells, self.of_tile)
+        if self._check is not None:
+            self._check.finish()
 
 
 def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:

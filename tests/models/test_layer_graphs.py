@@ -87,5 +87,4 @@ def test_a_second_slide_before_the_backward_of_the_first_leaves_that_one_right()
 def test_dropped_paths_differ_from_replay_to_replay() -> None:
     encoder = create_slide_encoder("gigapath", checkpoint="random", layers=2, drop_path=0.5).cuda().train()
     x, cells = slide(300)
-    outputs = [encoder(x, cells).detach() for _ in range(16)]
-    assert len({round(output.sum().item(), 4) for output in outputs}) > 2
+    assert len({round(encoder(x, cells)[0, 0].item(), 4) for _ in range(16)}) > 2
