@@ -1,6 +1,7 @@
 """What is explained of a classifier, and its tiles' scores by any of the methods."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,11 +103,22 @@ def _explain(classifier: SlideClassifier, tile_features: Tensor, grid_cells: Ten
     # The mean training tile says nothing; a black one, all zeros, may say much.
     mean = classifier.training_features.get("mean")
     baseline = tile_features.new_zeros(tile_features.shape[1]) if mean is None else mean.to(tile_features)
-    if method == "integrated-gradients":
-        return integrated_gradients(model, tile_features, grid_cells, baseline=baseline)
-    if method == "gradient-x-input":
-        return gradient_x_input(model, tile_features, grid_cells, baseline=baseline)
-    return occlusion(model, tile_features, grid_cells, baseline=baseline)
+    if method == "occlusion":  # the difference of two nearly equal numbers: exact products
+        return occlusion(model, tile_features, grid_cells, baseline=baseline)
+    with _tf32(tile_features.is_cuda):
+        gradients = integrated_gradients if method == "integrated-gradients" else gradient_x_input
+        return gradients(model, tile_features, grid_cells, baseline=baseline)
+
+
+@contextmanager
+def _tf32(cuda: bool) -> Iterator[None]:
+    """Products of float32 by the GPU's matrix units, with 10 bits of mantissa: several times as fast."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if cuda else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def explained_numbers(classifier: SlideClassifier) -> PackedModel:

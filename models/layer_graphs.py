@@ -39,7 +39,9 @@ class _Graph(NamedTuple):
 
 
 class _Ticket:
-    """Held by a forward until its backward: while it lives, the graphs keep what that one needs."""
+    """Held by a forward for its backward: while it lives and that has not run, no other forward takes its activations."""
+
+    done = False
 
 
 class LayerGraphs:
@@ -76,7 +78,8 @@ class LayerGraphs:
 
     def __call__(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """`(T, width)`; without gradients valid until the next call."""
-        if self._ticket() is not None:
+        ticket = self._ticket()
+        if ticket is not None and not ticket.done:
             return self._run(x, cu_seqlens)
         trained = [p for p in self._parameters() if p.requires_grad] if torch.is_grad_enabled() else []
         if not (trained or (torch.is_grad_enabled() and x.requires_grad)):
@@ -119,7 +122,8 @@ class LayerGraphs:
             self._addresses, self._pool = addresses, torch.cuda.graph_pool_handle()
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         wanted = (x.requires_grad, *(parameter.data_ptr() for parameter in trained))
-        key = (bucket(len(x)), x.dtype, autocast, wanted, self._training.training)
+        how = (autocast, torch.get_float32_matmul_precision(), self._training.training)
+        key = (bucket(len(x)), x.dtype, wanted, how)
         if key not in self._graphs:
             with torch.cuda.device(x.device), torch.random.fork_rng([x.device]):
                 self._graphs[key] = self._capture(key[0], x, trained)
@@ -152,7 +156,9 @@ class LayerGraphs:
             grad_tokens = self._buffer("grad_tokens", x)[:rows] if x.requires_grad else None
             targets = [*(() if grad_tokens is None else (grad_tokens,)), *self._grads_of(trained)]
             with torch.cuda.graph(graphs[1], **capture):
-                torch._foreach_copy_(targets, torch.autograd.grad(found, wanted, grad_output))
+                # Retained: a second gradient of the same forward reads the activations again.
+                grads = torch.autograd.grad(found, wanted, grad_output, retain_graph=True)
+                torch._foreach_copy_(targets, grads)
         return _Graph(graphs[0], tokens.detach(), lengths, output, graphs[1], grad_output, grad_tokens)
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
@@ -187,11 +193,11 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         graphs, graph = ctx.graphs, ctx.graph
         if graphs._ticket() is not ctx.ticket:
-            raise RuntimeError("the backward of a slide may run once: later slides have taken its activations")
+            raise RuntimeError("a slide's second backward comes too late: another slide has taken its activations")
         graph.grad_output[: ctx.tokens].copy_(grad)
         graph.grad_output[ctx.tokens :].zero_()
         graph.backward.replay()
-        graphs._ticket = lambda: None
+        ctx.ticket.done = True
         grads = [torch.empty_like(parameter) for parameter in ctx.trained]
         if grads:
             torch._foreach_copy_(grads, graphs._grads_of(ctx.trained))

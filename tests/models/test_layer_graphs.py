@@ -84,6 +84,20 @@ def test_a_second_slide_before_the_backward_of_the_first_leaves_that_one_right()
 
 
 @needs_gpu
+def test_one_forward_has_as_many_gradients_as_are_asked_for() -> None:
+    """As explanations ask for: one for each class."""
+    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=2).cuda().requires_grad_(False)
+    x, cells = slide(300)
+    x.requires_grad_()
+    for column in (0, 5):
+        replayed, plain = encoder(x, cells), without_graphs(encoder, x, cells)
+        for output in (replayed, plain):
+            torch.autograd.grad(output[0, 1], x, retain_graph=True)
+        found, wanted = (torch.autograd.grad(output[0, column], x)[0] for output in (replayed, plain))
+        assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@needs_gpu
 def test_dropped_paths_differ_from_replay_to_replay() -> None:
     encoder = create_slide_encoder("gigapath", checkpoint="random", layers=2, drop_path=0.5).cuda().train()
     x, cells = slide(300)
