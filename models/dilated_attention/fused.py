@@ -2,12 +2,16 @@
 
 Tokens are taken in residue classes of half the largest ratio R: within a segment a branch of a smaller ratio covers either
 every token of a class or none, so a block of one class streams exactly the keys of the branches that cover it, and no
-branch has an output of its own. Queries, keys and values are first laid out by head and class, so that what is read together
-lies together. In the classes of which R's branch covers every second token, one block takes
-those tokens and its neighbour the others. Zero-key slots are added to the denominator by arithmetic. A block that straddles
-a segment's border goes through the keys of both segments, each for its own rows. Sequences are packed end to end; programs
-find theirs by the cumulative lengths, so that no table is made and lengths never come to the host. No atomics: results are
-the same in every run.
+branch has an output of its own. In the classes of which R's branch covers every second token, one block takes those tokens
+and its neighbour the others. Zero-key slots are added to the denominator by arithmetic. A block that straddles a segment's
+border goes through the keys of both segments, each for its own rows.
+
+Queries, keys and values are first laid out by head and class, so that what is read together lies together. Their rows have
+a power of two of columns; those left over hold what makes one matrix product of several steps: ones in the values sum the
+exponentials, ones in the keys and values add the queries' log-sum-exp and inner product in the backward.
+
+Sequences are packed end to end; programs find theirs by the cumulative lengths, so that no table is made and lengths never
+come to the host. No atomics: results are the same in every run.
 """
 
 from collections.abc import Sequence
@@ -86,7 +90,7 @@ def _arrangement(sequence, begin, length, S: tl.constexpr):
 @triton.jit
 def _tensor(arranged, which, head, origin, padded, H: tl.constexpr, DP: tl.constexpr):
     """Where a sequence begins in one of the tensors (H, padded, DP) that `_arrange` makes."""
-    return arranged + ((which * H + head) * padded + origin) * DP
+    return arranged + ((which * H + head).to(tl.int64) * padded + origin) * DP
 
 
 @triton.jit
@@ -103,9 +107,7 @@ def _spare(value, column, D: tl.constexpr):
 
 
 @triton.jit
-def _own_block(
-    cu_seqlens, sequences, H: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _own_block(cu_seqlens, sequences, H: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
     """What a program of `_arrange` and `_arrange_grad` moves: (head, begin, origin, positions, rows, which there are)."""
     program = tl.program_id(0)
     head = program % H
@@ -176,8 +178,8 @@ def _place(
     cu_seqlens, sequences, tokens, plan, head,
     H: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr, LARGEST: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Where this program's rows are: (begin of the sequence, its length, rows to be written, its arrangement, first row,
-    step between rows).
+    """Where this program's rows are: (begin of their sequence, its length, end of what is to be written, the two of
+    `_arrangement`, step between rows, rows, their places in the arrangement, first row, last row that there is).
 
     Two neighbouring programs share 2 * BM rows of one class of S. Rows past the last sequence are written too: zeros.
     """
@@ -193,7 +195,10 @@ def _place(
     offset = tl.load(plan + NB * 2 + LARGEST * H + head)
     alternate = (S < R) & (((residue - first // width * width - offset) & (S - 1)) == 0)
     first += half * tl.where(alternate, S, S * BM)
-    return begin, length, end, origin, run, first, tl.where(alternate, R, S)
+    step = tl.where(alternate, R, S)
+    rows = first + step * tl.arange(0, BM)
+    last = tl.minimum(first + step * (BM - 1), length - 1)
+    return begin, length, end, origin, run, step, rows, first % S * run + rows // S, first, last
 
 
 @triton.jit
@@ -323,15 +328,12 @@ def _forward(
     LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
-    begin, length, end, origin, run, first, step = _place(
+    begin, length, end, origin, run, step, rows, own, first, last = _place(
         cu_seqlens, sequences, tokens, plan, head, H, R, S, NB, LARGEST, BM
     )  # fmt: skip
     if first >= end:
         return
-    rows = first + step * tl.arange(0, BM)
     valid = rows < length
-    last = tl.minimum(first + step * (BM - 1), length - 1)
-    own = first % S * run + rows // S
     keys_at = _tensor(arranged, 1, head, origin, padded, H, DP)
     values_at = _tensor(arranged, 2, head, origin, padded, H, DP)
     factor = scale * LOG2_E
@@ -395,15 +397,12 @@ def _backward_q(
 ):  # fmt: skip
     SPARE: tl.constexpr = DP - D >= 3
     head = tl.program_id(1)
-    begin, length, end, origin, run, first, step = _place(
+    begin, length, end, origin, run, step, rows, own, first, last = _place(
         cu_seqlens, sequences, tokens, plan, head, H, R, S, NB, LARGEST, BM
     )  # fmt: skip
     if first >= end:
         return
-    rows = first + step * tl.arange(0, BM)
     valid = rows < length
-    last = tl.minimum(first + step * (BM - 1), length - 1)
-    own = first % S * run + rows // S
     keys_at = _tensor(arranged, 1, head, origin, padded, H, DP)
     values_at = _tensor(arranged, 2, head, origin, padded, H, DP)
     q = _load(_tensor(arranged, 0, head, origin, padded, H, DP), own, valid, DP, True)
@@ -481,15 +480,12 @@ def _backward_kv(
     """The queries of a segment are the positions of its keys: the loops are those of the forward, with rows for keys."""
     SPARE: tl.constexpr = DP - D >= 3
     head = tl.program_id(1)
-    begin, length, end, origin, run, first, step = _place(
+    begin, length, end, origin, run, step, rows, own, first, last = _place(
         cu_seqlens, sequences, tokens, plan, head, H, R, S, NB, LARGEST, BM
     )  # fmt: skip
     if first >= end:
         return
-    rows = first + step * tl.arange(0, BM)
     valid = rows < length
-    last = tl.minimum(first + step * (BM - 1), length - 1)
-    own = first % S * run + rows // S
     queries_at = _tensor(arranged, 0, head, origin, padded, H, DP)
     grads_at = _tensor(arranged_grad, 0, head, origin, padded, H, DP)
     lse_at = lse + head.to(tl.int64) * tokens + begin
@@ -554,11 +550,13 @@ def _plan(
 
 BLOCKS: dict[str, dict[str, int]] = {
     "forward": {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 255},
+    "forward_short": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "backward_q": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
     "backward_kv": {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
 }
-"""The fastest of some 40 tried for each on an H200, at 10,000 and 70,000 tokens and head dimension 48. Fewer registers let
-more programs run side by side on a multiprocessor: while one waits for its matrix products, another takes exponentials."""
+"""The fastest of 15 to 20 tried for each on an H200, at 10,000 and 70,000 tokens and head dimension 48."""
+SHORT = 2**16
+"""Tokens times heads below which blocks of 128 would leave multiprocessors without one."""
 ARRANGE_BLOCK = 64
 FLOAT32_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 WIDE_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
@@ -582,6 +580,8 @@ def _settings(
     tokens, heads, dim = shape
     largest = max(ratios)
     stride = max(1, largest // 2)
+    if kernel == "forward" and tokens * heads < SHORT:
+        kernel = "forward_short"
     blocks = FLOAT32_BLOCKS if dtype == torch.float32 else WIDE_BLOCKS if dim > 64 else BLOCKS[kernel]
     pairs = tokens // (2 * blocks["BM"] * stride) + len(cu_seqlens) - 1
     constants = {

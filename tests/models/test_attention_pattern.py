@@ -162,4 +162,4 @@ def test_on_the_gpu_the_same(pattern: str, settings: dict[str, int], causal: boo
     actual = [output, *torch.autograd.grad(output, inputs, direction.to("cuda", dtype))]
     wanted = [expected, *torch.autograd.grad(expected, exact, direction)]
     for one, other in zip(actual, wanted, strict=True):
-        assert (one.cpu().double() - other).norm() / other.norm() < bound
+        assert (one.cpu().double() - other).norm() <= bound * other.norm()  # of one key alone the gradient is 0
