@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 import triton
 from longslide import dilated_attention
+from longslide.models.dilated_attention import dilated_self_attention
 from longslide.models.dilated_attention.attend import attend
 from torch import Tensor
 
@@ -128,23 +129,32 @@ def main() -> None:
     for tokens in options.tokens:
         qkv = torch.randn(1, tokens, 3, HEADS, HEAD_DIM, device="cuda", dtype=getattr(torch, options.dtype))
         grad = torch.randn(1, tokens, HEADS, HEAD_DIM, device="cuda", dtype=qkv.dtype)
-        implementations: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-            "fused": lambda q, k, v: dilated_attention(q, k, v, SEGMENT_LENGTHS, DILATED_RATIOS, backend="fused"),
-            "gather": lambda q, k, v: dilated_attention(q, k, v, SEGMENT_LENGTHS, DILATED_RATIOS, backend="gather"),
-            "scatter": scatter_dilated_attention,
-            "dense": dense_attention,
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+
+        def fused(qkv: Tensor, cu_seqlens: Tensor = cu_seqlens) -> Tensor:
+            return dilated_self_attention(qkv[0], SEGMENT_LENGTHS, DILATED_RATIOS, cu_seqlens)[None]
+
+        def gather(qkv: Tensor) -> Tensor:
+            q, k, v = qkv.unbind(2)
+            return dilated_attention(q, k, v, SEGMENT_LENGTHS, DILATED_RATIOS, backend="gather")
+
+        implementations: dict[str, Callable[[Tensor], Tensor]] = {
+            "fused": fused,
+            "gather": gather,
+            "scatter": lambda qkv: scatter_dilated_attention(*qkv.unbind(2)),
+            "dense": lambda qkv: dense_attention(*qkv.unbind(2)),
         }
         for name, attention in implementations.items():
             forward_only = name == "scatter"  # its flash call here has no gradient of its own
 
             def forward(attention: Callable[..., Tensor] = attention, qkv: Tensor = qkv) -> None:
                 with torch.no_grad():
-                    attention(*qkv.unbind(2))
+                    attention(qkv)
 
             leaf = qkv.clone().requires_grad_()
 
             def both(attention: Callable[..., Tensor] = attention, leaf: Tensor = leaf, grad: Tensor = grad) -> None:
-                torch.autograd.grad(attention(*leaf.unbind(2)), leaf, grad)
+                torch.autograd.grad(attention(leaf), leaf, grad)
 
             once = milliseconds(forward)
             torch.cuda.reset_peak_memory_stats()

@@ -202,12 +202,49 @@ def _place(
 
 
 @triton.jit
-def _branch(plan, branch, head, first, length, H: tl.constexpr, NB: tl.constexpr):
-    """(segment length, log2 of the ratio, offset of the head, start of the first row's segment) of a branch."""
+def _branch(plan, branch, head, first, last, step, length, H: tl.constexpr, NB: tl.constexpr):
+    """What a branch is to this program's rows: (segment length, log2 of the ratio, offset of the head, start of the first
+    row's segment, whether that segment holds and the branch covers all rows, whether it holds all and covers none)."""
     width = tl.minimum(tl.load(plan + 2 * branch), length)
     shift = tl.load(plan + 2 * branch + 1)
     offset = tl.load(plan + NB * 2 + branch * H + head)
-    return width, shift, offset, first // width * width
+    start = first // width * width
+    one = last < start + width
+    ratio = 1 << shift
+    covers = ((first - start - offset) & (tl.minimum(ratio, step) - 1)) == 0
+    return width, shift, offset, start, one & covers & (ratio <= step), one & (covers == 0)
+
+
+@triton.jit
+def _earlier(plan, branch, head, first, last, step, length, H: tl.constexpr, NB: tl.constexpr):
+    """The nearest earlier branch that has keys for this program's rows, as `_branch` after its number; -1 for none."""
+    before = branch - 1
+    width, shift, offset, start, whole, none = _branch(
+        plan, tl.maximum(before, 0), head, first, last, step, length, H, NB
+    )  # fmt: skip
+    while none & (before > 0):
+        before -= 1
+        width, shift, offset, start, whole, none = _branch(plan, before, head, first, last, step, length, H, NB)
+    return before, width, shift, offset, start, whole & (before >= 0)
+
+
+@triton.jit
+def _hole(merges, real, key, shift, start, end):
+    """(first, end) of a segment's slots that lie within start..end; `real` for both where a branch does not merge."""
+    round_up = (1 << shift) - 1
+    low = tl.minimum(tl.maximum((start - key + round_up) >> shift, 0), real)
+    high = tl.minimum(tl.maximum((end - key + round_up) >> shift, low), real)
+    return tl.where(merges, low, real), tl.where(merges, high, real)
+
+
+@triton.jit
+def _times(position, first, merged, R: tl.constexpr):
+    """How many branches have the key at a position: this one, and of the merged ones those whose ratio divides its distance
+    from the rows. Four bits of `merged` for each power of two say how many have that ratio or a smaller one."""
+    distance = (position - first) | R
+    lowest = (distance & -distance).to(tl.float32)
+    exponent = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+    return (1 + ((merged >> (4 * exponent)) & 15)).to(tl.float32)
 
 
 @triton.jit
@@ -224,7 +261,7 @@ def _segment(rows, first, last, step, length, start, width, shift, offset, R: tl
 
 @triton.jit
 def _lanes(key, shift, run, S: tl.constexpr, BN: tl.constexpr):
-    """(slot, row in the arrangement) of each key of a segment's first BN, of which the first is at position `key`.
+    """(slot, row in the arrangement, position) of each of BN keys of a segment, of which the first is at position `key`.
 
     They are taken class by class, so that neighbours lie together. The next BN are BN * ratio / S rows further.
     """
@@ -234,13 +271,13 @@ def _lanes(key, shift, run, S: tl.constexpr, BN: tl.constexpr):
     within = lane - group * (BN // classes)
     position = key + (group << shift)
     row = position % S * run + position // S + within * tl.maximum((1 << shift) // S, 1)
-    return group + within * classes, row
+    return group + within * classes, row, key + ((group + within * classes) << shift)
 
 
 @triton.jit
 def _forward_keys(
-    q, acc, largest, total, ones, keys_at, values_at, lane, slot, tile_rows, low, high, key, key_step, real, rows, inside,
-    factor,
+    q, acc, largest, total, ones, keys_at, values_at, lane, slot, times, tile_rows, low, high, key, key_step, real, rows,
+    inside, factor,
     DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     ONLINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +299,7 @@ def _forward_keys(
             acc = acc * shrink[:, None]
             if not SPARE:
                 total = total * shrink[:, None]
-        share = tl.exp2(logits * factor - largest[:, None]).to(q.dtype)
+        share = (tl.exp2(logits * factor - largest[:, None]) * times[None, :]).to(q.dtype)
         if not SPARE:
             total = tl.dot(share, ones, total, input_precision=PRECISION)
         v = _load(values_at + row, lane, there, DP, MASK)
@@ -274,7 +311,8 @@ def _forward_keys(
 def _forward_branches(
     q, largest, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr,
-    CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MERGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The softmax over all branches before its division: (sums of values; reference; sum of exponentials)."""
     SPARE: tl.constexpr = DP - D >= 3
@@ -282,30 +320,49 @@ def _forward_branches(
     total = tl.zeros((BM, 16), tl.float32)
     ones = tl.full((BN, 16), 1.0, q.dtype)
     zeros = tl.zeros((BM,), tl.int32)
-    for branch in range(NB):
-        width, shift, offset, start = _branch(plan, branch, head, first, length, H, NB)
+    branch = NB - 1
+    width, shift, offset, start, whole, _ = _branch(plan, branch, head, first, last, step, length, H, NB)
+    merged = 0
+    while branch >= 0:
+        before, before_width, before_shift, before_offset, before_start, before_whole = _earlier(
+            plan, branch, head, first, last, step, length, H, NB
+        )  # fmt: skip
+        hole, hole_end = before_start, before_start + before_width
+        merges = MERGE & whole & before_whole & (before_shift <= shift) & (hole >= start) & (hole_end <= start + width)
         ratio = 1 << shift
         while start <= last:
             if ((first - start - offset) & (tl.minimum(ratio, step) - 1)) == 0:  # the branch covers rows here
-                real, inside, whole = _segment(rows, first, last, step, length, start, width, shift, offset, R, S)
-                full = tl.where(whole, real // BN * BN, 0)
+                real, inside, all_rows = _segment(rows, first, last, step, length, start, width, shift, offset, R, S)
+                key = start + offset
+                unmasked = tl.where(all_rows, real, 0)
                 if CAUSAL:
-                    real = tl.minimum(real, ((last - start - offset) >> shift) + 1)
-                    full = tl.where(whole, tl.minimum(full, (((first - start - offset) >> shift) + 1) // BN * BN), 0)
+                    real = tl.minimum(real, ((last - key) >> shift) + 1)
+                    unmasked = tl.minimum(unmasked, ((first - key) >> shift) + 1)
                 else:
                     zeros += tl.where(inside, ((width + ratio - 1) >> shift) - real, 0)
-                key = start + offset
-                slot, lane = _lanes(key, shift, run, S, BN)
-                acc, largest, total = _forward_keys(
-                    q, acc, largest, total, ones, keys_at, values_at, lane, slot, BN * ratio // S, 0, full, key, ratio,
-                    real, rows, inside, factor, DP, SPARE, BN, False, CAUSAL, ONLINE, PRECISION,
-                )  # fmt: skip
-                if full < real:
-                    acc, largest, total = _forward_keys(
-                        q, acc, largest, total, ones, keys_at, values_at, lane, slot, BN * ratio // S, full, real, key,
-                        ratio, real, rows, inside, factor, DP, SPARE, BN, True, CAUSAL, ONLINE, PRECISION,
-                    )  # fmt: skip
+                low, high = _hole(merges, real, key, shift, hole, hole_end)
+                for piece in range(2):
+                    skip = piece * high
+                    count = tl.where(piece == 0, low, real - high)
+                    if count > 0:
+                        slot, lane, position = _lanes(key + (skip << shift), shift, run, S, BN)
+                        times = _times(position, first, merged, R)
+                        full = tl.maximum(tl.minimum(count, unmasked - skip), 0) // BN * BN
+                        acc, largest, total = _forward_keys(
+                            q, acc, largest, total, ones, keys_at, values_at, lane, slot, times, BN * ratio // S, 0, full,
+                            key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN, False, CAUSAL,
+                            ONLINE, PRECISION,
+                        )  # fmt: skip
+                        if full < count:
+                            acc, largest, total = _forward_keys(
+                                q, acc, largest, total, ones, keys_at, values_at, lane, slot, times, BN * ratio // S,
+                                full, count, key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN,
+                                True, CAUSAL, ONLINE, PRECISION,
+                            )  # fmt: skip
             start += width
+        merged = tl.where(merges, merged + (0x1111111 << (4 * shift)), 0)
+        branch, width, shift, offset = before, before_width, before_shift, before_offset
+        start, whole = before_start, before_whole
     sums = tl.sum(total, 1) / 16
     if SPARE:  # the values have a column of ones
         sums = tl.sum(tl.where(tl.arange(0, DP)[None, :] == D, acc, 0.0), 1)
@@ -325,7 +382,8 @@ def _forward_branches(
 def _forward(
     arranged, out, lse, plan, cu_seqlens, sequences, tokens, padded, scale,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr,
-    LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    LARGEST: tl.constexpr, CAUSAL: tl.constexpr, MERGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     begin, length, end, origin, run, step, rows, own, first, last = _place(
@@ -343,13 +401,13 @@ def _forward(
     # more than 41 (2 ** 60): then once more, with the running maximum. Shares of float16 are too narrow for that.
     acc, largest, total = _forward_branches(
         q, logit * factor, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor, H, D, DP, R, S,
-        NB, CAUSAL, BM, BN, arranged.dtype.element_ty == tl.float16, PRECISION,
+        NB, CAUSAL, MERGE, BM, BN, arranged.dtype.element_ty == tl.float16, PRECISION,
     )  # fmt: skip
     if arranged.dtype.element_ty != tl.float16:  # noqa: SIM102 (known when compiled: the other only when run)
         if tl.max(tl.where(valid & ~(total < 1.0e18), 1, 0), 0) > 0:
             acc, largest, total = _forward_branches(
                 q, logit * factor, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor, H, D,
-                DP, R, S, NB, CAUSAL, BM, BN, True, PRECISION,
+                DP, R, S, NB, CAUSAL, MERGE, BM, BN, True, PRECISION,
             )  # fmt: skip
     covered = total > 0
     inverse = tl.where(covered, 1.0 / tl.where(covered, total, 1.0), 0.0)
@@ -363,8 +421,8 @@ def _forward(
 
 @triton.jit
 def _backward_q_keys(
-    q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, tile_rows, low, high, key, key_step, real, rows, inside,
-    factor,
+    q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, times, tile_rows, low, high, key, key_step, real, rows,
+    inside, factor,
     DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -380,6 +438,7 @@ def _backward_q_keys(
         else:
             share = tl.exp2(logits * factor - log_sum[:, None])
             grad_share -= inner[:, None]
+        share = share * times[None, :]
         if MASK:
             seen = inside[:, None] & there[None, :]
             if CAUSAL:
@@ -393,7 +452,8 @@ def _backward_q_keys(
 def _backward_q(
     arranged, arranged_grad, lse, inners, grad_q, grad_stride, plan, cu_seqlens, sequences, tokens, padded, scale,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr,
-    LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    LARGEST: tl.constexpr, CAUSAL: tl.constexpr, MERGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     SPARE: tl.constexpr = DP - D >= 3
     head = tl.program_id(1)
@@ -414,28 +474,47 @@ def _backward_q(
         inner = tl.load(inners + head.to(tl.int64) * tokens + begin + rows, mask=valid, other=0.0)
     acc = tl.zeros((BM, DP), tl.float32)
     factor = scale * LOG2_E
-    for branch in range(NB):
-        width, shift, offset, start = _branch(plan, branch, head, first, length, H, NB)
+    branch = NB - 1
+    width, shift, offset, start, whole, _ = _branch(plan, branch, head, first, last, step, length, H, NB)
+    merged = 0
+    while branch >= 0:
+        before, before_width, before_shift, before_offset, before_start, before_whole = _earlier(
+            plan, branch, head, first, last, step, length, H, NB
+        )  # fmt: skip
+        hole, hole_end = before_start, before_start + before_width
+        merges = MERGE & whole & before_whole & (before_shift <= shift) & (hole >= start) & (hole_end <= start + width)
         ratio = 1 << shift
         while start <= last:
             if ((first - start - offset) & (tl.minimum(ratio, step) - 1)) == 0:  # the branch covers rows here
-                real, inside, whole = _segment(rows, first, last, step, length, start, width, shift, offset, R, S)
-                full = tl.where(whole, real // BN * BN, 0)
-                if CAUSAL:
-                    real = tl.minimum(real, ((last - start - offset) >> shift) + 1)
-                    full = tl.where(whole, tl.minimum(full, (((first - start - offset) >> shift) + 1) // BN * BN), 0)
+                real, inside, all_rows = _segment(rows, first, last, step, length, start, width, shift, offset, R, S)
                 key = start + offset
-                slot, lane = _lanes(key, shift, run, S, BN)
-                acc = _backward_q_keys(
-                    q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, BN * ratio // S, 0, full, key, ratio,
-                    real, rows, inside, factor, DP, SPARE, BN, False, CAUSAL, PRECISION,
-                )  # fmt: skip
-                if full < real:
-                    acc = _backward_q_keys(
-                        q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, BN * ratio // S, full, real, key,
-                        ratio, real, rows, inside, factor, DP, SPARE, BN, True, CAUSAL, PRECISION,
-                    )  # fmt: skip
+                unmasked = tl.where(all_rows, real, 0)
+                if CAUSAL:
+                    real = tl.minimum(real, ((last - key) >> shift) + 1)
+                    unmasked = tl.minimum(unmasked, ((first - key) >> shift) + 1)
+                low, high = _hole(merges, real, key, shift, hole, hole_end)
+                for piece in range(2):
+                    skip = piece * high
+                    count = tl.where(piece == 0, low, real - high)
+                    if count > 0:
+                        slot, lane, position = _lanes(key + (skip << shift), shift, run, S, BN)
+                        times = _times(position, first, merged, R)
+                        full = tl.maximum(tl.minimum(count, unmasked - skip), 0) // BN * BN
+                        acc = _backward_q_keys(
+                            q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, times, BN * ratio // S, 0, full,
+                            key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN, False, CAUSAL,
+                            PRECISION,
+                        )  # fmt: skip
+                        if full < count:
+                            acc = _backward_q_keys(
+                                q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, times, BN * ratio // S,
+                                full, count, key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN,
+                                True, CAUSAL, PRECISION,
+                            )  # fmt: skip
             start += width
+        merged = tl.where(merges, merged + (0x1111111 << (4 * shift)), 0)
+        branch, width, shift, offset = before, before_width, before_shift, before_offset
+        start, whole = before_start, before_whole
     grad_base = begin.to(tl.int64) * grad_stride + head * D
     acc = tl.where(valid[:, None], acc * scale, 0.0)
     _store_columns(grad_q + grad_base, rows.to(tl.int64) * grad_stride, rows < end, acc, D, DP)
@@ -443,8 +522,8 @@ def _backward_q(
 
 @triton.jit
 def _backward_kv_queries(
-    k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, tile_rows, low, high, query, query_step, real,
-    rows, inside, factor,
+    k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, times, tile_rows, low, high, query,
+    query_step, real, rows, inside, factor,
     DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -461,6 +540,7 @@ def _backward_kv_queries(
             position = query + (j + slot) * query_step
             share = tl.exp2(logits * factor - tl.load(lse_at + position, mask=there, other=float("inf"))[None, :])
             grad_share -= tl.load(inners_at + position, mask=there, other=0.0)[None, :]
+        share = share * times[None, :]
         if MASK:
             seen = inside[:, None] & there[None, :]
             if CAUSAL:
@@ -475,7 +555,8 @@ def _backward_kv_queries(
 def _backward_kv(
     arranged, arranged_grad, lse, inners, grad_k, grad_v, grad_stride, plan, cu_seqlens, sequences, tokens, padded, scale,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr,
-    LARGEST: tl.constexpr, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    LARGEST: tl.constexpr, CAUSAL: tl.constexpr, MERGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The queries of a segment are the positions of its keys: the loops are those of the forward, with rows for keys."""
     SPARE: tl.constexpr = DP - D >= 3
@@ -495,35 +576,54 @@ def _backward_kv(
     acc_k = tl.zeros((BM, DP), tl.float32)
     acc_v = tl.zeros((BM, DP), tl.float32)
     factor = scale * LOG2_E
-    for branch in range(NB):
-        width, shift, offset, start = _branch(plan, branch, head, first, length, H, NB)
+    branch = NB - 1
+    width, shift, offset, start, whole, _ = _branch(plan, branch, head, first, last, step, length, H, NB)
+    merged = 0
+    while branch >= 0:
+        before, before_width, before_shift, before_offset, before_start, before_whole = _earlier(
+            plan, branch, head, first, last, step, length, H, NB
+        )  # fmt: skip
+        hole, hole_end = before_start, before_start + before_width
+        merges = MERGE & whole & before_whole & (before_shift <= shift) & (hole >= start) & (hole_end <= start + width)
         ratio = 1 << shift
         while start <= last:
             if ((first - start - offset) & (tl.minimum(ratio, step) - 1)) == 0:  # the branch covers rows here
-                real, inside, whole = _segment(rows, first, last, step, length, start, width, shift, offset, R, S)
+                real, inside, all_rows = _segment(rows, first, last, step, length, start, width, shift, offset, R, S)
                 query = start + offset
-                slot, lane = _lanes(query, shift, run, S, BN)
-                low = 0
-                full = tl.where(whole, real // BN * BN, 0)
-                if CAUSAL:  # masked up to the last row, then whole
-                    low = (tl.maximum(first - start - offset, 0) >> shift) // BN * BN
-                    seam = tl.minimum((((last - start - offset) >> shift) + BN) // BN * BN, full)
-                    acc_k, acc_v = _backward_kv_queries(
-                        k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, BN * ratio // S, low,
-                        seam, query, ratio, real, rows, inside, factor, DP, SPARE, BN, True, CAUSAL, PRECISION,
-                    )  # fmt: skip
-                    low = tl.maximum(low, seam)
-                acc_k, acc_v = _backward_kv_queries(
-                    k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, BN * ratio // S, low, full,
-                    query, ratio, real, rows, inside, factor, DP, SPARE, BN, False, CAUSAL, PRECISION,
-                )  # fmt: skip
-                if tl.maximum(low, full) < real:
-                    acc_k, acc_v = _backward_kv_queries(
-                        k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, BN * ratio // S,
-                        tl.maximum(low, full), real, query, ratio, real, rows, inside, factor, DP, SPARE, BN, True,
-                        CAUSAL, PRECISION,
-                    )  # fmt: skip
+                low, high = _hole(merges, real, query, shift, hole, hole_end)
+                for piece in range(2):
+                    skip = piece * high
+                    count = tl.where(piece == 0, low, real - high)
+                    if count > 0:
+                        slot, lane, position = _lanes(query + (skip << shift), shift, run, S, BN)
+                        times = _times(position, first, merged, R)
+                        seen = 0
+                        full = tl.where(all_rows, count // BN * BN, 0)
+                        if CAUSAL:  # masked up to the last row, then whole
+                            seen = tl.maximum((tl.maximum(first - query, 0) >> shift) - skip, 0) // BN * BN
+                            seam = tl.maximum(((last - query) >> shift) + BN - skip, 0) // BN * BN
+                            seam = tl.minimum(seam, full)
+                            acc_k, acc_v = _backward_kv_queries(
+                                k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, times,
+                                BN * ratio // S, seen, seam, query + (skip << shift), ratio, count, rows, inside, factor,
+                                DP, SPARE, BN, True, CAUSAL, PRECISION,
+                            )  # fmt: skip
+                            seen = tl.maximum(seen, seam)
+                        acc_k, acc_v = _backward_kv_queries(
+                            k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, times,
+                            BN * ratio // S, seen, full, query + (skip << shift), ratio, count, rows, inside, factor, DP,
+                            SPARE, BN, False, CAUSAL, PRECISION,
+                        )  # fmt: skip
+                        if tl.maximum(seen, full) < count:
+                            acc_k, acc_v = _backward_kv_queries(
+                                k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, times,
+                                BN * ratio // S, tl.maximum(seen, full), count, query + (skip << shift), ratio, count,
+                                rows, inside, factor, DP, SPARE, BN, True, CAUSAL, PRECISION,
+                            )  # fmt: skip
             start += width
+        merged = tl.where(merges, merged + (0x1111111 << (4 * shift)), 0)
+        branch, width, shift, offset = before, before_width, before_shift, before_offset
+        start, whole = before_start, before_whole
     grad_base = begin.to(tl.int64) * grad_stride + head * D
     grad_offsets = rows.to(tl.int64) * grad_stride
     acc_k = tl.where(valid[:, None], acc_k * scale, 0.0)
@@ -557,6 +657,7 @@ BLOCKS: dict[str, dict[str, int]] = {
 """The fastest of 15 to 20 tried for each on an H200, at 10,000 and 70,000 tokens and head dimension 48."""
 SHORT = 2**16
 """Tokens times heads below which blocks of 128 would leave multiprocessors without one."""
+MERGE = True
 ARRANGE_BLOCK = 64
 FLOAT32_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
 WIDE_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
@@ -587,6 +688,7 @@ def _settings(
     constants = {
         "H": heads, "D": dim, "DP": _columns(dim), "R": largest, "S": stride, "NB": len(ratios),
         "LARGEST": list(ratios).index(largest), "CAUSAL": causal,
+        "MERGE": MERGE and blocks["BN"] >= largest and len(ratios) < 16,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32", **blocks,
     }  # fmt: skip
     lengths = tuple(min(length, 2 ** (tokens - 1).bit_length()) for length in segment_lengths)

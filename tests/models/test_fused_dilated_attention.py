@@ -55,6 +55,18 @@ def test_outputs_and_gradients_are_those_of_naive_whatever_the_lengths_and_ratio
     assert max(errors(qkv(*shape, seed=seed), lengths, ratios, rng.random() < 0.3)) < 2e-6
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("length", "lengths", "ratios"),
+    [(1100, [512, 1100], [1, 16]), (300, [64, 128, 300], [1, 1, 2]), (130, [99] * 3, [2, 1, 2])],
+)
+def test_keys_that_branches_share_count_once_for_each(
+    length: int, lengths: list[int], ratios: list[int], causal: bool
+) -> None:
+    """They are scored once: segments within segments, ratios that divide one another, and some that do not."""
+    assert max(errors(qkv(1, length, 2, 16), lengths, ratios, causal)) < 2e-6
+
+
 @pytest.mark.parametrize(
     ("dtype", "bound"),
     [
