@@ -12,6 +12,9 @@ exponentials, ones in the keys and values add the queries' log-sum-exp and inner
 
 Sequences are packed end to end; programs find theirs by the cumulative lengths, so that no table is made and lengths never
 come to the host. No atomics: results are the same in every run.
+
+Branches share keys: where a segment lies within that of a branch whose ratio is a multiple, the keys of the latter in there
+are among those of the former. These are scored once and count as often as branches have them (`MERGE`).
 """
 
 from collections.abc import Sequence
@@ -279,7 +282,7 @@ def _forward_keys(
     q, acc, largest, total, ones, keys_at, values_at, lane, slot, times, tile_rows, low, high, key, key_step, real, rows,
     inside, factor,
     DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+    MERGE: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take slots low..high of a segment into the softmax; `largest` is raised if ONLINE, else taken as it is."""
     for j in range(low, high, BN):
@@ -299,7 +302,10 @@ def _forward_keys(
             acc = acc * shrink[:, None]
             if not SPARE:
                 total = total * shrink[:, None]
-        share = (tl.exp2(logits * factor - largest[:, None]) * times[None, :]).to(q.dtype)
+        share = tl.exp2(logits * factor - largest[:, None])
+        if MERGE:
+            share = share * times[None, :]
+        share = share.to(q.dtype)
         if not SPARE:
             total = tl.dot(share, ones, total, input_precision=PRECISION)
         v = _load(values_at + row, lane, there, DP, MASK)
@@ -327,7 +333,7 @@ def _forward_branches(
         before, before_width, before_shift, before_offset, before_start, before_whole = _earlier(
             plan, branch, head, first, last, step, length, H, NB
         )  # fmt: skip
-        hole, hole_end = before_start, before_start + before_width
+        hole, hole_end = before_start, tl.minimum(before_start + before_width, length)
         merges = MERGE & whole & before_whole & (before_shift <= shift) & (hole >= start) & (hole_end <= start + width)
         ratio = 1 << shift
         while start <= last:
@@ -351,13 +357,13 @@ def _forward_branches(
                         acc, largest, total = _forward_keys(
                             q, acc, largest, total, ones, keys_at, values_at, lane, slot, times, BN * ratio // S, 0, full,
                             key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN, False, CAUSAL,
-                            ONLINE, PRECISION,
+                            MERGE, ONLINE, PRECISION,
                         )  # fmt: skip
                         if full < count:
                             acc, largest, total = _forward_keys(
                                 q, acc, largest, total, ones, keys_at, values_at, lane, slot, times, BN * ratio // S,
                                 full, count, key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN,
-                                True, CAUSAL, ONLINE, PRECISION,
+                                True, CAUSAL, MERGE, ONLINE, PRECISION,
                             )  # fmt: skip
             start += width
         merged = tl.where(merges, merged + (0x1111111 << (4 * shift)), 0)
@@ -481,7 +487,7 @@ def _backward_q(
         before, before_width, before_shift, before_offset, before_start, before_whole = _earlier(
             plan, branch, head, first, last, step, length, H, NB
         )  # fmt: skip
-        hole, hole_end = before_start, before_start + before_width
+        hole, hole_end = before_start, tl.minimum(before_start + before_width, length)
         merges = MERGE & whole & before_whole & (before_shift <= shift) & (hole >= start) & (hole_end <= start + width)
         ratio = 1 << shift
         while start <= last:
@@ -583,7 +589,7 @@ def _backward_kv(
         before, before_width, before_shift, before_offset, before_start, before_whole = _earlier(
             plan, branch, head, first, last, step, length, H, NB
         )  # fmt: skip
-        hole, hole_end = before_start, before_start + before_width
+        hole, hole_end = before_start, tl.minimum(before_start + before_width, length)
         merges = MERGE & whole & before_whole & (before_shift <= shift) & (hole >= start) & (hole_end <= start + width)
         ratio = 1 << shift
         while start <= last:
@@ -648,20 +654,20 @@ def _plan(
         return torch.cat([part.flatten() for part in parts]).int().to(device)
 
 
-BLOCKS: dict[str, dict[str, int]] = {
-    "forward": {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 255},
-    "forward_short": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
-    "backward_q": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
-    "backward_kv": {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+BLOCKS: dict[str, dict[str, Any]] = {
+    "forward": {"BM": 128, "BN": 64, "MERGE": False, "num_warps": 4, "num_stages": 3, "maxnreg": 255},
+    "forward_short": {"BM": 64, "BN": 64, "MERGE": True, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "backward_q": {"BM": 64, "BN": 64, "MERGE": True, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "backward_kv": {"BM": 64, "BN": 32, "MERGE": True, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
 }
-"""The fastest of 15 to 20 tried for each on an H200, at 10,000 and 70,000 tokens and head dimension 48."""
+"""The fastest of 15 to 20 tried for each on an H200, at 10,000 and 70,000 tokens and head dimension 48. Long forwards lose
+as much by counting shared keys as they gain."""
 SHORT = 2**16
 """Tokens times heads below which blocks of 128 would leave multiprocessors without one."""
-MERGE = True
-ARRANGE_BLOCK = 64
-FLOAT32_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
-WIDE_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
+FLOAT32_BLOCKS = {"BM": 64, "BN": 32, "MERGE": True, "num_warps": 4, "num_stages": 2}
+WIDE_BLOCKS = {"BM": 64, "BN": 32, "MERGE": True, "num_warps": 4, "num_stages": 2}
 """For head dimensions over 64."""
+ARRANGE_BLOCK = 64
 
 
 def _columns(dim: int) -> int:
@@ -688,8 +694,8 @@ def _settings(
     constants = {
         "H": heads, "D": dim, "DP": _columns(dim), "R": largest, "S": stride, "NB": len(ratios),
         "LARGEST": list(ratios).index(largest), "CAUSAL": causal,
-        "MERGE": MERGE and blocks["BN"] >= largest and len(ratios) < 16,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32", **blocks,
+        "MERGE": blocks["MERGE"] and blocks["BN"] >= largest and len(ratios) < 16,  # what `_times` can count
     }  # fmt: skip
     lengths = tuple(min(length, 2 ** (tokens - 1).bit_length()) for length in segment_lengths)
     return (2 * pairs, heads, stride), constants, _plan(lengths, tuple(ratios), heads, stride, cu_seqlens.device)

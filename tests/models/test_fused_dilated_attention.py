@@ -11,6 +11,7 @@ from longslide.models.dilated_attention import triton_runs
 from torch import Tensor
 
 pytest.importorskip("triton")
+from longslide.models.dilated_attention import fused
 from longslide.models.dilated_attention.fused import fused_dilated_self_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,6 +68,7 @@ def test_keys_that_branches_share_count_once_for_each(
     assert max(errors(qkv(1, length, 2, 16), lengths, ratios, causal)) < 2e-6
 
 
+@pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "bound"),
     [
@@ -80,7 +82,10 @@ def test_keys_that_branches_share_count_once_for_each(
         ),
     ],
 )
-def test_half_precision_is_close_to_float64(dtype: torch.dtype, bound: float) -> None:
+def test_half_precision_is_close_to_float64(
+    dtype: torch.dtype, bound: float, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "SHORT", fused.SHORT if short else 0)  # else in the blocks of long sequences
     assert max(errors(qkv(1, 150, 4, 48, dtype=dtype), [64, 100], [1, 2], False)) < bound
 
 
