@@ -24,15 +24,15 @@ What was tried, on an H200 at 70,000 tokens, milliseconds of a layer forward / b
 - Registers held to 128, so that four programs run on a multiprocessor: backward of the queries 5.4 -> 4.9.
 - One division a branch instead of a dozen, classes with most keys first: 10,000 tokens forward 0.51 -> 0.32; none at 70,000.
 - The profiler's counters: the L2 cache was busy for 94% of the time, with 55% of the bytes that it can give. It answers
-  requests, and a key's 96 bytes, read as 32 and 16 columns at a stride, took 2.25. Laid out by head and class: backward of the
-  keys 6.9 -> 6.0, though forward 3.5 -> 3.7.
+  requests, and a key's 96 bytes, read as 32 and 16 columns at a stride, took 2.25. Laid out by head and class: backward of
+  the keys 6.9 -> 6.0, though forward 3.5 -> 3.7.
 - Rows of 64 columns, which hold ones and the log-sum-exps where the head has none, so that each product is one instead of
   two or three that wait for one another; then blocks of 128 queries pay in the forward: 3.3 / 3.9 + 5.0 to 5.4.
 - Keys that several branches share scored once: a quarter less work at 1,000 tokens, a tenth at 70,000, for one more
   multiplication a logit. On one (slower) card, forward, backward of queries, of keys: 0.029, 0.031, 0.038 -> 0.022, 0.025,
   0.027 at 1,000; 3.66, 4.54, 5.71 -> 3.84, 4.47, 5.31 at 70,000. Kept where it gained.
 - Tried without gain: keys laid out by head alone, blocks of 128 keys, two stages or four.
-What is left: the matrix units are busy for 60% (forward) to 68% (backward) of the time; under the load of the whole model the
+What is left: the matrix units are busy for 60% (forward) to 68% (backward) of the time; under the load of a whole model the
 kernels take a tenth longer than here. The number of branches that share a key could be free: its logarithm as the addend of
 the multiplication before the exponential, once the reference of the softmax goes in by the queries' left over columns as the
 log-sum-exp does. Below 4,096 tokens dense attention is faster: the kernels are then as long as their longest program.

@@ -183,7 +183,7 @@ class SlideEncoder(nn.Module):
 
     def _takes_graphs(self, x: Tensor) -> bool:
         """Whether the layers may run as CUDA graphs: a short sequence, by kernels that never ask the host."""
-        if not has_kernels(x) or len(x) > MAX_TOKENS or torch.compiler.is_compiling():
+        if not has_kernels(x) or len(x) > MAX_TOKENS or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
             return False
         if self.sequence_group is not None or self.spec.pattern != "dilated":
             return False
