@@ -77,14 +77,17 @@ def _report(folder: Path, embed_mb: float) -> ReportResult:
     if not summary:
         raise LongslideError(f"{folder}: no {SUMMARY} in this folder; give the --output of `longslide predict`")
     contents = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
-    rows = [_Row.of(folder, row, contents.get(row["slide_id"])) for row in summary]
+    table = _read_table(folder / PREDICTIONS)
+    # What predictions.csv is of: a run with --overwrite on some slides leaves the others' predictions of other checkpoints.
+    current = {_checkpoints(contents[row["slide_id"]]) for row in table if row["slide_id"] in contents}
+    rows = [_Row.of(folder, row, contents.get(row["slide_id"]), current) for row in summary]
     done = [one for one in rows if one.prediction is not None]
     tasks = {str(one.content["task"]): Task.from_dict(one.content["task"]) for one in done}
     if len(tasks) > 1:
         raise LongslideError(f"{folder}: predictions of {len(tasks)} different tasks; give each an --output of its own")
     task = next(iter(tasks.values()), None)
     inside = sum(one.picture_bytes for one in done) <= embed_mb * 1e6
-    patients = [row for row in _read_table(folder / PREDICTIONS) if row["level"] == "patient"]
+    patients = [row for row in table if row["level"] == "patient"]
     path = write_page(
         folder / REPORT,
         "results.html",
@@ -111,6 +114,10 @@ def _read_table(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def _checkpoints(content: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(point["digest"] for point in content["checkpoints"])
 
 
 def _columns(task: Task | None) -> list[tuple[str, bool]]:
@@ -171,18 +178,16 @@ class _Row:
     prediction: Prediction | None
 
     @classmethod
-    def of(cls, folder: Path, row: dict[str, str], content: dict[str, Any] | None) -> "_Row":
+    def of(
+        cls, folder: Path, row: dict[str, str], content: dict[str, Any] | None, current: set[tuple[str, ...]]
+    ) -> "_Row":
+        status, reason = row["status"], row["reason"]
+        if content is not None and status == "done" and current and _checkpoints(content) not in current:
+            status, reason = "skipped", "its prediction is of other checkpoints: predict it again"
         # A slide whose later run failed has the JSON of the earlier one: what happened last is what counts.
-        predicted = content is not None and row["status"] == "done"
-        return cls(
-            folder / "slides" / row["slide_id"],
-            row["slide_id"],
-            row["slide"],
-            row["status"],
-            row["reason"],
-            content or {},
-            Prediction.from_dict(content) if predicted and content else None,
-        )
+        prediction = Prediction.from_dict(content) if content and status == "done" else None
+        place = folder / "slides" / row["slide_id"]
+        return cls(place, row["slide_id"], row["slide"], status, reason, content or {}, prediction)
 
     @property
     def picture_bytes(self) -> int:

@@ -256,3 +256,19 @@ def test_slides_without_an_explanation_have_a_page_too(results: Path, tmp_path: 
     [written] = report([plain])
     assert (written.slides, written.failed) == (4, 1)
     assert "Explained by" not in written.path.read_text(encoding="utf-8")
+
+
+def test_predictions_of_other_checkpoints_are_not_shown_as_if_they_were_of_these(results: Path, tmp_path: Path) -> None:
+    """As a run with --overwrite on some of the slides leaves them."""
+    mixed = shutil.copytree(results, tmp_path / "mixed")
+    other = json.loads((mixed / "third.json").read_text())
+    other["checkpoints"][0]["digest"] = "0" * 16
+    (mixed / "third.json").write_text(json.dumps(other))
+    table = mixed / "predictions.csv"
+    table.write_text("".join(line for line in table.read_text().splitlines(True) if ",third," not in line))
+    [written] = report([mixed])
+    assert (written.slides, written.failed) == (4, 1)
+    page = written.path.read_text(encoding="utf-8")
+    assert page.count("its prediction is of other checkpoints: predict it again") == 1
+    assert 'id="slide-third"' not in page
+    assert 'id="slide-second"' in page
