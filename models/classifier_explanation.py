@@ -103,7 +103,7 @@ def _explain(classifier: SlideClassifier, tile_features: Tensor, grid_cells: Ten
     # The mean training tile says nothing; a black one, all zeros, may say much.
     mean = classifier.training_features.get("mean")
     baseline = tile_features.new_zeros(tile_features.shape[1]) if mean is None else mean.to(tile_features)
-    if method == "occlusion":  # the difference of two nearly equal numbers: exact products
+    if method == "occlusion":  # the difference of two nearly equal numbers: no fewer bits than are asked for
         return occlusion(model, tile_features, grid_cells, baseline=baseline)
     with _tf32(tile_features.is_cuda):
         gradients = integrated_gradients if method == "integrated-gradients" else gradient_x_input
@@ -113,8 +113,11 @@ def _explain(classifier: SlideClassifier, tile_features: Tensor, grid_cells: Ten
 @contextmanager
 def _tf32(cuda: bool) -> Iterator[None]:
     """Products of float32 by the GPU's matrix units, with 10 bits of mantissa: several times as fast."""
+    if not cuda:
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if cuda else before)
+    torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
@@ -147,3 +150,4 @@ def recompute_layers(ensemble: ClassifierEnsemble) -> None:
     for module in ensemble.modules():
         if isinstance(module, SlideEncoder):
             module.spec = replace(module.spec, checkpointing=True)
+            module.drop_graphs()

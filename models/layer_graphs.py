@@ -23,11 +23,11 @@ def bucket(tokens: int) -> int:
 @cache
 def keeps_activations(device: torch.device) -> bool:
     """Whether a GPU has the memory to spare for the activations of such a sequence: those of GigaPath take 4 GiB."""
-    return bool(torch.cuda.get_device_properties(device).total_memory >= 32 * 2**30)
+    return bool(torch.cuda.get_device_properties(device).total_memory >= 30 * 2**30)
 
 
 class _Graph(NamedTuple):
-    """What is replayed, and where it reads and writes; backward with its gradient only in training."""
+    """What is replayed, and where it reads and writes; a backward and its gradients only in training."""
 
     forward: torch.cuda.CUDAGraph
     tokens: Tensor
@@ -36,6 +36,7 @@ class _Graph(NamedTuple):
     backward: torch.cuda.CUDAGraph | None = None
     grad_output: Tensor | None = None
     grad_tokens: Tensor | None = None
+    grad_parameters: Sequence[Tensor] = ()
 
 
 class _Ticket:
@@ -48,29 +49,26 @@ class LayerGraphs:
     """Runs a function of one sequence's tokens from a graph for each bucket of lengths, and its backward from another.
 
     The kernels find the end of the sequence by the cumulative lengths on the device, so one graph serves every length up to
-    its bucket's; the rows past the end are computed and never read, and their gradients are zero. All graphs read and write
-    the same buffers, and keep their activations in the same memory: that of the longest sequence so far. A second forward
-    before the backward of the first runs without graphs. Nothing may differentiate twice.
+    its bucket's; the rows past the end are zeros, computed and never read, and their gradients are zero. All graphs read and
+    write the same buffers, and keep their activations in the same memory: that of the longest sequence so far. A second
+    forward before the backward of the first runs without graphs, as do modules with hooks (such as those of FSDP). Nothing
+    may differentiate twice, and weights that change between a forward and its backward go unnoticed.
 
     Args:
         run: Maps `(T, width)` tokens and `(2,)` int32 cumulative lengths to `(T, width)`, on one GPU.
-        modules: All whose parameters it uses, and no others: graphs are thrown away when these have moved.
+        modules: Gives all whose parameters it uses, and no others: graphs are thrown away when these have moved.
     """
 
-    def __init__(self, run: Callable[[Tensor, Tensor], Tensor], modules: Sequence[nn.Module]) -> None:
+    def __init__(self, run: Callable[[Tensor, Tensor], Tensor], modules: Callable[[], Sequence[nn.Module]]) -> None:
         self._run = run
-        self._training = modules[0]
-        self._slots = [
-            (module._parameters, name)
-            for root in modules
-            for module in root.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        ]
+        self._modules = modules
+        self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._training: tuple[bool, ...] = ()
         self._graphs: dict[Any, _Graph] = {}
         self._buffers: dict[Any, Tensor] = {}
         self._addresses: tuple[int, ...] = ()
         self._pool: Any = None
+        self._stream: Any = None
         self._ticket: Callable[[], _Ticket | None] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -79,13 +77,26 @@ class LayerGraphs:
     def __call__(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """`(T, width)`; without gradients valid until the next call."""
         ticket = self._ticket()
-        if ticket is not None and not ticket.done:
+        if (ticket is not None and not ticket.done) or not self._look():
             return self._run(x, cu_seqlens)
         trained = [p for p in self._parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        if not (trained or (torch.is_grad_enabled() and x.requires_grad)):
-            return self._replay(self._graph(x.detach(), ()), x, cu_seqlens)
-        output: Tensor = _Replay.apply(self, x, cu_seqlens, *trained)
-        return output
+        if trained or (torch.is_grad_enabled() and x.requires_grad):
+            output: Tensor = _Replay.apply(self, x, cu_seqlens, *trained)
+            return output
+        self._ticket = lambda: None
+        return self._replay(self._graph(x.detach(), ()), x, cu_seqlens)
+
+    def _look(self) -> bool:
+        """Take the modules as they are now; whether graphs can stand for them."""
+        modules = [module for root in self._modules() for module in root.modules()]
+        self._training = tuple(module.training for module in modules)
+        self._slots = [(module._parameters, name) for module in modules for name in module._parameters]
+        self._slots = [(parameters, name) for parameters, name in self._slots if parameters[name] is not None]
+        hooked = any(
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+            for module in modules
+        )
+        return len(self._slots) > 0 and not hooked  # replicas of DataParallel have no parameters
 
     def _parameters(self) -> list[Tensor]:
         return [cast(Tensor, parameters[name]) for parameters, name in self._slots]
@@ -109,6 +120,7 @@ class LayerGraphs:
     @torch.no_grad()
     def _replay(self, graph: _Graph, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         graph.tokens[: len(x)].copy_(x)
+        graph.tokens[len(x) :].zero_()  # no NaN of an earlier slide times the gradient's zero
         graph.lengths.copy_(cu_seqlens)
         graph.forward.replay()
         return graph.output[: len(x)]
@@ -120,10 +132,10 @@ class LayerGraphs:
             self._graphs.clear()
             self._buffers.clear()
             self._addresses, self._pool = addresses, torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         wanted = (x.requires_grad, *(parameter.data_ptr() for parameter in trained))
-        how = (autocast, torch.get_float32_matmul_precision(), self._training.training)
-        key = (bucket(len(x)), x.dtype, wanted, how)
+        key = (bucket(len(x)), x.dtype, wanted, autocast, torch.get_float32_matmul_precision(), self._training)
         if key not in self._graphs:
             with torch.cuda.device(x.device), torch.random.fork_rng([x.device]):
                 self._graphs[key] = self._capture(key[0], x, trained)
@@ -132,21 +144,21 @@ class LayerGraphs:
     def _capture(self, rows: int, x: Tensor, trained: tuple[Tensor, ...]) -> _Graph:
         differentiable = x.requires_grad or len(trained) > 0
         tokens = self._buffer("tokens", x)[:rows].detach().requires_grad_(x.requires_grad)
-        lengths = self._buffer("lengths", torch.tensor([0, rows], dtype=torch.int32, device=x.device))
+        whole = torch.tensor([0, rows], dtype=torch.int32, device=x.device)
+        lengths = self._buffer("lengths", whole).copy_(whole)  # not those of a longer sequence before
         graphs = [torch.cuda.CUDAGraph() for _ in range(1 + differentiable)]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream())
         # A loader's thread may pin memory meanwhile: only this thread's calls are held to what a capture allows.
-        capture = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        capture = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         with torch.set_grad_enabled(differentiable), self._leaves(len(trained) > 0) as leaves:
             wanted = [*((tokens,) if x.requires_grad else ()), *leaves]
-            with torch.cuda.stream(stream):  # once outside the graph: kernels are compiled and their look-ups made
+            with torch.cuda.stream(self._stream):  # once outside the graph: kernels are compiled and look-ups made
                 found = self._run(tokens, lengths)
                 output = self._buffer("output", found)[:rows]
                 grad_output = self._buffer("grad_output", found)[:rows] if differentiable else None
                 if differentiable:
                     torch.autograd.grad(found, wanted, grad_output)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             del found
             with torch.cuda.graph(graphs[0], **capture):
                 found = self._run(tokens, lengths)
@@ -154,12 +166,14 @@ class LayerGraphs:
             if not differentiable:
                 return _Graph(graphs[0], tokens, lengths, output)
             grad_tokens = self._buffer("grad_tokens", x)[:rows] if x.requires_grad else None
-            targets = [*(() if grad_tokens is None else (grad_tokens,)), *self._grads_of(trained)]
+            grad_parameters = [self._grad_of(parameter) for parameter in trained]
             with torch.cuda.graph(graphs[1], **capture):
                 # Retained: a second gradient of the same forward reads the activations again.
                 grads = torch.autograd.grad(found, wanted, grad_output, retain_graph=True)
-                torch._foreach_copy_(targets, grads)
-        return _Graph(graphs[0], tokens.detach(), lengths, output, graphs[1], grad_output, grad_tokens)
+                torch._foreach_copy_([*(() if grad_tokens is None else (grad_tokens,)), *grad_parameters], grads)
+        return _Graph(
+            graphs[0], tokens.detach(), lengths, output, graphs[1], grad_output, grad_tokens, tuple(grad_parameters)
+        )  # fmt: skip
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
         """The buffer of this name for tensors like this one, as long as the longest sequence."""
@@ -169,13 +183,12 @@ class LayerGraphs:
             self._buffers[key] = torch.zeros(rows, *like.shape[1:], dtype=like.dtype, device=like.device)
         return self._buffers[key]
 
-    def _grads_of(self, trained: tuple[Tensor, ...]) -> list[Tensor]:
-        """Where the backward writes the gradients of these parameters."""
-        for parameter in trained:
-            key = ("grad", parameter.data_ptr())
-            if key not in self._buffers:
-                self._buffers[key] = torch.empty_like(parameter)
-        return [self._buffers["grad", parameter.data_ptr()] for parameter in trained]
+    def _grad_of(self, parameter: Tensor) -> Tensor:
+        """Where the backward writes the gradient of a parameter."""
+        key = ("grad", parameter.data_ptr())
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_like(parameter)
+        return self._buffers[key]
 
 
 class _Replay(torch.autograd.Function):
@@ -185,7 +198,7 @@ class _Replay(torch.autograd.Function):
             graph = graphs._graph(x, trained)
         ctx.ticket = _Ticket()
         graphs._ticket = weakref.ref(ctx.ticket)
-        ctx.graphs, ctx.graph, ctx.tokens, ctx.trained = graphs, graph, len(x), trained
+        ctx.graphs, ctx.graph, ctx.tokens = graphs, graph, len(x)
         return graphs._replay(graph, x, cu_seqlens).clone()
 
     @staticmethod
@@ -198,8 +211,8 @@ class _Replay(torch.autograd.Function):
         graph.grad_output[ctx.tokens :].zero_()
         graph.backward.replay()
         ctx.ticket.done = True
-        grads = [torch.empty_like(parameter) for parameter in ctx.trained]
+        grads = [torch.empty_like(found) for found in graph.grad_parameters]
         if grads:
-            torch._foreach_copy_(grads, graphs._grads_of(ctx.trained))
+            torch._foreach_copy_(grads, graph.grad_parameters)
         grad_x = None if graph.grad_tokens is None else graph.grad_tokens[: ctx.tokens].clone()
         return (None, grad_x, None, *grads)

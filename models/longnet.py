@@ -58,29 +58,17 @@ class LongNetLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
-        """Sequences end to end, each attending within itself.
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None, update: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sequences end to end, each attending within itself. Its last sum is left to the norm that comes next: a pass over
+        the tokens less.
 
         Args:
             x: `(T, width)` tokens.
             cu_seqlens: `(B + 1,)` int32: where each sequence begins, and T.
             shards: How the one sequence is spread over ranks of which this one holds T tokens.
-
-        Returns:
-            `(T, width)`.
-        """
-        return torch.add(*self.unsummed(x, None, cu_seqlens, shards))
-
-    def unsummed(
-        self, x: Tensor, update: Tensor | None, cu_seqlens: Tensor, shards: SequenceShards | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """`forward` of `x + update`, its last sum left to the norm that comes next: a pass over the tokens less.
-
-        Args:
-            x: `(T, width)` tokens.
-            update: `(T, width)` to be added to them; None for nothing.
-            cu_seqlens: As for `forward`.
-            shards: As for `forward`.
+            update: `(T, width)` to be added to the tokens first, as the layer before gives it.
 
         Returns:
             `(T, width)` tokens, and `(T, width)` to be added to them.

@@ -134,7 +134,7 @@ class MaskedAutoencoder(BagWeightedModule):
         tokens = self.mask_token.to(x.dtype).repeat(len(hidden), 1).index_copy(0, seen.nonzero()[:, 0], x)
         y = tokens + grid_positions(grid_cells, tokens.shape[1], self.mask_token.dtype)
         for layer in self.decoder_layers:
-            y = layer(y, cu_seqlens)
+            y = torch.add(*layer(y, cu_seqlens))
         told: Tensor = self.decoder_out(self.decoder_norm(y))
         return told
 

@@ -138,7 +138,8 @@ def _linear(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _column_sums(x: Tensor) -> Tensor:
     """Sums over the rows `(.., rows, columns)`: as a product, 1.1 to 2.6 times as fast as `sum` on an H100."""
-    return (x.new_ones(1, x.shape[-2]) @ x).squeeze(-2)
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.new_ones(1, x.shape[-2]) @ x).squeeze(-2)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

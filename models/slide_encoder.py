@@ -1,9 +1,8 @@
 """Slide encoders of the GigaPath family: tile embeddings and their grid cells in, a slide embedding out."""
 
-from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -111,7 +110,7 @@ class SlideEncoder(nn.Module):
         x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
         if len(slides.lengths) == 1 and self._takes_graphs(x):
             if self._graphs is None:
-                self._graphs = LayerGraphs(self._encode, (self.layers, self.layers_norm))
+                self._graphs = LayerGraphs(self._encode, lambda: (self.layers, self.layers_norm))
             x = self._graphs(x, slides.cu_seqlens)
         else:
             x = self._encode(x, slides.cu_seqlens, slides.shards)
@@ -136,7 +135,7 @@ class SlideEncoder(nn.Module):
         x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
         embeddings = [self._pool(x, slides)]
         for layer in self.layers:
-            x = self._run(layer, x, slides.cu_seqlens, slides.shards)
+            x = torch.add(*self._run(layer, x, slides.cu_seqlens, slides.shards))
             embeddings.append(self._pool(x, slides))
         slides.check()
         return torch.stack(embeddings)
@@ -163,23 +162,33 @@ class SlideEncoder(nn.Module):
 
     def _encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
         update: Tensor | None = None
-        for layer in cast(Iterable[LongNetLayer], self.layers):
-            if self._checkpoints():
-                x = self._run(layer, x, cu_seqlens, shards)
-            else:
-                x, update = layer.unsummed(x, update, cu_seqlens, shards)
+        for layer in self.layers:
+            x, update = self._run(layer, x, cu_seqlens, shards, update)
+            if self._checkpoints():  # of the two only the sum is kept
+                x, update = x + update, None
         normed: Tensor = self.layers_norm(x if update is None else x + update)
         return normed
 
-    def _run(self, layer: nn.Module, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
+    def _run(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        shards: SequenceShards | None,
+        update: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         if self._checkpoints():
-            output: Tensor = recompute(layer, x, cu_seqlens, shards, use_reentrant=False)
+            outputs: tuple[Tensor, Tensor] = recompute(layer, x, cu_seqlens, shards, update, use_reentrant=False)
         else:
-            output = layer(x, cu_seqlens, shards)
-        return output
+            outputs = layer(x, cu_seqlens, shards, update)
+        return outputs
 
     def _checkpoints(self) -> bool:
         return self.spec.checkpointing and torch.is_grad_enabled()
+
+    def drop_graphs(self) -> None:
+        """Free the memory that CUDA graphs of short slides hold; they are made again when wanted."""
+        self._graphs = None
 
     def _takes_graphs(self, x: Tensor) -> bool:
         """Whether the layers may run as CUDA graphs: a short sequence, by kernels that never ask the host."""
@@ -321,10 +330,11 @@ class CellCheck:
         ordered = ((slide * (rows.max() + 1) + rows) * (columns.max() + 1) + columns).sort().values
         self._faults = torch.stack([(grid_cells < 0).any(), (ordered[1:] == ordered[:-1]).any()])
         self._done: torch.cuda.Event | None = None
-        if self._faults.is_cuda:  # answered in its turn, not after all that is launched by the time it is asked for
+        # Answered in its turn, not after all that is launched by the time it is asked for.
+        if self._faults.is_cuda and not torch.compiler.is_compiling():
             self._faults = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(self._faults, non_blocking=True)
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(grid_cells.device))
 
     def finish(self) -> None:
         """Refuse them.

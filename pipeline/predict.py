@@ -208,6 +208,7 @@ class _Job:
         given = {entry.slide_id: entry.patient_id for entry in entries if entry.patient_id is not None}
         slides = self.slides()
         patients = self.patients.predict(slides, given, {one.slide_id: one.status for one in predictions})
+        slides = self.slides()  # once more: other processes may have ended slides meanwhile
         rows = [Prediction.from_dict(content) for content in slides.values() if self.patients.is_of_these(content)]
         rows += [one for one in patients.values() if one.status == "done"]
         write_predictions(self.output, self.ensemble.task, rows)

@@ -34,6 +34,8 @@ def resolve_device(device: str) -> torch.device:
         raise LongslideError(
             f"device {device!r} is not available here ({str(error).splitlines()[0]}); use --device auto"
         ) from error
+    if resolved.type == "cuda" and resolved.index is not None:
+        torch.cuda.set_device(resolved)  # Triton launches its kernels on the current device
     return resolved
 
 

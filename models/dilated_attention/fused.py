@@ -18,7 +18,7 @@ are among those of the former. These are scored once and count as often as branc
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -638,7 +638,7 @@ def _backward_kv(
     _store_columns(grad_v + grad_base, grad_offsets, rows < end, acc_v, D, DP)
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a CUDA graph may read it
 def _plan(
     segment_lengths: tuple[int, ...], dilated_ratios: tuple[int, ...], heads: int, stride: int, device: torch.device
 ) -> Tensor:

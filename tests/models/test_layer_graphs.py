@@ -1,19 +1,139 @@
-"""Short sequences as CUDA graphs give what they give without."""
+"""Short sequences as CUDA graphs give what they give without: on a GPU, and with a stand-in for the graphs on a CPU."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from longslide import create_slide_encoder
-from longslide.models.layer_graphs import bucket
+from longslide.models.layer_graphs import LayerGraphs, bucket
 from longslide.models.slide_encoder import SlideEncoder
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def test_lengths_are_run_as_few_lengths_a_little_longer() -> None:
     assert all(n <= bucket(n) <= max(n + 31, 1.125 * n) for n in range(1, 20_000))
     assert len({bucket(n) for n in range(256, 16_385)}) <= 60
+
+
+class Recorded:
+    """Stands for a CUDA graph: operations, which replay runs again into the tensors that they gave at first."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, ...]] = []
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for function, arguments, options, results in self.operations:
+                for there, new in zip(tree_leaves(results), tree_leaves(function(*arguments, **options)), strict=True):
+                    if isinstance(there, Tensor) and there.data_ptr() != new.data_ptr():
+                        there.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph: Recorded) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        self.graph.operations.append((function, args, kwargs or {}, results))
+        return results
+
+
+@contextmanager
+def recording(graph: Recorded, **_: Any) -> Iterator[None]:
+    with Recorder(graph):
+        yield
+
+
+class Layers:
+    """Two layers as graphs that are recorded; `seen` has the rows and the length of each run that was no replay."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 8)).eval()
+        self.seen: list[tuple[int, int]] = []
+        self.graphs = LayerGraphs(self.run, lambda: (self.net,))
+
+    def run(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        self.seen.append((len(x), int(cu_seqlens[1])))
+        output: Tensor = self.net(x)
+        return output
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.graphs(x, torch.tensor([0, len(x)], dtype=torch.int32))
+
+    def weight_gradient(self, output: Tensor, **options: Any) -> Tensor:
+        return torch.autograd.grad(output.square().sum(), self.net[0].weight, **options)[0]
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> Layers:
+    def nothing(*_: Any, **__: Any) -> Any:
+        return nullcontext()
+
+    replaced: dict[str, Callable[..., Any]] = {
+        "CUDAGraph": Recorded, "graph": recording, "stream": nothing, "device": nothing,
+        "Stream": lambda _: mock.MagicMock(), "current_stream": mock.MagicMock(), "graph_pool_handle": lambda: None,
+    }  # fmt: skip
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.random, "fork_rng", nothing)
+    return Layers()
+
+
+def test_replays_and_their_gradients_are_those_of_the_layers(layers: Layers) -> None:
+    for rows in (500, 40, 300, 500, 41):
+        x = torch.randn(rows, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(layers(x), layers.net(x))
+        torch.testing.assert_close(layers.weight_gradient(layers(x)), layers.weight_gradient(layers.net(x)))
+
+
+def test_a_first_run_knows_its_own_length_and_not_that_of_the_sequence_before(layers: Layers) -> None:
+    for rows in (5000, 300, 40):
+        layers(torch.randn(rows, 8))
+    assert len(layers.seen) == 6
+    assert all(rows == length for rows, length in layers.seen)
+
+
+def test_a_gradient_whose_activations_are_gone_is_refused(layers: Layers) -> None:
+    output = layers(torch.randn(100, 8))
+    first = layers.weight_gradient(output, retain_graph=True)
+    torch.testing.assert_close(layers.weight_gradient(output, retain_graph=True), first)
+    with torch.no_grad():
+        layers(torch.randn(90, 8))
+    with pytest.raises(RuntimeError, match="second backward comes too late"):
+        layers.weight_gradient(output)
+
+
+def test_other_modules_modes_and_hooks_are_noticed(layers: Layers) -> None:
+    x = torch.randn(50, 8)
+    with torch.no_grad():
+        layers(x)
+        layers.net[3] = nn.Linear(8, 8)
+        torch.testing.assert_close(layers(x), layers.net(x))
+        layers.net[2].train()
+        assert not torch.equal(layers(x).clone(), layers(x))
+        layers.net[2].eval()
+        calls: list[object] = []
+        layers.net[0].register_forward_hook(lambda *_: calls.append(0))
+        layers(x)
+        assert calls == [0]
+
+
+def test_a_slide_that_is_not_finite_spoils_no_later_one(layers: Layers) -> None:
+    x = torch.randn(100, 8)
+    x[97] = torch.nan
+    layers.weight_gradient(layers(x))
+    assert layers.weight_gradient(layers(torch.randn(97, 8))).isfinite().all()
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
@@ -33,7 +153,7 @@ def without_graphs(encoder: SlideEncoder, x: torch.Tensor, cells: torch.Tensor) 
 @needs_gpu
 def test_graphs_give_what_the_layers_give_and_follow_their_weights() -> None:
     encoder = create_slide_encoder("gigapath", checkpoint="random", layers=2).cuda()
-    for tokens in (1, 300, 290, 1000):
+    for tokens in (1000, 1, 300, 290):
         x, cells = slide(tokens)
         for mode in (torch.inference_mode, torch.no_grad):
             with mode():
@@ -55,7 +175,7 @@ def test_gradients_from_graphs_add_up_as_those_of_the_layers(autocast: bool) -> 
     found = []
     for run in (encoder, partial(without_graphs, encoder)):
         encoder.zero_grad()
-        for tokens in (300, 1000, 290, 300):  # accumulated
+        for tokens in (1000, 300, 290, 1000):  # accumulated
             x, cells = slide(tokens)
             x.requires_grad_()
             with torch.autocast("cuda", torch.bfloat16, enabled=autocast):

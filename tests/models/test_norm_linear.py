@@ -43,3 +43,10 @@ def test_outputs_and_gradients_are_those_of_the_plain_layers(
     for a, b in [*zip(inputs, same, strict=True), *parameters]:
         bound = 1e-5 if a.dtype == torch.float32 else 2e-3
         assert (a.grad.double() - b.grad).norm() <= bound * b.grad.norm().clamp(min=1), a.shape
+
+
+def test_gradients_that_are_summed_under_autocast_keep_their_bits() -> None:
+    """As where a CUDA graph of the backward is made within the forward's autocast."""
+    x = torch.full((3, 1), 1 + 2**-12, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert norm_linear_fused._column_sums(x) == 3 * (1 + 2**-12)
