@@ -65,7 +65,7 @@ def test_keys_that_branches_share_count_once_for_each(
     length: int, lengths: list[int], ratios: list[int], causal: bool
 ) -> None:
     """They are scored once: segments within segments, ratios that divide one another, and some that do not."""
-    assert max(errors(qkv(1, length, 2, 16), lengths, ratios, causal)) < 2e-6
+    assert max(errors(qkv(1, length, 1, 16), lengths, ratios, causal)) < 2e-6
 
 
 @pytest.mark.parametrize("short", [True, False])
@@ -126,7 +126,7 @@ def test_what_the_kernels_do_not_take_is_said_or_left_to_plain_pytorch() -> None
 def test_packed_sequences_are_those_one_at_a_time() -> None:
     lengths = [1, 33, 80, 7]
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-    inputs = qkv(sum(lengths), 2, 16)
+    inputs = qkv(sum(lengths), 1, 16)
     direction = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     packed = dilated_attention(*inputs, [16, 50, 128], [1, 2, 4], cu_seqlens=cu_seqlens, backend="fused")
     alone = torch.cat(
@@ -143,7 +143,7 @@ def test_packed_sequences_are_those_one_at_a_time() -> None:
 def test_rows_past_the_last_sequence_are_zero_and_so_are_their_gradients() -> None:
     """CUDA graphs run a sequence as one a little longer; what its end holds must not reach any gradient."""
     lengths, ratios = [16, 50], [1, 4]
-    qkv = torch.randn(120, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    qkv = torch.randn(120, 3, 1, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     cu_seqlens = torch.tensor([0, 30, 71], dtype=torch.int32, device=DEVICE)
     padded, alone = (x.clone().requires_grad_() for x in (qkv, qkv[:71]))
     outputs = [fused_dilated_self_attention(x, cu_seqlens, lengths, ratios) for x in (padded, alone)]
