@@ -1,9 +1,9 @@
 """The command line: every command is a typed Python function, its options are the function's arguments."""
 
-import _thread
 import argparse
 import inspect
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -114,7 +114,8 @@ def _parser(command: str | None) -> _Parser:
 def _ctrl_c_again(dropped: "sys.UnraisableHookArgs") -> None:
     """Python drops a Ctrl-C that comes while an object is destroyed, a slide's cache for one: repeat it soon after."""
     if issubclass(dropped.exc_type, KeyboardInterrupt):
-        threading.Timer(0.05, _thread.interrupt_main).start()
+        repeat = (threading.main_thread().ident, signal.SIGINT)  # to that thread: it ends a wait, too
+        threading.Timer(0.05, signal.pthread_kill, repeat).start()
     else:
         sys.__unraisablehook__(dropped)
 

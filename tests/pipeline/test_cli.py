@@ -115,7 +115,7 @@ class Slow:
         time.sleep(0.01)
 def job(output: str = ".", device: str = "cpu"):
     Slow()
-    time.sleep(20)
+    time.sleep(60)
     return []
 demo.demo = job
 sys.exit(cli.main(["demo"]))
@@ -123,7 +123,8 @@ sys.exit(cli.main(["demo"]))
 
 
 def test_ctrl_c_while_an_object_is_destroyed_is_not_lost() -> None:
-    result = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, timeout=60)
+    """It ends a wait as well, here of a minute."""
+    result = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, timeout=50)
     assert result.returncode == 130, result.stderr
     assert "Traceback" not in result.stderr
     assert "goes on from here" in result.stderr
