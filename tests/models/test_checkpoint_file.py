@@ -1,5 +1,6 @@
 """Weights from the hub: what a user sees of a download, and of a hub that does not answer."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils import logging as hub_logging
 from longslide import write_synthetic_slide
+from longslide.models.checkpoint_file import _errors_alone
 
 WEIGHTS = bytes(100_000)
 
@@ -50,7 +53,7 @@ def cut(request: BaseHTTPRequestHandler) -> None:
     request.connection.close()
 
 
-def embed(folder: Path, endpoint: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def embed(folder: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
     """`longslide embed` with weights from a hub, without the half minute that huggingface_hub waits between its tries."""
     write_synthetic_slide(folder / "a.svs", size=(512, 512))
     script = "import sys, time; time.sleep = lambda seconds: None; from longslide.pipeline.cli import main; "
@@ -60,12 +63,11 @@ def embed(folder: Path, endpoint: str, **environment: str) -> subprocess.Complet
     # TQDM_POSITION: a bar although standard error is no terminal.
     more = {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": endpoint, "TQDM_POSITION": "-1", "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-c", script, *words, "--device", "cpu"]
-    return subprocess.run(command, env=known | more | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=known | more, capture_output=True, text=True, timeout=120)
 
 
 def test_of_a_hub_that_cannot_be_reached_the_user_sees_one_line(tmp_path: Path) -> None:
-    nobody = "http://127.0.0.1:9"
-    done = embed(tmp_path, nobody)
+    done = embed(tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert line.startswith(
@@ -73,7 +75,18 @@ def test_of_a_hub_that_cannot_be_reached_the_user_sees_one_line(tmp_path: Path) 
     )
     assert "refused. Connect once" in line, "the reason, now that the hub's own lines do not say it"
     assert "--tile-checkpoint" in line
-    assert "Retrying in" in embed(tmp_path, nobody, HF_HUB_VERBOSITY="info").stderr, "who asks for them gets them all"
+
+
+def test_who_asks_for_the_hubs_own_lines_gets_them_all() -> None:
+    before = hub_logging.get_verbosity()
+    try:
+        for asked, taken in ((logging.WARNING, logging.ERROR), (logging.INFO, logging.INFO)):
+            hub_logging.set_verbosity(asked)
+            with _errors_alone():
+                assert hub_logging.get_verbosity() == taken
+            assert hub_logging.get_verbosity() == asked
+    finally:
+        hub_logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize("answer", [whole, cut])

