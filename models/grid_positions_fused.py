@@ -16,9 +16,8 @@ def _positions(cells, turns, out, tiles, Q: tl.constexpr, BLOCK: tl.constexpr, R
     step = tl.arange(0, BLOCK)
     cell = tl.load(cells + tile * 2 + 1 - half, mask=tile < tiles, other=0).to(tl.float64)
     turn = cell[:, None] * tl.load(turns + step, mask=step < Q, other=0.0)[None, :]
-    angle = (turn - tl.floor(turn + 0.5)).to(
-        tl.float32
-    ) * TWO_PI  # float64 for the whole turns, of which there may be many
+    turn -= tl.floor(turn + 0.5)  # in float64: there may be many whole turns
+    angle = turn.to(tl.float32) * TWO_PI
     where = tile[:, None] * (4 * Q) + half * (2 * Q) + step[None, :]
     mask = (tile < tiles)[:, None] & (step < Q)[None, :]
     tl.store(out + where, tl.sin(angle).to(out.dtype.element_ty), mask=mask)
