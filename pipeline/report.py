@@ -77,6 +77,8 @@ def _report(folder: Path, embed_mb: float) -> ReportResult:
     if not summary:
         raise LongslideError(f"{folder}: no {SUMMARY} in this folder; give the --output of `longslide predict`")
     contents = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    if bare := [row["slide_id"] for row in summary if row["status"] == "done" and row["slide_id"] not in contents]:
+        raise LongslideError(f"{folder}: no {bare[0]}.json in this folder; give the --output of `longslide predict`")
     table = _read_table(folder / PREDICTIONS)
     # What predictions.csv is of: a run with --overwrite on some slides leaves the others' predictions of other checkpoints.
     current = {_checkpoints(contents[row["slide_id"]]) for row in table if row["slide_id"] in contents}

@@ -98,6 +98,12 @@ def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
         report([tmp_path])
 
 
+def test_a_folder_of_features_is_no_folder_of_results(results: Path) -> None:
+    with pytest.raises(LongslideError, match=r"features: no .*\.json in this folder; give the --output of"):
+        report([results.parent / "features"])
+    assert not (results.parent / "features" / "report.html").exists()
+
+
 def test_a_job_in_which_every_slide_failed_has_a_report(tmp_path: Path) -> None:
     record(tmp_path, SlideResult("a", "a.svs", "failed", "the reason"))
     [written] = report([tmp_path])
