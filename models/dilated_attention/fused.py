@@ -1,4 +1,4 @@
-"""Dilated attention in Triton: all branches in one running softmax, forward and backward, nothing gathered or padded.
+"""Dilated attention in Triton: all branches in one softmax, forward and backward.
 
 Tokens are taken in residue classes of half the largest ratio R: within a segment a branch of a smaller ratio covers either
 every token of a class or none, so a block of one class streams exactly the keys of the branches that cover it, and no
@@ -899,8 +899,8 @@ def fused_dilated_attention(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """See `dilated_attention`, on packed sequences. Memory: a copy of q, k and v, the output and a float32 per token and
-    head."""
+    """See `dilated_attention`, on packed sequences. Memory: a copy of q, k and v, each head's columns rounded up to a power of
+    two (48 to 64), the output and a float32 per token and head."""
     output: Tensor
     output, _ = _op(q, k, v, cu_seqlens, list(segment_lengths), list(dilated_ratios), is_causal, scale)
     return output
