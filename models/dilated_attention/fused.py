@@ -899,8 +899,8 @@ def fused_dilated_attention(
     is_causal: bool,
     scale: float,
 ) -> Tensor:
-    """See `dilated_attention`, on packed sequences. Memory: a copy of q, k and v, each head's columns rounded up to a power of
-    two (48 to 64), the output and a float32 per token and head."""
+    """See `dilated_attention`, on packed sequences. Memory: a copy of q, k and v, each head's columns rounded up to a power
+    of two (48 to 64), the output and a float32 per token and head."""
     output: Tensor
     output, _ = _op(q, k, v, cu_seqlens, list(segment_lengths), list(dilated_ratios), is_causal, scale)
     return output
