@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,12 +117,15 @@ def _tf32(cuda: bool) -> Iterator[None]:
     if not cuda:
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    products: Any = (
+        torch.backends.cuda.matmul
+    )  # the older torch.set_float32_matmul_precision cannot be asked after this one
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
 
 
 def explained_numbers(classifier: SlideClassifier) -> PackedModel:

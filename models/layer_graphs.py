@@ -135,7 +135,7 @@ class LayerGraphs:
             self._stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         wanted = (x.requires_grad, *(parameter.data_ptr() for parameter in trained))
-        key = (bucket(len(x)), x.dtype, wanted, autocast, torch.get_float32_matmul_precision(), self._training)
+        key = (bucket(len(x)), x.dtype, wanted, autocast, torch.backends.cuda.matmul.fp32_precision, self._training)
         if key not in self._graphs:
             with torch.cuda.device(x.device), torch.random.fork_rng([x.device]):
                 self._graphs[key] = self._capture(key[0], x, trained)

@@ -131,21 +131,27 @@ def _arrange(
     """Queries, keys and values (T, H, D) by head, then by class of S, in rows of DP columns.
 
     The cache answers as many requests in a second for parts of lines as for whole ones: so what is read together should
-    lie together. Where columns are left over, three hold ones for the keys and values.
+    lie together. Where columns are left over, three hold ones for the keys and values, and for the queries minus the logit
+    of the token's own key, the reference of its softmax.
     """
     head, begin, origin, position, row, valid = _own_block(cu_seqlens, sequences, H, S, BLOCK)
     base = begin * stride_l + head * stride_h
     offsets = position.to(tl.int64) * stride_l
     column = tl.arange(0, DP)[None, :]
-    ones = ((column >= D) & (column < D + 3)).to(tl.float32)
-    for which in tl.static_range(3):
-        x = q if which == 0 else k if which == 1 else v
-        value = _load_columns(x + base, offsets, valid, D, DP)
-        if which == 1:
-            value = tl.where(column < D, value, (ones * ONE).to(value.dtype))
-        if which == 2:
-            value = tl.where(column < D, value, ones.to(value.dtype))
-        _store_columns(_tensor(arranged, which, head, origin, padded, H, DP), row * DP, valid, value, DP, DP)
+    queries = _load_columns(q + base, offsets, valid, D, DP)
+    keys = _load_columns(k + base, offsets, valid, D, DP)
+    values = _load_columns(v + base, offsets, valid, D, DP)
+    if DP - D >= 3:
+        logit = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)
+        ones = ((column >= D) & (column < D + 3)).to(tl.float32)
+        most: tl.constexpr = 1.0e30 if ONE == 1 else 60000.0
+        reference = _spare(tl.maximum(tl.minimum(-logit / ONE, most), -most), column, D)
+        queries = tl.where(column < D, queries, reference.to(queries.dtype))
+        keys = tl.where(column < D, keys, (ones * ONE).to(keys.dtype))
+        values = tl.where(column < D, values, ones.to(values.dtype))
+    _store_columns(_tensor(arranged, 0, head, origin, padded, H, DP), row * DP, valid, queries, DP, DP)
+    _store_columns(_tensor(arranged, 1, head, origin, padded, H, DP), row * DP, valid, keys, DP, DP)
+    _store_columns(_tensor(arranged, 2, head, origin, padded, H, DP), row * DP, valid, values, DP, DP)
 
 
 @triton.jit
@@ -241,13 +247,13 @@ def _hole(merges, real, key, shift, start, end):
 
 
 @triton.jit
-def _times(position, first, merged, R: tl.constexpr):
-    """How many branches have the key at a position: this one, and of the merged ones those whose ratio divides its distance
-    from the rows. Four bits of `merged` for each power of two say how many have that ratio or a smaller one."""
+def _log_times(position, first, merged, R: tl.constexpr):
+    """Log2 of how many branches have the key at a position: this one, and of the merged ones those whose ratio divides its
+    distance from the rows. Four bits of `merged` for each power of two say how many have that ratio or a smaller one."""
     distance = (position - first) | R
     lowest = (distance & -distance).to(tl.float32)
     exponent = (lowest.to(tl.int32, bitcast=True) >> 23) - 127
-    return (1 + ((merged >> (4 * exponent)) & 15)).to(tl.float32)
+    return tl.log2((1 + ((merged >> (4 * exponent)) & 15)).to(tl.float32))
 
 
 @triton.jit
@@ -278,15 +284,29 @@ def _lanes(key, shift, run, S: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _hold(x, mask, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """A left factor of products in registers rather than in shared memory, and zeros (rows, 1) without which it is not.
+
+    Triton keeps what was loaded in shared memory; and what was computed it copies to registers in every step of a loop, to
+    spare them, unless a product outside the loop takes it too.
+    """
+    if x.dtype.primitive_bitwidth == 16 and x.shape[1] <= 64:
+        x = tl.where(mask[:, None], x, 0.0)
+        none = tl.zeros((x.shape[1], BN), x.dtype)
+        return x, tl.sum(tl.dot(x, none, input_precision=PRECISION), 1)[:, None]
+    return x, tl.zeros((x.shape[0], 1), tl.float32)
+
+
+@triton.jit
 def _forward_keys(
-    q, acc, largest, total, ones, keys_at, values_at, lane, slot, times, tile_rows, low, high, key, key_step, real, rows,
+    q, acc, largest, total, ones, keys_at, values_at, lane, slot, log_times, tile_rows, low, high, key, key_step, real, rows,
     inside, factor,
     DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    MERGE: tl.constexpr, ONLINE: tl.constexpr, PRECISION: tl.constexpr,
+    ONLINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take slots low..high of a segment into the softmax; `largest` is raised if ONLINE, else taken as it is."""
     for j in range(low, high, BN):
-        there = j + slot < real
+        there = slot < real - j
         row = (j // BN) * tile_rows * DP
         k = _load(keys_at + row, lane, there, DP, MASK)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -302,10 +322,10 @@ def _forward_keys(
             acc = acc * shrink[:, None]
             if not SPARE:
                 total = total * shrink[:, None]
-        share = tl.exp2(logits * factor - largest[:, None])
-        if MERGE:
-            share = share * times[None, :]
-        share = share.to(q.dtype)
+        exponent = logits * factor + log_times[None, :]
+        if ONLINE or not SPARE:
+            exponent -= largest[:, None]
+        share = tl.exp2(exponent).to(q.dtype)
         if not SPARE:
             total = tl.dot(share, ones, total, input_precision=PRECISION)
         v = _load(values_at + row, lane, there, DP, MASK)
@@ -315,14 +335,20 @@ def _forward_keys(
 
 @triton.jit
 def _forward_branches(
-    q, largest, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor,
+    q, reference, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, S: tl.constexpr, NB: tl.constexpr,
     CAUSAL: tl.constexpr, MERGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ONLINE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The softmax over all branches before its division: (sums of values; reference; sum of exponentials)."""
+    """The softmax over all branches before its division: (sums of values; reference; sum of exponentials).
+
+    Where columns are left over, the products of the queries with the keys have had the reference taken off already.
+    """
     SPARE: tl.constexpr = DP - D >= 3
-    acc = tl.zeros((BM, DP), tl.float32)
+    zero = -reference if SPARE else tl.zeros((BM,), tl.float32)  # the exponent of a zero key
+    largest = tl.zeros((BM,), tl.float32) if SPARE else reference
+    q, none = _hold(q, rows < length, BN, PRECISION)
+    acc = tl.zeros((BM, DP), tl.float32) + none
     total = tl.zeros((BM, 16), tl.float32)
     ones = tl.full((BN, 16), 1.0, q.dtype)
     zeros = tl.zeros((BM,), tl.int32)
@@ -352,18 +378,18 @@ def _forward_branches(
                     count = tl.where(piece == 0, low, real - high)
                     if count > 0:
                         slot, lane, position = _lanes(key + (skip << shift), shift, run, S, BN)
-                        times = _times(position, first, merged, R)
+                        log_times = _log_times(position, first, merged, R)
                         full = tl.maximum(tl.minimum(count, unmasked - skip), 0) // BN * BN
                         acc, largest, total = _forward_keys(
-                            q, acc, largest, total, ones, keys_at, values_at, lane, slot, times, BN * ratio // S, 0, full,
-                            key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN, False, CAUSAL,
-                            MERGE, ONLINE, PRECISION,
+                            q, acc, largest, total, ones, keys_at, values_at, lane, slot, log_times, BN * ratio // S, 0,
+                            full, key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN, False, CAUSAL,
+                            ONLINE, PRECISION,
                         )  # fmt: skip
                         if full < count:
                             acc, largest, total = _forward_keys(
-                                q, acc, largest, total, ones, keys_at, values_at, lane, slot, times, BN * ratio // S,
+                                q, acc, largest, total, ones, keys_at, values_at, lane, slot, log_times, BN * ratio // S,
                                 full, count, key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN,
-                                True, CAUSAL, MERGE, ONLINE, PRECISION,
+                                True, CAUSAL, ONLINE, PRECISION,
                             )  # fmt: skip
             start += width
         merged = tl.where(merges, merged + (0x1111111 << (4 * shift)), 0)
@@ -375,13 +401,13 @@ def _forward_branches(
     if not CAUSAL:  # at the end: scaling the accumulators within the loops would serialise their matrix instructions
         raised = largest
         if ONLINE:
-            raised = tl.where(zeros > 0, tl.maximum(largest, 0.0), largest)
+            raised = tl.where(zeros > 0, tl.maximum(largest, zero), largest)
             shrink = tl.exp2(largest - raised)
             sums = sums * shrink
             acc = acc * shrink[:, None]
-        sums += tl.where(zeros > 0, zeros * tl.exp2(-raised), 0.0)
+        sums += tl.where(zeros > 0, zeros * tl.exp2(zero - raised), 0.0)
         largest = raised
-    return acc, largest, sums
+    return acc, largest - zero, sums
 
 
 @triton.jit
@@ -402,17 +428,23 @@ def _forward(
     values_at = _tensor(arranged, 2, head, origin, padded, H, DP)
     factor = scale * LOG2_E
     q = _load(_tensor(arranged, 0, head, origin, padded, H, DP), own, valid, DP, True)
-    logit = tl.sum(q.to(tl.float32) * _load(keys_at, own, valid, DP, True).to(tl.float32), 1)
     # A token sees its own key. Its logit is a good enough reference for the exponentials, unless another one is larger by
     # more than 41 (2 ** 60): then once more, with the running maximum. Shares of float16 are too narrow for that.
+    NARROW: tl.constexpr = arranged.dtype.element_ty == tl.float16
+    ONE: tl.constexpr = 256 if NARROW else 1
+    if DP - D >= 3:
+        parts = tl.where(tl.arange(0, DP)[None, :] >= D, q.to(tl.float32), 0.0)
+        reference = tl.sum(parts, 1) * (-ONE * factor)
+    else:
+        reference = tl.sum(q.to(tl.float32) * _load(keys_at, own, valid, DP, True).to(tl.float32), 1) * factor
     acc, largest, total = _forward_branches(
-        q, logit * factor, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor, H, D, DP, R, S,
-        NB, CAUSAL, MERGE, BM, BN, arranged.dtype.element_ty == tl.float16, PRECISION,
+        q, reference, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor, H, D, DP, R, S,
+        NB, CAUSAL, MERGE, BM, BN, NARROW, PRECISION,
     )  # fmt: skip
-    if arranged.dtype.element_ty != tl.float16:  # noqa: SIM102 (known when compiled: the other only when run)
+    if not NARROW:  # noqa: SIM102 (known when compiled: the other only when run)
         if tl.max(tl.where(valid & ~(total < 1.0e18), 1, 0), 0) > 0:
             acc, largest, total = _forward_branches(
-                q, logit * factor, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor, H, D,
+                q, reference, keys_at, values_at, run, plan, head, rows, first, last, step, length, factor, H, D,
                 DP, R, S, NB, CAUSAL, MERGE, BM, BN, True, PRECISION,
             )  # fmt: skip
     covered = total > 0
@@ -427,24 +459,23 @@ def _forward(
 
 @triton.jit
 def _backward_q_keys(
-    q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, times, tile_rows, low, high, key, key_step, real, rows,
+    q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, log_times, tile_rows, low, high, key, key_step, real, rows,
     inside, factor,
     DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     for j in range(low, high, BN):
-        there = j + slot < real
+        there = slot < real - j
         row = (j // BN) * tile_rows * DP
         k = _load(keys_at + row, lane, there, DP, MASK)
         v = _load(values_at + row, lane, there, DP, MASK)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         grad_share = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-        if SPARE:
-            share = tl.exp2(logits * factor)
-        else:
-            share = tl.exp2(logits * factor - log_sum[:, None])
+        exponent = logits * factor + log_times[None, :]
+        if not SPARE:
+            exponent -= log_sum[:, None]
             grad_share -= inner[:, None]
-        share = share * times[None, :]
+        share = tl.exp2(exponent)
         if MASK:
             seen = inside[:, None] & there[None, :]
             if CAUSAL:
@@ -478,7 +509,9 @@ def _backward_q(
     if not SPARE:
         log_sum = tl.load(lse + head.to(tl.int64) * tokens + begin + rows, mask=valid, other=float("inf"))
         inner = tl.load(inners + head.to(tl.int64) * tokens + begin + rows, mask=valid, other=0.0)
-    acc = tl.zeros((BM, DP), tl.float32)
+    q, none = _hold(q, valid, BN, PRECISION)
+    grad, nothing = _hold(grad, valid, BN, PRECISION)
+    acc = tl.zeros((BM, DP), tl.float32) + none + nothing
     factor = scale * LOG2_E
     branch = NB - 1
     width, shift, offset, start, whole, _ = _branch(plan, branch, head, first, last, step, length, H, NB)
@@ -504,16 +537,16 @@ def _backward_q(
                     count = tl.where(piece == 0, low, real - high)
                     if count > 0:
                         slot, lane, position = _lanes(key + (skip << shift), shift, run, S, BN)
-                        times = _times(position, first, merged, R)
+                        log_times = _log_times(position, first, merged, R)
                         full = tl.maximum(tl.minimum(count, unmasked - skip), 0) // BN * BN
                         acc = _backward_q_keys(
-                            q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, times, BN * ratio // S, 0, full,
-                            key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN, False, CAUSAL,
+                            q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, log_times, BN * ratio // S, 0,
+                            full, key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN, False, CAUSAL,
                             PRECISION,
                         )  # fmt: skip
                         if full < count:
                             acc = _backward_q_keys(
-                                q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, times, BN * ratio // S,
+                                q, grad, acc, log_sum, inner, keys_at, values_at, lane, slot, log_times, BN * ratio // S,
                                 full, count, key + (skip << shift), ratio, count, rows, inside, factor, DP, SPARE, BN,
                                 True, CAUSAL, PRECISION,
                             )  # fmt: skip
@@ -528,25 +561,24 @@ def _backward_q(
 
 @triton.jit
 def _backward_kv_queries(
-    k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, times, tile_rows, low, high, query,
+    k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, log_times, tile_rows, low, high, query,
     query_step, real, rows, inside, factor,
     DP: tl.constexpr, SPARE: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     for j in range(low, high, BN):
-        there = j + slot < real
+        there = slot < real - j
         row = (j // BN) * tile_rows * DP
         q = _load(queries_at + row, lane, there, DP, MASK)
         grad = _load(grads_at + row, lane, there, DP, MASK)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         grad_share = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        if SPARE:
-            share = tl.exp2(logits * factor)
-        else:
+        exponent = logits * factor + log_times[None, :]
+        if not SPARE:
             position = query + (j + slot) * query_step
-            share = tl.exp2(logits * factor - tl.load(lse_at + position, mask=there, other=float("inf"))[None, :])
+            exponent -= tl.load(lse_at + position, mask=there, other=float("inf"))[None, :]
             grad_share -= tl.load(inners_at + position, mask=there, other=0.0)[None, :]
-        share = share * times[None, :]
+        share = tl.exp2(exponent)
         if MASK:
             seen = inside[:, None] & there[None, :]
             if CAUSAL:
@@ -579,8 +611,10 @@ def _backward_kv(
     inners_at = inners + head.to(tl.int64) * tokens + begin
     k = _load(_tensor(arranged, 1, head, origin, padded, H, DP), own, valid, DP, True)
     v = _load(_tensor(arranged, 2, head, origin, padded, H, DP), own, valid, DP, True)
-    acc_k = tl.zeros((BM, DP), tl.float32)
-    acc_v = tl.zeros((BM, DP), tl.float32)
+    k, none = _hold(k, valid, BN, PRECISION)
+    v, nothing = _hold(v, valid, BN, PRECISION)
+    acc_k = tl.zeros((BM, DP), tl.float32) + none
+    acc_v = tl.zeros((BM, DP), tl.float32) + nothing
     factor = scale * LOG2_E
     branch = NB - 1
     width, shift, offset, start, whole, _ = _branch(plan, branch, head, first, last, step, length, H, NB)
@@ -602,7 +636,7 @@ def _backward_kv(
                     count = tl.where(piece == 0, low, real - high)
                     if count > 0:
                         slot, lane, position = _lanes(query + (skip << shift), shift, run, S, BN)
-                        times = _times(position, first, merged, R)
+                        log_times = _log_times(position, first, merged, R)
                         seen = 0
                         full = tl.where(all_rows, count // BN * BN, 0)
                         if CAUSAL:  # masked up to the last row, then whole
@@ -610,19 +644,19 @@ def _backward_kv(
                             seam = tl.maximum(((last - query) >> shift) + BN - skip, 0) // BN * BN
                             seam = tl.minimum(seam, full)
                             acc_k, acc_v = _backward_kv_queries(
-                                k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, times,
+                                k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, log_times,
                                 BN * ratio // S, seen, seam, query + (skip << shift), ratio, count, rows, inside, factor,
                                 DP, SPARE, BN, True, CAUSAL, PRECISION,
                             )  # fmt: skip
                             seen = tl.maximum(seen, seam)
                         acc_k, acc_v = _backward_kv_queries(
-                            k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, times,
+                            k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, log_times,
                             BN * ratio // S, seen, full, query + (skip << shift), ratio, count, rows, inside, factor, DP,
                             SPARE, BN, False, CAUSAL, PRECISION,
                         )  # fmt: skip
                         if tl.maximum(seen, full) < count:
                             acc_k, acc_v = _backward_kv_queries(
-                                k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, times,
+                                k, v, acc_k, acc_v, queries_at, grads_at, lse_at, inners_at, lane, slot, log_times,
                                 BN * ratio // S, tl.maximum(seen, full), count, query + (skip << shift), ratio, count,
                                 rows, inside, factor, DP, SPARE, BN, True, CAUSAL, PRECISION,
                             )  # fmt: skip
@@ -654,19 +688,14 @@ def _plan(
         return torch.cat([part.flatten() for part in parts]).int().to(device)
 
 
-BLOCKS: dict[str, dict[str, Any]] = {
-    "forward": {"BM": 128, "BN": 64, "MERGE": False, "num_warps": 4, "num_stages": 3, "maxnreg": 255},
-    "forward_short": {"BM": 64, "BN": 64, "MERGE": True, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
-    "backward_q": {"BM": 64, "BN": 64, "MERGE": True, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
-    "backward_kv": {"BM": 64, "BN": 32, "MERGE": True, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+BLOCKS: dict[str, dict[str, int]] = {
+    "forward": {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
+    "backward_q": {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 128},
+    "backward_kv": {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168},
 }
-"""The fastest of 15 to 20 tried for each on an H200, at 10,000 and 70,000 tokens and head dimension 48. Long forwards lose
-as much by counting shared keys as they gain."""
-SHORT = 2**16
-"""Tokens times heads below which blocks of 128 would leave multiprocessors without one."""
-FLOAT32_BLOCKS = {"BM": 64, "BN": 32, "MERGE": True, "num_warps": 4, "num_stages": 2}
-WIDE_BLOCKS = {"BM": 64, "BN": 32, "MERGE": True, "num_warps": 4, "num_stages": 2}
-"""For head dimensions over 64."""
+"""The fastest of 20 to 30 tried for each on H200s, at 10,000 and 70,000 tokens and head dimension 48."""
+OTHER_BLOCKS = {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
+"""For float32, and for head dimensions over 64."""
 ARRANGE_BLOCK = 64
 
 
@@ -687,15 +716,13 @@ def _settings(
     tokens, heads, dim = shape
     largest = max(ratios)
     stride = max(1, largest // 2)
-    if kernel == "forward" and tokens * heads < SHORT:
-        kernel = "forward_short"
-    blocks = FLOAT32_BLOCKS if dtype == torch.float32 else WIDE_BLOCKS if dim > 64 else BLOCKS[kernel]
+    blocks = OTHER_BLOCKS if dtype == torch.float32 or dim > 64 else BLOCKS[kernel]
     pairs = tokens // (2 * blocks["BM"] * stride) + len(cu_seqlens) - 1
     constants = {
         "H": heads, "D": dim, "DP": _columns(dim), "R": largest, "S": stride, "NB": len(ratios),
         "LARGEST": list(ratios).index(largest), "CAUSAL": causal,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32", **blocks,
-        "MERGE": blocks["MERGE"] and blocks["BN"] >= largest and len(ratios) < 16,  # what `_times` can count
+        "MERGE": blocks["BN"] >= largest and len(ratios) < 16,  # what `_log_times` can count
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3", **blocks,
     }  # fmt: skip
     lengths = tuple(min(length, 2 ** (tokens - 1).bit_length()) for length in segment_lengths)
     return (2 * pairs, heads, stride), constants, _plan(lengths, tuple(ratios), heads, stride, cu_seqlens.device)

@@ -161,5 +161,6 @@ def test_on_the_gpu_the_same(pattern: str, settings: dict[str, int], causal: boo
     direction = torch.randn(430, 3, 48, dtype=torch.float64)
     actual = [output, *torch.autograd.grad(output, inputs, direction.to("cuda", dtype))]
     wanted = [expected, *torch.autograd.grad(expected, exact, direction)]
+    floor = 0.1 * direction.norm()  # of one key alone the gradient is 0
     for one, other in zip(actual, wanted, strict=True):
-        assert (one.cpu().double() - other).norm() <= bound * other.norm()  # of one key alone the gradient is 0
+        assert (one.cpu().double() - other).norm() <= bound * torch.maximum(other.norm(), floor)
