@@ -57,7 +57,7 @@ def _norm_forward(
 
 @triton.jit
 def _norm_backward(
-    x, grad_y, grad_total, weight, bias, moments, grad_x, grad_sum, y, grad_weight, grad_bias, rows,
+    x, grad_y, grad_total, weight, bias, moments, grad_x, grad_sum, y, grad_norm, rows,
     N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TOTAL: tl.constexpr, SUM: tl.constexpr,
     GELU: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -99,9 +99,22 @@ def _norm_backward(
         tl.store(grad_x + where, grad.to(grad_x.dtype.element_ty), mask=mask)
         if SUM:
             tl.store(grad_sum + where, grad.to(grad_sum.dtype.element_ty), mask=mask)
-    where = tl.program_id(0) * N + column
-    tl.store(grad_weight + where, tl.sum(sum_w, 0), mask=inside)
-    tl.store(grad_bias + where, tl.sum(sum_b, 0), mask=inside)
+    where = tl.program_id(0) * (2 * N) + column
+    tl.store(grad_norm + where, tl.sum(sum_w, 0), mask=inside)
+    tl.store(grad_norm + N + where, tl.sum(sum_b, 0), mask=inside)
+
+
+@triton.jit
+def _sum_rows(x, sums, rows, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Each program (.., p) sums every so many-th group of rows into row p."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < N
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for group in tl.range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1), num_stages=3):
+        row = (group * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        mask = (row < rows)[:, None] & inside[None, :]
+        total += tl.load(x + row[:, None] * N + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(sums + tl.program_id(1).to(tl.int64) * N + column, tl.sum(total, 0), mask=inside)
 
 
 def _shape(width: int, rows: int) -> dict[str, int]:
@@ -137,9 +150,17 @@ def _linear(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _column_sums(x: Tensor) -> Tensor:
-    """Sums over the rows `(.., rows, columns)`: as a product, 1.1 to 2.6 times as fast as `sum` on an H100."""
-    with torch.autocast(x.device.type, enabled=False):
-        return (x.new_ones(1, x.shape[-2]) @ x).squeeze(-2)
+    """Sums over the rows of a contiguous matrix, float32."""
+    columns, rows = 128, 32
+    across = triton.cdiv(x.shape[1], columns)
+    for most in (max(1, PROGRAMS // across), 1):  # some sums, then their sum
+        programs = min(triton.cdiv(len(x), rows), most)
+        sums = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
+        _sum_rows[(across, programs)](x, sums, len(x), N=x.shape[1], BLOCK=columns, ROWS=rows, num_warps=4)
+        if programs == 1:
+            break
+        x = sums
+    return sums[0]
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -185,14 +206,14 @@ class _NormLinear(torch.autograd.Function):
         shape = _shape(width, 2)
         held = shape["ROWS"] * shape["BLOCK"] * max(total.element_size(), grad_y.element_size())
         programs = min(triton.cdiv(rows, shape["ROWS"]), PROGRAMS)
-        grad_norm = torch.empty(2, programs, width, dtype=torch.float32, device=total.device)
+        grad_norm = torch.empty(programs, 2 * width, dtype=torch.float32, device=total.device)
         _norm_backward[(programs,)](
             total, grad_y, None if grad_total is None else grad_total.contiguous(), norm_weight, norm_bias, moments,
-            grad_x, grad_sum, y, grad_norm[0], grad_norm[1], rows,
+            grad_x, grad_sum, y, grad_norm, rows,
             TOTAL=grad_total is not None, SUM=grad_sum is not grad_x, GELU=gelu,
             STAGES=3 if held <= 8192 else 1, **shape,
         )  # fmt: skip
-        grad_norm_weight, grad_norm_bias = _column_sums(grad_norm).to(norm_weight.dtype)
+        grad_norm_weight, grad_norm_bias = _column_sums(grad_norm).to(norm_weight.dtype).split(width)
         return (
             grad_x,
             None if residual_dtype is None else grad_sum,

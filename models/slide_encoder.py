@@ -1,6 +1,7 @@
 """Slide encoders of the GigaPath family: tile embeddings and their grid cells in, a slide embedding out."""
 
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ from .attention_pattern import check_pattern
 from .checkpoint_file import digest, download
 from .dilated_attention import has_kernels
 from .dilated_attention.parallel import SequenceShards
+from .encoder_graphs import MAX_TOKENS, EncoderGraphs, ends, keeps_activations
 from .grid_positions import grid_positions
-from .layer_graphs import MAX_TOKENS, LayerGraphs, keeps_activations
 from .longnet import LongNetLayer
 from .slide_encoder_checkpoint import load_published
 from .slide_encoder_spec import SlideEncoderSpec, load_slide_encoder_spec
@@ -41,7 +42,7 @@ class SlideEncoder(nn.Module):
         self.pool = pool
         self.weights = weights
         self.sequence_group: dist.ProcessGroup | None = None
-        self._graphs: LayerGraphs | None = None
+        self._graphs: EncoderGraphs | None = None
         self.tile_projection = nn.Linear(spec.tile_dim, spec.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
         drop_path = [spec.drop_path * i / max(1, spec.layers - 1) for i in range(spec.layers)]
@@ -105,15 +106,15 @@ class SlideEncoder(nn.Module):
             `(B, width)` slide embeddings.
 
         Raises:
-            LongslideError: Two tiles of a slide in one cell, a negative cell, an empty slide, or shapes that do not fit.
+            LongslideError: Two tiles of a slide in one cell, impossible cells, an empty slide, or shapes that do not fit.
         """
-        x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
-        if len(slides.lengths) == 1 and self._takes_graphs(x):
+        tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
+        if self._takes_graphs(tile_features, slides):
             if self._graphs is None:
-                self._graphs = LayerGraphs(self._encode, lambda: (self.layers, self.layers_norm))
-            x = self._graphs(x, slides.cu_seqlens)
+                self._graphs = EncoderGraphs(self._encode_one, self._replayed)
+            x = self._graphs(tile_features, grid_cells)
         else:
-            x = self._encode(x, slides.cu_seqlens, slides.shards)
+            x = self._encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens, slides.shards)
         pooled = self._pool(x, slides)
         slides.check()
         return pooled
@@ -132,7 +133,8 @@ class SlideEncoder(nn.Module):
         Raises:
             LongslideError: As for `forward`.
         """
-        x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
+        tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
+        x = self._embed(tile_features, grid_cells, slides)
         embeddings = [self._pool(x, slides)]
         for layer in self.layers:
             x = torch.add(*self._run(layer, x, slides.cu_seqlens, slides.shards))
@@ -154,11 +156,21 @@ class SlideEncoder(nn.Module):
         Raises:
             LongslideError: As for `forward`.
         """
-        x, slides = self._embed(tile_features, grid_cells, cu_seqlens)
-        rows = torch.arange(len(slides.of_tile), device=x.device) + slides.of_tile + 1  # without the cls tokens
-        tokens = self._encode(x, slides.cu_seqlens)[rows]
+        tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
+        tokens = self._encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens)[slides.rows_of_tiles]
         slides.check()
         return tokens
+
+    def _encode_one(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(N + 1, width)` tokens of one slide after all layers."""
+        return self._encode(self._prepend_cls(self._project(tile_features, grid_cells)), cu_seqlens)
+
+    def _replayed(self) -> list[nn.Module]:
+        """The modules of `_encode_one`, this one for its cls token."""
+        return [
+            self,
+            *(part for root in (self.tile_projection, self.layers, self.layers_norm) for part in root.modules()),
+        ]
 
     def _encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
         update: Tensor | None = None
@@ -190,22 +202,26 @@ class SlideEncoder(nn.Module):
         """Free the memory that CUDA graphs of short slides hold; they are made again when wanted."""
         self._graphs = None
 
-    def _takes_graphs(self, x: Tensor) -> bool:
-        """Whether the layers may run as CUDA graphs: a short sequence, by kernels that never ask the host."""
-        if not has_kernels(x) or len(x) > MAX_TOKENS or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
+    def _takes_graphs(self, tile_features: Tensor, slides: "_Slides") -> bool:
+        """Whether the tokens may come from CUDA graphs: of one short slide, by kernels that never ask the host."""
+        if len(slides.lengths) > 1 or slides.shards is not None or len(tile_features) >= MAX_TOKENS:
             return False
-        if self.sequence_group is not None or self.spec.pattern != "dilated":
+        if not has_kernels(tile_features) or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
             return False
-        if self._checkpoints() or (torch.is_grad_enabled() and not keeps_activations(x.device)):
+        if self._checkpoints() or (torch.is_grad_enabled() and not keeps_activations(tile_features.device)):
             return False
         from .dilated_attention.fused import eligible
 
-        return eligible(x.dtype, self.spec.width // self.spec.heads, self.spec.dilated_ratios)
+        dtype = self.tile_projection.weight.dtype
+        head_dim = self.spec.width // self.spec.heads
+        return self.spec.pattern == "dilated" and eligible(dtype, head_dim, self.spec.dilated_ratios)
 
-    def _embed(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, "_Slides"]:
-        """`(T + B, width)` tokens, each slide's cls token before its tiles, and where they are."""
+    def _pack(
+        self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, "_Slides"]:
+        """`(T, tile_dim)` and `(T, 2)` of all slides, or of this rank's part of one, and where they are."""
         if self.sequence_group is not None:
-            return self._embed_part(tile_features, grid_cells, cu_seqlens, self.sequence_group)
+            return self._pack_part(tile_features, grid_cells, cu_seqlens, self.sequence_group)
         if cu_seqlens is None:
             check_shapes(tile_features, grid_cells, self.spec)
             lengths = [tile_features.shape[1]] * len(tile_features)
@@ -218,34 +234,37 @@ class SlideEncoder(nn.Module):
                     f"cu_seqlens of slides with {lengths} tiles do not fit {len(tile_features)} tile embeddings; each slide "
                     "has at least one tile"
                 )
-        slides = _Slides(lengths, tile_features.device, grid_cells)
-        x = self._project(tile_features, grid_cells)
-        if len(lengths) == 1:
-            return torch.cat([self.cls_token[0].to(x.dtype), x]), slides
-        tiles = torch.arange(len(x), device=x.device) + slides.of_tile + 1
-        tokens = x.new_empty(len(x) + len(lengths), self.spec.width).index_copy(0, tiles, x)
-        cls_tokens = self.cls_token[0].to(x.dtype).expand(len(lengths), -1)
-        return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens), slides
+        return tile_features, grid_cells, _Slides(lengths, tile_features.device, grid_cells)
 
-    def _embed_part(
+    def _pack_part(
         self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None, group: dist.ProcessGroup
-    ) -> tuple[Tensor, "_Slides"]:
-        """`(n, width)` tokens of this rank's part of a slide; the first rank has the cls token."""
+    ) -> tuple[Tensor, Tensor, "_Slides"]:
         slides = len(tile_features) if cu_seqlens is None else len(cu_seqlens) - 1
         if slides != 1:
             raise LongslideError(f"a slide spread over several ranks comes alone, not with others: got {slides}")
         if cu_seqlens is None:
             tile_features, grid_cells = tile_features[0], grid_cells[0]
-        if len(tile_features):
+        tiles = len(tile_features)
+        if tiles:
             check_shapes(tile_features[None], grid_cells[None], self.spec)
-        # The others take none of the cls token rather than leave it out: so it has a gradient, of zero, on every rank.
-        cls_token = self.cls_token[0, : 1 if group.rank() == 0 else 0]
-        x = self._project(tile_features, grid_cells)
-        x = torch.cat([cls_token.to(x.dtype), x])
-        shards = SequenceShards.agree(len(x), group, x.device)
+        device = tile_features.device
+        shards = SequenceShards.agree(tiles + (group.rank() == 0), group, device)  # the first rank has the cls token
         if shards.total == 1:
             raise LongslideError("no rank has a tile of the slide")
-        return x, _Slides([len(tile_features)], x.device, grid_cells, shards)
+        return tile_features, grid_cells, _Slides([tiles], device, grid_cells, shards)
+
+    def _embed(self, tile_features: Tensor, grid_cells: Tensor, slides: "_Slides") -> Tensor:
+        """The tokens before the layers: each slide's cls token before its tiles."""
+        x = self._project(tile_features, grid_cells)
+        if len(slides.lengths) == 1:
+            return self._prepend_cls(x, slides.cls_tokens)
+        tokens = x.new_empty(len(x) + len(slides.lengths), self.spec.width).index_copy(0, slides.rows_of_tiles, x)
+        cls_tokens = self.cls_token[0].to(x.dtype).expand(len(slides.lengths), -1)
+        return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens)
+
+    def _prepend_cls(self, x: Tensor, cls_tokens: int = 1) -> Tensor:
+        # A rank without one takes none of it rather than leaves it out: so it has a gradient, of zero, on every rank.
+        return torch.cat([self.cls_token[0, :cls_tokens].to(x.dtype), x])
 
     def _project(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
         weight = self.tile_projection.weight
@@ -268,9 +287,9 @@ class SlideEncoder(nn.Module):
 
 
 class _Slides:
-    """Where packed slides are: `lengths` in tiles, `of_tile` `(T,)` each tile's slide, `cu_seqlens` with the cls tokens.
+    """Where packed slides are, `lengths` in tiles each.
 
-    With `shards` it is one slide, of which this rank has `lengths` tiles.
+    With `shards` it is one slide, of which this rank has `lengths` tiles, and its `cls_tokens` if it is the first.
     """
 
     def __init__(
@@ -278,23 +297,45 @@ class _Slides:
     ) -> None:
         self.lengths = lengths
         self.shards = shards
-        cls_tokens = 1 if shards is None or shards.rank == 0 else 0
-        if len(lengths) == 1:
-            self.cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * (lengths[0] + cls_tokens)
-            self.of_tile = torch.zeros(lengths[0], dtype=torch.long, device=device)
-        else:
-            self.cu_seqlens = torch.tensor([0, *(n + cls_tokens for n in lengths)]).cumsum(0).int().to(device)
-            counts = self.cu_seqlens.diff() - cls_tokens
-            self.of_tile = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=sum(lengths))
+        self.cls_tokens = 1 if shards is None or shards.rank == 0 else 0
+        self._device = device
         self._grid_cells = grid_cells
-        self._check = CellCheck(grid_cells, self.of_tile) if torch.is_grad_enabled() and len(grid_cells) else None
+        self._check = self._begin_check() if torch.is_grad_enabled() else None
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """Cumulative lengths with the cls tokens, `(B + 1,)` int32."""
+        lengths = [n + self.cls_tokens for n in self.lengths]
+        if len(lengths) == 1:
+            return (
+                ends(lengths[0], self._device) if lengths[0] else torch.zeros(2, dtype=torch.int32, device=self._device)
+            )
+        return torch.tensor([0, *lengths]).cumsum(0).int().to(self._device)
+
+    @cached_property
+    def of_tile(self) -> Tensor:
+        """`(T,)` int64, each tile's slide."""
+        if len(self.lengths) == 1:
+            return torch.zeros(self.lengths[0], dtype=torch.long, device=self._device)
+        counts = self.cu_seqlens.diff() - self.cls_tokens
+        slides = torch.arange(len(self.lengths), device=self._device)
+        return slides.repeat_interleave(counts, output_size=sum(self.lengths))
+
+    @cached_property
+    def rows_of_tiles(self) -> Tensor:
+        """`(T,)` int64, where each tile is among the tokens."""
+        return torch.arange(len(self.of_tile), device=self._device) + self.of_tile + 1
+
+    def _begin_check(self) -> "CellCheck | None":
+        if len(self._grid_cells) == 0:
+            return None
+        return CellCheck(self._grid_cells, self.of_tile if len(self.lengths) > 1 else None)
 
     def check(self) -> None:
         """Refuse grid cells that cannot be right: with gradients as soon as that is known, else at the end."""
-        if self._check is None and len(self._grid_cells):
-            self._check = CellCheck(self._grid_cells, self.of_tile)
-        if self._check is not None:
-            self._check.finish()
+        check = self._check or self._begin_check()
+        if check is not None:
+            check.finish()
 
 
 def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:
@@ -317,18 +358,26 @@ def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSp
         raise LongslideError("grid_cells must be integers (column, row), not level-0 pixels as floats")
 
 
+MAX_CELL = 2**22
+"""No slide has as many columns or rows of tiles; 2 ** 19 slides of them fit an int64 each."""
+
+
 class CellCheck:
     """Finds positions that cannot be right while what comes after is launched.
 
     Args:
         grid_cells: `(T, 2)` integer (column, row) of each tile.
-        slide: `(T,)` the slide each tile belongs to.
+        slide: `(T,)` the slide each tile belongs to; None for one slide.
     """
 
-    def __init__(self, grid_cells: Tensor, slide: Tensor) -> None:
-        columns, rows = grid_cells.long().unbind(-1)
-        ordered = ((slide * (rows.max() + 1) + rows) * (columns.max() + 1) + columns).sort().values
-        self._faults = torch.stack([(grid_cells < 0).any(), (ordered[1:] == ordered[:-1]).any()])
+    def __init__(self, grid_cells: Tensor, slide: Tensor | None) -> None:
+        grid_cells = grid_cells.long()
+        columns, rows = grid_cells.unbind(-1)
+        place = torch.add(columns, rows, alpha=MAX_CELL)
+        if slide is not None:
+            place.add_(slide, alpha=MAX_CELL * MAX_CELL)
+        ordered = place.sort().values
+        self._faults = torch.stack([(grid_cells // MAX_CELL).any(), (ordered[1:] == ordered[:-1]).any()])
         self._done: torch.cuda.Event | None = None
         # Answered in its turn, not after all that is launched by the time it is asked for.
         if self._faults.is_cuda and not torch.compiler.is_compiling():
@@ -340,13 +389,16 @@ class CellCheck:
         """Refuse them.
 
         Raises:
-            LongslideError: A negative cell, or two tiles of a slide in one cell.
+            LongslideError: A negative cell or one beyond any slide, or two tiles of a slide in one cell.
         """
         if self._done is not None:
             self._done.synchronize()
-        negative, twice = self._faults.tolist()
-        if negative:
-            raise LongslideError("negative grid cell: cells are coords // step_level0, counted from the slide's corner")
+        outside, twice = self._faults.tolist()
+        if outside:
+            raise LongslideError(
+                f"grid cell below 0 or of {MAX_CELL:,} or more: cells are coords // step_level0, counted from the slide's "
+                "corner"
+            )
         if twice:
             raise LongslideError(
                 "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 "

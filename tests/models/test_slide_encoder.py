@@ -154,7 +154,8 @@ def test_the_layers_start_with_the_embedding_and_the_gradient_reaches_every_weig
     ("features", "where", "message"),
     [
         (torch.zeros(1, 2, 48), torch.zeros(1, 2, 2, dtype=torch.long), "two tiles in one grid cell"),
-        (torch.zeros(1, 2, 48), torch.tensor([[[0, 0], [0, -1]]]), "negative grid cell"),
+        (torch.zeros(1, 2, 48), torch.tensor([[[0, 0], [0, -1]]]), "grid cell below 0"),
+        (torch.zeros(1, 2, 48), torch.tensor([[[0, 0], [2**22, 0]]]), "grid cell .* of 4,194,304 or more"),
         (torch.zeros(1, 2, 48), torch.tensor([[[0.0, 0.0], [256.0, 0.0]]]), "integers"),
         (torch.zeros(1, 2, 1536), torch.tensor([[[0, 0], [1, 0]]]), "length 48"),
         (torch.zeros(1, 3, 48), torch.tensor([[[0, 0], [1, 0]]]), r"\(1, 3, 48\)"),

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from longslide import create_slide_encoder
-from longslide.models.layer_graphs import LayerGraphs, bucket
+from longslide.models.encoder_graphs import EncoderGraphs, bucket
 from longslide.models.slide_encoder import SlideEncoder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,24 +54,30 @@ def recording(graph: Recorded, **_: Any) -> Iterator[None]:
 
 
 class Layers:
-    """Two layers as graphs that are recorded; `seen` has the rows and the length of each run that was no replay."""
+    """Two layers over a token and the tiles, as recorded graphs; `seen` has the rows and the length of each run that was no replay."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 8)).eval()
+        self.net.first = nn.Parameter(torch.randn(1, 8))
         self.seen: list[tuple[int, int]] = []
-        self.graphs = LayerGraphs(self.run, lambda: (self.net,))
+        self.graphs = EncoderGraphs(self.run, lambda: list(self.net.modules()))
 
-    def run(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        self.seen.append((len(x), int(cu_seqlens[1])))
-        output: Tensor = self.net(x)
+    def plain(self, x: Tensor) -> Tensor:
+        output: Tensor = self.net(torch.cat([self.net.first, x]))
         return output
 
+    def run(self, x: Tensor, cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        assert len(x) == len(cells)
+        self.seen.append((len(x) + 1, int(cu_seqlens[1])))
+        return self.plain(x)
+
     def __call__(self, x: Tensor) -> Tensor:
-        return self.graphs(x, torch.tensor([0, len(x)], dtype=torch.int32))
+        return self.graphs(x, torch.zeros(len(x), 2, dtype=torch.long))
 
     def weight_gradient(self, output: Tensor, **options: Any) -> Tensor:
-        return torch.autograd.grad(output.square().sum(), self.net[0].weight, **options)[0]
+        wanted = (self.net[0].weight, self.net.first)
+        return torch.cat(torch.autograd.grad(output.square().sum(), wanted, **options))
 
 
 @pytest.fixture
@@ -93,8 +99,8 @@ def test_replays_and_their_gradients_are_those_of_the_layers(layers: Layers) -> 
     for rows in (500, 40, 300, 500, 41):
         x = torch.randn(rows, 8)
         with torch.no_grad():
-            torch.testing.assert_close(layers(x), layers.net(x))
-        torch.testing.assert_close(layers.weight_gradient(layers(x)), layers.weight_gradient(layers.net(x)))
+            torch.testing.assert_close(layers(x), layers.plain(x))
+        torch.testing.assert_close(layers.weight_gradient(layers(x)), layers.weight_gradient(layers.plain(x)))
 
 
 def test_a_first_run_knows_its_own_length_and_not_that_of_the_sequence_before(layers: Layers) -> None:
@@ -119,7 +125,7 @@ def test_other_modules_modes_and_hooks_are_noticed(layers: Layers) -> None:
     with torch.no_grad():
         layers(x)
         layers.net[3] = nn.Linear(8, 8)
-        torch.testing.assert_close(layers(x), layers.net(x))
+        torch.testing.assert_close(layers(x), layers.plain(x))
         layers.net[2].train()
         assert not torch.equal(layers(x).clone(), layers(x))
         layers.net[2].eval()

@@ -1,0 +1,245 @@
+"""A slide encoder replayed as CUDA graphs: on short slides launching the kernels takes longer than running them."""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+MAX_TOKENS = 16_384
+"""Above it the GPU is the slower part."""
+
+
+def bucket(tokens: int) -> int:
+    """The length that a slide is run as: an eighth of a power of two further at most, so that graphs are few."""
+    step = max(32, 2 ** ((tokens - 1).bit_length() - 4))
+    return int(-(-tokens // step) * step)
+
+
+def ends(tokens: int, device: torch.device) -> Tensor:
+    """The cumulative lengths of one sequence, `(2,)` int32."""
+    return torch.arange(0, 2 * tokens, tokens, dtype=torch.int32, device=device)
+
+
+@cache
+def keeps_activations(device: torch.device) -> bool:
+    """Whether a GPU has the memory to spare for the activations of such a slide: those of GigaPath take 4 GiB."""
+    return bool(torch.cuda.get_device_properties(device).total_memory >= 30 * 2**30)
+
+
+class _Graph(NamedTuple):
+    """What is replayed, and where it reads and writes; a backward and its gradients only in training."""
+
+    forward: torch.cuda.CUDAGraph
+    features: Tensor
+    cells: Tensor
+    lengths: Tensor
+    output: Tensor
+    backward: torch.cuda.CUDAGraph | None = None
+    grad_output: Tensor | None = None
+    grad_features: Tensor | None = None
+    grad_parameters: Sequence[Tensor] = ()
+
+
+class _Ticket:
+    """Held by a forward for its backward: while it lives and that has not run, no other forward takes its activations."""
+
+    done = False
+
+
+class EncoderGraphs:
+    """Runs a function of one slide's tiles from a graph for each bucket of lengths, and its backward from another.
+
+    The kernels find the end of the sequence by the cumulative lengths on the device, so one graph serves every length up to
+    its bucket's; the rows past the end are computed and never read, and their gradients are zero. All graphs read and write
+    the same buffers, and keep their activations in the same memory: that of the longest slide so far. A second forward
+    before the backward of the first runs without graphs, as do modules with hooks (such as those of FSDP). Nothing may
+    differentiate twice, and weights that change between a forward and its backward go unnoticed.
+
+    Args:
+        run: Maps `(N, D)` tile features, their `(N, 2)` integer cells and `(2,)` int32 cumulative lengths, 0 and the number
+            of tokens, to `(N + 1, width)` tokens, on one GPU.
+        modules: Gives all modules whose parameters it uses, each for its own: graphs are thrown away when these have moved.
+    """
+
+    def __init__(
+        self, run: Callable[[Tensor, Tensor, Tensor], Tensor], modules: Callable[[], Sequence[nn.Module]]
+    ) -> None:
+        self._run = run
+        self._modules = modules
+        self._tree: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]] = []
+        self._seen: list[nn.Module] = []
+        self._hooks: list[Mapping[int, Any]] = []
+        self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._training: tuple[bool, ...] = ()
+        self._graphs: dict[Any, _Graph] = {}
+        self._buffers: dict[Any, Tensor] = {}
+        self._addresses: tuple[int, ...] = ()
+        self._pool: Any = None
+        self._stream: Any = None
+        self._ticket: Callable[[], _Ticket | None] = lambda: None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of the module starts without graphs
+
+    def __call__(self, features: Tensor, cells: Tensor) -> Tensor:
+        """`(N + 1, width)`; without gradients valid until the next call."""
+        ticket = self._ticket()
+        if (ticket is not None and not ticket.done) or not self._look():
+            return self._run(features, cells, ends(len(features) + 1, features.device))
+        trained = [p for p in self._parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+        if trained or (torch.is_grad_enabled() and features.requires_grad):
+            output: Tensor = _Replay.apply(self, features, cells, *trained)
+            return output
+        self._ticket = lambda: None
+        return self._replay(self._graph(features.detach(), cells, ()), features, cells)
+
+    def _look(self) -> bool:
+        """Take the modules as they are now; whether graphs can stand for them."""
+        if not self._tree or any(tuple(children.values()) != found for children, found in self._tree):
+            self._seen = list(self._modules())
+            self._tree = [(module._modules, tuple(module._modules.values())) for module in self._seen]
+            self._hooks = [
+                hooks
+                for module in self._seen
+                for hooks in (
+                    module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+                )
+            ]  # fmt: skip
+            self._slots = [(module._parameters, name) for module in self._seen for name in module._parameters]
+            self._slots = [(parameters, name) for parameters, name in self._slots if parameters[name] is not None]
+        self._training = tuple([module.training for module in self._seen])
+        return len(self._slots) > 0 and not any(self._hooks)  # replicas of DataParallel have no parameters
+
+    def _parameters(self) -> list[Tensor]:
+        return [cast(Tensor, parameters[name]) for parameters, name in self._slots]
+
+    @contextmanager
+    def _leaves(self, trained: bool) -> Iterator[list[Tensor]]:
+        """Leaves on the memory of trained parameters, in their place: a leaf knows the stream that it was first used on."""
+        if not trained:
+            yield []
+            return
+        held = self._parameters()
+        for (parameters, name), parameter in zip(self._slots, held, strict=True):
+            parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        try:
+            yield [leaf for leaf in self._parameters() if leaf.requires_grad]
+        finally:
+            for (parameters, name), parameter in zip(self._slots, held, strict=True):
+                parameters[name] = cast(nn.Parameter, parameter)
+
+    @torch.inference_mode(False)  # what is kept may serve a call outside inference mode
+    @torch.no_grad()
+    def _replay(self, graph: _Graph, features: Tensor, cells: Tensor) -> Tensor:
+        tiles = len(features)
+        graph.features[:tiles].copy_(features)
+        if tiles < len(graph.features):  # no NaN of an earlier slide times the gradient's zero
+            graph.features[tiles:].zero_()
+        graph.cells[:tiles].copy_(cells)
+        graph.lengths[1].fill_(tiles + 1)
+        graph.forward.replay()
+        return graph.output[: tiles + 1]
+
+    @torch.inference_mode(False)
+    def _graph(self, features: Tensor, cells: Tensor, trained: tuple[Tensor, ...]) -> _Graph:
+        addresses = tuple([parameter.data_ptr() for parameter in self._parameters()])
+        if addresses != self._addresses:
+            self._graphs.clear()
+            self._buffers.clear()
+            self._addresses, self._pool = addresses, torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(features.device)  # type: ignore[no-untyped-call]
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        wanted = (features.requires_grad, *(parameter.data_ptr() for parameter in trained))
+        precision = torch.backends.cuda.matmul.fp32_precision
+        tokens = bucket(len(features) + 1)
+        key = (tokens, features.dtype, cells.dtype, wanted, autocast, precision, self._training)
+        if key not in self._graphs:
+            # Weights that autocast has cast and kept for later would be read by the graph when they are long gone.
+            casts = torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False)
+            with torch.cuda.device(features.device), torch.random.fork_rng([features.device]), casts:
+                self._graphs[key] = self._capture(tokens, features, cells, trained)
+        return self._graphs[key]
+
+    def _capture(self, rows: int, features: Tensor, cells: Tensor, trained: tuple[Tensor, ...]) -> _Graph:
+        """For up to `rows` tokens, of which one is no tile."""
+        differentiable = features.requires_grad or len(trained) > 0
+        inputs = self._buffer("features", features)[: rows - 1].detach().requires_grad_(features.requires_grad)
+        places = self._buffer("cells", cells)[: rows - 1]
+        whole = ends(rows, features.device)
+        lengths = self._buffer("lengths", whole).copy_(whole)  # not those of a longer slide before
+        graphs = [torch.cuda.CUDAGraph() for _ in range(1 + differentiable)]
+        self._stream.wait_stream(torch.cuda.current_stream())
+        # A loader's thread may pin memory meanwhile: only this thread's calls are held to what a capture allows.
+        capture = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with torch.set_grad_enabled(differentiable), self._leaves(len(trained) > 0) as leaves:
+            wanted = [*((inputs,) if features.requires_grad else ()), *leaves]
+            with torch.cuda.stream(self._stream):  # once outside the graph: kernels are compiled and look-ups made
+                found = self._run(inputs, places, lengths)
+                output = self._buffer("output", found)[:rows]
+                grad_output = self._buffer("grad_output", found)[:rows] if differentiable else None
+                if differentiable:
+                    torch.autograd.grad(found, wanted, grad_output)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            del found
+            with torch.cuda.graph(graphs[0], **capture):
+                found = self._run(inputs, places, lengths)
+                output.copy_(found.detach())
+            if not differentiable:
+                return _Graph(graphs[0], inputs, places, lengths, output)
+            grad_features = self._buffer("grad_features", features)[: rows - 1] if features.requires_grad else None
+            grad_parameters = [self._grad_of(parameter) for parameter in trained]
+            with torch.cuda.graph(graphs[1], **capture):
+                # Retained: a second gradient of the same forward reads the activations again.
+                grads = torch.autograd.grad(found, wanted, grad_output, retain_graph=True)
+                torch._foreach_copy_([*(() if grad_features is None else (grad_features,)), *grad_parameters], grads)
+        return _Graph(
+            graphs[0], inputs.detach(), places, lengths, output, graphs[1], grad_output, grad_features,
+            tuple(grad_parameters),
+        )  # fmt: skip
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """The buffer of this name for tensors like this one, as long as the longest slide."""
+        key = (name, like.dtype, like.shape[1:])
+        if key not in self._buffers:
+            rows = len(like) if like.ndim == 1 else bucket(MAX_TOKENS)
+            self._buffers[key] = torch.zeros(rows, *like.shape[1:], dtype=like.dtype, device=like.device)
+        return self._buffers[key]
+
+    def _grad_of(self, parameter: Tensor) -> Tensor:
+        """Where the backward writes the gradient of a parameter."""
+        key = ("grad", parameter.data_ptr())
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_like(parameter)
+        return self._buffers[key]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graphs: EncoderGraphs, features: Tensor, cells: Tensor, *trained: Tensor) -> Tensor:
+        with torch.enable_grad():
+            graph = graphs._graph(features, cells, trained)
+        ctx.ticket = _Ticket()
+        graphs._ticket = weakref.ref(ctx.ticket)
+        ctx.graphs, ctx.graph, ctx.tiles = graphs, graph, len(features)
+        return graphs._replay(graph, features, cells).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        graphs, graph = ctx.graphs, ctx.graph
+        if graphs._ticket() is not ctx.ticket:
+            raise RuntimeError("a slide's second backward comes too late: another slide has taken its activations")
+        graph.grad_output[: ctx.tiles + 1].copy_(grad)
+        graph.grad_output[ctx.tiles + 1 :].zero_()
+        graph.backward.replay()
+        ctx.ticket.done = True
+        grads = [torch.empty_like(found) for found in graph.grad_parameters]
+        if grads:
+            torch._foreach_copy_(grads, graph.grad_parameters)
+        grad_features = None if graph.grad_features is None else graph.grad_features[: ctx.tiles].clone()
+        return (None, grad_features, None, *grads)
