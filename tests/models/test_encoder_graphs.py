@@ -54,7 +54,7 @@ def recording(graph: Recorded, **_: Any) -> Iterator[None]:
 
 
 class Layers:
-    """Two layers over a token and the tiles, as recorded graphs; `seen` has the rows and the length of each run that was no replay."""
+    """Two layers over a token and the tiles, as recorded graphs; `seen` has rows and length of runs, not replays."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)

@@ -11,6 +11,7 @@ from longslide.models.dilated_attention import triton_runs
 from torch import Tensor
 
 pytest.importorskip("triton")
+from longslide.models.dilated_attention import fused
 from longslide.models.dilated_attention.fused import fused_dilated_self_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,6 +70,7 @@ def test_keys_that_branches_share_count_once_for_each(
     assert max(errors(qkv(1, length, 1, 16), lengths, ratios, causal)) < EXACT
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "bound"),
     [
@@ -82,7 +84,10 @@ def test_keys_that_branches_share_count_once_for_each(
         ),
     ],
 )
-def test_half_precision_is_close_to_float64(dtype: torch.dtype, bound: float) -> None:
+def test_half_precision_is_close_to_float64(
+    dtype: torch.dtype, bound: float, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "LONG", 0 if long else fused.LONG)  # in the blocks of long sequences
     assert max(errors(qkv(1, 150, 4, 48, dtype=dtype), [64, 100], [1, 2], False)) < bound
 
 
