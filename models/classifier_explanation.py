@@ -104,11 +104,9 @@ def _explain(classifier: SlideClassifier, tile_features: Tensor, grid_cells: Ten
     # The mean training tile says nothing; a black one, all zeros, may say much.
     mean = classifier.training_features.get("mean")
     baseline = tile_features.new_zeros(tile_features.shape[1]) if mean is None else mean.to(tile_features)
-    if method == "occlusion":  # the difference of two nearly equal numbers: no fewer bits than are asked for
-        return occlusion(model, tile_features, grid_cells, baseline=baseline)
+    by = {"integrated-gradients": integrated_gradients, "gradient-x-input": gradient_x_input, "occlusion": occlusion}
     with _tf32(tile_features.is_cuda):
-        gradients = integrated_gradients if method == "integrated-gradients" else gradient_x_input
-        return gradients(model, tile_features, grid_cells, baseline=baseline)
+        return by[method](model, tile_features, grid_cells, baseline=baseline)
 
 
 @contextmanager
