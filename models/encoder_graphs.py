@@ -57,7 +57,7 @@ class EncoderGraphs:
     The kernels find the end of the sequence by the cumulative lengths on the device, so one graph serves every length up to
     its bucket's; the rows past the end are computed and never read, and their gradients are zero. All graphs read and write
     the same buffers, and keep their activations in the same memory: that of the longest slide so far. A second forward
-    before the backward of the first runs without graphs, as do modules with hooks (such as those of FSDP). Nothing may
+    before the backward of the first runs without graphs, as do modules with hooks and those of FSDP. Nothing may
     differentiate twice, and weights that change between a forward and its backward go unnoticed.
 
     Args:
@@ -71,7 +71,7 @@ class EncoderGraphs:
     ) -> None:
         self._run = run
         self._modules = modules
-        self._tree: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]] = []
+        self._tree: list[tuple[Mapping[str, Any], Mapping[str, Any], tuple[Any, ...]]] = []
         self._seen: list[nn.Module] = []
         self._hooks: list[Mapping[int, Any]] = []
         self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
@@ -100,9 +100,14 @@ class EncoderGraphs:
 
     def _look(self) -> bool:
         """Take the modules as they are now; whether graphs can stand for them."""
-        if not self._tree or any(tuple(children.values()) != found for children, found in self._tree):
+        if not self._tree or any(
+            (*parameters, *children.values()) != seen for parameters, children, seen in self._tree
+        ):
             self._seen = list(self._modules())
-            self._tree = [(module._modules, tuple(module._modules.values())) for module in self._seen]
+            self._tree = [
+                (module._parameters, module._modules, (*module._parameters, *module._modules.values()))
+                for module in self._seen
+            ]
             self._hooks = [
                 hooks
                 for module in self._seen
@@ -113,7 +118,9 @@ class EncoderGraphs:
             self._slots = [(module._parameters, name) for module in self._seen for name in module._parameters]
             self._slots = [(parameters, name) for parameters, name in self._slots if parameters[name] is not None]
         self._training = tuple([module.training for module in self._seen])
-        return len(self._slots) > 0 and not any(self._hooks)  # replicas of DataParallel have no parameters
+        # FSDP's own mark: it moves parameters within a forward, with or without hooks.
+        sharded = any([module.__dict__.get("_is_fsdp_managed_module") for module in self._seen])
+        return not sharded and not any(self._hooks)
 
     def _parameters(self) -> list[Tensor]:
         return [cast(Tensor, parameters[name]) for parameters, name in self._slots]

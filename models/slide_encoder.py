@@ -208,6 +208,8 @@ class SlideEncoder(nn.Module):
             return False
         if not has_kernels(tile_features) or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
             return False
+        if getattr(self, "_is_replica", False):  # of DataParallel: it shares the graphs of another GPU's encoder
+            return False
         if self._checkpoints() or (torch.is_grad_enabled() and not keeps_activations(tile_features.device)):
             return False
         from .dilated_attention.fused import eligible

@@ -129,6 +129,17 @@ def test_other_modules_modes_and_hooks_are_noticed(layers: Layers) -> None:
         layers.net[2].train()
         assert not torch.equal(layers(x).clone(), layers(x))
         layers.net[2].eval()
+        weight = layers.net[0]._parameters.pop("weight")
+        layers.net[0].weight = 2 * weight.detach()
+        torch.testing.assert_close(layers(x), layers.plain(x))
+        del layers.net[0].weight
+        layers.net[0].weight = weight
+        runs = len(layers.seen)
+        layers.net[0]._is_fsdp_managed_module = True
+        for _ in range(2):
+            layers(x)
+        assert len(layers.seen) == runs + 2
+        del layers.net[0]._is_fsdp_managed_module
         calls: list[object] = []
         layers.net[0].register_forward_hook(lambda *_: calls.append(0))
         layers(x)
@@ -140,6 +151,15 @@ def test_a_slide_that_is_not_finite_spoils_no_later_one(layers: Layers) -> None:
     x[97] = torch.nan
     layers.weight_gradient(layers(x))
     assert layers.weight_gradient(layers(torch.randn(97, 8))).isfinite().all()
+
+
+def test_a_replica_of_data_parallel_leaves_the_graphs_to_its_origin() -> None:
+    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1)
+    index = torch.arange(4)
+    packed = encoder._pack(torch.randn(1, 4, 1536), torch.stack([index, index], -1)[None], None)
+    with mock.patch("longslide.models.slide_encoder.has_kernels", return_value=True), torch.no_grad():
+        assert encoder._takes_graphs(packed[0], packed[2])
+        assert not encoder._replicate_for_data_parallel()._takes_graphs(packed[0], packed[2])
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
