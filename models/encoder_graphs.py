@@ -119,7 +119,7 @@ class EncoderGraphs:
             self._slots = [(parameters, name) for parameters, name in self._slots if parameters[name] is not None]
         self._training = tuple([module.training for module in self._seen])
         # FSDP's own mark: it moves parameters within a forward, with or without hooks.
-        sharded = any([module.__dict__.get("_is_fsdp_managed_module") for module in self._seen])
+        sharded = any(module.__dict__.get("_is_fsdp_managed_module") for module in self._seen)
         return not sharded and not any(self._hooks)
 
     def _parameters(self) -> list[Tensor]:
