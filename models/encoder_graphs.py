@@ -103,6 +103,7 @@ class EncoderGraphs:
         if not self._tree or any(
             (*parameters, *children.values()) != seen for parameters, children, seen in self._tree
         ):
+            self._addresses = ()  # graphs of other modules are no more to be used
             self._seen = list(self._modules())
             self._tree = [
                 (module._parameters, module._modules, (*module._parameters, *module._modules.values()))

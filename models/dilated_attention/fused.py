@@ -8,7 +8,8 @@ border goes through the keys of both segments, each for its own rows.
 
 Queries, keys and values are first laid out by head and class, so that what is read together lies together. Their rows have
 a power of two of columns; those left over hold what makes one matrix product of several steps: ones in the values sum the
-exponentials, ones in the keys and values add the queries' log-sum-exp and inner product in the backward.
+exponentials, ones in the keys add to the logits what the queries have there (minus the reference of their softmax, in the
+backward minus its log-sum-exp), and ones in the values add minus the inner product in the backward.
 
 Sequences are packed end to end; programs find theirs by the cumulative lengths, so that no table is made and lengths never
 come to the host. No atomics: results are the same in every run.
