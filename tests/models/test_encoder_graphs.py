@@ -126,7 +126,7 @@ def test_other_modules_modes_and_hooks_are_noticed(layers: Layers) -> None:
         layers(x)
         layers.net[3] = nn.Linear(8, 8)
         torch.testing.assert_close(layers(x), layers.plain(x))
-        layers.net[1] = nn.ReLU()
+        layers.net[1] = nn.ReLU().eval()
         torch.testing.assert_close(layers(x), layers.plain(x))
         layers.net[2].train()
         assert not torch.equal(layers(x).clone(), layers(x))
