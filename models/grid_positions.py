@@ -1,6 +1,6 @@
 """The 2-D sine-cosine position of tiles, as GigaPath's slide encoder adds it to their embeddings."""
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def grid_positions(grid_cells: Tensor, width: int, dtype: torch.dtype = torch.fl
     return torch.cat([angles.sin(), angles.cos()], dim=-1).to(dtype)[which].flatten(-2)
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a CUDA graph may read it
 def _frequencies(width: int, device: torch.device) -> Tensor:
     """Radians a cell, `(width / 4,)` float64."""
     with torch.inference_mode(False):  # kept for later calls, which may save it for their backward

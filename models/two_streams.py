@@ -13,7 +13,7 @@ def beside(device: torch.device) -> Iterator[None]:
 
     Nothing that is used within may be freed before `join`. Without a GPU it is launched as it comes.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.compiler.is_compiling():  # Dynamo would make a stream of its own for each call
         yield
         return
     stream = _second(device)
@@ -24,7 +24,7 @@ def beside(device: torch.device) -> Iterator[None]:
 
 def join(device: torch.device) -> None:
     """Let what is launched from now on wait for what was launched `beside`."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.compiler.is_compiling():
         torch.cuda.current_stream(device).wait_stream(_second(device))
 
 
