@@ -35,8 +35,8 @@ What was tried, on an H200 at 70,000 tokens, milliseconds of a layer forward / b
   and with it blocks of 64 queries again: forward 0.33 -> 0.28 at 10,000, 3.3 -> 3.1 at 70,000; backward of the keys
   5.56 -> 5.45. From 82,000 tokens on blocks of 128: 5.4 -> 5.0 at 100,000.
 - Float32 by three TF32 products in place of exact ones: 81 / 337 -> 25 / 79 at 50,000, with errors of 1e-6.
-- The two kernels of the backward beside each other, sums of columns beside products: a whole training step of GigaPath on
-  1,000 tokens 5.8 -> 5.6, on 70,000 244 -> 243.
+- Not kept: the two kernels of the backward on two streams, sums of columns beside products. A training step of GigaPath on
+  1,000 tokens 5.8 -> 5.6, on 70,000 244 -> 243, for streams that compiled graphs, threads and errors must all join.
 - Tried without gain: keys laid out by head alone, blocks of 128 keys, two stages or four, eight warps; a quarter of the
   exponentials by polynomials (12% slower: instructions are what is short, not the special function units); the ragged end
   of a segment masked by its addend in the same loop (2 to 13% slower).

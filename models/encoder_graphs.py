@@ -1,10 +1,11 @@
 """A slide encoder replayed as CUDA graphs: on short slides launching the kernels takes longer than running them."""
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ def bucket(tokens: int) -> int:
 
 def ends(tokens: int, device: torch.device) -> Tensor:
     """The cumulative lengths of one sequence, `(2,)` int32."""
+    if tokens == 0:
+        return torch.zeros(2, dtype=torch.int32, device=device)
     return torch.arange(0, 2 * tokens, tokens, dtype=torch.int32, device=device)
 
 
@@ -57,8 +60,9 @@ class EncoderGraphs:
     The kernels find the end of the sequence by the cumulative lengths on the device, so one graph serves every length up to
     its bucket's; the rows past the end are computed and never read, and their gradients are zero. All graphs read and write
     the same buffers, and keep their activations in the same memory: that of the longest slide so far. A second forward
-    before the backward of the first runs without graphs, as do modules with hooks and those of FSDP. Nothing may
-    differentiate twice, and weights that change between a forward and its backward go unnoticed.
+    before the backward of the first runs without graphs, as do modules with hooks, those of FSDP, and calls from another
+    thread or stream than the first one's. Nothing may differentiate twice. Weights that change between a forward and its
+    backward go unnoticed, and so do settings that are no weights, such as the rate of a dropout.
 
     Args:
         run: Maps `(N, D)` tile features, their `(N, 2)` integer cells and `(2,)` int32 cumulative lengths, 0 and the number
@@ -75,6 +79,7 @@ class EncoderGraphs:
         self._seen: list[nn.Module] = []
         self._hooks: list[Mapping[int, Any]] = []
         self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._caller: tuple[int, Any] | None = None
         self._training: tuple[bool, ...] = ()
         self._graphs: dict[Any, _Graph] = {}
         self._buffers: dict[Any, Tensor] = {}
@@ -86,17 +91,19 @@ class EncoderGraphs:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of the module starts without graphs
 
-    def __call__(self, features: Tensor, cells: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         """`(N + 1, width)`; without gradients valid until the next call."""
         ticket = self._ticket()
-        if (ticket is not None and not ticket.done) or not self._look():
-            return self._run(features, cells, ends(len(features) + 1, features.device))
-        trained = [p for p in self._parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+        caller = (threading.get_ident(), torch.cuda.current_stream(features.device))
+        self._caller = self._caller or caller
+        if caller != self._caller or (ticket is not None and not ticket.done) or not self._look():
+            return self._run(features, cells, cu_seqlens)
+        trained = self._trained() if torch.is_grad_enabled() else []
         if trained or (torch.is_grad_enabled() and features.requires_grad):
-            output: Tensor = _Replay.apply(self, features, cells, *trained)
+            output: Tensor = _Replay.apply(self, features, cells, cu_seqlens, *trained)
             return output
         self._ticket = lambda: None
-        return self._replay(self._graph(features.detach(), cells, ()), features, cells)
+        return self._replay(self._graph(features.detach(), cells, ()), features, cells, cu_seqlens)
 
     def _look(self) -> bool:
         """Take the modules as they are now; whether graphs can stand for them."""
@@ -117,14 +124,16 @@ class EncoderGraphs:
                 )
             ]  # fmt: skip
             self._slots = [(module._parameters, name) for module in self._seen for name in module._parameters]
-            self._slots = [(parameters, name) for parameters, name in self._slots if parameters[name] is not None]
         self._training = tuple([module.training for module in self._seen])
         # FSDP's own mark: it moves parameters within a forward, with or without hooks.
         sharded = any(module.__dict__.get("_is_fsdp_managed_module") for module in self._seen)
         return not sharded and not any(self._hooks)
 
-    def _parameters(self) -> list[Tensor]:
-        return [cast(Tensor, parameters[name]) for parameters, name in self._slots]
+    def _parameters(self) -> list[nn.Parameter | None]:
+        return [parameters[name] for parameters, name in self._slots]
+
+    def _trained(self) -> list[Tensor]:
+        return [parameter for parameter in self._parameters() if parameter is not None and parameter.requires_grad]
 
     @contextmanager
     def _leaves(self, trained: bool) -> Iterator[list[Tensor]]:
@@ -134,28 +143,29 @@ class EncoderGraphs:
             return
         held = self._parameters()
         for (parameters, name), parameter in zip(self._slots, held, strict=True):
-            parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            if parameter is not None:
+                parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
         try:
-            yield [leaf for leaf in self._parameters() if leaf.requires_grad]
+            yield self._trained()
         finally:
             for (parameters, name), parameter in zip(self._slots, held, strict=True):
-                parameters[name] = cast(nn.Parameter, parameter)
+                parameters[name] = parameter
 
     @torch.inference_mode(False)  # what is kept may serve a call outside inference mode
     @torch.no_grad()
-    def _replay(self, graph: _Graph, features: Tensor, cells: Tensor) -> Tensor:
+    def _replay(self, graph: _Graph, features: Tensor, cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         tiles = len(features)
         graph.features[:tiles].copy_(features)
         if tiles < len(graph.features):  # no NaN of an earlier slide times the gradient's zero
             graph.features[tiles:].zero_()
         graph.cells[:tiles].copy_(cells)
-        graph.lengths[1].fill_(tiles + 1)
+        graph.lengths.copy_(cu_seqlens)
         graph.forward.replay()
         return graph.output[: tiles + 1]
 
     @torch.inference_mode(False)
     def _graph(self, features: Tensor, cells: Tensor, trained: tuple[Tensor, ...]) -> _Graph:
-        addresses = tuple([parameter.data_ptr() for parameter in self._parameters()])
+        addresses = tuple([0 if parameter is None else parameter.data_ptr() for parameter in self._parameters()])
         if addresses != self._addresses:
             self._graphs.clear()
             self._buffers.clear()
@@ -191,7 +201,7 @@ class EncoderGraphs:
                 output = self._buffer("output", found)[:rows]
                 grad_output = self._buffer("grad_output", found)[:rows] if differentiable else None
                 if differentiable:
-                    torch.autograd.grad(found, wanted, grad_output)
+                    torch.autograd.grad(found, wanted, grad_output, allow_unused=True)
             torch.cuda.current_stream().wait_stream(self._stream)
             del found
             with torch.cuda.graph(graphs[0], **capture):
@@ -203,7 +213,7 @@ class EncoderGraphs:
             grad_parameters = [self._grad_of(parameter) for parameter in trained]
             with torch.cuda.graph(graphs[1], **capture):
                 # Retained: a second gradient of the same forward reads the activations again.
-                grads = torch.autograd.grad(found, wanted, grad_output, retain_graph=True)
+                grads = torch.autograd.grad(found, wanted, grad_output, retain_graph=True, materialize_grads=True)
                 torch._foreach_copy_([*(() if grad_features is None else (grad_features,)), *grad_parameters], grads)
         return _Graph(
             graphs[0], inputs.detach(), places, lengths, output, graphs[1], grad_output, grad_features,
@@ -228,13 +238,15 @@ class EncoderGraphs:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graphs: EncoderGraphs, features: Tensor, cells: Tensor, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, graphs: EncoderGraphs, features: Tensor, cells: Tensor, cu_seqlens: Tensor, *trained: Tensor
+    ) -> Tensor:
         with torch.enable_grad():
             graph = graphs._graph(features, cells, trained)
         ctx.ticket = _Ticket()
         graphs._ticket = weakref.ref(ctx.ticket)
         ctx.graphs, ctx.graph, ctx.tiles = graphs, graph, len(features)
-        return graphs._replay(graph, features, cells).clone()
+        return graphs._replay(graph, features, cells, cu_seqlens).clone()
 
     @staticmethod
     @once_differentiable
@@ -250,4 +262,4 @@ class _Replay(torch.autograd.Function):
         if grads:
             torch._foreach_copy_(grads, graph.grad_parameters)
         grad_features = None if graph.grad_features is None else graph.grad_features[: ctx.tiles].clone()
-        return (None, grad_features, None, *grads)
+        return (None, grad_features, None, None, *grads)

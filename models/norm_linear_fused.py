@@ -1,4 +1,4 @@
-"""`norm_linear` on a GPU: one Triton kernel each way around the matrix products."""
+"""`norm_linear` on a GPU: one Triton kernel each way around the matrix products, and sums over the rows."""
 
 from typing import Any
 
@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from .two_streams import beside, join
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 MINUS_HALF_LOG2_E = tl.constexpr(-0.7213475204444817)
@@ -200,10 +198,6 @@ class _NormLinear(torch.autograd.Function):
         gelu, dtype, x_dtype, residual_dtype, bias_dtype = ctx.settings
         grad = total.new_zeros(len(total), len(weight), dtype=dtype) if grad is None else grad.contiguous()
         rows, width = total.shape
-        grad_bias = None
-        with beside(grad.device):
-            if ctx.needs_input_grad[5]:
-                grad_bias = _column_sums(grad).to(bias_dtype)
         grad_y = grad @ weight.to(dtype)
         y = torch.empty(total.shape, dtype=dtype, device=total.device)
         grad_x = torch.empty(total.shape, dtype=x_dtype, device=total.device)
@@ -219,17 +213,14 @@ class _NormLinear(torch.autograd.Function):
             TOTAL=grad_total is not None, SUM=grad_sum is not grad_x, GELU=gelu,
             STAGES=3 if held <= 8192 else 1, **shape,
         )  # fmt: skip
-        with beside(grad.device):
-            grad_norm_weight, grad_norm_bias = _column_sums(grad_norm).to(norm_weight.dtype).split(width)
-        grad_weight = (grad.T @ y).to(weight.dtype) if ctx.needs_input_grad[4] else None
-        join(grad.device)
+        grad_norm_weight, grad_norm_bias = _column_sums(grad_norm).to(norm_weight.dtype).split(width)
         return (
             grad_x,
             None if residual_dtype is None else grad_sum,
             grad_norm_weight,
             grad_norm_bias,
-            grad_weight,
-            grad_bias,
+            (grad.T @ y).to(weight.dtype) if ctx.needs_input_grad[4] else None,
+            _column_sums(grad).to(bias_dtype) if ctx.needs_input_grad[5] else None,
             None,
             None,
         )

@@ -1,7 +1,6 @@
 """Slide encoders of the GigaPath family: tile embeddings and their grid cells in, a slide embedding out."""
 
 from dataclasses import fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,7 +111,7 @@ class SlideEncoder(nn.Module):
         if self._takes_graphs(tile_features, slides):
             if self._graphs is None:
                 self._graphs = EncoderGraphs(self._encode_one, self._replayed)
-            x = self._graphs(tile_features, grid_cells)
+            x = self._graphs(tile_features, grid_cells, slides.cu_seqlens)
         else:
             x = self._encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens, slides.shards)
         pooled = self._pool(x, slides)
@@ -156,8 +155,10 @@ class SlideEncoder(nn.Module):
         Raises:
             LongslideError: As for `forward`.
         """
+        if self.sequence_group is not None:
+            raise LongslideError("the tokens of a slide spread over several ranks are not to be had; embed it on one")
         tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
-        tokens = self._encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens)[slides.rows_of_tiles]
+        tokens = self._encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens)[slides.rows_of_tiles()]
         slides.check()
         return tokens
 
@@ -199,16 +200,25 @@ class SlideEncoder(nn.Module):
         return self.spec.checkpointing and torch.is_grad_enabled()
 
     def drop_graphs(self) -> None:
-        """Free the memory that CUDA graphs of short slides hold; they are made again when wanted."""
+        """Free the memory that CUDA graphs of short slides hold; they are made again when wanted.
+
+        To be called after a change of settings, such as the rate of a dropout: graphs do not notice it.
+        """
         self._graphs = None
 
     def _takes_graphs(self, tile_features: Tensor, slides: "_Slides") -> bool:
         """Whether the tokens may come from CUDA graphs: of one short slide, by kernels that never ask the host."""
-        if len(slides.lengths) > 1 or slides.shards is not None or len(tile_features) >= MAX_TOKENS:
+        if len(slides.lengths) != 1 or slides.shards is not None or len(tile_features) >= MAX_TOKENS:
             return False
         if not has_kernels(tile_features) or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
             return False
+        if torch._C._autograd._top_saved_tensors_default_hooks(
+            True
+        ):  # of a checkpoint around the encoder: it saves nothing
+            return False
         if getattr(self, "_is_replica", False):  # of DataParallel: it shares the graphs of another GPU's encoder
+            return False
+        if not self.cls_token.device == tile_features.device == slides.grid_cells.device:
             return False
         if self._checkpoints() or (torch.is_grad_enabled() and not keeps_activations(tile_features.device)):
             return False
@@ -260,7 +270,7 @@ class SlideEncoder(nn.Module):
         x = self._project(tile_features, grid_cells)
         if len(slides.lengths) == 1:
             return self._prepend_cls(x, slides.cls_tokens)
-        tokens = x.new_empty(len(x) + len(slides.lengths), self.spec.width).index_copy(0, slides.rows_of_tiles, x)
+        tokens = x.new_empty(len(x) + len(slides.lengths), self.spec.width).index_copy(0, slides.rows_of_tiles(), x)
         cls_tokens = self.cls_token[0].to(x.dtype).expand(len(slides.lengths), -1)
         return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens)
 
@@ -289,10 +299,13 @@ class SlideEncoder(nn.Module):
 
 
 class _Slides:
-    """Where packed slides are, `lengths` in tiles each.
+    """Where packed slides are: `lengths` in tiles each, `cu_seqlens` `(B + 1,)` int32 with the cls tokens.
 
     With `shards` it is one slide, of which this rank has `lengths` tiles, and its `cls_tokens` if it is the first.
     """
+
+    _of_tile: Tensor | None
+    """Each tile's slide, `(T,)` int64; None of one slide."""
 
     def __init__(
         self, lengths: list[int], device: torch.device, grid_cells: Tensor, shards: SequenceShards | None = None
@@ -300,38 +313,25 @@ class _Slides:
         self.lengths = lengths
         self.shards = shards
         self.cls_tokens = 1 if shards is None or shards.rank == 0 else 0
-        self._device = device
-        self._grid_cells = grid_cells
+        self.grid_cells = grid_cells
+        if len(lengths) == 1:
+            self.cu_seqlens = ends(lengths[0] + self.cls_tokens, device)
+            self._of_tile = None
+        else:
+            self.cu_seqlens = torch.tensor([0, *(n + self.cls_tokens for n in lengths)]).cumsum(0).int().to(device)
+            counts = self.cu_seqlens.diff() - self.cls_tokens
+            self._of_tile = torch.arange(len(lengths), device=device).repeat_interleave(
+                counts, output_size=sum(lengths)
+            )
         self._check = self._begin_check() if torch.is_grad_enabled() else None
 
-    @cached_property
-    def cu_seqlens(self) -> Tensor:
-        """Cumulative lengths with the cls tokens, `(B + 1,)` int32."""
-        lengths = [n + self.cls_tokens for n in self.lengths]
-        if len(lengths) == 1:
-            return (
-                ends(lengths[0], self._device) if lengths[0] else torch.zeros(2, dtype=torch.int32, device=self._device)
-            )
-        return torch.tensor([0, *lengths]).cumsum(0).int().to(self._device)
-
-    @cached_property
-    def of_tile(self) -> Tensor:
-        """`(T,)` int64, each tile's slide."""
-        if len(self.lengths) == 1:
-            return torch.zeros(self.lengths[0], dtype=torch.long, device=self._device)
-        counts = self.cu_seqlens.diff() - self.cls_tokens
-        slides = torch.arange(len(self.lengths), device=self._device)
-        return slides.repeat_interleave(counts, output_size=sum(self.lengths))
-
-    @cached_property
     def rows_of_tiles(self) -> Tensor:
         """`(T,)` int64, where each tile is among the tokens."""
-        return torch.arange(len(self.of_tile), device=self._device) + self.of_tile + 1
+        rows = torch.arange(1, len(self.grid_cells) + 1, device=self.grid_cells.device)
+        return rows if self._of_tile is None else rows + self._of_tile
 
     def _begin_check(self) -> "CellCheck | None":
-        if len(self._grid_cells) == 0:
-            return None
-        return CellCheck(self._grid_cells, self.of_tile if len(self.lengths) > 1 else None)
+        return CellCheck(self.grid_cells, self._of_tile) if len(self.grid_cells) else None
 
     def check(self) -> None:
         """Refuse grid cells that cannot be right: with gradients as soon as that is known, else at the end."""

@@ -118,9 +118,10 @@ def explain_features(
             break
         except torch.OutOfMemoryError as error:
             if last_try:
+                less = "" if method == "occlusion" else "occlusion needs less, "
                 raise LongslideError(
                     f"{features.slide_id}: {method} of {len(features.coords):,} tiles does not fit in the memory of "
-                    f"{device}; occlusion needs less, a CPU is slower but has more"
+                    f"{device}; {less}a CPU is slower but has more"
                 ) from error
         recompute_layers(ensemble)  # outside the handler: the error's traceback keeps the failed pass's tensors
         torch.cuda.empty_cache()

@@ -28,8 +28,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..two_streams import beside, join
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -741,7 +739,8 @@ def _arrange_settings(
 ) -> tuple[int, tuple[int], dict[str, int]]:
     """Rows of a head in what `_arrange` makes, its grid and constants.
 
-    Each sequence takes whole groups of four rows of every class. Float16 holds the log-sum-exp as 256ths.
+    Each sequence takes whole groups of four rows of every class. Float16 holds the softmax's reference and the log-sum-exp
+    as 256ths.
     """
     tokens, heads, dim = shape
     stride = max(1, max(ratios) // 2)
@@ -800,15 +799,9 @@ def _run_backward(
     inners = torch.empty_like(lse)
     sizes = (cu_seqlens, len(cu_seqlens) - 1, len(out), rows, scale)
     _arrange_grad[grid](grad.contiguous(), out, lse, arranged, arranged_grad, inners, *sizes, **constants)
-
-    def run(kernel: Any, name: str, outputs: Sequence[Tensor]) -> None:
+    for name, kernel, outputs in (("backward_q", _backward_q, grads[:1]), ("backward_kv", _backward_kv, grads[1:])):
         grid, constants, plan = _settings(out.shape, out.dtype, cu_seqlens, name, segment_lengths, ratios, causal)
         kernel[grid](arranged, arranged_grad, lse, inners, *outputs, grads[0].stride(0), plan, *sizes, **constants)
-
-    with beside(out.device):
-        run(_backward_q, "backward_q", grads[:1])
-    run(_backward_kv, "backward_kv", grads[1:])
-    join(out.device)
 
 
 def _attend(

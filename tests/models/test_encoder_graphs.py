@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from longslide import create_slide_encoder
-from longslide.models.encoder_graphs import EncoderGraphs, bucket
+from longslide.models.encoder_graphs import EncoderGraphs, bucket, ends
 from longslide.models.slide_encoder import SlideEncoder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,7 +74,7 @@ class Layers:
         return self.plain(x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.graphs(x, torch.zeros(len(x), 2, dtype=torch.long))
+        return self.graphs(x, torch.zeros(len(x), 2, dtype=torch.long), ends(len(x) + 1, x.device))
 
     def weight_gradient(self, output: Tensor, **options: Any) -> Tensor:
         wanted = (self.net[0].weight, self.net.first)
@@ -148,6 +149,24 @@ def test_other_modules_modes_and_hooks_are_noticed(layers: Layers) -> None:
         assert calls == [0]
 
 
+def test_a_parameter_may_go_or_have_no_part(layers: Layers) -> None:
+    x = torch.randn(50, 8)
+    layers(x)
+    layers.net.idle = nn.Parameter(torch.zeros(3))
+    torch.testing.assert_close(layers.weight_gradient(layers(x)), layers.weight_gradient(layers.plain(x)))
+    layers.net[3].bias = None
+    torch.testing.assert_close(layers.weight_gradient(layers(x)), layers.weight_gradient(layers.plain(x)))
+
+
+def test_another_thread_does_not_take_the_first_ones_buffers(layers: Layers) -> None:
+    x, other = torch.randn(2, 50, 8)
+    with torch.no_grad():
+        found = layers(x)
+        with ThreadPoolExecutor(1) as pool:
+            torch.testing.assert_close(pool.submit(layers, other).result().detach(), layers.plain(other))
+        torch.testing.assert_close(found, layers.plain(x))
+
+
 def test_a_slide_that_is_not_finite_spoils_no_later_one(layers: Layers) -> None:
     x = torch.randn(100, 8)
     x[97] = torch.nan
@@ -155,13 +174,22 @@ def test_a_slide_that_is_not_finite_spoils_no_later_one(layers: Layers) -> None:
     assert layers.weight_gradient(layers(torch.randn(97, 8))).isfinite().all()
 
 
-def test_a_replica_of_data_parallel_leaves_the_graphs_to_its_origin() -> None:
+def test_a_replica_a_checkpoint_around_the_encoder_and_cells_elsewhere_take_no_graphs() -> None:
+    """A replica of DataParallel would take those of its origin, on another GPU."""
     encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1)
     index = torch.arange(4)
-    packed = encoder._pack(torch.randn(1, 4, 1536), torch.stack([index, index], -1)[None], None)
+    x, cells = torch.randn(1, 4, 1536), torch.stack([index, index], -1)[None]
+
+    def takes(encoder: SlideEncoder, cells: Tensor = cells) -> bool:
+        features, _, slides = encoder._pack(x, cells, None)
+        return encoder._takes_graphs(features, slides)
+
     with mock.patch("longslide.models.slide_encoder.has_kernels", return_value=True), torch.no_grad():
-        assert encoder._takes_graphs(packed[0], packed[2])
-        assert not encoder._replicate_for_data_parallel()._takes_graphs(packed[0], packed[2])
+        assert takes(encoder)
+        assert not takes(encoder._replicate_for_data_parallel())
+        assert not takes(encoder, cells.to("meta"))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            assert not takes(encoder)
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")

@@ -60,14 +60,14 @@ def test_outputs_and_gradients_are_those_of_naive_whatever_the_lengths_and_ratio
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("length", "lengths", "ratios"),
-    [(600, [256, 600, 600], [1, 2, 8]), (300, [64, 128, 300], [1, 1, 2]), (130, [99] * 3, [2, 1, 2])],
+    ("length", "lengths", "ratios", "head_dim"),
+    [(600, [256, 600, 600], [1, 2, 8], 16), (300, [64, 128, 300], [1, 1, 2], 48), (130, [99] * 3, [2, 1, 2], 48)],
 )
 def test_keys_that_branches_share_count_once_for_each(
-    length: int, lengths: list[int], ratios: list[int], causal: bool
+    length: int, lengths: list[int], ratios: list[int], head_dim: int, causal: bool
 ) -> None:
     """They are scored once: segments within segments, ratios that divide one another, and some that do not."""
-    assert max(errors(qkv(1, length, 1, 16), lengths, ratios, causal)) < EXACT
+    assert max(errors(qkv(1, length, 1, head_dim), lengths, ratios, causal)) < EXACT
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -162,10 +162,11 @@ def test_packed_sequences_are_those_one_at_a_time() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_rows_past_the_last_sequence_are_zero_and_so_are_their_gradients() -> None:
+@pytest.mark.parametrize("head_dim", [16, 48])
+def test_rows_past_the_last_sequence_are_zero_and_so_are_their_gradients(head_dim: int) -> None:
     """CUDA graphs run a sequence as one a little longer; what its end holds must not reach any gradient."""
     lengths, ratios = [16, 50], [1, 4]
-    qkv = torch.randn(120, 3, 1, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    qkv = torch.randn(120, 3, 1, head_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     cu_seqlens = torch.tensor([0, 30, 71], dtype=torch.int32, device=DEVICE)
     padded, alone = (x.clone().requires_grad_() for x in (qkv, qkv[:71]))
     outputs = [fused_dilated_self_attention(x, cu_seqlens, lengths, ratios) for x in (padded, alone)]
@@ -226,10 +227,11 @@ def test_rows_of_long_sequences_are_those_of_the_definition(tokens: int) -> None
             assert error < (2e-2 if dtype == torch.bfloat16 else 2e-6), (token, head)
 
 
+@pytest.mark.parametrize("head_dim", [16, 48])
 @pytest.mark.parametrize("size", [1, 30, 300])
-def test_extreme_logits_are_no_matter(size: float) -> None:
+def test_extreme_logits_are_no_matter(size: float, head_dim: int) -> None:
     """A logit far above the token's own makes the kernel take the running maximum instead."""
-    inputs = [size * x.detach() for x in qkv(1, 90, 2, 16)]
+    inputs = [size * x.detach() for x in qkv(1, 90, 2, head_dim)]
     inputs[1][:, 40] = 10 * inputs[0][:, 70]  # one key that one query likes far better than its own
     expected = dilated_attention(*(x.double() for x in inputs), [32, 90], [1, 2], backend="naive")
     found = dilated_attention(*inputs, [32, 90], [1, 2], backend="fused")

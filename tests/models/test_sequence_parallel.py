@@ -34,3 +34,11 @@ def test_other_patterns_than_dilated_stay_on_one_device() -> None:
     encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1, width=64, ffn_width=64, pattern="dense")
     with pytest.raises(LongslideError, match="only 'dilated' spreads"):
         encoder.shard_sequence(object())  # type: ignore[arg-type]
+
+
+def test_the_tokens_of_a_slide_over_several_ranks_are_refused() -> None:
+    """They would have been attended to within each rank alone."""
+    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1)
+    encoder.shard_sequence(object())  # type: ignore[arg-type]
+    with pytest.raises(LongslideError, match="spread over several ranks"):
+        encoder.tile_tokens(torch.zeros(2, 1536), torch.tensor([[0, 0], [1, 0]]), torch.tensor([0, 2]))
