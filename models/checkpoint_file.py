@@ -98,7 +98,7 @@ def read_checkpoint(file: Path) -> Any:
             return load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise all kinds of errors on a broken file
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = str(error).strip().split("\n")[0].split(". ")[0][:200]
         raise LongslideError(
             f"{file}: not a readable checkpoint of tensors alone (safetensors, or a state dict that torch.load takes "
             f"with weights_only=True): {reason}"

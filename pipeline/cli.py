@@ -52,6 +52,15 @@ POSITIONAL = {
 }
 
 
+def refused_value(message: str) -> tuple[str, str] | None:
+    """The option of which a message of jsonargparse refuses the value, and `cannot be ...` with the choices there are."""
+    value = re.search(r'key "(\S+)":.*(?:Given|Got) value: (.*)', message, re.DOTALL)
+    if value is None:
+        return None
+    choices = re.search(r"Literal\[([^]]*)\]", message)
+    return value[1], f"cannot be {value[2]}" + (f", but {choices[1]}" if choices else "")
+
+
 class _Parser(ArgumentParser):
     """Options spelt as users type them: `--tile-px` for the argument `tile_px`, a bare `--overwrite` for a bool."""
 
@@ -65,8 +74,8 @@ class _Parser(ArgumentParser):
         """One line, instead of the usage of all options and a paragraph on types."""
         parser = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
-        if value := re.search(r'key "(\S+)":.*Given value: (.*)', message, re.DOTALL):
-            message = f"--{value[1].replace('_', '-')} cannot be {value[2]}"
+        if refused := refused_value(message):
+            message = f"--{refused[0].replace('_', '-')} {refused[1]}"
         elif "does not support item assignment" in message:  # `slides: a.svs` in a YAML file
             message = "slides must be a list in a YAML file: `slides: [a.svs]`"
         elif "arguments are required:" in message and (missing := re.findall(r"([a-z-]+)\.([a-z_]+)", message)):

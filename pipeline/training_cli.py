@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ..data.splits import check_validation
 from ..errors import LongslideError
 from ..models.classifier import SlideClassifier, TrainingFacts
 from ..models.mae import MaskedAutoencoder, UnlabelledFacts
+from .cli import refused_value
 from .training_callbacks import BestCheckpoint, DefinedMetric, History, StepSeed
 
 Method = Literal["classifier", "mae"]
@@ -76,9 +76,8 @@ class TrainingParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and exit with status 2."""
         if self.exit_on_error:
-            if value := re.search(r'.*key "(\S+)":.*(?:Given|Got) value: (.*)', message, re.DOTALL):
-                choices = re.search(r"Literal\[([^]]*)\]", message)
-                message = f"--{value[1]} cannot be {value[2]}" + (f", but {choices[1]}" if choices else "")
+            if refused := refused_value(message):
+                message = f"--{refused[0]} {refused[1]}"
             line = " ".join(message.split())
             self.exit(2, f"{self.prog}: {line}; `{self.prog} --help` lists the options\n")
         super().error(message, ex)

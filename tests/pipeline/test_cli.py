@@ -59,6 +59,11 @@ OPTIONS = ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni"]
         (["embed", "a.svs", "--tile-encoder", "uni"], "output"),
         ([*OPTIONS, "--tile-px", "many"], "--tile-px cannot be many"),
         ([*OPTIONS, "--mpp", "nan"], "--mpp cannot be nan"),
+        ([*OPTIONS, "--batch-size", "x"], "--batch-size cannot be x;"),
+        (
+            [*OPTIONS, "--precision", "half"],
+            "--precision cannot be half, but 'auto', 'float32', 'float16', 'bfloat16';",
+        ),
         ([*OPTIONS, "--no-such-option", "1"], "--no-such-option"),
         ([*OPTIONS, "--pool", "max"], "max"),
         (["embed", "--config", "no-such.yaml"], "no-such.yaml"),
