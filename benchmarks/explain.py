@@ -2,7 +2,8 @@
 
     python benchmarks/explain.py [--tiles 1000 10000 50000] [--models longnet gigapath abmil] [--device cuda]
 
-Random weights, random features of length 1,536, one slide, float32 by TF32 products; each runs once before, to compile.
+Random weights, random features of length 1,536, one slide, float32 by TF32 products (exact for occlusion of models without a
+slide encoder); each runs once before, to compile.
 Integrated gradients take 50 steps, occlusion about a thousand squares. `gigapath` has 12 layers of width 768.
 """
 
