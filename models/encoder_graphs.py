@@ -83,7 +83,7 @@ class EncoderGraphs:
         self._training: tuple[bool, ...] = ()
         self._graphs: dict[Any, _Graph] = {}
         self._buffers: dict[Any, Tensor] = {}
-        self._addresses: tuple[int, ...] = ()
+        self._addresses: list[int] = []
         self._pool: Any = None
         self._stream: Any = None
         self._ticket: Callable[[], _Ticket | None] = lambda: None
@@ -98,19 +98,22 @@ class EncoderGraphs:
         self._caller = self._caller or caller
         if caller != self._caller or (ticket is not None and not ticket.done) or not self._look():
             return self._run(features, cells, cu_seqlens)
-        trained = self._trained() if torch.is_grad_enabled() else []
-        if trained or (torch.is_grad_enabled() and features.requires_grad):
-            output: Tensor = _Replay.apply(self, features, cells, cu_seqlens, *trained)
-            return output
+        held = self._parameters()
+        trained = self._trained(held) if torch.is_grad_enabled() else []
+        differentiable = torch.is_grad_enabled() and (len(trained) > 0 or features.requires_grad)
+        graph = self._graph(features if differentiable else features.detach(), cells, held, trained)
         self._ticket = lambda: None
-        return self._replay(self._graph(features.detach(), cells, ()), features, cells, cu_seqlens)
+        output = self._replay(graph, features, cells, cu_seqlens)
+        if differentiable:  # autograd's part comes after the launch: the GPU need not wait for it
+            output = _Replay.apply(self, graph, output, features, *trained)
+        return output
 
     def _look(self) -> bool:
         """Take the modules as they are now; whether graphs can stand for them."""
         if not self._tree or any(
             (*parameters, *children.values()) != seen for parameters, children, seen in self._tree
         ):
-            self._addresses = ()  # graphs of other modules are no more to be used
+            self._addresses = []  # graphs of other modules are no more to be used
             self._seen = list(self._modules())
             self._tree = [
                 (module._parameters, module._modules, (*module._parameters, *module._modules.values()))
@@ -132,8 +135,9 @@ class EncoderGraphs:
     def _parameters(self) -> list[nn.Parameter | None]:
         return [parameters[name] for parameters, name in self._slots]
 
-    def _trained(self) -> list[Tensor]:
-        return [parameter for parameter in self._parameters() if parameter is not None and parameter.requires_grad]
+    @staticmethod
+    def _trained(held: list[nn.Parameter | None]) -> list[Tensor]:
+        return [parameter for parameter in held if parameter is not None and parameter.requires_grad]
 
     @contextmanager
     def _leaves(self, trained: bool) -> Iterator[list[Tensor]]:
@@ -146,7 +150,7 @@ class EncoderGraphs:
             if parameter is not None:
                 parameters[name] = nn.Parameter(parameter.detach(), parameter.requires_grad)
         try:
-            yield self._trained()
+            yield self._trained(self._parameters())
         finally:
             for (parameters, name), parameter in zip(self._slots, held, strict=True):
                 parameters[name] = parameter
@@ -164,15 +168,15 @@ class EncoderGraphs:
         return graph.output[: tiles + 1]
 
     @torch.inference_mode(False)
-    def _graph(self, features: Tensor, cells: Tensor, trained: tuple[Tensor, ...]) -> _Graph:
-        addresses = tuple([0 if parameter is None else parameter.data_ptr() for parameter in self._parameters()])
+    def _graph(self, features: Tensor, cells: Tensor, held: list[nn.Parameter | None], trained: list[Tensor]) -> _Graph:
+        addresses = [0 if parameter is None else parameter.data_ptr() for parameter in held]
         if addresses != self._addresses:
             self._graphs.clear()
             self._buffers.clear()
             self._addresses, self._pool = addresses, torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(features.device)  # type: ignore[no-untyped-call]
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        wanted = (features.requires_grad, *(parameter.data_ptr() for parameter in trained))
+        wanted = (features.requires_grad, *([parameter.data_ptr() for parameter in trained]))
         precision = torch.backends.cuda.matmul.fp32_precision
         tokens = bucket(len(features) + 1)
         key = (tokens, features.dtype, cells.dtype, wanted, autocast, precision, self._training)
@@ -183,7 +187,7 @@ class EncoderGraphs:
                 self._graphs[key] = self._capture(tokens, features, cells, trained)
         return self._graphs[key]
 
-    def _capture(self, rows: int, features: Tensor, cells: Tensor, trained: tuple[Tensor, ...]) -> _Graph:
+    def _capture(self, rows: int, features: Tensor, cells: Tensor, trained: list[Tensor]) -> _Graph:
         """For up to `rows` tokens, of which one is no tile."""
         differentiable = features.requires_grad or len(trained) > 0
         inputs = self._buffer("features", features)[: rows - 1].detach().requires_grad_(features.requires_grad)
@@ -239,14 +243,12 @@ class EncoderGraphs:
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, graphs: EncoderGraphs, features: Tensor, cells: Tensor, cu_seqlens: Tensor, *trained: Tensor
+        ctx: Any, graphs: EncoderGraphs, graph: _Graph, output: Tensor, features: Tensor, *trained: Tensor
     ) -> Tensor:
-        with torch.enable_grad():
-            graph = graphs._graph(features, cells, trained)
         ctx.ticket = _Ticket()
         graphs._ticket = weakref.ref(ctx.ticket)
         ctx.graphs, ctx.graph, ctx.tiles = graphs, graph, len(features)
-        return graphs._replay(graph, features, cells, cu_seqlens).clone()
+        return output.clone()
 
     @staticmethod
     @once_differentiable
@@ -262,4 +264,4 @@ class _Replay(torch.autograd.Function):
         if grads:
             torch._foreach_copy_(grads, graph.grad_parameters)
         grad_features = None if graph.grad_features is None else graph.grad_features[: ctx.tiles].clone()
-        return (None, grad_features, None, None, *grads)
+        return (None, None, None, grad_features, *grads)
