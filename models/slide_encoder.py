@@ -1,6 +1,7 @@
 """Slide encoders of the GigaPath family: tile embeddings and their grid cells in, a slide embedding out."""
 
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -323,21 +324,45 @@ class _Slides:
             self._of_tile = torch.arange(len(lengths), device=device).repeat_interleave(
                 counts, output_size=sum(lengths)
             )
-        self._check = self._begin_check() if torch.is_grad_enabled() else None
+        self._ready: torch.cuda.Event | None = None
+        if grid_cells.is_cuda and not torch.compiler.is_compiling():
+            self._ready = torch.cuda.current_stream(grid_cells.device).record_event()
 
     def rows_of_tiles(self) -> Tensor:
         """`(T,)` int64, where each tile is among the tokens."""
         rows = torch.arange(1, len(self.grid_cells) + 1, device=self.grid_cells.device)
         return rows if self._of_tile is None else rows + self._of_tile
 
-    def _begin_check(self) -> "CellCheck | None":
-        return CellCheck(self.grid_cells, self._of_tile) if len(self.grid_cells) else None
-
     def check(self) -> None:
-        """Refuse grid cells that cannot be right: with gradients as soon as that is known, else at the end."""
-        check = self._check or self._begin_check()
-        if check is not None:
-            check.finish()
+        """Refuse grid cells that cannot be right. On a GPU beside what has been launched, so that nothing waits for it.
+
+        Raises:
+            LongslideError: A negative cell or one beyond any slide, or two tiles of a slide in one cell.
+        """
+        if len(self.grid_cells) == 0:
+            return
+        if self._ready is None:
+            faults = cell_faults(self.grid_cells, self._of_tile).tolist()
+        else:
+            with torch.cuda.stream(_side_stream(self.grid_cells.device)):
+                torch.cuda.current_stream().wait_event(self._ready)
+                faults = cell_faults(self.grid_cells, self._of_tile).tolist()
+        outside, twice = faults
+        if outside:
+            raise LongslideError(
+                f"grid cell below 0 or of {MAX_CELL:,} or more: cells are coords // step_level0, counted from the slide's "
+                "corner"
+            )
+        if twice:
+            raise LongslideError(
+                "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 "
+                "pixels"
+            )
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:
@@ -364,48 +389,20 @@ MAX_CELL = 2**22
 """No slide has as many columns or rows of tiles; 2 ** 19 slides of them fit an int64 each."""
 
 
-class CellCheck:
-    """Finds positions that cannot be right while what comes after is launched.
+def cell_faults(grid_cells: Tensor, slide: Tensor | None) -> Tensor:
+    """Whether a cell is negative or beyond any slide, and whether two tiles of a slide are in one: two booleans.
 
     Args:
         grid_cells: `(T, 2)` integer (column, row) of each tile.
         slide: `(T,)` the slide each tile belongs to; None for one slide.
     """
-
-    def __init__(self, grid_cells: Tensor, slide: Tensor | None) -> None:
-        grid_cells = grid_cells.long()
-        columns, rows = grid_cells.unbind(-1)
-        place = torch.add(columns, rows, alpha=MAX_CELL)
-        if slide is not None:
-            place.add_(slide, alpha=MAX_CELL * MAX_CELL)
-        ordered = place.sort().values
-        self._faults = torch.stack([(grid_cells // MAX_CELL).any(), (ordered[1:] == ordered[:-1]).any()])
-        self._done: torch.cuda.Event | None = None
-        # Answered in its turn, not after all that is launched by the time it is asked for.
-        if self._faults.is_cuda and not torch.compiler.is_compiling():
-            self._faults = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(self._faults, non_blocking=True)
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record(torch.cuda.current_stream(grid_cells.device))
-
-    def finish(self) -> None:
-        """Refuse them.
-
-        Raises:
-            LongslideError: A negative cell or one beyond any slide, or two tiles of a slide in one cell.
-        """
-        if self._done is not None:
-            self._done.synchronize()
-        outside, twice = self._faults.tolist()
-        if outside:
-            raise LongslideError(
-                f"grid cell below 0 or of {MAX_CELL:,} or more: cells are coords // step_level0, counted from the slide's "
-                "corner"
-            )
-        if twice:
-            raise LongslideError(
-                "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 "
-                "pixels"
-            )
+    grid_cells = grid_cells.long()
+    columns, rows = grid_cells.unbind(-1)
+    place = torch.add(columns, rows, alpha=MAX_CELL)
+    if slide is not None:
+        place.add_(slide, alpha=MAX_CELL * MAX_CELL)
+    ordered = place.sort().values
+    return torch.stack([(grid_cells // MAX_CELL).any(), (ordered[1:] == ordered[:-1]).any()])
 
 
 def create_slide_encoder(

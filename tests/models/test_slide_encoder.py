@@ -169,6 +169,25 @@ def test_input_whose_positions_cannot_be_right_is_refused(
         small(features, where)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: streams")
+@pytest.mark.parametrize("tiles", [600, 20_000])
+@pytest.mark.parametrize("trained", [False, True])
+def test_cells_are_checked_beside_the_encoder_but_not_before_they_are_there(tiles: int, trained: bool) -> None:
+    encoder = create_slide_encoder("gigapath", checkpoint="random", **SMALL).to("cuda", torch.bfloat16)
+    features = torch.randn(1, tiles, 48, device="cuda", dtype=torch.bfloat16)
+    right = cells(tiles // 10, 10).cuda()
+    with torch.set_grad_enabled(trained):
+        encoder(features, right)
+        late = torch.zeros_like(right)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(right)
+        encoder(features, late)
+        torch.cuda._sleep(50_000_000)
+        late[0, 0].copy_(right[0, 1])
+        with pytest.raises(LongslideError, match="two tiles in one grid cell"):
+            encoder(features, late)
+
+
 def test_the_same_cell_on_two_slides_of_a_batch_is_no_clash(small: SlideEncoder) -> None:
     assert small(torch.randn(2, 6, 48), cells(3, 2).expand(2, -1, -1)).shape == (2, 64)
 
