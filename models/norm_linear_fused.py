@@ -149,18 +149,15 @@ def _linear(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch.nn.functional.linear(y, weight.to(y.dtype), bias.to(y.dtype))
 
 
-def _column_sums(x: Tensor) -> Tensor:
-    """Sums over the rows of a contiguous matrix, float32."""
-    columns, rows = 128, 32
+def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums over the rows of a contiguous matrix, in float32 before they are rounded to `dtype`."""
+    few = len(x) <= 1024  # then one launch of narrow programs; else some sums, then their sum
+    columns, rows = (32, 128) if few else (128, 32)
     across = triton.cdiv(x.shape[1], columns)
-    for most in (max(1, PROGRAMS // across), 1):  # some sums, then their sum
-        programs = min(triton.cdiv(len(x), rows), most)
-        sums = torch.empty(programs, x.shape[1], dtype=torch.float32, device=x.device)
-        _sum_rows[(across, programs)](x, sums, len(x), N=x.shape[1], BLOCK=columns, ROWS=rows, num_warps=4)
-        if programs == 1:
-            break
-        x = sums
-    return sums[0]
+    programs = 1 if few else min(triton.cdiv(len(x), rows), max(2, PROGRAMS // across))
+    sums = torch.empty(programs, x.shape[1], dtype=dtype if few else torch.float32, device=x.device)
+    _sum_rows[(across, programs)](x, sums, len(x), N=x.shape[1], BLOCK=columns, ROWS=rows, num_warps=4)
+    return sums[0] if few else _column_sums(sums, dtype)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -213,14 +210,14 @@ class _NormLinear(torch.autograd.Function):
             TOTAL=grad_total is not None, SUM=grad_sum is not grad_x, GELU=gelu,
             STAGES=3 if held <= 8192 else 1, **shape,
         )  # fmt: skip
-        grad_norm_weight, grad_norm_bias = _column_sums(grad_norm).to(norm_weight.dtype).split(width)
+        grad_norm_weight, grad_norm_bias = _column_sums(grad_norm, norm_weight.dtype).split(width)
         return (
             grad_x,
             None if residual_dtype is None else grad_sum,
             grad_norm_weight,
             grad_norm_bias,
             (grad.T @ y).to(weight.dtype) if ctx.needs_input_grad[4] else None,
-            _column_sums(grad).to(bias_dtype) if ctx.needs_input_grad[5] else None,
+            _column_sums(grad, bias_dtype) if ctx.needs_input_grad[5] else None,
             None,
             None,
         )
