@@ -41,12 +41,12 @@ What was tried, on an H200 at 70,000 tokens, milliseconds of a layer forward / b
   exponentials by polynomials (12% slower); the ragged end of a segment masked by its addend in the same loop (2 to 13%
   slower).
 - Nor by exponentials beside the matrix units within a program (the product with the values left to the next step, in
-  registers, two steps unrolled so that Triton does not overwrite them under way): forward 3.46 -> 3.6 to 4.0 in 10 block
-  shapes, since its registers and stages cost programs. Nor by half the reads (blocks of 128 queries in 128 or 168 registers):
-  3.6 to 3.8, backward of the queries 4.3 -> 4.4 to 4.7.
-What is left: the card's power. A forward begins at 1,965 MHz with 3.13 ms and is held at 700 W from then on: 1,650 MHz, 3.60 ms;
-the backward goes from 9.06 to 9.70, the 8192-cubed matrix product from 775 to 677 TFLOP/s at 1,515 MHz. Rows of 64 columns for 48
-make a third more products than are asked for.
+  registers, two steps unrolled so that Triton does not overwrite them under way): forward 3.5 -> 3.55 at best in 18 block
+  shapes, since registers and stages cost programs. Nor by half the reads (blocks of 128 queries in 128 or 168 registers):
+  forward 3.6 to 4.2, backward of the queries 4.3 to 4.7 from 4.3.
+What is left: the card's power. A forward begins with 3.13 ms at 1,965 MHz and is held at 700 W from then on, at 1,650 MHz:
+3.60 ms; the backward goes from 9.06 to 9.70, the 8192-cubed matrix product from 775 to 677 TFLOP/s. Rows of 64 columns for
+48 make a third more products than are asked for.
 Below 2,048 tokens dense attention is faster: the kernels are then as long as their longest program, 16 blocks of keys one
 after the other.
 """
