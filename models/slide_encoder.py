@@ -341,7 +341,7 @@ class _Slides:
         """
         if len(self.grid_cells) == 0:
             return
-        if self._ready is None:
+        if self._ready is None or torch.compiler.is_compiling():
             faults = cell_faults(self.grid_cells, self._of_tile).tolist()
         else:
             with torch.cuda.stream(_side_stream(self.grid_cells.device)):
