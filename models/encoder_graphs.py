@@ -101,8 +101,8 @@ class EncoderGraphs:
         held = self._parameters()
         trained = self._trained(held) if torch.is_grad_enabled() else []
         differentiable = torch.is_grad_enabled() and (len(trained) > 0 or features.requires_grad)
+        self._ticket = lambda: None  # first: a capture that fails has changed the buffers
         graph = self._graph(features if differentiable else features.detach(), cells, held, trained)
-        self._ticket = lambda: None
         output = self._replay(graph, features, cells, cu_seqlens)
         if differentiable:  # autograd's part comes after the launch: the GPU need not wait for it
             output = _Replay.apply(self, graph, output, features, *trained)

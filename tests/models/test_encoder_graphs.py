@@ -121,6 +121,17 @@ def test_a_gradient_whose_activations_are_gone_is_refused(layers: Layers) -> Non
         layers.weight_gradient(output)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_so_it_is_after_a_forward_that_failed(layers: Layers, trained: bool) -> None:
+    output = layers(torch.randn(40, 8))
+    layers.weight_gradient(output, retain_graph=True)
+    full = mock.patch.object(layers.net, "forward", side_effect=torch.OutOfMemoryError)
+    with full, pytest.raises(torch.OutOfMemoryError), torch.set_grad_enabled(trained):
+        layers(torch.randn(300, 8))
+    with pytest.raises(RuntimeError, match="second backward comes too late"):
+        layers.weight_gradient(output)
+
+
 def test_other_modules_modes_and_hooks_are_noticed(layers: Layers) -> None:
     x = torch.randn(50, 8)
     with torch.no_grad():
