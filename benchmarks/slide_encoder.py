@@ -67,7 +67,7 @@ def forward(encoder: SlideEncoder, *batch: Tensor) -> None:
 
 def step(encoder: SlideEncoder, *batch: Tensor) -> None:
     encoder(*batch).float().square().sum().backward()
-    encoder.zero_grad(set_to_none=True)  # while the GPU works, as in a training loop
+    encoder.zero_grad(set_to_none=True)  # while the GPU works
 
 
 def table(tokens: list[int]) -> None:

@@ -176,7 +176,7 @@ class EncoderGraphs:
             self._addresses, self._pool = addresses, torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(features.device)  # type: ignore[no-untyped-call]
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        wanted = (features.requires_grad, *([parameter.data_ptr() for parameter in trained]))
+        wanted = (features.requires_grad, *[parameter.data_ptr() for parameter in trained])
         precision = torch.backends.cuda.matmul.fp32_precision
         tokens = bucket(len(features) + 1)
         key = (tokens, features.dtype, cells.dtype, wanted, autocast, precision, self._training)

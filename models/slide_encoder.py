@@ -213,9 +213,8 @@ class SlideEncoder(nn.Module):
             return False
         if not has_kernels(tile_features) or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
             return False
-        if torch._C._autograd._top_saved_tensors_default_hooks(
-            True
-        ):  # of a checkpoint around the encoder: it saves nothing
+        # Hooks of a checkpoint around the encoder, which saves nothing.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True):
             return False
         if getattr(self, "_is_replica", False):  # of DataParallel: it shares the graphs of another GPU's encoder
             return False
@@ -324,7 +323,7 @@ class _Slides:
             self._of_tile = torch.arange(len(lengths), device=device).repeat_interleave(
                 counts, output_size=sum(lengths)
             )
-        self._ready: torch.cuda.Event | None = None
+        self._ready: torch.cuda.Event | None = None  # when the cells are there, for the stream that checks them
         if grid_cells.is_cuda and not torch.compiler.is_compiling():
             self._ready = torch.cuda.current_stream(grid_cells.device).record_event()
 

@@ -122,7 +122,7 @@ def test_a_gradient_whose_activations_are_gone_is_refused(layers: Layers) -> Non
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_so_it_is_after_a_forward_that_failed(layers: Layers, trained: bool) -> None:
+def test_such_a_gradient_is_refused_after_a_forward_that_failed_too(layers: Layers, trained: bool) -> None:
     output = layers(torch.randn(40, 8))
     layers.weight_gradient(output, retain_graph=True)
     full = mock.patch.object(layers.net, "forward", side_effect=torch.OutOfMemoryError)
