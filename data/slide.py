@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import openslide
 from openslide import lowlevel
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ..errors import LongslideError
 from .mpp import Mpp, resolve_mpp
@@ -233,6 +233,8 @@ def _open_handle(path: Path, cache: openslide.OpenSlideCache) -> openslide.Abstr
         raise LongslideError(f"{path}: a broken or truncated slide ({error}); copy it again") from error
     try:
         with Image.open(path) as picture:
+            if isinstance(picture, ImageFile.StubImageFile):  # known to Pillow but not read, such as a feature file
+                raise UnidentifiedImageError
             if picture.mode.startswith(("I", "F")):  # Pillow would clip it to white
                 raise LongslideError(f"{path}: an image of more than 8 bits a channel; convert it to 8-bit RGB")
         image = openslide.ImageSlide(str(path))

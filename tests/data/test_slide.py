@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h5py
 import numpy as np
 import openslide
 import pytest
@@ -192,10 +193,16 @@ def sixteen_bits(path: Path) -> None:
     Image.fromarray(picture()[..., 1].astype(np.uint16) * 256).save(path, format="png")
 
 
+def hdf5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["coords"] = np.zeros((2, 2), int)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (not_a_slide, "not a slide"),
+        (hdf5, "not a slide or image"),
         (zero_bytes, "empty"),
         (truncated_slide, "truncated|broken"),
         (truncated_image, "truncated|broken"),
