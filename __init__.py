@@ -6,41 +6,41 @@ The public functions are loaded when first used, so that `import longslide` and 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .version import __version__
+
 if TYPE_CHECKING:
-    from .data.features import Features as Features
-    from .data.features import read_features as read_features
-    from .data.slide import Slide as Slide
-    from .data.slide import open_slide as open_slide
+    from .data.features.feature_file import Features as Features
+    from .data.features.feature_file import read_features as read_features
+    from .data.slides.slide import Slide as Slide
+    from .data.slides.slide import open_slide as open_slide
     from .data.synthetic import write_synthetic_slide as write_synthetic_slide
     from .errors import LongslideError as LongslideError
     from .evaluation import evaluate as evaluate
-    from .models.dilated_attention import dilated_attention as dilated_attention
-    from .models.slide_encoder import create_slide_encoder as create_slide_encoder
-    from .models.tile_encoder import create_tile_encoder as create_tile_encoder
-    from .pipeline.compare import compare as compare
-    from .pipeline.doctor import doctor as doctor
-    from .pipeline.embed import embed as embed
-    from .pipeline.explain import explain as explain
-    from .pipeline.predict import predict as predict
-
-__version__ = "0.1.0"
+    from .models.slide_encoder.dilated_attention import dilated_attention as dilated_attention
+    from .models.slide_encoder.encoder import create_slide_encoder as create_slide_encoder
+    from .models.tile_encoder.encoder import create_tile_encoder as create_tile_encoder
+    from .pipeline.embed.doctor import doctor as doctor
+    from .pipeline.embed.embed import embed as embed
+    from .pipeline.predict.explain import explain as explain
+    from .pipeline.predict.predict import predict as predict
+    from .pipeline.report.compare import compare as compare
 
 _HOME = {
-    "Features": ".data.features",
-    "read_features": ".data.features",
-    "Slide": ".data.slide",
-    "open_slide": ".data.slide",
+    "Features": ".data.features.feature_file",
+    "read_features": ".data.features.feature_file",
+    "Slide": ".data.slides.slide",
+    "open_slide": ".data.slides.slide",
     "write_synthetic_slide": ".data.synthetic",
     "LongslideError": ".errors",
-    "dilated_attention": ".models.dilated_attention",
-    "create_slide_encoder": ".models.slide_encoder",
-    "create_tile_encoder": ".models.tile_encoder",
+    "dilated_attention": ".models.slide_encoder.dilated_attention",
+    "create_slide_encoder": ".models.slide_encoder.encoder",
+    "create_tile_encoder": ".models.tile_encoder.encoder",
     "evaluate": ".evaluation",
-    "compare": ".pipeline.compare",
-    "doctor": ".pipeline.doctor",
-    "embed": ".pipeline.embed",
-    "explain": ".pipeline.explain",
-    "predict": ".pipeline.predict",
+    "compare": ".pipeline.report.compare",
+    "doctor": ".pipeline.embed.doctor",
+    "embed": ".pipeline.embed.embed",
+    "explain": ".pipeline.predict.explain",
+    "predict": ".pipeline.predict.predict",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -59,8 +59,8 @@ from pathlib import Path
 import torch
 import triton
 from longslide import dilated_attention
-from longslide.models.dilated_attention import dilated_self_attention
-from longslide.models.dilated_attention.attend import attend
+from longslide.models.slide_encoder.dilated_attention import dilated_self_attention
+from longslide.models.slide_encoder.dilated_attention.attend import attend
 from torch import Tensor
 
 SEGMENT_LENGTHS = (1024, 5792, 32768, 185363, 1048576)

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from longslide import create_tile_encoder, open_slide
-from longslide.data.grid import make_grid
-from longslide.data.slide import Slide
-from longslide.data.stream import TileBatch, TileStream
+from longslide.data.slides.slide import Slide
 from longslide.data.synthetic import write_pyramid, write_synthetic_slide
-from longslide.data.tissue import Tissue
-from longslide.pipeline.tile_embedding import TileEmbedder, resolve_device, resolve_precision
+from longslide.data.tiles.grid import make_grid
+from longslide.data.tiles.stream import TileBatch, TileStream
+from longslide.data.tissue.optical_density import Tissue
+from longslide.pipeline.embed.tile_embedding import TileEmbedder, resolve_device, resolve_precision
 
 
 def synthetic_slide(folder: Path) -> Path:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from longslide.models.classifier import SlideClassifier, TrainingFacts
-from longslide.models.classifier_ensemble import ClassifierEnsemble
-from longslide.models.classifier_explanation import explain_ensemble
-from longslide.models.explain import METHODS
+from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
+from longslide.models.classifier.ensemble import ClassifierEnsemble
+from longslide.models.explain.classifier import explain_ensemble
+from longslide.models.explain.methods import METHODS
 from longslide.task import Task
 
 DIM = 1536

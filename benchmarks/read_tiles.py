@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import openslide
-from longslide.data.grid import Grid, make_grid
-from longslide.data.slide import open_slide
-from longslide.data.stream import TileStream
+from longslide.data.slides.slide import open_slide
 from longslide.data.synthetic import write_pyramid, write_synthetic_slide
-from longslide.data.tissue import Tissue
+from longslide.data.tiles.grid import Grid, make_grid
+from longslide.data.tiles.stream import TileStream
+from longslide.data.tissue.optical_density import Tissue
 from PIL import Image
 
 

@@ -15,9 +15,9 @@ import time
 import torch
 import torch.distributed as dist
 from longslide import create_slide_encoder
-from longslide.models.dilated_attention.parallel_plan import make_plan
-from longslide.models.sequence_parallel import own_tiles
-from longslide.models.slide_encoder import SlideEncoder
+from longslide.models.slide_encoder.dilated_attention.parallel_plan import make_plan
+from longslide.models.slide_encoder.encoder import SlideEncoder
+from longslide.models.slide_encoder.sequence_parallel import own_tiles
 
 CUDA = torch.cuda.is_available()
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from longslide import create_slide_encoder
-from longslide.models.slide_encoder import SlideEncoder
+from longslide.models.slide_encoder.encoder import SlideEncoder
 from torch import Tensor
 
 NAN = float("nan")

@@ -19,10 +19,10 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from longslide.data.bag_data import BagDataModule
-from longslide.data.features import Features, write_features
-from longslide.models.classifier import SlideClassifier, TrainingFacts
-from longslide.models.slide_encoder_aggregator import GigaPathOptions
+from longslide.data.cohort.datamodule import BagDataModule
+from longslide.data.features.feature_file import Features, write_features
+from longslide.models.aggregators.slide_encoder import GigaPathOptions
+from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from torch.profiler import ProfilerActivity, profile
 
 

@@ -12,25 +12,28 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from .. import __version__
 from ..errors import LongslideError
+from ..version import __version__
 
 # Command -> (the module that holds the function of that name, one line for `longslide --help`).
 # A module is imported only when its command is asked for, and imports torch only when it runs.
 COMMANDS = {
-    "doctor": (".doctor", "Check slides, weights and this machine before the GPU hours are spent."),
-    "embed": (".embed", "Embed slides: one feature file a slide, with tile embeddings and a slide embedding."),
+    "doctor": (".embed.doctor", "Check slides, weights and this machine before the GPU hours are spent."),
+    "embed": (".embed.embed", "Embed slides: one feature file a slide, with tile embeddings and a slide embedding."),
     "predict": (
-        ".predict",
+        ".predict.predict",
         "Predict new slides with a trained classifier, and show which tiles speak for and against.",
     ),
-    "report": (".report", "Write an HTML page over the results of predict: table, overlays, galleries, failures."),
+    "report": (
+        ".report.report",
+        "Write an HTML page over the results of predict: table, overlays, galleries, failures.",
+    ),
     "compare": (
-        ".compare",
+        ".report.compare",
         "Compare runs on the same patients: every metric with its interval, and paired differences.",
     ),
     "attention-map": (
-        ".attention_map",
+        ".attention_map.attention_map",
         "Draw which keys each query sees under an attention pattern, and what it costs.",
     ),
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
@@ -38,9 +41,9 @@ COMMANDS = {
 
 # Commands whose options are those of trainer, data module and model: they take the words after them.
 TRAINING_COMMANDS = {
-    "fit": (".fit", "Train a slide classifier on feature files, or pretrain a slide encoder."),
-    "crossval": (".crossval", "Train a classifier a fold, and evaluate on the patients each has not seen."),
-    "test": (".test", "Evaluate a trained classifier on another cohort."),
+    "fit": (".train.fit", "Train a slide classifier on feature files, or pretrain a slide encoder."),
+    "crossval": (".train.crossval", "Train a classifier a fold, and evaluate on the patients each has not seen."),
+    "test": (".train.test", "Evaluate a trained classifier on another cohort."),
 }
 
 

@@ -10,8 +10,8 @@ from rich.markup import escape
 
 from ..data.synthetic import TEXTURES, Texture, write_synthetic_slide
 from ..errors import LongslideError
-from .embed import embed
-from .job import make_output_folder
+from .batch.ledger import make_output_folder
+from .embed.embed import embed
 
 ENCODERS = {
     "tile_encoder": "vit_tiny_patch16_224",
@@ -54,9 +54,9 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
     if not all(result.features for result in results):
         return results
 
-    from .crossval import crossval
-    from .predict import predict
-    from .report import report
+    from .predict.predict import predict
+    from .report.report import report
+    from .train.crossval import crossval
 
     console.rule("Train")
     runs = [output / "runs" / model for model in MODELS]
@@ -136,7 +136,7 @@ def _write_slide(path: Path, texture: Texture, mpp: float | None, seed: int) -> 
 
 
 def _trainer_words(device: str) -> list[str]:
-    from .tile_embedding import resolve_device
+    from .embed.tile_embedding import resolve_device
 
     resolved = resolve_device(device)
     words = ["--trainer.accelerator", "cpu" if resolved.type == "cpu" else "gpu"]

@@ -6,10 +6,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from longslide.data.augmentation import Augmentation
-from longslide.data.bag_data import BagDataModule
-from longslide.models.classifier import SlideClassifier
-from longslide.models.tile_encoder import create_tile_encoder, load_tile_encoder_spec
+from longslide.data.cohort.augmentation import Augmentation
+from longslide.data.cohort.datamodule import BagDataModule
+from longslide.models.classifier.classifier import SlideClassifier
+from longslide.models.tile_encoder.encoder import create_tile_encoder, load_tile_encoder_spec
 from longslide.pipeline.cli import COMMANDS, TRAINING_COMMANDS
 
 ROOT = Path(__file__).parent.parent

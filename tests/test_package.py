@@ -7,7 +7,7 @@ from pathlib import Path
 
 import longslide
 import pytest
-from longslide.models.tile_encoder_spec import list_tile_encoders, load_tile_encoder_spec
+from longslide.models.tile_encoder.spec import list_tile_encoders, load_tile_encoder_spec
 
 ROOT = Path(__file__).parent.parent
 

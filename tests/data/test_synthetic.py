@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 import openslide
 import pytest
-from longslide.data.slide import open_slide
+from longslide.data.slides.slide import open_slide
 from longslide.data.synthetic import write_pyramid, write_synthetic_slide
-from longslide.data.tissue import find_tissue
+from longslide.data.tissue.optical_density import find_tissue
 from longslide.errors import LongslideError
 
 SIZE = (1500, 1200)

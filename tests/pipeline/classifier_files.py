@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from longslide.data.feature_cache import FeatureCache
-from longslide.data.feature_statistics import FeatureStatistics
-from longslide.data.feature_survey import survey_features
-from longslide.models.abmil import ABMILOptions
-from longslide.models.classifier import SlideClassifier, TrainingFacts
+from longslide.data.features.cache import FeatureCache
+from longslide.data.features.statistics import FeatureStatistics
+from longslide.data.features.survey import survey_features
+from longslide.models.aggregators.abmil import ABMILOptions
+from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.task import Task
 
 ENCODER = """

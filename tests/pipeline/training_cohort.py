@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from longslide.data.features import Features, write_features
+from longslide.data.features.feature_file import Features, write_features
 
 
 def write_cohort(

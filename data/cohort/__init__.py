@@ -1,0 +1,1 @@
+"""Tables of slides and patients: labels, splits, bags, batches."""

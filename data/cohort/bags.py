@@ -1,0 +1,216 @@
+"""Bags: the tiles of a slide, or of all slides of a patient, with a target; and the packed batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ...errors import LongslideError
+from ..features.cache import FeatureCache, SlideTiles
+from .augmentation import Augmentation
+from .cohort import Cohort
+from .table import listed
+
+BagKey = tuple[int, int, int]
+"""A draw of a bag: its number, the epoch, and which of its draws in this epoch. All randomness of a bag is a function of the
+seed and this key, so neither worker processes nor an interruption change it."""
+
+
+@dataclass(frozen=True)
+class Bag:
+    """One sample.
+
+    Attributes:
+        patient_id: The patient.
+        slide_ids: The slides: one, or all of the patient.
+        files: Their feature files.
+        tiles: Tiles of each slide.
+        target: Target as in `Cohort.targets`; None without labels.
+    """
+
+    patient_id: str
+    slide_ids: tuple[str, ...]
+    files: tuple[Path, ...]
+    tiles: tuple[int, ...]
+    target: np.ndarray | None
+
+
+def make_bags(cohort: Cohort, rows: np.ndarray, tiles: np.ndarray, unit: Literal["slide", "patient"]) -> list[Bag]:
+    """Bags of some slides of a cohort.
+
+    Args:
+        cohort: The cohort.
+        rows: Row numbers of the slides.
+        tiles: `(N,)` tiles of each slide of the cohort.
+        unit: A bag a slide, or a bag a patient.
+
+    Returns:
+        The bags in the order of the rows; a patient comes where the first of its slides is.
+
+    Raises:
+        LongslideError: A bag a patient was asked for, and the slides of a patient have different labels.
+    """
+    patients = cohort.rows["patient_id"]
+    if unit == "slide":
+        groups = [[row] for row in rows.tolist()]
+    else:
+        mixed = cohort.mixed_patients
+        if mixed:
+            raise LongslideError(
+                f"{len(mixed)} patients have slides with different labels ({listed(mixed)}); use --data.bags slide, or give "
+                "each patient one label"
+            )
+        together: dict[str, list[int]] = {}
+        for row in rows.tolist():
+            together.setdefault(patients[row], []).append(row)
+        groups = list(together.values())
+    return [
+        Bag(
+            patient_id=patients[group[0]],
+            slide_ids=tuple(cohort.rows["slide_id"][group]),
+            files=tuple(cohort.files[row] for row in group),
+            tiles=tuple(int(tiles[row]) for row in group),
+            target=None if cohort.targets is None else _joined(cohort.targets[group]),
+        )
+        for group in groups
+    ]
+
+
+def _joined(targets: np.ndarray) -> np.ndarray:
+    """The target of slides that agree wherever they have one."""
+    if targets.dtype.kind != "f":
+        return np.asarray(targets[0])
+    has_label = ~np.isnan(targets)
+    return np.asarray(np.where(has_label.any(0), np.where(has_label, targets, -np.inf).max(0), np.nan), targets.dtype)
+
+
+class BagDataset(Dataset[dict[str, Tensor]]):
+    """Batches of bags. An item is a whole packed batch: it is asked for by the keys of its bags.
+
+    Args:
+        bags: The bags.
+        cache: Reads their features.
+        augmentation: Changes the bags; None leaves them as they are.
+        max_tiles: Tiles of a bag at most: more are drawn from at random. None keeps all.
+        feature_std: `(D,)` the unit of the augmentation's noise.
+        seed: With the key of a bag it makes its random numbers.
+    """
+
+    def __init__(
+        self,
+        bags: Sequence[Bag],
+        cache: FeatureCache,
+        *,
+        augmentation: Augmentation | None = None,
+        max_tiles: int | None = None,
+        feature_std: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.bags = list(bags)
+        self.cache = cache
+        self.augmentation = augmentation
+        self.max_tiles = max_tiles
+        self.feature_std = feature_std
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Number of bags."""
+        return len(self.bags)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`(bags,)` int64 most tiles that each bag gives: known without reading it."""
+        dropout = 0.0 if self.augmentation is None else self.augmentation.tile_dropout
+        kept = [sum(max(1, round(count * (1 - dropout))) for count in bag.tiles) for bag in self.bags]
+        return np.minimum(np.array(kept, np.int64), self.max_tiles or np.iinfo(np.int64).max)
+
+    def __getitem__(self, keys: int | Sequence[BagKey]) -> dict[str, Tensor]:
+        """The packed batch of these bags; a number stands for that bag alone, as in epoch 0."""
+        if isinstance(keys, int):
+            keys = [(keys, 0, 0)]
+        return collate([self.sample(key) for key in keys])
+
+    def sample(self, key: BagKey) -> dict[str, Any]:
+        """One bag: `tile_features` `(N, D)`, `grid_cells` `(N, 2)` int64 row by row, `index`, `target`, `slide_embedding`.
+
+        Raises:
+            LongslideError: A file cannot be read.
+        """
+        index, epoch, draw = key
+        bag = self.bags[index]
+        rng = np.random.default_rng([self.seed, index, epoch, draw])
+        slides = [self.cache.read(path) for path in bag.files]
+        chosen = [self._changed(slide, rng) for slide in slides]
+        cells = _side_by_side([cells for _, cells in chosen])
+        order = np.lexsort((cells[:, 0], cells[:, 1]))
+        if self.max_tiles is not None and len(order) > self.max_tiles:
+            order = order[np.sort(rng.choice(len(order), self.max_tiles, replace=False))]
+        if len(chosen) == 1:
+            features = _taken(slides[0].features, chosen[0][0][order])
+        else:
+            features = np.concatenate([slide.features[kept] for slide, (kept, _) in zip(slides, chosen, strict=True)])[
+                order
+            ]
+        if self.augmentation is not None and self.augmentation.noise > 0:
+            assert self.feature_std is not None
+            features = self.augmentation.add_noise(features, self.feature_std, rng)
+        sample = {"tile_features": features, "grid_cells": cells[order], "index": index, "target": bag.target}
+        embeddings = [slide.slide_embedding for slide in slides if slide.slide_embedding is not None]
+        if len(embeddings) == len(slides):
+            sample["slide_embedding"] = np.mean(embeddings, axis=0, dtype=np.float32)
+        return sample
+
+    def _changed(self, slide: SlideTiles, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the tiles that stay, and their cells."""
+        if self.augmentation is None:
+            return np.arange(len(slide.cells)), slide.cells
+        kept = self.augmentation.keep(slide.cells, rng)
+        return kept, self.augmentation.move(slide.cells[kept], rng)
+
+
+def _taken(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """These rows; without a copy if they are all, in order."""
+    return features if len(rows) == len(features) and (np.diff(rows) > 0).all() else features[rows]
+
+
+def _side_by_side(grids: Sequence[np.ndarray]) -> np.ndarray:
+    """Lay the grids of slides beside each other, an empty column between them, so that no two tiles share a cell."""
+    if len(grids) == 1:
+        return grids[0]
+    placed, column = [], 0
+    for cells in grids:
+        corner = cells.min(0)
+        placed.append(cells - corner + np.array([column, 0]))
+        column = int(placed[-1][:, 0].max()) + 2
+    return np.concatenate(placed)
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pack bags end to end: no padding.
+
+    Args:
+        samples: Bags as `BagDataset.sample` gives them.
+
+    Returns:
+        `tile_features` (T, D) float16 or float32, `grid_cells` (T, 2) int64, `cu_seqlens` (B + 1,) int32 from 0, `index`
+        (B,) int64, `target` (not without labels) as in `Cohort.targets`, `slide_embedding` (B, D_slide) float32 if all
+        files have one.
+    """
+    lengths = [len(sample["tile_features"]) for sample in samples]
+    batch = {
+        # Concatenation of float16 and float32 gives float32.
+        "tile_features": torch.from_numpy(np.concatenate([sample["tile_features"] for sample in samples])),
+        "grid_cells": torch.from_numpy(np.concatenate([sample["grid_cells"] for sample in samples])),
+        "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
+    }
+    for name in ("target", "slide_embedding"):
+        values = [sample[name] for sample in samples if sample.get(name) is not None]
+        if len(values) == len(samples):
+            batch[name] = torch.from_numpy(np.stack(values))
+    return batch

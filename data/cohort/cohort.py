@@ -1,0 +1,224 @@
+"""The cohort: which slides there are, whose they are, what is to be predicted of them, where their features lie."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ...errors import LongslideError
+from ...task import CLASSIFICATION, Task, TaskKind
+from .labels import LabelReader
+from .table import (
+    FOLD_COLUMN,
+    PATIENT_COLUMNS,
+    as_text,
+    listed,
+    read_split_folder,
+    read_text_table,
+    require_columns,
+    without_suffix,
+)
+from .task_file import TaskFile, read_task_file
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The slides that have both features and a label.
+
+    Attributes:
+        rows: One row a slide, all columns of the table as text, numbered from 0; `slide_id` is the name of the feature
+            file, `patient_id` is there whatever the table calls it.
+        task: What is to be predicted; None without labels (for self-supervised training).
+        targets: Of each row: `(N,)` int64 class for `binary`, `multiclass`, `ordinal`; `(N, C)` float32 with NaN for
+            missing for `multilabel`; `(N,)` float32 for `regression`; `(N, 2)` float32 time and event for `survival`.
+        files: Feature file of each row.
+        given_splits: The splits that the table itself holds: `slide_id`, `patient_id`, `fold_0`, ...; None if it has none.
+        without_features: Slides of the table that have no feature file.
+        without_label: Feature files without a row in the table, and rows without a label.
+        max_tiles: The limit that a task file sets.
+        notes: What the user should be told.
+    """
+
+    rows: pd.DataFrame
+    task: Task | None
+    targets: np.ndarray | None
+    files: tuple[Path, ...]
+    given_splits: pd.DataFrame | None = None
+    without_features: tuple[str, ...] = ()
+    without_label: tuple[str, ...] = ()
+    max_tiles: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mixed_patients(self) -> list[str]:
+        """Patients whose slides have different labels."""
+        if self.targets is None:
+            return []
+        wide = pd.DataFrame(self.targets.reshape(len(self.targets), -1))
+        different = wide.groupby(self.rows["patient_id"].to_numpy()).nunique().gt(1).any(axis=1)
+        return [str(patient) for patient in different.index[different]]
+
+
+def read_cohort(
+    table: Path | None,
+    features: Path,
+    *,
+    task: TaskKind | None = None,
+    label: str | Sequence[str] | None = None,
+    classes: Sequence[str | int | float] | None = None,
+    times: Sequence[float] | None = None,
+    discrete_time: bool = False,
+    task_file: Path | None = None,
+    all_classes: bool = True,
+) -> Cohort:
+    """Join a table of labels with a folder of feature files.
+
+    Args:
+        table: CSV or Parquet with `slide_id` (a suffix such as `.svs` is taken off), optionally `patient_id` (also
+            `pat_id`, `case_id`), `site`, columns `fold_0`, `fold_1`, ... or `split` of train/val/test, and any others; or a
+            folder of `train_0.csv`, `val_0.csv`, `test_0.csv`, ... as prov-gigapath writes them. None: every feature file
+            is a slide and a patient of its own.
+        features: Folder with `<slide_id>.h5` of any layout that `read_features` takes.
+        task: Kind of task; None reads no labels.
+        label: The label column; several for `multilabel`, time and event for `survival`. Default: `label`.
+        classes: The values of the label column in the order wanted (negative first for `binary`, low to high for
+            `ordinal`). Default: sorted, as numbers if all are numbers.
+        times: Ends of the intervals of discrete-time survival, or times at which Cox survival is reported. Default: from
+            the quarters of the event times, rounded to two digits: like class names, they are part of the question.
+        discrete_time: Discrete-time survival instead of Cox's.
+        task_file: YAML task file of prov-gigapath, instead of `task`, `label` and `classes`.
+        all_classes: Require that each class occurs (and each label both ways, and one event at least).
+
+    Returns:
+        The cohort.
+
+    Raises:
+        LongslideError: The table cannot be read, lacks a column, names a slide twice or leaves a patient empty; a label
+            that is not what the task needs; no slide has both features and a label.
+    """
+    if not features.is_dir():
+        raise LongslideError(
+            f"{features}: no such folder of feature files; give the output folder of `longslide embed`"
+        )
+    asked = _asked(task, task_file)
+    labels = (label,) if isinstance(label, str) else tuple(label or (asked.label if asked else ()))
+    names = tuple(map(as_text, classes or (asked.classes if asked else ())))
+    notes: list[str] = []
+
+    source = table if table is not None else features
+    there = {path.stem: path for path in features.glob("*.h5") if not path.name.startswith(".")}
+    frame, splits = (_every_file(there, features), None) if table is None else _read_table(table, frozenset(names))
+    frame = _with_ids(frame, source, there, notes)
+    ids = frame["slide_id"]
+    own = {"slide_id": ids, "patient_id": frame["patient_id"]}  # the rows of a folder's splits are those of its table
+    splits = _split_columns(frame) if splits is None else splits.assign(**own)
+    has_features = ids.isin(there).to_numpy()
+    if not has_features.any():
+        raise LongslideError(
+            f"{source}: none of its {len(frame)} slides has a feature file such as {features / ids[0]}.h5"
+            + (" (.pt files, which hold no coordinates, are not read)" if any(features.glob("*.pt")) else "")
+        )
+    problem, targets, has_label = None, None, np.ones(len(frame), bool)
+    if asked is not None:
+        reader = LabelReader(source, frame, has_features, labels, names, dict(asked.renamed), all_classes)
+        problem, targets, has_label = reader.read(asked.kind, times, discrete_time)
+    keep = has_features & has_label
+    without_features = tuple(ids[~has_features])
+    without_label = tuple(ids[has_features & ~has_label]) + tuple(sorted(set(there) - set(ids)))
+    if without_features:
+        notes.append(f"{len(without_features)} slides of {source} have no feature file: {listed(without_features)}")
+    if without_label:
+        notes.append(f"{len(without_label)} feature files have no label: {listed(without_label)}")
+    if problem is not None and not names:
+        notes += _choices(problem, times)
+    rows = frame[keep].reset_index(drop=True)
+    return Cohort(
+        rows=rows,
+        task=problem,
+        targets=None if targets is None else targets[keep],
+        files=tuple(there[slide] for slide in rows["slide_id"]),
+        given_splits=splits,
+        without_features=without_features,
+        without_label=without_label,
+        max_tiles=asked.max_tiles if asked else None,
+        notes=tuple(notes),
+    )
+
+
+def _asked(task: TaskKind | None, task_file: Path | None) -> TaskFile | None:
+    if task_file is None:
+        return None if task is None else TaskFile(task)
+    asked = read_task_file(task_file)
+    if task is not None and task != asked.kind and not {task, asked.kind} <= set(CLASSIFICATION):
+        raise LongslideError(f"{task_file}: a task of kind {asked.kind}, and {task} was asked for; drop one of the two")
+    return replace(asked, kind=task or asked.kind)
+
+
+def _choices(task: Task, times: Sequence[float] | None) -> list[str]:
+    """What was settled for the user, who may want it otherwise."""
+    if task.kind in CLASSIFICATION:
+        what = f"classes of {task.label[0]}, in this order: {', '.join(task.classes)}"
+        positive = f"; the positive one is {task.classes[-1]}" if task.kind == "binary" else ""
+        return [f"{what}{positive} (--data.classes for another order)"]
+    if task.kind == "survival" and times is None:
+        return [
+            f"survival is reported at the times {', '.join(f'{time:g}' for time in task.times)} (--data.times for others)"
+        ]
+    return []
+
+
+def _every_file(there: Collection[str], features: Path) -> pd.DataFrame:
+    if not there:
+        raise LongslideError(f"{features}: no feature files (.h5) in this folder")
+    return pd.DataFrame({"slide_id": sorted(there)})
+
+
+def _read_table(table: Path, never_missing: frozenset[str]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    if not table.is_dir():
+        return read_text_table(table, never_missing), None
+    frame = read_split_folder(table)
+    require_columns(table, frame, ["slide_id"])
+    folds = [name for name in frame.columns if FOLD_COLUMN.fullmatch(name)]
+    return frame.drop(columns=folds), frame[["slide_id", *folds]]
+
+
+def _with_ids(frame: pd.DataFrame, source: Path, there: Collection[str], notes: list[str]) -> pd.DataFrame:
+    require_columns(source, frame, ["slide_id"])
+    empty = frame["slide_id"].isna()
+    if empty.any():
+        raise LongslideError(f"{source}: row {int(empty.argmax()) + 1} has no slide_id")
+    ids = frame["slide_id"].map(lambda name: without_suffix(name, there))
+    twice = ids[ids.duplicated()]
+    if len(twice):
+        raise LongslideError(
+            f"{source}: {twice.nunique()} slides are in the table more than once ({listed(list(twice.unique()))}); "
+            "leave one row a slide"
+        )
+    column = next((name for name in PATIENT_COLUMNS if name in frame.columns), None)
+    if column is None:
+        patients = ids
+        notes.append(f"{source} has no column patient_id: each slide is taken for a patient of its own")
+    else:
+        patients = frame[column]
+        if patients.isna().any():
+            raise LongslideError(
+                f"{source}: {column} is empty for {listed(list(ids[patients.isna()]))}; fill it in, so that no patient is "
+                "in two parts of a split"
+            )
+        if column != "patient_id":
+            notes.append(f"patients are those of the column {column}")
+    rest = frame.drop(columns=["slide_id", *({"patient_id"} & set(frame.columns))])
+    return pd.concat([pd.DataFrame({"slide_id": ids, "patient_id": patients}), rest], axis=1).reset_index(drop=True)
+
+
+def _split_columns(frame: pd.DataFrame) -> pd.DataFrame | None:
+    folds = sorted(
+        (name for name in frame.columns if FOLD_COLUMN.fullmatch(name)), key=lambda name: int(name.split("_")[1])
+    )
+    if folds:
+        return frame[["slide_id", "patient_id", *folds]]
+    if "split" in frame.columns and frame["split"].notna().any():
+        return frame[["slide_id", "patient_id", "split"]].rename(columns={"split": "fold_0"})
+    return None

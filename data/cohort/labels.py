@@ -1,0 +1,169 @@
+"""Labels of a cohort: from the text of a table to the targets of a task."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ...errors import LongslideError
+from ...task import Task, TaskKind
+from .table import listed, require_columns
+
+_TRUTH = {"0": 0.0, "1": 1.0, "False": 0.0, "True": 1.0, "false": 0.0, "true": 1.0, "FALSE": 0.0, "TRUE": 1.0}
+
+
+@dataclass(frozen=True)
+class LabelReader:
+    """Reads label columns.
+
+    Attributes:
+        source: The table, for messages.
+        frame: Its rows, all cells text; with `slide_id`.
+        has_features: `(N,)` bool, the rows that count where a label is checked.
+        label: Label columns.
+        classes: Class names in their order; sorted if empty.
+        renamed: Value in the table -> class name, where the two differ.
+        all_classes: Refuse labels in which a class does not occur.
+    """
+
+    source: Path
+    frame: pd.DataFrame
+    has_features: np.ndarray
+    label: tuple[str, ...]
+    classes: tuple[str, ...]
+    renamed: dict[str, str]
+    all_classes: bool
+
+    def read(
+        self, kind: TaskKind, times: Sequence[float] | None, discrete_time: bool
+    ) -> tuple[Task, np.ndarray, np.ndarray]:
+        """The task, the targets of all rows, and which rows have a label.
+
+        Raises:
+            LongslideError: A column is not there, a cell is not what the task needs, or there is nothing to learn.
+        """
+        wanted = {"survival": 2, "multilabel": None}.get(kind, 1)
+        if wanted is not None and len(self.label) != wanted:
+            what = "two label columns, the time and the event" if wanted == 2 else "one label column"
+            raise LongslideError(f"a {kind} task needs {what}, not {', '.join(self.label) or 'none'}; see --data.label")
+        require_columns(self.source, self.frame, self.label)
+        if self.frame.loc[self.has_features, list(self.label)].isna().all(axis=None):
+            raise LongslideError(f"{self.source}: {listed(self.label)} is empty for all slides that have features")
+        if kind == "multilabel":
+            targets = np.stack([self._numbers(name, _TRUTH) for name in self.label], axis=1)
+            has_label = ~np.isnan(targets).all(axis=1)
+            for column, name in zip(targets[has_label & self.has_features].T, self.label, strict=True):
+                self._varies(name, column[~np.isnan(column)])
+            return Task(kind, self.label, self.label), targets.astype(np.float32), has_label
+        if kind == "regression":
+            values = self._numbers(self.label[0])
+            has_label = ~np.isnan(values)
+            self._varies(self.label[0], values[has_label & self.has_features])
+            return Task(kind, self.label), values.astype(np.float32), has_label
+        if kind == "survival":
+            return self._survival(times, discrete_time)
+        return self._classes(kind)
+
+    def _classes(self, kind: TaskKind) -> tuple[Task, np.ndarray, np.ndarray]:
+        name = self.label[0]
+        cells = self.frame[name].map(lambda cell: re.sub(r"^(-?\d+)\.0+$", r"\1", cell), na_action="ignore")
+        cells = cells.map(lambda cell: self.renamed.get(cell, cell), na_action="ignore")
+        has_label = cells.notna().to_numpy()
+        present = list(cells[has_label & self.has_features].unique())
+        classes = self.classes or tuple(_in_order(present))
+        strange = cells[has_label & ~cells.isin(classes).to_numpy()]
+        if len(strange):
+            raise LongslideError(
+                f"{self.source}: column {name!r} has {strange.iloc[0]!r} in {int((strange == strange.iloc[0]).sum())} rows, "
+                f"not one of the classes {', '.join(classes)}; add it with --data.classes, or empty those cells"
+            )
+        if kind == "binary" and len(classes) > 2:
+            raise LongslideError(
+                f"{self.source}: column {name!r} has {len(classes)} classes ({listed(classes, 6)}), a binary task has two; "
+                "use --data.task multiclass"
+            )
+        absent = [value for value in classes if value not in present]
+        if len(classes) < 2 or (self.all_classes and len(absent) == len(classes) - 1):
+            raise LongslideError(
+                f"{self.source}: column {name!r} has only one class ({(present or classes or ('none',))[0]}) among the "
+                "slides with features; there is nothing to learn"
+            )
+        if self.all_classes and absent:
+            raise LongslideError(
+                f"{self.source}: no slide with features has the class {absent[0]!r} in column {name!r}; leave it out of "
+                "--data.classes"
+            )
+        number = {value: index for index, value in enumerate(classes)}
+        targets = cells.map(number).fillna(-1).to_numpy(np.int64)
+        return Task(kind, self.label, classes), targets, has_label
+
+    def _survival(self, times: Sequence[float] | None, discrete_time: bool) -> tuple[Task, np.ndarray, np.ndarray]:
+        time, event = self._numbers(self.label[0]), self._numbers(self.label[1], _TRUTH)
+        has_label = ~(np.isnan(time) | np.isnan(event))
+        used = has_label & self.has_features
+        if (time[has_label] < 0).any():
+            slide = self.frame["slide_id"][has_label & (time < 0)].iloc[0]
+            raise LongslideError(
+                f"{self.source}: {self.label[0]!r} of {slide} is below 0; times count from the start of follow-up"
+            )
+        events = time[used & (event == 1)]
+        if self.all_classes:
+            if not len(events):
+                raise LongslideError(
+                    f"{self.source}: no slide with features has an event (1 in {self.label[1]!r}); there is nothing to learn"
+                )
+            self._varies(self.label[0], time[used])
+        if times is None:
+            times = _interval_ends(events, discrete_time) if len(events) else ()
+        if list(times) != sorted(set(times)) or (len(times) and times[0] <= 0):
+            raise LongslideError(f"--data.times {', '.join(map(str, times))} must be above 0 and ascend")
+        targets = np.stack([time, event], axis=1).astype(np.float32)
+        return (
+            Task("survival", self.label, times=tuple(map(float, times)), discrete_time=discrete_time),
+            targets,
+            has_label,
+        )
+
+    def _numbers(self, name: str, words: dict[str, float] | None = None) -> np.ndarray:
+        """`(N,)` float64 of a column, NaN where it is empty."""
+        cells = self.frame[name]
+        values = pd.to_numeric(cells, errors="coerce")
+        if words is not None:
+            values = cells.map(words).fillna(values.where(values.isin([0, 1])))
+        numbers = values.to_numpy(np.float64, na_value=np.nan)
+        wrong = cells.notna().to_numpy() & ~np.isfinite(numbers)
+        if wrong.any():
+            raise LongslideError(
+                f"{self.source}: {name!r} of {self.frame['slide_id'][wrong].iloc[0]} is {cells[wrong].iloc[0]!r}, not "
+                f"{'0 or 1' if words else 'a finite number'}"
+            )
+        return numbers
+
+    def _varies(self, name: str, values: np.ndarray) -> None:
+        if self.all_classes and len(np.unique(values)) < 2:
+            what = f"only {values[0]:g}" if len(values) else "no value"
+            raise LongslideError(
+                f"{self.source}: column {name!r} has {what} among the slides with features; there is nothing to learn"
+            )
+
+
+def _in_order(values: Iterable[str]) -> list[str]:
+    """Sorted; as numbers if all are."""
+    values = list(values)
+    try:
+        return sorted(values, key=float)
+    except ValueError:
+        return sorted(values)
+
+
+def _interval_ends(events: np.ndarray, discrete_time: bool) -> tuple[float, ...]:
+    """Quarters of the event times to two digits; with discrete time up to the last event, which must lie inside."""
+    ends = [float(f"{value:.2g}") for value in np.quantile(events, (0.25, 0.5, 0.75))]
+    if discrete_time:
+        last = float(events.max())
+        unit = 10.0 ** (np.floor(np.log10(last)) - 1) if last > 0 else 1.0
+        ends.append(float(f"{np.ceil(last / unit - 1e-9) * unit:.6g}"))
+    return tuple(sorted({end for end in ends if end > 0}))

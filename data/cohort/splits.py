@@ -1,0 +1,393 @@
+"""Splits: which patients train, validate and test in each fold. A patient is in one part of a fold, whole."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from ...errors import LongslideError
+from ...task import CLASSIFICATION, Task
+from ..whole_file import write_whole
+from .cohort import Cohort
+from .table import (
+    FOLD_COLUMN,
+    PATIENT_COLUMNS,
+    listed,
+    read_split_folder,
+    read_text_table,
+    require_columns,
+    without_suffix,
+)
+
+Part = Literal["train", "val", "test"]
+
+PARTS: tuple[Part, ...] = get_args(Part)
+"""Parts of a fold."""
+
+_SPELLINGS = {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "tune": "val",
+    "tuning": "val",
+    "testing": "test",
+}
+_QUANTILES = 4
+
+
+def make_splits(
+    cohort: Cohort,
+    *,
+    folds: int = 1,
+    val_share: float = 0.15,
+    test_share: float = 0.2,
+    keep_sites_apart: bool = False,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Split the patients of a cohort, stratified by label.
+
+    By class for classification, by quarter of the value for regression, by event and quarter of the time for survival;
+    for several labels by iterative stratification (Sechidis et al., 2011, On the stratification of multi-label data).
+
+    Args:
+        cohort: The cohort.
+        folds: One split into train, val and test; or k of them, in which each patient is in the test part once.
+        val_share: Share of the patients that are not in the test part that go to the validation part; 0 for none.
+        test_share: Share of the patients in the test part if `folds` is 1; 0 for none. With k folds it is 1/k.
+        keep_sites_apart: No site (column `site`) is in two parts of a fold.
+        seed: Same seed, same splits.
+
+    Returns:
+        One row a slide: `slide_id`, `patient_id`, `fold_0`, `fold_1`, ... with train, val or test.
+
+    Raises:
+        LongslideError: A class with fewer patients (or the cohort with fewer sites) than the folds need.
+    """
+    if folds < 1 or not 0 <= val_share < 1 or not 0 <= test_share < 1:
+        raise LongslideError(
+            "--data.folds must be at least 1, --data.val_share and --data.test_share from 0 to below 1"
+        )
+    patients = _Patients(cohort, keep_sites_apart)
+    patients.check(max(folds, 1 + (val_share > 0) + (test_share > 0)), folds)
+    everyone = np.arange(len(patients.ids))
+    rng = np.random.RandomState(seed)  # what scikit-learn takes; its draws are the same everywhere
+    result = cohort.rows[["slide_id", "patient_id"]].copy()
+    tests = list(patients.k_fold(everyone, folds, rng)) if folds > 1 else [patients.share(everyone, test_share, rng)]
+    for fold, test in enumerate(tests):
+        parts = np.full(len(everyone), "train", dtype=object)
+        parts[test] = "test"
+        parts[patients.share(np.setdiff1d(everyone, test), val_share, rng)] = "val"
+        result[f"fold_{fold}"] = parts[patients.of_row]
+    return result
+
+
+class _Patients:
+    """The patients of a cohort with what they are stratified and grouped by.
+
+    Attributes:
+        ids: Patient ids.
+        of_row: `(N,)` number of the patient of each slide.
+        several_labels: Whether a patient may have more than one of them.
+        labels: `(P, C)` 0/1: classes, labels or strata that a patient has.
+        site: `(P,)` number of the site, if sites are kept apart.
+    """
+
+    def __init__(self, cohort: Cohort, keep_sites_apart: bool) -> None:
+        self.cohort = cohort
+        self.of_row, index = pd.factorize(cohort.rows["patient_id"])
+        self.ids = list(index)
+        self.several_labels = cohort.task is not None and cohort.task.kind == "multilabel"
+        self.labels = self._labels()
+        self.site = self._sites() if keep_sites_apart else None
+
+    @property
+    def stratum(self) -> np.ndarray:
+        """`(P,)` number of the combination of labels."""
+        return np.asarray(np.unique(self.labels, axis=0, return_inverse=True)[1]).reshape(-1)
+
+    def _labels(self) -> np.ndarray:
+        targets, task = self.cohort.targets, self.cohort.task
+        if targets is None or task is None:
+            return np.zeros((len(self.ids), 1), np.int64)
+        if task.kind in CLASSIFICATION:
+            rows = np.eye(len(task.classes), dtype=np.int64)[targets]
+        elif task.kind == "multilabel":
+            rows = np.nan_to_num(targets).astype(np.int64)
+        elif task.kind == "regression":
+            rows = _quarters(targets)
+        else:
+            time, event = targets.T
+            rows = np.zeros((len(targets), 2 * _QUANTILES), np.int64)
+            for value in (0, 1):
+                chosen = event == value
+                rows[chosen, value * _QUANTILES : (value + 1) * _QUANTILES] = _quarters(time[chosen])
+        labels = np.zeros((len(self.ids), rows.shape[1]), np.int64)
+        np.maximum.at(labels, self.of_row, rows)
+        return labels
+
+    def _sites(self) -> np.ndarray:
+        rows = self.cohort.rows
+        if "site" not in rows.columns:
+            raise LongslideError("the table has no column `site`; add one, or drop --data.keep_sites_apart")
+        if rows["site"].isna().any():
+            raise LongslideError(
+                f"`site` is empty for {listed(list(rows['slide_id'][rows['site'].isna()]))}; fill it in"
+            )
+        number, _ = pd.factorize(rows["site"])
+        first = np.zeros(len(self.ids), np.int64)
+        first[self.of_row] = number
+        moved = rows["patient_id"][first[self.of_row] != number]
+        if len(moved):
+            raise LongslideError(f"patient {moved.iloc[0]} has slides from two sites: sites cannot be kept apart")
+        return first
+
+    def check(self, parts: int, folds: int) -> None:
+        """Refuse a cohort that is too small for its parts.
+
+        Raises:
+            LongslideError: As said.
+        """
+        wanted = f"the {folds} folds" if folds > 1 else "the parts (train, val, test)"
+        fewer = "use fewer folds" if folds > 1 else "set --data.val_share or --data.test_share to 0"
+        task = self.cohort.task
+        if task is not None and task.kind in (*CLASSIFICATION, "multilabel"):
+            for name, count in zip(task.classes, self.labels.sum(0), strict=True):
+                if count < parts:
+                    raise LongslideError(
+                        f"class {name!r} has {count} patients, fewer than {wanted} need ({parts}); {fewer}, or "
+                        "join it with another class"
+                    )
+        if task is not None and task.kind == "survival":
+            events = int(self.labels[:, _QUANTILES:].any(1).sum())
+            if events < parts:
+                raise LongslideError(f"{events} patients have an event, fewer than {wanted} need ({parts}); {fewer}")
+        if len(self.ids) < parts:
+            raise LongslideError(f"{len(self.ids)} patients are fewer than {wanted} need ({parts}); {fewer}")
+        if self.site is not None and self.site.max() + 1 < parts:
+            raise LongslideError(
+                f"{self.site.max() + 1} sites are fewer than {wanted} need ({parts}); {fewer}, or drop "
+                "--data.keep_sites_apart"
+            )
+
+    def k_fold(self, chosen: np.ndarray, folds: int, rng: np.random.RandomState) -> Iterator[np.ndarray]:
+        """Parts of equal size of the patients `chosen`, as patient numbers."""
+        stratum = self.stratum[chosen]
+        if self.site is None and (self.several_labels or np.bincount(stratum).max() < folds):
+            part = iterative_stratification(self.labels[chosen], np.full(folds, 1 / folds), rng)
+            yield from (chosen[part == fold] for fold in range(folds))
+            return
+        if np.bincount(stratum).max() < folds:  # scikit-learn refuses, and there is nothing to stratify
+            stratum = np.zeros_like(stratum)
+        splitter = StratifiedKFold if self.site is None else StratifiedGroupKFold
+        group = None if self.site is None else self.site[chosen]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The least populated class")  # spread as far as they go
+            for _, test in splitter(folds, shuffle=True, random_state=rng).split(chosen, stratum, group):
+                yield chosen[test]
+
+    def share(self, chosen: np.ndarray, share: float, rng: np.random.RandomState) -> np.ndarray:
+        """A share of the patients `chosen`, as patient numbers; at least one if the share is above 0."""
+        if share == 0:
+            return chosen[:0]
+        if self.site is not None or self.several_labels:
+            most = len(np.unique(self.site[chosen])) if self.site is not None else len(chosen)
+            parts = list(self.k_fold(chosen, min(most, max(2, round(1 / share))), rng))
+            present = self.labels[chosen].any(0)
+            # A class that only one part has cannot do without that part in the rest.
+            kept = [self.labels[np.setdiff1d(chosen, part)].any(0)[present].all() for part in parts]
+            return parts[kept.index(True) if True in kept else 0]
+        # Every so many-th of the patients in the order of their strata: the right number, however small the strata are.
+        stratum = self.stratum[chosen]
+        ordered = chosen[np.lexsort((rng.permutation(len(chosen)), stratum))]
+        several = ordered[np.isin(ordered, chosen[np.bincount(stratum)[stratum] > 1])]
+        ordered = several if len(several) else ordered
+        size = min(max(round(share * len(chosen)), 1), len(ordered))
+        picked: np.ndarray = ordered[((np.arange(size) + rng.uniform()) * len(ordered) / size).astype(np.int64)]
+        return picked
+
+
+def _quarters(values: np.ndarray) -> np.ndarray:
+    """`(N, 4)` 0/1: the quarter of the values that each is in."""
+    if not len(values):
+        return np.zeros((0, _QUANTILES), np.int64)
+    edges = np.quantile(values, np.arange(1, _QUANTILES) / _QUANTILES)
+    return np.eye(_QUANTILES, dtype=np.int64)[np.searchsorted(edges, values, side="left")]
+
+
+def iterative_stratification(labels: np.ndarray, shares: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
+    """Spread samples with several labels over parts, the rarest label first (Sechidis et al., 2011).
+
+    Args:
+        labels: `(N, C)` 0/1.
+        shares: `(K,)` share of the samples that each part gets; sums to 1.
+        rng: Breaks ties.
+
+    Returns:
+        `(N,)` part of each sample.
+    """
+    part = np.full(len(labels), -1)
+    room = shares * len(labels)
+    room_for = shares[:, None] * labels.sum(0)
+    while (part < 0).any():
+        free = part < 0
+        left = labels[free].sum(0)
+        if left.any():
+            rarest = int(np.where(left > 0, left, left.max() + 1).argmin())
+            samples, wish = np.flatnonzero(free & (labels[:, rarest] > 0)), room_for[:, rarest]
+        else:
+            samples, wish = np.flatnonzero(free), room
+        for sample in rng.permutation(samples):
+            best = np.flatnonzero(np.isclose(wish, wish.max()))
+            best = best[np.isclose(room[best], room[best].max())]
+            part[sample] = chosen = rng.choice(best)
+            room[chosen] -= 1
+            room_for[chosen] -= labels[sample]
+    return part
+
+
+def read_splits(path: Path, cohort: Cohort) -> tuple[pd.DataFrame, list[str]]:
+    """Read splits for a cohort.
+
+    Args:
+        path: CSV with `slide_id` (or `patient_id`) and `fold_0`, `fold_1`, ... of train, val, test or nothing; or the
+            folder of `train_0.csv`, `val_0.csv`, `test_0.csv`, ... of prov-gigapath.
+        cohort: The cohort.
+
+    Returns:
+        The splits of the cohort's slides, as `make_splits` gives them, and what the user should be told.
+
+    Raises:
+        LongslideError: It cannot be read or has no folds, or none of the slides is in it.
+    """
+    table = read_split_folder(path) if path.is_dir() else read_text_table(path)
+    key = next((name for name in ("slide_id", *PATIENT_COLUMNS) if name in table.columns), "slide_id")
+    require_columns(path, table, [key])
+    folds = [name for name in table.columns if FOLD_COLUMN.fullmatch(name)]
+    if not folds and "split" in table.columns:
+        table, folds = table.rename(columns={"split": "fold_0"}), ["fold_0"]
+    if not folds:
+        raise LongslideError(f"{path}: no column fold_0, fold_1, ... with train, val and test")
+    names = table[key].astype(str)
+    if key == "slide_id":
+        known = set(cohort.rows["slide_id"])
+        names = names.map(lambda name: without_suffix(name, known))
+    parts = table[folds].assign(name=names).drop_duplicates().set_index("name")
+    if parts.index.has_duplicates:
+        raise LongslideError(
+            f"{path}: {parts.index[parts.index.duplicated()][0]} is there with different parts; leave one row"
+        )
+    rows = cohort.rows[["slide_id", "patient_id"]].reset_index(drop=True)
+    own = rows["slide_id" if key == "slide_id" else "patient_id"]
+    result = pd.concat([rows, parts.reindex(own).reset_index(drop=True)], axis=1)
+    missing = list(rows["slide_id"][~own.isin(parts.index)])
+    if len(missing) == len(rows):
+        raise LongslideError(f"{path}: none of the cohort's slides is in it (the first is {missing[0]}); split anew")
+    notes = [f"{len(missing)} slides are not in {path} and are not used: {listed(missing)}"] if missing else []
+    return result, notes
+
+
+def write_splits(path: Path, splits: pd.DataFrame) -> None:
+    """Write splits as CSV; the file is there whole or not at all.
+
+    Raises:
+        LongslideError: It cannot be written.
+    """
+    write_whole(path, splits.to_csv(index=False).encode(), "--data.splits")
+
+
+def check_splits(splits: pd.DataFrame, cohort: Cohort, *, keep_sites_apart: bool = False) -> pd.DataFrame:
+    """Check splits before they are used, whoever made them.
+
+    Args:
+        splits: One row a slide of the cohort, in its order: `slide_id`, `patient_id`, `fold_0`, ...
+        cohort: The cohort.
+        keep_sites_apart: Whether a site may be in one part only.
+
+    Returns:
+        The splits, with parts spelt train, val, test or empty.
+
+    Raises:
+        LongslideError: A word that is no part; a patient or site in two parts of a fold; no training slides, or a class
+            without one.
+    """
+    folds = [name for name in splits.columns if FOLD_COLUMN.fullmatch(name)]
+    splits = splits.copy()
+    task, targets = cohort.task, cohort.targets
+    for fold in folds:
+        parts = splits[fold].fillna("").astype(str).str.lower().replace(_SPELLINGS)
+        strange = parts[~parts.isin([*PARTS, ""])]
+        if len(strange):
+            raise LongslideError(f"{fold} has {splits[fold][strange.index[0]]!r}; it must be train, val, test or empty")
+        splits[fold] = parts
+        used = parts != ""
+        _check_apart(fold, "patient", splits["patient_id"][used], parts[used])
+        if keep_sites_apart and "site" in cohort.rows.columns:
+            _check_apart(fold, "site", cohort.rows["site"][used], parts[used])
+        train = (parts == "train").to_numpy()
+        if not train.any():
+            raise LongslideError(f"{fold} has no slides to train on; mark some of them train in the splits")
+        if task is None or targets is None:
+            continue
+        if task.kind in CLASSIFICATION:
+            for number, name in enumerate(task.classes):
+                if not (targets[train] == number).any():
+                    raise LongslideError(f"{fold}: no slide of class {name!r} is in the training part; split anew")
+        elif task.kind == "multilabel":
+            for number, name in enumerate(task.classes):
+                if len(np.unique(targets[train, number][~np.isnan(targets[train, number])])) < 2:
+                    raise LongslideError(f"{fold}: label {name!r} has one value in the training part; split anew")
+        elif task.kind == "survival" and not targets[train, 1].any():
+            raise LongslideError(f"{fold}: the training part has no event; split anew")
+    return splits
+
+
+def check_validation(splits: pd.DataFrame, cohort: Cohort, fold: int | None = None) -> None:
+    """Refuse a validation part that leaves the metric which selects a model undefined: AUROC, kappa, R2 or c-index.
+
+    Args:
+        splits: As `check_splits` gives them. A fold without a validation part selects by no metric, and passes.
+        cohort: The cohort.
+        fold: The fold that is trained; None for all of them.
+
+    Raises:
+        LongslideError: A validation part of one class, one value (of each label, for several), or no two times to compare.
+    """
+    task, targets = cohort.task, cohort.targets
+    if task is None or targets is None:
+        return
+    for name in splits.columns:
+        if not FOLD_COLUMN.fullmatch(name) or fold not in (None, int(name.removeprefix("fold_"))):
+            continue
+        part = targets[(splits[name] == "val").to_numpy()]
+        if len(part) and (lack := _lack(task, part)):
+            raise LongslideError(
+                f"{name}: the validation part {lack}, and --monitor val_metric needs others too; move some there in the "
+                "splits (where none are given, by a larger --data.val_share), or take --monitor val_loss"
+            )
+
+
+def _lack(task: Task, targets: np.ndarray) -> str:
+    """Why a metric is not defined on these targets, `(N, ...)` as in `Cohort.targets`; empty if it is."""
+    if task.kind in CLASSIFICATION:
+        return f"has slides of class {task.classes[targets[0]]!r} alone" if len(np.unique(targets)) == 1 else ""
+    if task.kind == "multilabel":
+        both = ((targets == 0).any(0) & (targets == 1).any(0)).any()
+        return "" if both else "has only slides with, or only slides without, each label"
+    if task.kind == "regression":
+        return f"has slides with {task.label[0]} {targets[0]:g} alone" if len(np.unique(targets)) == 1 else ""
+    time, event = targets[:, 0], targets[:, 1] > 0
+    first = time[event].min(initial=np.inf)  # who is known to be later than the first event can be compared with it
+    comparable = ((time > first) | ((time == first) & ~event)).any()
+    return "" if comparable else "has no event with a later time to compare it with"
+
+
+def _check_apart(fold: str, what: str, names: pd.Series, parts: pd.Series) -> None:
+    counts = parts.groupby(names.to_numpy()).nunique()
+    if (counts > 1).any():
+        name = counts.index[counts > 1][0]
+        both = " and ".join(sorted(set(parts[(names == name).to_numpy()])))
+        raise LongslideError(f"{fold}: {what} {name} is in {both}; move all of its slides to one part")

@@ -1,0 +1,1 @@
+"""Slide files: opening and reading them, microns per pixel, tables of slides."""

@@ -1,0 +1,1 @@
+"""Bags of tile embeddings to one vector a bag."""

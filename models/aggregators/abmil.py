@@ -1,0 +1,69 @@
+"""Attention-based multiple-instance learning with gated attention (https://arxiv.org/abs/1802.04712)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from .base import Aggregator, split_bags
+
+
+@dataclass(frozen=True)
+class ABMILOptions:
+    """Options of `abmil`.
+
+    Attributes:
+        width: Width of the tile embeddings after the first linear layer, and of the bag's vector.
+        attention_width: Width of the two branches of the attention.
+        dropout: Share of values dropped after the first layer and in the attention.
+    """
+
+    width: int = 512
+    attention_width: int = 256
+    dropout: float = 0.25
+
+
+class ABMIL(Aggregator):
+    """The mean of the tiles, weighted by a gated attention: `softmax(w (tanh(V h) * sigmoid(U h)))` over the tiles of a bag.
+
+    Args:
+        feature_dim: Length of a tile embedding.
+        options: Its options.
+    """
+
+    def __init__(self, feature_dim: int, options: ABMILOptions) -> None:
+        super().__init__()
+        self.width = options.width
+        self.projection = nn.Linear(feature_dim, options.width)
+        self.value = nn.Linear(options.width, options.attention_width)
+        self.gate = nn.Linear(options.width, options.attention_width)
+        self.score = nn.Linear(options.attention_width, 1)
+        self.dropout = nn.Dropout(options.dropout)
+
+    def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See `Aggregator.forward`."""
+        hidden, scores = self._score(tile_features)
+        bags = zip(split_bags(hidden, cu_seqlens), split_bags(scores, cu_seqlens), strict=True)
+        return torch.stack([score.softmax(0) @ bag.to(score.dtype) for bag, score in bags])
+
+    def attention_weights(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The weight of each tile in its bag's vector.
+
+        Args:
+            tile_features: `(T, D)` tile embeddings of all bags.
+            grid_cells: `(T, 2)` int64 (column, row) of each tile.
+            cu_seqlens: `(B + 1,)` int32 cumulative lengths of the bags.
+
+        Returns:
+            `(T,)` float32; the weights of a bag add up to 1.
+        """
+        scores = self._score(tile_features)[1]
+        return torch.cat([score.softmax(0) for score in split_bags(scores, cu_seqlens)])
+
+    def _score(self, tile_features: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.dropout(relu(self.projection(tile_features.to(self.projection.weight.dtype))))
+        gated = self.dropout(self.value(hidden).tanh()) * self.dropout(self.gate(hidden).sigmoid())
+        scores = self.score(gated).squeeze(-1)
+        # A softmax over tens of thousands of tiles in half precision would lose most of them.
+        return hidden, scores.float() if scores.element_size() < 4 else scores

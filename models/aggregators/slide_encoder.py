@@ -1,0 +1,250 @@
+"""A slide encoder as an aggregator: LongNet from scratch, or a pretrained checkpoint to fine-tune."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...errors import LongslideError
+from ..checkpoint_file import digest, read_description
+from ..slide_encoder.encoder import SlideEncoder, create_slide_encoder
+from ..slide_encoder.spec import SlideEncoderSpec
+from .base import Aggregator
+
+
+@dataclass(frozen=True)
+class LongNetOptions:
+    """Options of `longnet`; a checkpoint of masked autoencoding brings its own size.
+
+    Attributes:
+        layers: LongNet layers.
+        width: Width of the tokens and of the bag's vector; a multiple of 4 and of `heads`.
+        heads: Attention heads.
+        ffn_width: Width of the feed-forward networks.
+        dilated_ratios: Dilated ratio of each branch of the attention.
+        max_wsi_size: Edge of the largest slide in pixels of the tiles; with `tile_size` it sets the longest segment.
+        tile_size: Edge of a tile in pixels.
+        pool: What the bag's vector is: the `mean` over the tiles, or the `cls` token.
+        dropout: Share of values dropped in training.
+        drop_path: Share of bags for which the last layer's halves are left out in training; less before it.
+        checkpointing: Whether layers are computed again in the backward, for memory.
+    """
+
+    layers: int = 4
+    width: int = 256
+    heads: int = 8
+    ffn_width: int = 1024
+    dilated_ratios: tuple[int, ...] = (1, 2, 4, 8, 16)
+    max_wsi_size: int = 262144
+    tile_size: int = 256
+    pool: Literal["mean", "cls"] = "mean"
+    dropout: float = 0.1
+    drop_path: float = 0.0
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class GigaPathOptions:
+    """Options of `gigapath`.
+
+    Attributes:
+        slide_encoder: Name of the slide encoder.
+        pool: What a layer's vector is: the `mean` over the tiles, or the `cls` token.
+        layers: Layers whose vectors are concatenated, 0 being the projected tiles; none for the encoder's final output.
+            GigaPath's fine-tuning uses 11 alone, or 5 and 11.
+        frozen: Whether the encoder stays as it is and only the head is trained.
+        dropout: Share of values dropped in training.
+        drop_path: Share of bags for which the last layer's halves are left out in training; less before it.
+        checkpointing: Whether layers are computed again in the backward, for memory.
+    """
+
+    slide_encoder: str = "gigapath"
+    pool: Literal["mean", "cls"] = "mean"
+    layers: tuple[int, ...] = ()
+    frozen: bool = False
+    dropout: float = 0.1
+    drop_path: float = 0.0
+    checkpointing: bool = False
+
+
+class SlideEncoderAggregator(Aggregator):
+    """A slide encoder whose final output, or the concatenated outputs of some layers, are the bag's vector.
+
+    Args:
+        encoder: The slide encoder. Layers after the last one used are cut off.
+        layers: Layers whose vectors are concatenated, 0 being the projected tiles; none for the final output.
+        frozen: Whether the encoder stays as it is, without dropout too.
+    """
+
+    def __init__(self, encoder: SlideEncoder, layers: tuple[int, ...] = (), frozen: bool = False) -> None:
+        super().__init__()
+        depth = len(encoder.layers)
+        if any(not 0 <= layer <= depth for layer in layers):
+            raise LongslideError(
+                f"slide encoder {encoder.name!r} has the layers 0 (the projected tiles) to {depth}, not {list(layers)}"
+            )
+        self.encoder = encoder
+        self.layers = tuple(layers)
+        self.frozen = frozen
+        self.width = encoder.spec.width * max(1, len(layers))
+        self.spec = asdict(encoder.spec) | {"weights": encoder.weights}
+        if layers:
+            # What takes no part would have no gradient, which distributed training takes for a mistake.
+            encoder.layers = encoder.layers[: max(layers)]
+            encoder.layers_norm.requires_grad_(False)
+        if frozen:
+            encoder.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "SlideEncoderAggregator":
+        """Training or evaluation mode; a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def architecture(self) -> dict[str, Any]:
+        """The spec of the encoder, and where its first weights came from."""
+        return dict(self.spec)
+
+    def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """See `Aggregator.forward`."""
+        if not self.layers:
+            embeddings: Tensor = self.encoder(tile_features, grid_cells, cu_seqlens)
+            return embeddings
+        every = self.encoder.layer_embeddings(tile_features, grid_cells, cu_seqlens)
+        return torch.cat([every[layer] for layer in self.layers], dim=1)
+
+
+def create_longnet(
+    feature_dim: int,
+    options: LongNetOptions,
+    checkpoint: str | Path | None,
+    tile_encoder: str | None,
+    architecture: Mapping[str, Any] | None = None,
+) -> SlideEncoderAggregator:
+    """LongNet from scratch, of any size, or from a checkpoint of masked autoencoding.
+
+    Args:
+        feature_dim: Length of a tile embedding.
+        options: Its options.
+        checkpoint: A checkpoint that `longslide fit` wrote with the masked autoencoder; None for random weights.
+        tile_encoder: The tile encoder that made the features, if known.
+        architecture: What `architecture()` of the trained module said: to build it again, without weights.
+
+    Raises:
+        LongslideError: The checkpoint does not fit the features, or is none.
+    """
+    if architecture is not None:
+        return SlideEncoderAggregator(_from_architecture(architecture, options.pool))
+    if checkpoint is not None and checkpoint != "random":
+        encoder = load_pretrained(Path(checkpoint), options)
+        check_features(encoder, checkpoint, feature_dim, tile_encoder)
+        return SlideEncoderAggregator(encoder)
+    size = {key: value for key, value in asdict(options).items() if key != "pool"}
+    spec = SlideEncoderSpec(
+        name="longnet",
+        hub_id=None,
+        hub_file=None,
+        tile_encoder=tile_encoder or "",
+        tile_dim=feature_dim,
+        licence="",
+        gated=False,
+        paper="https://arxiv.org/abs/2307.02486",
+        **size,
+    )
+    return SlideEncoderAggregator(SlideEncoder(spec, options.pool, "random"))
+
+
+def create_gigapath(
+    feature_dim: int,
+    options: GigaPathOptions,
+    checkpoint: str | Path | None,
+    tile_encoder: str | None,
+    architecture: Mapping[str, Any] | None = None,
+) -> SlideEncoderAggregator:
+    """A pretrained slide encoder, frozen or to fine-tune.
+
+    Args:
+        feature_dim: Length of a tile embedding.
+        options: Its options.
+        checkpoint: Weights as published, a checkpoint of masked autoencoding, or the word `random`; None takes the published
+            weights from the hub or its cache.
+        tile_encoder: The tile encoder that made the features, if known.
+        architecture: What `architecture()` of the trained module said: to build it again, without weights.
+
+    Raises:
+        LongslideError: The weights cannot be had, or do not fit the features.
+    """
+    if architecture is not None:
+        encoder = _from_architecture(architecture, options.pool)
+    elif checkpoint is not None and Path(checkpoint).suffix == ".ckpt":
+        encoder = load_pretrained(Path(checkpoint), options)
+        check_features(encoder, checkpoint, feature_dim, tile_encoder)
+    else:
+        overrides: dict[str, Any] = {name: getattr(options, name) for name in ("dropout", "drop_path", "checkpointing")}
+        if checkpoint == "random":
+            overrides["tile_dim"] = feature_dim
+        encoder = create_slide_encoder(options.slide_encoder, checkpoint=checkpoint, pool=options.pool, **overrides)
+        if checkpoint != "random":
+            check_features(encoder, checkpoint or encoder.weights, feature_dim, tile_encoder)
+    return SlideEncoderAggregator(encoder, options.layers, options.frozen)
+
+
+def load_pretrained(file: Path, options: LongNetOptions | GigaPathOptions) -> SlideEncoder:
+    """The slide encoder of a masked autoencoder's checkpoint.
+
+    Args:
+        file: The checkpoint.
+        options: How it is pooled and trained further; its size is the checkpoint's.
+
+    Raises:
+        LongslideError: No such file, a broken one, not one of the masked autoencoder, or one of a newer Longslide.
+    """
+    description = read_description(file)
+    if description is None or description.get("kind") != "mae":
+        raise LongslideError(
+            f"{file}: not a checkpoint of the masked autoencoder (`longslide fit --config mae`); "
+            "published weights go with --model.aggregator gigapath"
+        )
+    regularisation = {name: getattr(options, name) for name in ("dropout", "drop_path", "checkpointing")}
+    architecture = description["slide_encoder"] | {"weights": f"{file} {digest(file)}"} | regularisation
+    encoder = _from_architecture(architecture, options.pool)
+    prefix = "encoder."
+    state = {key[len(prefix) :]: value for key, value in description["state_dict"].items() if key.startswith(prefix)}
+    encoder.load_state_dict(state)
+    return encoder
+
+
+def check_features(encoder: SlideEncoder, checkpoint: str | Path, feature_dim: int, tile_encoder: str | None) -> None:
+    """Refuse features that the checkpoint was not trained on.
+
+    Args:
+        encoder: The slide encoder with the checkpoint's weights.
+        checkpoint: The checkpoint, for the message.
+        feature_dim: Length of a tile embedding.
+        tile_encoder: The tile encoder that made the features, if known.
+
+    Raises:
+        LongslideError: They are of another tile encoder, or of another length.
+    """
+    wanted = encoder.spec.tile_encoder
+    if wanted and tile_encoder and wanted != tile_encoder:
+        raise LongslideError(
+            f"{checkpoint}: trained on features of tile encoder {wanted!r}, but these are of {tile_encoder!r}; "
+            "embed the slides with the same encoder, or train from scratch"
+        )
+    if encoder.spec.tile_dim != feature_dim:
+        raise LongslideError(
+            f"{checkpoint}: reads tile embeddings of length {encoder.spec.tile_dim}, but the features have {feature_dim}"
+        )
+
+
+def _from_architecture(architecture: Mapping[str, Any], pool: Literal["mean", "cls"]) -> SlideEncoder:
+    spec = dict(architecture)
+    weights = spec.pop("weights")
+    spec["dilated_ratios"] = tuple(spec["dilated_ratios"])
+    return SlideEncoder(SlideEncoderSpec(**spec), pool, weights)

@@ -1,0 +1,1 @@
+"""The slide classifier: training objective, selection, checkpoints, ensembles."""

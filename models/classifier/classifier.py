@@ -1,0 +1,260 @@
+"""The slide classifier: an aggregator, a linear head, and how the two are trained."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import LongslideError
+from ...task import Task
+from ...version import __version__
+from ..aggregators.abmil import ABMIL, ABMILOptions
+from ..aggregators.base import Aggregator, AggregatorName, LinearProbe, Pool, PoolOptions
+from ..aggregators.slide_encoder import GigaPathOptions, LongNetOptions, create_gigapath, create_longnet
+from ..aggregators.transmil import TransMIL, TransMILOptions
+from ..checkpoint_file import SCHEMA
+from .bag_weights import BagWeightedModule
+from .objective import Cox, create_objective
+from .optimisation import OptimiserOptions, configure
+from .selection import BagOutputs, class_of, selection_metric
+
+
+class TrainingFacts(NamedTuple):
+    """What a classifier must know of its training data.
+
+    Attributes:
+        task: The task.
+        feature_dim: Length of a tile embedding; of a slide embedding for the linear probe.
+        balanced_weights: Weights that even out the classes of the training bags, or each label's positives and negatives.
+        target_mean: Mean of the training targets of a regression.
+        target_std: Their standard deviation.
+        preprocessing: `tile_encoder`, `tile_weights`, `mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`; None for
+            what the feature files do not say.
+        architecture: How to build the aggregator without weights, as a checkpoint says it; None for a new one.
+    """
+
+    task: Task
+    feature_dim: int
+    balanced_weights: tuple[float, ...] = ()
+    target_mean: float = 0.0
+    target_std: float = 1.0
+    preprocessing: Mapping[str, Any] = MappingProxyType({})
+    architecture: dict[str, Any] | None = None
+
+
+class SlideClassifier(BagWeightedModule):
+    """An aggregator and a linear head.
+
+    Args:
+        facts: What must be known of the training data.
+        aggregator: How the tiles of a bag become one vector: `longnet` from scratch, a pretrained `gigapath`, the baselines
+            `abmil`, `transmil`, `mean` and `max`, or a `linear-probe` on the slide embeddings of the feature files.
+        checkpoint: Weights of the slide encoder that `longnet` or `gigapath` begins with: a checkpoint of masked
+            autoencoding, for `gigapath` also a published file, or the word `random`. Default: random weights for `longnet`,
+            the published ones for `gigapath`.
+        longnet: Options of `longnet`.
+        gigapath: Options of `gigapath`.
+        abmil: Options of `abmil`.
+        transmil: Options of `transmil`.
+        pool: Options of `mean` and `max`.
+        head_dropout: Share of the values of a bag's vector that are dropped before the head.
+        class_weights: Weights of the classes in the loss: `none`, `balanced` (inverse to the number of training bags), or a
+            number for each class; for multilabel, of each label's positives.
+        optimiser: Options of the optimiser.
+        compile: Whether the aggregator is compiled by `torch.compile`.
+
+    Attributes:
+        temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
+        thresholds: Threshold of the probability, by class name (the second one of `binary`) or label; None for 0.5. Of
+            survival the median `risk` of validation, above which a patient counts as of high risk.
+        training_features: Statistics of the training features, as a checkpoint holds them.
+        fold: The fold it was trained on.
+        slide_ids: Numbers of slides in training and validation: `train` and `val`.
+        bag_unit: Whether it was trained on bags of a `slide`, or of all slides of a `patient`.
+    """
+
+    def __init__(
+        self,
+        facts: TrainingFacts,
+        aggregator: AggregatorName = "longnet",
+        checkpoint: str | None = None,
+        longnet: LongNetOptions = LongNetOptions(),
+        gigapath: GigaPathOptions = GigaPathOptions(),
+        abmil: ABMILOptions = ABMILOptions(),
+        transmil: TransMILOptions = TransMILOptions(),
+        pool: PoolOptions = PoolOptions(),
+        head_dropout: float = 0.0,
+        class_weights: Literal["none", "balanced"] | list[float] = "none",
+        optimiser: OptimiserOptions = OptimiserOptions(),
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
+        self.aggregator_name = aggregator
+        self.optimiser = optimiser
+        self.temperature: float | None = None
+        self.thresholds: dict[str, float] | None = None
+        self.training_features: dict[str, Any] = {}
+        self.fold = 0
+        self.slide_ids = {"train": 0, "val": 0}
+        self.bag_unit: Literal["slide", "patient"] = "slide"
+        self.options: Any = {
+            "longnet": longnet, "gigapath": gigapath, "abmil": abmil, "transmil": transmil, "mean": pool, "max": pool,
+        }.get(aggregator)  # fmt: skip
+        if checkpoint is not None and aggregator not in ("longnet", "gigapath"):
+            raise LongslideError(f"--model.checkpoint {checkpoint}: {aggregator} has no slide encoder to load it into")
+        tile_encoder, architecture = facts.preprocessing.get("tile_encoder"), facts.architecture
+        self.aggregator: Aggregator
+        if aggregator == "longnet":
+            self.aggregator = create_longnet(facts.feature_dim, longnet, checkpoint, tile_encoder, architecture)
+        elif aggregator == "gigapath":
+            self.aggregator = create_gigapath(facts.feature_dim, gigapath, checkpoint, tile_encoder, architecture)
+        elif aggregator == "abmil":
+            self.aggregator = ABMIL(facts.feature_dim, abmil)
+        elif aggregator == "transmil":
+            self.aggregator = TransMIL(facts.feature_dim, transmil)
+        elif aggregator == "linear-probe":
+            self.aggregator = LinearProbe(facts.feature_dim)
+        else:
+            self.aggregator = Pool(facts.feature_dim, pool, aggregator)
+        self.head_dropout = nn.Dropout(head_dropout)
+        self.head = nn.Linear(self.aggregator.width, facts.task.outputs)
+        self.objective = create_objective(
+            facts.task, _class_weights(class_weights, facts), facts.target_mean, facts.target_std
+        )
+        if compile:
+            self.aggregator.compile(dynamic=True)  # in place: the names of the weights stay
+        self.validation = BagOutputs()
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return self.facts.task
+
+    def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The raw outputs of bags, differentiable in `tile_features`.
+
+        Args:
+            tile_features: `(T, D)` tile embeddings of all bags, packed end to end; for the linear probe one slide's each.
+            grid_cells: `(T, 2)` int64 (column, row) of each tile.
+            cu_seqlens: `(B + 1,)` int32 cumulative lengths of the bags, from 0 to T.
+
+        Returns:
+            `(B, n_outputs)`, float32 or float64.
+
+        Raises:
+            LongslideError: The embeddings are not of the length that it was trained on.
+        """
+        if tile_features.shape[-1] != self.facts.feature_dim:
+            raise LongslideError(
+                f"the classifier reads embeddings of length {self.facts.feature_dim}, not {tile_features.shape[-1]}"
+            )
+        pooled = self.aggregator(tile_features, grid_cells, cu_seqlens)
+        outputs: Tensor = self.head(self.head_dropout(pooled.to(self.head.weight.dtype)))
+        return outputs.float() if outputs.element_size() < 4 else outputs
+
+    def outputs_of(self, batch: dict[str, Tensor]) -> Tensor:
+        """The raw outputs `(B, n_outputs)` of a batch as the data module makes it."""
+        return self(batch["tile_features"], batch["grid_cells"], batch["cu_seqlens"])  # type: ignore[no-any-return]
+
+    def use_training_features(self, statistics: dict[str, Any]) -> None:
+        """Keep the statistics of the training features for the checkpoint; the linear probe standardises by them.
+
+        Args:
+            statistics: `mean` `(D,)` and `std` `(D,)` float32, and what else is known, in plain types and tensors.
+        """
+        self.training_features = statistics
+        if isinstance(self.aggregator, LinearProbe):
+            self.aggregator.mean.copy_(statistics["mean"])
+            self.aggregator.std.copy_(statistics["std"].clamp(min=1e-6))
+
+    def predict(self, outputs: Tensor) -> dict[str, Tensor]:
+        """Predictions of raw outputs, calibrated.
+
+        Args:
+            outputs: `(B, n_outputs)`.
+
+        Returns:
+            `probability` `(B, C)` and `prediction` (`(B,)` int64 class, or `(B, C)` 0 or 1 for multilabel); `value` `(B,)`
+            for regression; `risk` `(B,)` and `survival` `(B, n_times)` for survival.
+        """
+        predictions = self.objective.predict(outputs, self.temperature)
+        if "probability" in predictions:
+            predictions["prediction"] = class_of(self.task, predictions["probability"], self.thresholds)
+        return predictions
+
+    # Training
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The sum of the losses of a batch.
+
+        Raises:
+            LongslideError: It is not finite.
+        """
+        loss, weight = self.objective(self.outputs_of(batch), batch["target"])
+        if not math.isfinite(value := float(loss.detach())):
+            raise LongslideError(
+                f"the loss is {value} at step {self.global_step}: lower --model.optimiser.learning_rate, set "
+                "--trainer.gradient_clip_val 1, or train with --trainer.precision bf16-mixed instead of 16-mixed"
+            )
+        return self.weighted_loss(loss, weight)
+
+    def start_group(self) -> None:
+        """Begin to accumulate anew."""
+        super().start_group()
+        if isinstance(self.objective, Cox):
+            self.objective.start_group()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Gather the outputs: the loss and the metric are those of all validation bags together."""
+        self.validation.update(self.outputs_of(batch), batch["target"], batch["index"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val_loss` and `val_metric`."""
+        outputs, target = self.validation.gathered()
+        self.validation.reset()
+        loss, weight = self.objective(outputs, target)
+        self.log("val_loss", loss / weight.clamp(min=1e-12), prog_bar=True)
+        metric = selection_metric(self.task, self.objective.predict(outputs), target)
+        self.log("val_metric", torch.tensor(metric, device=self.device), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with warm-up and cosine at every step."""
+        return configure(self, self.optimiser, self.trainer)
+
+    # Checkpoints
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint holds under `longslide`: all that inference needs beside the weights, in plain types."""
+        architecture = self.aggregator.architecture()
+        return {
+            "schema": SCHEMA,
+            "kind": "classifier",
+            "software": f"longslide {__version__}",
+            "task": self.task.to_dict(),
+            "aggregator": {
+                "name": self.aggregator_name,
+                "options": {} if self.options is None else asdict(self.options),
+                "architecture": architecture or None,
+            },
+            "target": {"mean": self.facts.target_mean, "std": self.facts.target_std},
+            "feature_dim": self.facts.feature_dim,
+            "preprocessing": dict(self.facts.preprocessing),
+            "training_features": dict(self.training_features),
+            "thresholds": self.thresholds,
+            "temperature": self.temperature,
+            "fold": self.fold,
+            "slide_ids": dict(self.slide_ids),
+            "bag_unit": self.bag_unit,
+        }
+
+
+def _class_weights(choice: str | Sequence[float], facts: TrainingFacts) -> Sequence[float] | None:
+    """Weights of the classes in the loss."""
+    if not isinstance(choice, str):
+        return choice
+    return (facts.balanced_weights or None) if choice == "balanced" else None

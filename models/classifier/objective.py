@@ -1,0 +1,303 @@
+"""What each kind of task trains on, and what it predicts from the raw outputs of a model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
+
+from ...errors import LongslideError
+from ...task import Task
+
+
+class Objective(nn.Module):
+    """The loss of a task and the predictions of its outputs.
+
+    The loss of a batch is the sum over its bags and the sum of their weights, not a mean: batches that are accumulated, or
+    that several processes share, can then be divided by the weight of them all, so that bags weigh the same wherever they
+    are.
+    """
+
+    def forward(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            outputs: `(B, n_outputs)` raw outputs, floating.
+            target: The targets, as the task has them: `(B,)` int64 class; `(B, C)` float with NaN for missing labels; `(B,)`
+                float value; `(B, 2)` float (time, event).
+
+        Returns:
+            The weighted sum of the losses, and the sum of the weights: two scalars. The loss is their quotient.
+        """
+        raise NotImplementedError
+
+    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+        """Predictions of raw outputs `(B, n_outputs)`.
+
+        Args:
+            outputs: The raw outputs.
+            temperature: What the logits of a classification are divided by, from validation; None for 1.
+
+        Returns:
+            `probability` `(B, C)` for classifications; `value` `(B,)` for regression; `risk` `(B,)`, higher for earlier
+            events, and `survival` `(B, n_times)` for survival.
+        """
+        raise NotImplementedError
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """`(B, C)` numbers whose softmax over the classes is the probability: what a temperature divides."""
+        raise NotImplementedError
+
+
+class _Classification(Objective):
+    """One class a bag, out of several.
+
+    Args:
+        class_weights: `(C,)` weight of the bags of each class; None for 1.
+        classes: C.
+    """
+
+    class_weights: Tensor
+
+    def __init__(self, classes: int, class_weights: Sequence[float] | None) -> None:
+        super().__init__()
+        weights = torch.ones(classes) if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights)
+
+    def forward(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective.forward`."""
+        weights = self.class_weights.to(outputs.dtype)[target]
+        return (weights * self._losses(outputs, target)).sum(), weights.sum()
+
+    def _losses(self, outputs: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(self.logits(outputs), target, reduction="none")
+
+    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+        """See `Objective.predict`."""
+        return {"probability": (self.logits(outputs) / (temperature or 1.0)).softmax(1)}
+
+
+class Multiclass(_Classification):
+    """Cross-entropy over a logit a class."""
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """See `Objective.logits`."""
+        return outputs
+
+
+class Binary(_Classification):
+    """Cross-entropy of one logit, that of the second class against the first."""
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """See `Objective.logits`."""
+        return torch.cat([torch.zeros_like(outputs), outputs], dim=1)
+
+
+class Ordinal(_Classification):
+    """Ordered classes by conditional thresholds, as in CORN (https://arxiv.org/abs/2111.08851).
+
+    Output k is the logit of "above class k, given not below it", so the probabilities are consistent by construction. The
+    loss is the negative log-likelihood of the class: CORN's binary cross-entropies, added up for each bag, with bags rather
+    than thresholds weighing the same.
+    """
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """See `Objective.logits`: the log-probabilities of the classes."""
+        nothing = torch.zeros_like(outputs[:, :1])
+        reached = torch.cat([nothing, logsigmoid(outputs).cumsum(1)], dim=1)
+        return reached + torch.cat([logsigmoid(-outputs), nothing], dim=1)
+
+
+class Multilabel(Objective):
+    """Binary cross-entropy of each label; a bag's loss is the mean over the labels that it has.
+
+    Args:
+        labels: Number of labels C.
+        positive_weights: `(C,)` weight of the positives of each label against its negatives; None for 1.
+    """
+
+    positive_weights: Tensor
+
+    def __init__(self, labels: int, positive_weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        weights = (
+            torch.ones(labels) if positive_weights is None else torch.tensor(positive_weights, dtype=torch.float32)
+        )
+        self.register_buffer("positive_weights", weights)
+
+    def forward(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective.forward`; a bag without any label has no weight."""
+        known = ~target.isnan()
+        target = torch.where(known, target, 0.0).to(outputs.dtype)
+        positive_weights = self.positive_weights.to(outputs.dtype)
+        losses = binary_cross_entropy_with_logits(outputs, target, reduction="none", pos_weight=positive_weights)
+        per_bag = (losses * known).sum(1) / known.sum(1).clamp(min=1)
+        return per_bag.sum(), known.any(1).to(outputs.dtype).sum()
+
+    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+        """See `Objective.predict`: the probability of each label."""
+        return {"probability": (outputs / (temperature or 1.0)).sigmoid()}
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """`(B, C)`: here the sigmoid of each is the probability of its label."""
+        return outputs
+
+
+class Regression(Objective):
+    """Squared error of the target, standardised by the training bags' mean and standard deviation.
+
+    Args:
+        mean: Mean of the training targets.
+        std: Their standard deviation.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    def forward(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective.forward`."""
+        standardised = (target.to(outputs.dtype) - self.mean) / self.std
+        return (outputs[:, 0] - standardised).square().sum(), outputs.new_tensor(float(len(outputs)))
+
+    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+        """See `Objective.predict`: in the units of the table."""
+        return {"value": outputs[:, 0] * self.std + self.mean}
+
+
+class Cox(Objective):
+    """Cox's partial likelihood with Breslow's handling of ties; the output is the log-risk.
+
+    An event is compared with the bags that are still at risk at its time, so bags must be seen together: those at risk are
+    the bags of the batch and, in training, those of the earlier batches whose gradients are accumulated with it
+    (`start_group` forgets them). The outputs of the earlier ones are constants: a bag learns from its comparison with those
+    beside and before it. With one bag a batch and no accumulation there is nothing to learn. Devices do not see one
+    another's bags. The loss is a mean over events.
+
+    Args:
+        times: `(n_times,)` times at which survival is predicted, in the units of the table.
+
+    Attributes:
+        baseline: `(n_times,)` cumulative baseline hazard at these times; NaN until `fit_baseline`.
+    """
+
+    baseline: Tensor
+
+    def __init__(self, times: Sequence[float]) -> None:
+        super().__init__()
+        self.times = tuple(times)
+        self.register_buffer("baseline", torch.full((len(self.times),), torch.nan))
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def start_group(self) -> None:
+        """Forget the bags seen: their gradients are spent."""
+        self._seen = []
+
+    def forward(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective.forward`; the weights are the events."""
+        risk, together = outputs, target
+        earlier: Tensor | float = 0.0
+        if self.training:
+            if self._seen:
+                before = [torch.cat(parts) for parts in zip(*self._seen, strict=True)]
+                earlier = partial_likelihood(before[0][:, 0], before[1][:, 0], before[1][:, 1])
+                risk, together = torch.cat([before[0], outputs]), torch.cat([before[1], target])
+            self._seen.append((outputs.detach(), target))
+        # With the sum over the earlier bags taken off, the losses of a group's batches add up to that of the group.
+        loss = partial_likelihood(risk[:, 0], together[:, 0], together[:, 1]) - earlier
+        return loss, target[:, 1].to(outputs.dtype).sum()
+
+    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+        """See `Objective.predict`."""
+        risk = outputs[:, 0]
+        return {"risk": risk, "survival": (-self.baseline * risk.exp()[:, None]).exp()}
+
+    def fit_baseline(self, outputs: Tensor, target: Tensor) -> None:
+        """Breslow's estimate of the cumulative baseline hazard, from outputs `(B, 1)` and targets `(B, 2)`."""
+        time, event = target.unbind(1)
+        at_risk = (time[None] >= time[:, None]).to(outputs.dtype) @ outputs[:, 0].exp()
+        steps = event / at_risk
+        self.baseline = torch.stack([steps[time <= t].sum() for t in self.times]).to(self.baseline)
+
+
+def partial_likelihood(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
+    """The negative log partial likelihood of Cox's model, ties as Breslow has them: a sum over the events.
+
+    Args:
+        risk: `(B,)` log-risks.
+        time: `(B,)` time of the event or of censoring.
+        event: `(B,)` 1 for an event, 0 for censoring.
+    """
+    order = time.argsort(descending=True)
+    risk, time, event = risk[order], time[order], event[order].to(risk.dtype)
+    at_risk = risk.logcumsumexp(0)
+    # Bags of one time are all at risk at that time: the sum that ends with the last of them.
+    last = torch.searchsorted(-time.contiguous(), -time.contiguous(), right=True) - 1
+    return (event * (at_risk[last] - risk)).sum()
+
+
+class DiscreteHazards(Objective):
+    """Hazards of time intervals, as in nnet-survival (https://doi.org/10.7717/peerj.6257).
+
+    Output k is the logit of the hazard: an event in interval k, given none before. A censored bag survives the intervals of
+    which it lived through at least half. The loss is the negative log-likelihood, a sum over bags: any batch size will do.
+
+    Args:
+        times: Right ends of the intervals, ascending, in the units of the table; the first begins at 0.
+    """
+
+    ends: Tensor
+
+    def __init__(self, times: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("ends", torch.tensor(times, dtype=torch.float32))
+
+    def forward(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective.forward`."""
+        time, event = target[:, :1], target[:, 1:] > 0
+        begins = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
+        survived = torch.where(event, time >= self.ends, time >= (begins + self.ends) / 2)
+        failed = event & (time >= begins) & (time < self.ends)
+        likelihood = logsigmoid(-outputs) * survived + logsigmoid(outputs) * failed
+        return -likelihood.sum(), outputs.new_tensor(float(len(outputs)))
+
+    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+        """See `Objective.predict`; the risk is minus the mean survival time up to the last interval's end."""
+        survival = logsigmoid(-outputs).cumsum(1).exp()
+        lengths = self.ends.diff(prepend=self.ends.new_zeros(1))
+        return {"risk": -(survival * lengths).sum(1), "survival": survival}
+
+
+def create_objective(
+    task: Task,
+    class_weights: Sequence[float] | None = None,
+    target_mean: float = 0.0,
+    target_std: float = 1.0,
+) -> Objective:
+    """The objective of a task.
+
+    Args:
+        task: The task.
+        class_weights: For classes, `(C,)` weight of each class's bags; for labels, of each label's positives.
+        target_mean: Mean of the training targets of a regression.
+        target_std: Their standard deviation.
+
+    Raises:
+        LongslideError: Class weights for a task without classes, or not one a class.
+    """
+    if class_weights is not None and len(class_weights) != len(task.classes):
+        raise LongslideError(
+            f"{len(class_weights)} class weights for a {task.kind} task with {len(task.classes)} classes; give one a class"
+        )
+    if task.kind == "multilabel":
+        return Multilabel(len(task.classes), class_weights)
+    if task.kind == "regression":
+        return Regression(target_mean, target_std)
+    if task.kind == "survival":
+        return DiscreteHazards(task.times) if task.discrete_time else Cox(task.times)
+    kinds = {"binary": Binary, "multiclass": Multiclass, "ordinal": Ordinal}
+    return kinds[task.kind](len(task.classes), class_weights)

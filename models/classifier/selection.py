@@ -1,0 +1,119 @@
+"""The outputs of the validation bags, and the metric by which a model is selected."""
+
+import math
+
+import torch
+from sksurv.metrics import concordance_index_censored
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_auroc, multiclass_cohen_kappa
+from torchmetrics.functional.regression import r2_score
+from torchmetrics.utilities import dim_zero_cat
+
+from ...task import Task
+
+
+class BagOutputs(Metric):
+    """Outputs and targets of the bags of all devices, each bag once, however often a sampler repeats it."""
+
+    full_state_update = False
+    outputs: list[Tensor]
+    target: list[Tensor]
+    index: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("outputs", "target", "index"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def update(self, outputs: Tensor, target: Tensor, index: Tensor) -> None:
+        """Add bags: raw outputs `(B, n_outputs)`, targets, and `(B,)` rows of the dataset."""
+        self.tails = outputs.shape[1:], target.shape[1:]
+        self.outputs.append(outputs.detach())
+        self.target.append(target)
+        self.index.append(index)
+
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """Outputs and targets, by row."""
+        outputs, target, index = self.compute()
+        # torchmetrics makes a tensor of one element a scalar: one bag is a batch of one here.
+        return outputs.reshape(index.numel(), *self.tails[0]), target.reshape(index.numel(), *self.tails[1])
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, targets and rows, by row."""
+        outputs, target, index = (dim_zero_cat(state) for state in (self.outputs, self.target, self.index))
+        order = index.argsort(stable=True)
+        first = torch.ones_like(order, dtype=torch.bool)
+        first[1:] = index[order][1:] != index[order][:-1]
+        order = order[first]
+        return outputs[order], target[order], index[order]
+
+
+def selection_metric(task: Task, predictions: dict[str, Tensor], target: Tensor) -> float:
+    """What `val_metric` is, higher being better.
+
+    AUROC for binary, its mean over classes or labels for multiclass and multilabel, quadratic kappa for ordinal, R2 for
+    regression, the c-index for survival.
+
+    Args:
+        task: The task.
+        predictions: What the task's objective predicts.
+        target: The targets, as the task has them.
+
+    Returns:
+        The metric; NaN where it is not defined, as an AUROC is with one class.
+    """
+    if task.kind == "regression":
+        return float(r2_score(predictions["value"], target)) if len(target) > 1 else math.nan
+    if task.kind == "survival":
+        time, event = target.double().cpu().unbind(1)
+        try:
+            return float(
+                concordance_index_censored(event.numpy() > 0, time.numpy(), predictions["risk"].cpu().numpy())[0]
+            )
+        except ValueError:  # no event, or no comparable pair
+            return math.nan
+    probability = predictions["probability"]
+    if task.kind == "ordinal":
+        classes = len(task.classes)
+        decided = class_of(task, probability)
+        return float(multiclass_cohen_kappa(decided, target, classes, weights="quadratic", validate_args=False))
+    if task.kind == "binary":
+        return _auroc(probability[:, 1], target)
+    if task.kind == "multiclass":
+        target = torch.nn.functional.one_hot(target, len(task.classes)).to(probability.dtype)
+    each = [_auroc(p, t) for p, t in zip(probability.T, target.T, strict=True)]
+    defined = [value for value in each if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
+
+
+def class_of(task: Task, probability: Tensor, thresholds: dict[str, float] | None = None) -> Tensor:
+    """What the probabilities come to.
+
+    Args:
+        task: A classification or multilabel task.
+        probability: `(B, C)`.
+        thresholds: For `binary`, by the name of the second class; for `multilabel`, by label; 0.5 where there is none.
+
+    Returns:
+        `(B,)` int64 class: the most probable one; for `ordinal` the highest class that is reached with a probability of more
+        than half, as in CORN. For `multilabel` `(B, C)` int64, 0 or 1.
+    """
+    thresholds = thresholds or {}
+    if task.kind == "binary":
+        return (probability[:, 1] >= thresholds.get(task.classes[1], 0.5)).long()
+    if task.kind == "multilabel":
+        limits = probability.new_tensor([thresholds.get(name, 0.5) for name in task.classes])
+        return (probability >= limits).long()
+    if task.kind == "ordinal":
+        above = 1 - probability.cumsum(1)[:, :-1]
+        return (above > 0.5).sum(1)
+    return probability.argmax(1)
+
+
+def _auroc(probability: Tensor, target: Tensor) -> float:
+    known = ~target.isnan() if target.is_floating_point() else torch.ones_like(target, dtype=torch.bool)
+    target = target[known].long()
+    if target.min() == target.max() if len(target) else True:
+        return math.nan
+    return float(binary_auroc(probability[known], target, validate_args=False))

@@ -1,0 +1,1 @@
+"""All tile embeddings of a slide to one slide embedding: LongNet and its parts."""

@@ -1,0 +1,208 @@
+"""Which keys a query sees: dilated attention, and the patterns it is compared with, behind one function."""
+
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ...errors import LongslideError
+from .dilated_attention import dilated_attention, has_kernels
+
+Pattern = Literal["dilated", "dense", "sliding-window", "strided"]
+PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
+_BLOCK = 128
+"""Queries and keys of a block of FlexAttention, and the fewest queries of a block of the plain sliding window."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern = "dilated",
+    is_causal: bool = False,
+    *,
+    segment_lengths: Sequence[int] = (),
+    dilated_ratios: Sequence[int] = (),
+    window: int = 0,
+    period: int = 0,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of tokens to the keys that a pattern lets them see.
+
+    - `dilated`: LongNet's, as `dilated_attention`; linear in the tokens.
+    - `dense`: every key; quadratic.
+    - `sliding-window`: keys at most `window` tokens away (https://arxiv.org/abs/2004.05150); linear.
+    - `strided`: keys a multiple of `period` tokens away (https://arxiv.org/abs/1904.10509); quadratic, divided by `period`.
+      Tokens of different remainders never meet, however many layers there are.
+
+    Args:
+        q: `(B, L, H, D)` queries: batch, tokens, heads, head dimension; any floating dtype. With `cu_seqlens`
+            `(T, H, D)`: sequences of any lengths end to end.
+        k: Keys, shaped like `q`.
+        v: Values, shaped like `q`.
+        pattern: The pattern.
+        is_causal: Whether later keys are hidden.
+        segment_lengths: Tokens of a segment, for each branch of `dilated`.
+        dilated_ratios: Every how many-th token takes part, for each branch of `dilated`.
+        window: Tokens seen on either side, for `sliding-window`.
+        period: Distance of the keys from one another, for `strided`.
+        cu_seqlens: `(B + 1,)` where each packed sequence begins, and T.
+        scale: Factor of the logits; `D ** -0.5` by default.
+
+    Returns:
+        The shape and dtype of `q`.
+
+    Raises:
+        LongslideError: No such pattern, or its window or period is missing or another pattern's.
+        ValueError: Shapes do not fit.
+    """
+    check_pattern(pattern, window, period)
+    if pattern == "dilated":
+        return dilated_attention(
+            q, k, v, segment_lengths, dilated_ratios, is_causal, cu_seqlens=cu_seqlens, scale=scale
+        )
+    if q.ndim != (4 if cu_seqlens is None else 3) or q.shape != k.shape or q.shape != v.shape or 0 in q.shape:
+        raise ValueError(
+            f"q, k and v must be {'(B, L, H, D)' if cu_seqlens is None else '(T, H, D)'} alike, not {tuple(q.shape)}, "
+            f"{tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if cu_seqlens is None:
+        return _attend(q, k, v, pattern, is_causal, window, period, (q.shape[1],), scale)
+    lengths = tuple(cu_seqlens.diff().tolist())
+    return _attend(q[None], k[None], v[None], pattern, is_causal, window, period, lengths, scale)[0]
+
+
+def check_pattern(pattern: str, window: int, period: int) -> None:
+    """Refuse a pattern that is none, or whose window or period is missing or another pattern's.
+
+    Raises:
+        LongslideError: It does not fit; the message says what to set.
+    """
+    if pattern not in PATTERNS:
+        raise LongslideError(f"attention pattern {pattern!r} is none of {', '.join(PATTERNS)}")
+    for name, value, owner in (("window", window, "sliding-window"), ("period", period, "strided")):
+        if pattern == owner and value < 1:
+            raise LongslideError(f"attention pattern {pattern!r} needs a {name} of at least 1, not {value}")
+        if pattern != owner and value:
+            raise LongslideError(f"{name} {value} is for attention pattern {owner!r}, not {pattern!r}: leave it at 0")
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    is_causal: bool,
+    window: int,
+    period: int,
+    lengths: tuple[int, ...],
+    scale: float | None,
+) -> Tensor:
+    """(B, T, H, D) of sequences of these lengths end to end -> (B, T, H, D)."""
+    if pattern == "sliding-window" and _takes_flex(q):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        block_mask = window_block_mask(lengths, window, is_causal, q.device)
+        output: Tensor = _compiled_flex_attention()(q, k, v, block_mask=block_mask, scale=scale)
+        return output.transpose(1, 2)
+    outputs = []
+    for end, length in zip(accumulate(lengths), lengths, strict=True):
+        one_q, one_k, one_v = (x[:, end - length : end] for x in (q, k, v))
+        if pattern == "dense":
+            outputs.append(_dense(one_q, one_k, one_v, is_causal, scale))
+        elif pattern == "strided":
+            outputs.append(_strided(one_q, one_k, one_v, is_causal, period, scale))
+        else:
+            outputs.append(_window(one_q, one_k, one_v, is_causal, window, scale))
+    return torch.cat(outputs, dim=1)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale).transpose(1, 2)
+
+
+def _strided(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, period: int, scale: float | None) -> Tensor:
+    """Tokens of one remainder are a sequence of their own: dense attention on a batch of them."""
+    batch, length = q.shape[:2]
+    rounds, longer = divmod(length, period)  # the first remainders have a token more than the others
+    order, outputs = [], []
+    for first, classes, slots in ((0, longer, rounds + 1), (longer, period - longer, rounds)):
+        if classes and slots:
+            index = first + torch.arange(classes)[:, None] + period * torch.arange(slots)
+            order.append(index.flatten().to(q.device))
+            some_q, some_k, some_v = (x[:, order[-1]].view(batch * classes, slots, *x.shape[2:]) for x in (q, k, v))
+            outputs.append(_dense(some_q, some_k, some_v, is_causal, scale).reshape(batch, -1, *q.shape[2:]))
+    return torch.cat(outputs, dim=1)[:, torch.cat(order).argsort()]
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int, scale: float | None) -> Tensor:
+    """Blocks of queries, each with the keys around it."""
+    length = q.shape[1]
+    block = max(_BLOCK, window)
+    position = torch.arange(length, device=q.device)
+    outputs = []
+    for start in range(0, length, block):
+        queries = slice(start, start + block)
+        keys = slice(max(0, start - window), start + block + (0 if is_causal else window))
+        distance = position[queries, None] - position[keys]
+        seen = (distance.abs() <= window) & (distance >= 0) if is_causal else distance.abs() <= window
+        some_q, some_k, some_v = (x.transpose(1, 2) for x in (q[:, queries], k[:, keys], v[:, keys]))
+        output = scaled_dot_product_attention(some_q, some_k, some_v, attn_mask=seen, scale=scale)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _takes_flex(q: Tensor) -> bool:
+    """FlexAttention's kernels need Triton, and know no float64 and no head dimension below 16."""
+    return has_kernels(q) and q.dtype != torch.float64 and q.shape[-1] >= 16
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return cast(Callable[..., Tensor], torch.compile(flex_attention, dynamic=True))
+
+
+@lru_cache(maxsize=16)  # every layer asks for the same one
+@torch.inference_mode(False)  # else one made under inference mode could not serve a later backward
+def window_block_mask(lengths: tuple[int, ...], window: int, is_causal: bool, device: torch.device) -> Any:
+    """FlexAttention's mask of a sliding window over sequences end to end.
+
+    The blocks come by arithmetic: no table of all queries and keys, which would be quadratic, is looked through.
+
+    Args:
+        lengths: Tokens of each sequence.
+        window: Tokens seen on either side.
+        is_causal: Whether later keys are hidden.
+        device: The device of the queries.
+
+    Returns:
+        A `BlockMask`.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    sequence = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = (query - key <= window) & (key - query <= (0 if is_causal else window))
+        return near & (sequence[query] == sequence[key])
+
+    total = sum(lengths)
+    blocks = -(-total // _BLOCK)
+    block = torch.arange(blocks, dtype=torch.int32, device=device)
+    first = (block * _BLOCK - window).clamp(min=0) // _BLOCK
+    last = block if is_causal else ((block * _BLOCK + _BLOCK - 1 + window) // _BLOCK).clamp(max=blocks - 1)
+    indices = (first[:, None] + block).clamp(max=blocks - 1)  # those after the number of blocks are not read
+    return BlockMask.from_kv_blocks(
+        (last - first + 1)[None, None],
+        indices[None, None].contiguous(),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=seen,
+        seq_lengths=(total, total),
+    )

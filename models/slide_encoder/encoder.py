@@ -1,0 +1,450 @@
+"""Slide encoders of the GigaPath family: tile embeddings and their grid cells in, a slide embedding out."""
+
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ...errors import LongslideError
+from ..checkpoint_file import digest, download
+from .attention_pattern import check_pattern
+from .checkpoint import load_published
+from .cuda_graphs import MAX_TOKENS, EncoderGraphs, ends, keeps_activations
+from .dilated_attention import has_kernels
+from .dilated_attention.parallel import SequenceShards
+from .longnet import LongNetLayer
+from .positions import grid_positions
+from .spec import SlideEncoderSpec, load_slide_encoder_spec
+
+
+class SlideEncoder(nn.Module):
+    """GigaPath's slide encoder (https://doi.org/10.1038/s41586-024-07441-w).
+
+    Args:
+        spec: Its facts.
+        pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token.
+        weights: Source and digest of the weights.
+    """
+
+    def __init__(self, spec: SlideEncoderSpec, pool: Literal["mean", "cls"] = "mean", weights: str = "") -> None:
+        super().__init__()
+        if spec.width % 4 or spec.width % spec.heads:
+            raise ValueError(f"width {spec.width} must be a multiple of 4 and of heads {spec.heads}")
+        if pool not in ("mean", "cls"):
+            raise LongslideError(f"pool {pool!r} is none of mean, cls")
+        check_pattern(spec.pattern, spec.window, spec.period)
+        self.spec = spec
+        self.pool = pool
+        self.weights = weights
+        self.sequence_group: dist.ProcessGroup | None = None
+        self._graphs: EncoderGraphs | None = None
+        self.tile_projection = nn.Linear(spec.tile_dim, spec.width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
+        drop_path = [spec.drop_path * i / max(1, spec.layers - 1) for i in range(spec.layers)]
+        self.layers = nn.ModuleList(
+            LongNetLayer(
+                spec.width,
+                spec.heads,
+                spec.ffn_width,
+                spec.segment_lengths,
+                spec.dilated_ratios,
+                spec.dropout,
+                rate,
+                spec.pattern,
+                spec.window,
+                spec.period,
+            )
+            for rate in drop_path
+        )
+        self.layers_norm = nn.LayerNorm(spec.width)
+        self.norm = nn.LayerNorm(spec.width, eps=1e-6)
+        nn.init.normal_(self.cls_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def name(self) -> str:
+        """The encoder's name."""
+        return self.spec.name
+
+    def shard_sequence(self, group: dist.ProcessGroup | None) -> None:
+        """Spread the tokens of a slide over the ranks of a group, or no longer.
+
+        Each rank then gives a part of a slide's tiles, all ranks together and in the order of the ranks, and gets the
+        embedding of the whole slide. A rank may have none; whether tiles of two ranks have one cell is not checked. Every
+        rank must use the embedding for its loss: the gradients are those of the sum of the ranks' losses, so that their
+        average over all ranks, which DDP and FSDP take, is the gradient of the loss itself.
+
+        Args:
+            group: The ranks that share a slide: a process group, such as `mesh["sequence"].get_group()`; None for none.
+
+        Raises:
+            LongslideError: The encoder's attention pattern is not `dilated`.
+        """
+        if group is not None and self.spec.pattern != "dilated":
+            raise LongslideError(
+                f"attention pattern {self.spec.pattern!r} runs on one device: only 'dilated' spreads a slide over several"
+            )
+        self.sequence_group = group
+
+    def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Embed slides: a batch of one length, or slides of any lengths packed end to end.
+
+        Args:
+            tile_features: `(B, N, tile_dim)` tile embeddings, row by row; N at least 1. Packed: `(T, tile_dim)`.
+            grid_cells: `(B, N, 2)` integer (column, row) of each tile. Packed: `(T, 2)`.
+            cu_seqlens: For packed slides `(B + 1,)` integer: where each slide's tiles begin, and T.
+
+        Returns:
+            `(B, width)` slide embeddings.
+
+        Raises:
+            LongslideError: Two tiles of a slide in one cell, impossible cells, an empty slide, or shapes that do not fit.
+        """
+        tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
+        if self._takes_graphs(tile_features, slides):
+            if self._graphs is None:
+                self._graphs = EncoderGraphs(self._encode_one, self._replayed)
+            x = self._graphs(tile_features, grid_cells, slides.cu_seqlens)
+        else:
+            x = self._encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens, slides.shards)
+        pooled = self._pool(x, slides)
+        slides.check()
+        return pooled
+
+    def layer_embeddings(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The slide embedding after each layer, before it the one of the projected tiles.
+
+        Args:
+            tile_features: As for `forward`.
+            grid_cells: As for `forward`.
+            cu_seqlens: As for `forward`.
+
+        Returns:
+            `(layers + 1, B, width)`.
+
+        Raises:
+            LongslideError: As for `forward`.
+        """
+        tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
+        x = self._embed(tile_features, grid_cells, slides)
+        embeddings = [self._pool(x, slides)]
+        for layer in self.layers:
+            x = torch.add(*self._run(layer, x, slides.cu_seqlens, slides.shards))
+            embeddings.append(self._pool(x, slides))
+        slides.check()
+        return torch.stack(embeddings)
+
+    def tile_tokens(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The tiles themselves after all layers: what the slide embedding is the mean of.
+
+        Args:
+            tile_features: Packed as for `forward`.
+            grid_cells: As for `forward`.
+            cu_seqlens: As for `forward`.
+
+        Returns:
+            `(T, width)`.
+
+        Raises:
+            LongslideError: As for `forward`.
+        """
+        if self.sequence_group is not None:
+            raise LongslideError("the tokens of a slide spread over several ranks are not to be had; embed it on one")
+        tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
+        tokens = self._encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens)[slides.rows_of_tiles()]
+        slides.check()
+        return tokens
+
+    def _encode_one(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(N + 1, width)` tokens of one slide after all layers."""
+        return self._encode(self._prepend_cls(self._project(tile_features, grid_cells)), cu_seqlens)
+
+    def _replayed(self) -> list[nn.Module]:
+        """The modules of `_encode_one`, this one for its cls token."""
+        return [
+            self,
+            *(part for root in (self.tile_projection, self.layers, self.layers_norm) for part in root.modules()),
+        ]
+
+    def _encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        update: Tensor | None = None
+        for layer in self.layers:
+            x, update = self._run(layer, x, cu_seqlens, shards, update)
+            if self._checkpoints():  # of the two only the sum is kept
+                x, update = x + update, None
+        normed: Tensor = self.layers_norm(x if update is None else x + update)
+        return normed
+
+    def _run(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        shards: SequenceShards | None,
+        update: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if self._checkpoints():
+            outputs: tuple[Tensor, Tensor] = recompute(layer, x, cu_seqlens, shards, update, use_reentrant=False)
+        else:
+            outputs = layer(x, cu_seqlens, shards, update)
+        return outputs
+
+    def _checkpoints(self) -> bool:
+        return self.spec.checkpointing and torch.is_grad_enabled()
+
+    def drop_graphs(self) -> None:
+        """Free the memory that CUDA graphs of short slides hold; they are made again when wanted.
+
+        To be called after a change of settings, such as the rate of a dropout: graphs do not notice it.
+        """
+        self._graphs = None
+
+    def _takes_graphs(self, tile_features: Tensor, slides: "_Slides") -> bool:
+        """Whether the tokens may come from CUDA graphs: of one short slide, by kernels that never ask the host."""
+        if len(slides.lengths) != 1 or slides.shards is not None or len(tile_features) >= MAX_TOKENS:
+            return False
+        if not has_kernels(tile_features) or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
+            return False
+        # Hooks of a checkpoint around the encoder, which saves nothing.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True):
+            return False
+        if getattr(self, "_is_replica", False):  # of DataParallel: it shares the graphs of another GPU's encoder
+            return False
+        if not self.cls_token.device == tile_features.device == slides.grid_cells.device:
+            return False
+        if self._checkpoints() or (torch.is_grad_enabled() and not keeps_activations(tile_features.device)):
+            return False
+        from .dilated_attention.fused import eligible
+
+        dtype = self.tile_projection.weight.dtype
+        head_dim = self.spec.width // self.spec.heads
+        return self.spec.pattern == "dilated" and eligible(dtype, head_dim, self.spec.dilated_ratios)
+
+    def _pack(
+        self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, "_Slides"]:
+        """`(T, tile_dim)` and `(T, 2)` of all slides, or of this rank's part of one, and where they are."""
+        if self.sequence_group is not None:
+            return self._pack_part(tile_features, grid_cells, cu_seqlens, self.sequence_group)
+        if cu_seqlens is None:
+            check_shapes(tile_features, grid_cells, self.spec)
+            lengths = [tile_features.shape[1]] * len(tile_features)
+            tile_features, grid_cells = tile_features.flatten(0, 1), grid_cells.flatten(0, 1)
+        else:
+            lengths = cu_seqlens.diff().tolist()
+            check_shapes(tile_features[None], grid_cells[None], self.spec)
+            if min(lengths) < 1 or sum(lengths) != len(tile_features):
+                raise LongslideError(
+                    f"cu_seqlens of slides with {lengths} tiles do not fit {len(tile_features)} tile embeddings; each slide "
+                    "has at least one tile"
+                )
+        return tile_features, grid_cells, _Slides(lengths, tile_features.device, grid_cells)
+
+    def _pack_part(
+        self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, "_Slides"]:
+        slides = len(tile_features) if cu_seqlens is None else len(cu_seqlens) - 1
+        if slides != 1:
+            raise LongslideError(f"a slide spread over several ranks comes alone, not with others: got {slides}")
+        if cu_seqlens is None:
+            tile_features, grid_cells = tile_features[0], grid_cells[0]
+        tiles = len(tile_features)
+        if tiles:
+            check_shapes(tile_features[None], grid_cells[None], self.spec)
+        device = tile_features.device
+        shards = SequenceShards.agree(tiles + (group.rank() == 0), group, device)  # the first rank has the cls token
+        if shards.total == 1:
+            raise LongslideError("no rank has a tile of the slide")
+        return tile_features, grid_cells, _Slides([tiles], device, grid_cells, shards)
+
+    def _embed(self, tile_features: Tensor, grid_cells: Tensor, slides: "_Slides") -> Tensor:
+        """The tokens before the layers: each slide's cls token before its tiles."""
+        x = self._project(tile_features, grid_cells)
+        if len(slides.lengths) == 1:
+            return self._prepend_cls(x, slides.cls_tokens)
+        tokens = x.new_empty(len(x) + len(slides.lengths), self.spec.width).index_copy(0, slides.rows_of_tiles(), x)
+        cls_tokens = self.cls_token[0].to(x.dtype).expand(len(slides.lengths), -1)
+        return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens)
+
+    def _prepend_cls(self, x: Tensor, cls_tokens: int = 1) -> Tensor:
+        # A rank without one takes none of it rather than leaves it out: so it has a gradient, of zero, on every rank.
+        return torch.cat([self.cls_token[0, :cls_tokens].to(x.dtype), x])
+
+    def _project(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
+        weight = self.tile_projection.weight
+        x = self.tile_projection(tile_features.to(weight.dtype))
+        # Under autocast x is half; positions in the dtype of the weights keep the residuals float32, as published.
+        return x + grid_positions(grid_cells, self.spec.width, weight.dtype)  # type: ignore[no-any-return]
+
+    def _pool(self, x: Tensor, slides: "_Slides") -> Tensor:
+        if slides.shards is not None:
+            cls_tokens = x[: len(x) - slides.lengths[0]]
+            own = cls_tokens if self.pool == "cls" else x[len(cls_tokens) :] / (slides.shards.total - 1)
+            pooled = slides.shards.sum(own.sum(0, keepdim=True))
+        elif self.pool == "cls":
+            pooled = x[slides.cu_seqlens[:-1].long()]
+        else:
+            parts = torch.split(x, [n + 1 for n in slides.lengths])
+            pooled = torch.stack([tokens[1:].mean(0) for tokens in parts])
+        normed: Tensor = self.norm(pooled)
+        return normed
+
+
+class _Slides:
+    """Where packed slides are: `lengths` in tiles each, `cu_seqlens` `(B + 1,)` int32 with the cls tokens.
+
+    With `shards` it is one slide, of which this rank has `lengths` tiles, and its `cls_tokens` if it is the first.
+    """
+
+    _of_tile: Tensor | None
+    """Each tile's slide, `(T,)` int64; None of one slide."""
+
+    def __init__(
+        self, lengths: list[int], device: torch.device, grid_cells: Tensor, shards: SequenceShards | None = None
+    ) -> None:
+        self.lengths = lengths
+        self.shards = shards
+        self.cls_tokens = 1 if shards is None or shards.rank == 0 else 0
+        self.grid_cells = grid_cells
+        if len(lengths) == 1:
+            self.cu_seqlens = ends(lengths[0] + self.cls_tokens, device)
+            self._of_tile = None
+        else:
+            self.cu_seqlens = torch.tensor([0, *(n + self.cls_tokens for n in lengths)]).cumsum(0).int().to(device)
+            counts = self.cu_seqlens.diff() - self.cls_tokens
+            self._of_tile = torch.arange(len(lengths), device=device).repeat_interleave(
+                counts, output_size=sum(lengths)
+            )
+        self._ready: torch.cuda.Event | None = None  # when the cells are there, for the stream that checks them
+        if grid_cells.is_cuda and not torch.compiler.is_compiling():
+            self._ready = torch.cuda.current_stream(grid_cells.device).record_event()
+
+    def rows_of_tiles(self) -> Tensor:
+        """`(T,)` int64, where each tile is among the tokens."""
+        rows = torch.arange(1, len(self.grid_cells) + 1, device=self.grid_cells.device)
+        return rows if self._of_tile is None else rows + self._of_tile
+
+    def check(self) -> None:
+        """Refuse grid cells that cannot be right. On a GPU beside what has been launched, so that nothing waits for it.
+
+        Raises:
+            LongslideError: A negative cell or one beyond any slide, or two tiles of a slide in one cell.
+        """
+        if len(self.grid_cells) == 0:
+            return
+        if self._ready is None or torch.compiler.is_compiling():
+            faults = cell_faults(self.grid_cells, self._of_tile).tolist()
+        else:
+            with torch.cuda.stream(_side_stream(self.grid_cells.device)):
+                torch.cuda.current_stream().wait_event(self._ready)
+                faults = cell_faults(self.grid_cells, self._of_tile).tolist()
+        outside, twice = faults
+        if outside:
+            raise LongslideError(
+                f"grid cell below 0 or of {MAX_CELL:,} or more: cells are coords // step_level0, counted from the slide's "
+                "corner"
+            )
+        if twice:
+            raise LongslideError(
+                "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 "
+                "pixels"
+            )
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
+def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:
+    """Hold a batch `(B, N, tile_dim)` and its cells `(B, N, 2)` against what an encoder reads.
+
+    Raises:
+        LongslideError: Shapes or dtypes do not fit.
+    """
+    if tile_features.ndim != 3 or grid_cells.shape != (*tile_features.shape[:2], 2) or tile_features.shape[1] == 0:
+        raise LongslideError(
+            f"tile_features {tuple(tile_features.shape)} and grid_cells {tuple(grid_cells.shape)} must be (B, N, "
+            f"{spec.tile_dim}) and (B, N, 2) with N at least 1"
+        )
+    if tile_features.shape[2] != spec.tile_dim:
+        raise LongslideError(
+            f"slide encoder {spec.name!r} reads tile embeddings of length {spec.tile_dim} (of {spec.tile_encoder}), "
+            f"not {tile_features.shape[2]}"
+        )
+    if grid_cells.is_floating_point():
+        raise LongslideError("grid_cells must be integers (column, row), not level-0 pixels as floats")
+
+
+MAX_CELL = 2**22
+"""No slide has as many columns or rows of tiles; 2 ** 19 slides of them fit an int64 each."""
+
+
+def cell_faults(grid_cells: Tensor, slide: Tensor | None) -> Tensor:
+    """Whether a cell is negative or beyond any slide, and whether two tiles of a slide are in one: two booleans.
+
+    Args:
+        grid_cells: `(T, 2)` integer (column, row) of each tile.
+        slide: `(T,)` the slide each tile belongs to; None for one slide.
+    """
+    grid_cells = grid_cells.long()
+    columns, rows = grid_cells.unbind(-1)
+    place = torch.add(columns, rows, alpha=MAX_CELL)
+    if slide is not None:
+        place.add_(slide, alpha=MAX_CELL * MAX_CELL)
+    ordered = place.sort().values
+    return torch.stack([(grid_cells // MAX_CELL).any(), (ordered[1:] == ordered[:-1]).any()])
+
+
+def create_slide_encoder(
+    name: str,
+    *,
+    checkpoint: str | Path | None = None,
+    pool: Literal["mean", "cls"] = "mean",
+    seed: int = 0,
+    **overrides: Any,
+) -> SlideEncoder:
+    """Build a slide encoder with its weights, on the CPU, in float32 and in evaluation mode.
+
+    Args:
+        name: `gigapath`, `gigapath-24l1024d` or `gigapath-12l1536d`.
+        checkpoint: A weights file as published (or safetensors of the same names), or the word `random` for seeded random
+            weights. None takes the published weights from the Hugging Face hub or its cache.
+        pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token. GigaPath's cls token was not
+            trained.
+        seed: Seed of random weights.
+        **overrides: Keys of `SlideEncoderSpec` to change, such as `tile_dim` or `dropout`.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        LongslideError: No such encoder, or its weights cannot be had or do not fit.
+    """
+    spec = load_slide_encoder_spec(name)
+    if unknown := set(overrides) - {field.name for field in fields(spec)}:
+        raise LongslideError(f"slide encoder {name!r} has no {', '.join(sorted(unknown))}")
+    spec = replace(spec, **overrides)
+    if checkpoint == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would also seed the GPUs
+            return SlideEncoder(spec, pool, f"random seed={seed}").eval()
+    if checkpoint is None:
+        what = f"Slide encoder {name!r}"
+        file, source = download(what, spec.hub_id, [spec.hub_file or ""], gated=spec.gated, option="--slide-checkpoint")
+    else:
+        file, source = Path(checkpoint), str(checkpoint)
+        if not file.is_file():
+            raise LongslideError(f"{file}: no such checkpoint; give a file, or the word random.")
+    with torch.device("meta"):
+        encoder = SlideEncoder(spec, pool, f"{source} {digest(file)}")
+    load_published(encoder, file, f"{source}: does not fit slide encoder {name!r}")
+    return encoder.float().eval()

@@ -1,0 +1,219 @@
+"""Masked autoencoding of tile embeddings: how GigaPath pretrains its slide encoder, without labels.
+
+Of each slide most tiles are hidden (He et al., https://arxiv.org/abs/2111.06377); the slide encoder sees the rest, and a
+light LongNet decoder tells the hidden embeddings from them and the hidden tiles' places
+(https://doi.org/10.1038/s41586-024-07441-w).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+from torchmetrics import MeanMetric
+
+from ...errors import LongslideError
+from ...version import __version__
+from ..aggregators.base import split_bags
+from ..aggregators.slide_encoder import GigaPathOptions, LongNetOptions, create_gigapath, create_longnet
+from ..checkpoint_file import SCHEMA
+from ..classifier.bag_weights import BagWeightedModule
+from ..classifier.optimisation import OptimiserOptions, configure
+from .longnet import LongNetLayer
+from .positions import grid_positions
+
+
+class UnlabelledFacts(NamedTuple):
+    """What the masked autoencoder must know of its training data.
+
+    Attributes:
+        feature_dim: Length of a tile embedding.
+        preprocessing: What made the features, as in a classifier's facts.
+    """
+
+    feature_dim: int
+    preprocessing: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """Options of the decoder, which is thrown away after pretraining.
+
+    Attributes:
+        layers: LongNet layers.
+        width: Width of the tokens; a multiple of 4 and of `heads`.
+        heads: Attention heads.
+        ffn_width: Width of the feed-forward networks.
+    """
+
+    layers: int = 2
+    width: int = 256
+    heads: int = 8
+    ffn_width: int = 1024
+
+
+class MaskedAutoencoder(BagWeightedModule):
+    """A slide encoder that learns to tell hidden tiles from the others.
+
+    Args:
+        facts: What must be known of the training data.
+        encoder: Which slide encoder is pretrained: `longnet` of any size, or `gigapath`.
+        checkpoint: What it begins with; for `gigapath` the published weights by default.
+        longnet: Options of `longnet`.
+        gigapath: Options of `gigapath`.
+        decoder: Options of the decoder.
+        mask_ratio: Share of a slide's tiles that are hidden.
+        normalise_targets: Whether each hidden embedding is standardised before it is compared.
+        horizontal_flip: Whether half of the training slides are mirrored left to right.
+        shift: Training slides are moved right and down by up to so many cells.
+        optimiser: Options of the optimiser.
+    """
+
+    def __init__(
+        self,
+        facts: UnlabelledFacts,
+        encoder: Literal["longnet", "gigapath"] = "longnet",
+        checkpoint: str | None = None,
+        longnet: LongNetOptions = LongNetOptions(),
+        gigapath: GigaPathOptions = GigaPathOptions(),
+        decoder: DecoderOptions = DecoderOptions(),
+        mask_ratio: float = 0.75,
+        normalise_targets: bool = True,
+        horizontal_flip: bool = True,
+        shift: int = 100,
+        optimiser: OptimiserOptions = OptimiserOptions(learning_rate=5e-4),
+    ) -> None:
+        super().__init__()
+        if not 0 < mask_ratio < 1:
+            raise LongslideError(f"--model.mask_ratio {mask_ratio} must be above 0 and below 1")
+        self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
+        tile_encoder = facts.preprocessing.get("tile_encoder")
+        if encoder == "longnet":
+            self.encoder = create_longnet(facts.feature_dim, longnet, checkpoint, tile_encoder).encoder
+        else:
+            self.encoder = create_gigapath(facts.feature_dim, gigapath, checkpoint, tile_encoder).encoder
+        # They come after the pooling, which pretraining does not use.
+        self.encoder.norm.requires_grad_(False)
+        self.mask_ratio = mask_ratio
+        self.normalise_targets = normalise_targets
+        self.horizontal_flip = horizontal_flip
+        self.shift = shift
+        self.optimiser = optimiser
+        spec = self.encoder.spec
+        self.decoder_in = nn.Linear(spec.width, decoder.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, decoder.width))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.decoder_layers = nn.ModuleList(
+            LongNetLayer(decoder.width, decoder.heads, decoder.ffn_width, spec.segment_lengths, spec.dilated_ratios)
+            for _ in range(decoder.layers)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder.width)
+        self.decoder_out = nn.Linear(decoder.width, facts.feature_dim)
+        self.val_loss = MeanMetric()
+
+    def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor, hidden: Tensor) -> Tensor:
+        """Tell the tiles from those that are not hidden.
+
+        Args:
+            tile_features: `(T, D)` tile embeddings of all slides, packed end to end.
+            grid_cells: `(T, 2)` int64 (column, row) of each tile.
+            cu_seqlens: `(B + 1,)` int32 cumulative lengths of the slides.
+            hidden: `(T,)` bool, which tiles the encoder does not see; it sees one of each slide at least.
+
+        Returns:
+            `(T, D)` embeddings.
+        """
+        seen = ~hidden
+        slides = torch.arange(len(cu_seqlens) - 1, device=cu_seqlens.device).repeat_interleave(cu_seqlens.diff())
+        seen_lengths = slides[seen].bincount(minlength=len(cu_seqlens) - 1)
+        seen_cu_seqlens = torch.cat([cu_seqlens[:1], seen_lengths.cumsum(0).int()])
+        x = self.decoder_in(self.encoder.tile_tokens(tile_features[seen], grid_cells[seen], seen_cu_seqlens))
+        tokens = self.mask_token.to(x.dtype).repeat(len(hidden), 1).index_copy(0, seen.nonzero()[:, 0], x)
+        y = tokens + grid_positions(grid_cells, tokens.shape[1], self.mask_token.dtype)
+        for layer in self.decoder_layers:
+            y = torch.add(*layer(y, cu_seqlens))
+        told: Tensor = self.decoder_out(self.decoder_norm(y))
+        return told
+
+    def loss(self, batch: dict[str, Tensor], generators: list[torch.Generator | None]) -> tuple[Tensor, Tensor]:
+        """The mean squared error of the hidden tiles of each slide.
+
+        Args:
+            batch: A batch of slides.
+            generators: Draws which tiles are hidden, for each slide; None for torch's own.
+
+        Returns:
+            The sum over the slides, and the number of slides that have hidden tiles.
+        """
+        cu_seqlens = batch["cu_seqlens"]
+        lengths = cu_seqlens.diff().tolist()
+        drawn = [self._hide(n, generator) for n, generator in zip(lengths, generators, strict=True)]
+        hidden = torch.cat(drawn).to(self.device)
+        target = batch["tile_features"].float()
+        told = self(batch["tile_features"], batch["grid_cells"], cu_seqlens, hidden).float()
+        if self.normalise_targets:
+            target = layer_norm(target, target.shape[-1:])
+        error = (told - target).square().mean(1)
+        losses = [
+            bag[mask].mean()
+            for bag, mask in zip(split_bags(error, cu_seqlens), split_bags(hidden, cu_seqlens), strict=True)
+            if mask.any()
+        ]
+        # The product with zero keeps the graph where no slide has a tile to hide.
+        total = torch.stack(losses).sum() if losses else told.sum() * 0.0
+        return total, total.new_tensor(float(len(losses)))
+
+    def _hide(self, tiles: int, generator: torch.Generator | None) -> Tensor:
+        hidden = torch.zeros(tiles, dtype=torch.bool)
+        count = min(tiles - 1, max(1, round(self.mask_ratio * tiles)))
+        hidden[torch.randperm(tiles, generator=generator)[:count]] = True
+        return hidden
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The sum of the losses of a batch."""
+        batch = self._moved(batch)
+        loss, weight = self.loss(batch, [None] * (len(batch["cu_seqlens"]) - 1))
+        return self.weighted_loss(loss, weight)
+
+    def _moved(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Mirror and shift the grids; the tiles go on row by row."""
+        features, cells = [], []
+        packed = (split_bags(batch[name], batch["cu_seqlens"]) for name in ("tile_features", "grid_cells"))
+        for slide, grid in zip(*packed, strict=True):
+            flip = self.horizontal_flip and bool(torch.rand(()) < 0.5)
+            column, row = grid.unbind(1)
+            if flip:
+                column = column.max() + column.min() - column
+            order = (row * (column.max() + 1) + column).argsort()
+            offset = torch.randint(self.shift + 1, (2,)).to(grid.device)
+            features.append(slide[order])
+            cells.append((torch.stack([column, row], 1) + offset)[order])
+        return batch | {"tile_features": torch.cat(features), "grid_cells": torch.cat(cells)}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Gather the loss; each slide hides the same tiles every time."""
+        generators: list[torch.Generator | None] = [
+            torch.Generator().manual_seed(index) for index in batch["index"].tolist()
+        ]
+        loss, weight = self.loss(batch, generators)
+        if weight > 0:
+            self.val_loss.update(loss / weight, weight)
+        self.log("val_loss", self.val_loss, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, with warm-up and cosine at every step."""
+        return configure(self, self.optimiser, self.trainer)
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint holds under `longslide`."""
+        return {
+            "schema": SCHEMA,
+            "kind": "mae",
+            "software": f"longslide {__version__}",
+            "slide_encoder": asdict(self.encoder.spec),
+            "preprocessing": dict(self.facts.preprocessing),
+            "mask_ratio": self.mask_ratio,
+        }

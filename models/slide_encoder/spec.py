@@ -1,0 +1,97 @@
+"""What is known of a slide encoder: the facts of one YAML file of `configs/slide_encoders/`, without torch."""
+
+import difflib
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from ...errors import LongslideError
+
+if TYPE_CHECKING:
+    from .attention_pattern import Pattern
+
+
+@dataclass(frozen=True)
+class SlideEncoderSpec:
+    """One slide encoder: the keys of its YAML file.
+
+    Attributes:
+        name: The name users give.
+        hub_id: Repository on the Hugging Face hub, or null if no weights are published.
+        hub_file: The weights file there.
+        tile_encoder: The tile encoder whose embeddings the published weights read.
+        tile_dim: Length of a tile embedding.
+        layers: LongNet layers.
+        width: Width of the tokens and of the slide embedding; a multiple of 4.
+        heads: Attention heads.
+        ffn_width: Width of the feed-forward networks.
+        dilated_ratios: Dilated ratio of each branch.
+        max_wsi_size: Edge of the largest slide in pixels; with `tile_size` it sets the longest segment.
+        tile_size: Edge of a tile in pixels.
+        licence: Licence of the weights.
+        gated: Whether the hub asks for an account that has accepted the terms.
+        paper: Link to the paper.
+        dropout: Share of values dropped in training.
+        drop_path: Share of slides for which the last layer's halves are left out in training; less before it.
+        checkpointing: Whether layers are computed again in the backward instead of kept: less memory, more time.
+        pattern: Which keys a token sees: `dilated`, or to compare `dense`, `sliding-window` or `strided`; see `attention`.
+        window: Tokens seen on either side, for the pattern `sliding-window`.
+        period: Distance of the keys from one another, for the pattern `strided`.
+    """
+
+    name: str
+    hub_id: str | None
+    hub_file: str | None
+    tile_encoder: str
+    tile_dim: int
+    layers: int
+    width: int
+    heads: int
+    ffn_width: int
+    dilated_ratios: tuple[int, ...]
+    max_wsi_size: int
+    tile_size: int
+    licence: str
+    gated: bool
+    paper: str
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    checkpointing: bool = False
+    pattern: "Pattern" = "dilated"
+    window: int = 0
+    period: int = 0
+
+    @property
+    def segment_lengths(self) -> tuple[int, ...]:
+        """Segment length of each branch: from 1,024 to the longest sequence a slide can give, evenly in the exponent."""
+        longest = int(math.log2((self.max_wsi_size // self.tile_size) ** 2))
+        last = len(self.dilated_ratios) - 1
+        return tuple(int(2 ** (10 + (longest - 10) * i / max(1, last))) for i in range(last + 1))
+
+
+def list_slide_encoders() -> list[str]:
+    """Names of the slide encoders, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def load_slide_encoder_spec(name: str) -> SlideEncoderSpec:
+    """The facts of a slide encoder.
+
+    Raises:
+        LongslideError: There is none of this name; near matches are named.
+    """
+    known = list_slide_encoders()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise LongslideError(f"No slide encoder {name!r}: {hint}Known are {', '.join(known)}.")
+    content = yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    return SlideEncoderSpec(**content | {"dilated_ratios": tuple(content["dilated_ratios"])})
+
+
+def _folder() -> Path:
+    return Path(str(files("longslide.configs"))) / "slide_encoders"

@@ -1,0 +1,1 @@
+"""Tiles to embeddings: pretrained vision transformers."""

@@ -1,0 +1,203 @@
+"""What is known of a tile encoder: the facts of one YAML file of `configs/tile_encoders/`, without torch.
+
+This module imports neither torch nor timm, so that `doctor` and the command line can list encoders at once.
+"""
+
+import difflib
+from dataclasses import MISSING, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...errors import LongslideError
+
+_INTERPOLATIONS = ("bilinear", "bicubic")
+_POOLINGS = ("cls", "cls+mean", "mean", "timm")
+_PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class TileEncoderSpec:
+    """One tile encoder: the keys of its YAML file.
+
+    A new encoder is a new YAML file, in the package or given by path. Keys without a default must be there; a key that
+    is not listed here is refused.
+
+    Attributes:
+        name: The name users give; for a file of the package also the stem of the file.
+        architecture: Name of the timm model.
+        timm_args: Arguments of `timm.create_model` on top of the architecture's own. `mlp_layer: SwiGLUPacked` and
+            `act_layer: silu` stand for the timm classes.
+        dim: Length of the embedding.
+        resize: The short side of a tile after resizing, in pixels.
+        interpolation: `bilinear` or `bicubic`, both antialiased as Pillow does.
+        crop: Edge of the centre crop, in pixels: what the network sees.
+        mean: Mean of the red, green and blue channel, in 0 to 1.
+        std: Standard deviation of the three channels, in 0 to 1.
+        pooling: `cls`: the class token; `mean`: the mean of the patch tokens (without class and register tokens);
+            `cls+mean`: both, concatenated; `timm`: what the timm model itself returns.
+        precision: Recommended precision of inference: `float32`, `float16` or `bfloat16`.
+        mpp: Recommended microns per pixel of the tiles; null if there is none.
+        tile_px: Recommended edge of the tiles, in pixels.
+        licence: Licence of the weights.
+        gated: Whether the hub asks for an account that has accepted the terms.
+        paper: Link to the paper.
+        hub_id: Repository on the Hugging Face hub, or null if there is none.
+        norm_eps: Epsilon of the layer norms where it is not timm's.
+    """
+
+    name: str
+    architecture: str
+    dim: int
+    resize: int
+    interpolation: str
+    crop: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pooling: str
+    precision: str
+    mpp: float | None
+    tile_px: int
+    licence: str
+    gated: bool
+    paper: str
+    hub_id: str | None
+    timm_args: dict[str, Any] = field(default_factory=dict)
+    norm_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("interpolation", _INTERPOLATIONS), ("pooling", _POOLINGS), ("precision", _PRECISIONS)):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {getattr(self, key)!r}")
+        for key in ("dim", "resize", "crop", "tile_px"):
+            value = getattr(self, key)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{key} must be a positive whole number, not {value!r}")
+        for key in ("mean", "std"):
+            value = getattr(self, key)
+            if (
+                not isinstance(value, (list, tuple))
+                or len(value) != 3
+                or not all(type(v) in (int, float) for v in value)
+            ):
+                raise ValueError(f"{key} must be three numbers, not {value!r}")
+            object.__setattr__(self, key, tuple(float(v) for v in value))
+        for key in ("name", "architecture", "licence", "paper"):
+            if not isinstance(getattr(self, key), str):
+                raise ValueError(f"{key} must be text, not {getattr(self, key)!r}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, not {self.std}")
+        if self.crop > self.resize:
+            raise ValueError(f"crop ({self.crop}) must not be larger than resize ({self.resize})")
+        if not isinstance(self.gated, bool):
+            raise ValueError(f"gated must be true or false, not {self.gated!r}")
+        if not isinstance(self.timm_args, dict):
+            raise ValueError(f"timm_args must be a mapping, not {self.timm_args!r}")
+        if self.mpp is not None and (type(self.mpp) not in (int, float) or self.mpp <= 0):
+            raise ValueError(f"mpp must be a positive number or null, not {self.mpp!r}")
+
+
+def list_tile_encoders() -> list[str]:
+    """Names of the tile encoders of the package, sorted. Any timm model works too, by its timm name."""
+    return sorted(_packaged())
+
+
+def load_tile_encoder_spec(name: str | Path) -> TileEncoderSpec:
+    """Look up a tile encoder.
+
+    Args:
+        name: An encoder of the package (see `list_tile_encoders`), the path of a YAML file, or the name of a timm model
+            (only then is timm imported).
+
+    Returns:
+        The facts of the encoder.
+
+    Raises:
+        LongslideError: If there is no such encoder (near matches are named) or the YAML file is not right.
+    """
+    packaged = _packaged()
+    if str(name) in packaged:
+        return _read(packaged[str(name)])
+    if Path(name).suffix in (".yaml", ".yml"):
+        spec = _read(Path(name))
+        if spec.name in packaged:
+            raise LongslideError(
+                f"{name}: the name {spec.name!r} is taken by an encoder of the package; choose another."
+            )
+        return spec
+    return _timm_spec(str(name))
+
+
+def _packaged() -> dict[str, Path]:
+    folder = Path(str(files("longslide.configs"))) / "tile_encoders"
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
+def _read(path: Path) -> TileEncoderSpec:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LongslideError(f"{path}: no such tile encoder file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise LongslideError(f"{path}: not a readable YAML file ({' '.join(str(error).split())}).") from error
+    known = {f.name: f for f in fields(TileEncoderSpec)}
+    if not isinstance(content, dict):
+        raise LongslideError(f"{path}: a tile encoder is a mapping with the keys {', '.join(known)}.")
+    if unknown := [str(key) for key in content if key not in known]:
+        raise LongslideError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(known)}.")
+    required = {key for key, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
+    if missing := sorted(required - content.keys()):
+        raise LongslideError(f"{path}: missing key {', '.join(missing)}.")
+    try:
+        return TileEncoderSpec(**content)
+    except ValueError as error:
+        raise LongslideError(f"{path}: {error}.") from None
+
+
+def _timm_spec(name: str) -> TileEncoderSpec:
+    """The spec of any timm model: dimension from the model, transform from its `pretrained_cfg`."""
+    import timm
+    import torch
+    from timm.data.config import resolve_data_config
+
+    if not timm.is_model(name):
+        known = [*_packaged(), *timm.list_models(), *timm.list_pretrained()]
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"the package has {', '.join(list_tile_encoders())}."
+        raise LongslideError(f"No tile encoder {name!r}: {hint} The path of a YAML file or any timm model works too.")
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    config: Any = model.pretrained_cfg
+    transform = resolve_data_config(pretrained_cfg=config)  # type: ignore[no-untyped-call]
+    crop = int(transform["input_size"][-1])
+    if transform["interpolation"] not in _INTERPOLATIONS:
+        raise LongslideError(
+            f"timm model {name!r} resizes by {transform['interpolation']!r}; write a YAML file for it with "
+            f"one of {', '.join(_INTERPOLATIONS)}."
+        )
+    return TileEncoderSpec(
+        name=name,
+        architecture=name,
+        dim=int(getattr(model, "head_hidden_size", model.num_features)),
+        resize=int(crop / transform["crop_pct"]),
+        interpolation=transform["interpolation"],
+        crop=crop,
+        mean=transform["mean"],
+        std=transform["std"],
+        pooling="timm",
+        precision="float32",
+        mpp=None,
+        tile_px=crop,
+        licence=config.get("license") or "see the model card",
+        gated=False,
+        paper=_paper_link(config),
+        hub_id=config.get("hf_hub_id"),
+    )
+
+
+def _paper_link(config: dict[str, Any]) -> str:
+    paper = config.get("paper_ids") or ""
+    first = paper if isinstance(paper, str) else paper[0]
+    return first.replace("arXiv:", "https://arxiv.org/abs/")

@@ -1,0 +1,1 @@
+"""A picture of which tokens an attention pattern connects."""

@@ -1,0 +1,1 @@
+"""What every job over many slides shares: results, the summary, claims, progress."""

@@ -1,0 +1,140 @@
+"""What every batch job over slides shares: one result a slide, the summary table, and claims between processes."""
+
+import csv
+import io
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock, Timeout
+
+from ...data.whole_file import remove_leftovers, write_whole
+from ...errors import LongslideError
+
+SUMMARY = "summary.csv"
+
+BUSY = "another process is working on it"
+"""Why a slide is skipped that another process has claimed."""
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """How one slide of a job ended; the columns of `summary.csv`.
+
+    Attributes:
+        slide_id: The slide's id, the stem of its output files.
+        slide: Path of the slide file.
+        status: `done` (the output is complete), `failed`, or `skipped` (nothing to do here: no tissue, or another
+            process is at work on it).
+        reason: Why it failed or was skipped, or a remark on a slide that is done.
+        tiles: Tiles embedded.
+        bad_tiles: Tiles that could not be read and were left out.
+        mpp: Microns per pixel at level 0.
+        mpp_source: Where the mpp came from.
+        tissue_mm2: Area of the tissue in square millimetres.
+        seconds: Time spent on the slide in this run.
+        features: Path of the feature file.
+    """
+
+    slide_id: str
+    slide: str
+    status: Literal["done", "failed", "skipped"]
+    reason: str = ""
+    tiles: int | None = None
+    bad_tiles: int | None = None
+    mpp: float | None = None
+    mpp_source: str | None = None
+    tissue_mm2: float | None = None
+    seconds: float | None = None
+    features: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the slide does not count against the exit status."""
+        return self.status != "failed"
+
+
+def make_output_folder(output: Path, option: str = "--output") -> None:
+    """Create the output folder and make sure that files can be written there.
+
+    Args:
+        output: The folder.
+        option: What the user gives it by, for the message.
+
+    Raises:
+        LongslideError: The folder cannot be created or written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise LongslideError(
+            f"{output}: cannot write to the output folder ({error.strerror}); choose another {option}"
+        ) from error
+
+
+def claim(output: Path, slide_id: str) -> FileLock | None:
+    """Claim a slide for this process.
+
+    The claim is an operating-system lock: it ends with the process, however that dies.
+
+    Returns:
+        The lock to release when the slide is finished, or None when another process holds it.
+    """
+    lock = FileLock(_lock_folder(output) / f"{slide_id}.lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def record(output: Path, result: SlideResult) -> None:
+    """Write a slide's result into `<output>/summary.csv`, replacing its earlier row.
+
+    Several processes may do so at once. What another process says of a slide is not replaced by the news that it is
+    busy with it, nor the row of the run that embedded a slide by one that found it done.
+
+    Raises:
+        LongslideError: The summary cannot be written.
+    """
+    path = output / SUMMARY
+    found_done = result.status == "done" and result.seconds is None
+    try:
+        with FileLock(_lock_folder(output) / f".{SUMMARY}.lock"):  # no slide's own lock: an id has no dot in front
+            rows = _rows(path)
+            before = rows.get(result.slide_id)
+            if before and (result.reason == BUSY or (found_done and before["status"] == "done")):
+                return
+            rows[result.slide_id] = asdict(result)
+            table = io.StringIO(newline="")
+            writer = csv.DictWriter(table, [field.name for field in fields(SlideResult)], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows[slide_id] for slide_id in sorted(rows))
+            remove_leftovers(path)
+            write_whole(path, table.getvalue().encode())
+    except OSError as error:
+        raise LongslideError(f"{path}: cannot write it ({error.strerror})") from error
+
+
+def _rows(path: Path) -> dict[str, dict[str, object]]:
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return {}
+    return dict(_read_rows(path, now.st_ino, now.st_mtime_ns, now.st_size))
+
+
+@lru_cache(maxsize=1)  # a run that finds ten thousand slides done would read ten thousand rows for each
+def _read_rows(path: Path, *version: int) -> dict[str, dict[str, object]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return {row["slide_id"]: dict(row) for row in csv.DictReader(file)}
+
+
+def _lock_folder(output: Path) -> Path:
+    folder = output / ".locks"
+    folder.mkdir(exist_ok=True)
+    return folder

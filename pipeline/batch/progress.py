@@ -1,0 +1,90 @@
+"""Progress of a job over slides: slides, tiles, tiles per second, time left."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from .ledger import SlideResult
+
+STYLES = {"done": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+class _TilesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        if not task.fields.get("tiles"):
+            return Text("")
+        return Text(f"{task.speed:,.0f} tiles/s" if task.speed else "- tiles/s")
+
+
+class JobProgress:
+    """Two bars on standard error, all slides and the present one, and a line for each slide that ended.
+
+    Where standard error is not a terminal (a cluster's log), only the lines are written.
+    """
+
+    def __init__(self, slides: int) -> None:
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _TilesPerSecond(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._slides = self._progress.add_task("slides", total=slides)
+        self._tiles = self._progress.add_task("tiles", total=None, tiles=True, visible=False)
+        self._total = slides
+        self._ended = 0
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """Write a line."""
+        self._console.print(escape(text))
+
+    def slide_started(self, slide_id: str, tiles: int) -> None:
+        """The present slide and how many tiles it has."""
+        self._progress.reset(self._tiles, total=tiles, description=escape(slide_id), visible=True)
+
+    def tiles_done(self, tiles: int) -> None:
+        """So many more tiles of the present slide are embedded."""
+        self._progress.advance(self._tiles, tiles)
+
+    def slide_ended(self, result: SlideResult) -> None:
+        """Write the slide's line and advance the bar of all slides."""
+        self._ended += 1
+        self._progress.advance(self._slides)
+        style = STYLES[result.status]
+        line = f"[{style}]{result.status:7}[/] {escape(result.slide_id)}"
+        if result.tiles is not None:
+            line += f"  {result.tiles:,} tiles"
+            if result.seconds:
+                line += f" in {result.seconds:.1f} s ({result.tiles / result.seconds:,.0f}/s)"
+        if result.reason:
+            line += f"  {escape(result.reason)}"
+        self._console.print(f"{escape(f'[{self._ended}/{self._total}]')} {line}")

@@ -1,0 +1,1 @@
+"""Slides to feature files, and the check before it."""

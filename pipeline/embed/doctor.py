@@ -1,0 +1,360 @@
+"""The check before the GPU hours: what will go wrong with these slides, these weights, this machine."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import rich.box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from ...data.slides.slide import Slide, open_slide
+from ...data.slides.slide_table import SlideEntry, find_slides
+from ...data.tiles.grid import Grid, make_grid
+from ...data.tiles.stream import TileBatch, TileStream
+from ...data.tissue.optical_density import find_tissue, read_tissue_mask
+from ...errors import LongslideError
+from .embed import check_slide_encoder, failed_slide, resolve_tiles, why_no_tiles
+
+if TYPE_CHECKING:
+    from ...models.tile_encoder.spec import TileEncoderSpec
+
+# Tiles read from each slide to time the reading: a contiguous run, as the job itself reads them.
+SAMPLE_TILES = 64
+# The width of GigaPath's and UNI2's embeddings; only for the disk estimate when no encoder is named.
+DIM_WITHOUT_ENCODER = 1536
+
+
+@dataclass(frozen=True)
+class SlideCheck:
+    """What `doctor` found about one slide.
+
+    Attributes:
+        slide_id: The slide's id.
+        slide: Path of the slide file.
+        problem: Why `embed` would fail on it, or which other slide it is a copy of; empty when all is well.
+        remark: What a person should look at: no tissue.
+        width: Level-0 pixels.
+        height: Level-0 pixels.
+        levels: Pyramid levels.
+        mpp: Microns per pixel at level 0.
+        mpp_source: Where the mpp came from.
+        tissue_mm2: Area of the tissue in square millimetres.
+        tiles: Tiles that would be embedded.
+        tiles_per_second: Tiles read per second.
+        quickhash: Identity of the slide's image data.
+    """
+
+    slide_id: str
+    slide: str
+    problem: str = ""
+    remark: str = ""
+    width: int | None = None
+    height: int | None = None
+    levels: int | None = None
+    mpp: float | None = None
+    mpp_source: str | None = None
+    tissue_mm2: float | None = None
+    tiles: int = 0
+    tiles_per_second: float | None = None
+    quickhash: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no problem with this slide."""
+        return not self.problem
+
+
+@dataclass(frozen=True)
+class EncoderCheck:
+    """What `doctor` found about the tile encoder or the slide encoder.
+
+    Attributes:
+        name: The encoder's name.
+        problem: Why `embed` could not use it; empty when it could.
+        weights: Source and digest of its weights.
+        device: Where the tile encoder would run.
+        precision: In what precision.
+        tiles_per_second: Tiles it embeds per second there.
+    """
+
+    name: str
+    problem: str = ""
+    weights: str | None = None
+    device: str | None = None
+    precision: str | None = None
+    tiles_per_second: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether `embed` can use it."""
+        return not self.problem
+
+
+@dataclass(frozen=True)
+class DiskCheck:
+    """What `doctor` found about the disk.
+
+    Attributes:
+        folder: The folder on it.
+        need: Bytes that the feature files of all slides need.
+        free: Bytes that are free.
+    """
+
+    folder: Path
+    need: int
+    free: int
+
+    @property
+    def problem(self) -> str:
+        """Why `embed` would fail; empty when there is room."""
+        if self.need <= self.free:
+            return ""
+        return (
+            f"{self.folder}: the feature files need {_size(self.need)}, {_size(self.free)} are free; make room or choose "
+            "another --output"
+        )
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is room."""
+        return not self.problem
+
+
+def doctor(
+    slides: Sequence[str | Path],
+    tile_encoder: str | Path | None = None,
+    tile_checkpoint: str | Path | None = None,
+    slide_encoder: str | None = None,
+    slide_checkpoint: str | Path | None = None,
+    slide_mpp: float | None = None,
+    mpp: float | None = None,
+    tile_px: int | None = None,
+    overlap: int = 0,
+    min_tissue: float = 0.1,
+    threads: int = 4,
+    device: str = "auto",
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    output: str | Path = ".",
+) -> "list[SlideCheck | EncoderCheck | DiskCheck]":
+    """Open every slide, find its tissue, read some tiles, and look at the weights, the GPU and the disk.
+
+    Args:
+        slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.
+        tile_encoder: Also check this tile encoder: its weights, and how many tiles a second it embeds here.
+        tile_checkpoint: Weights of the tile encoder, as `embed` takes them.
+        slide_encoder: Also check this slide encoder's weights.
+        slide_checkpoint: Weights of the slide encoder, as `embed` takes them.
+        slide_mpp: Microns per pixel at level 0, for all slides that have no `mpp` in the table; overrides the file's.
+        mpp: Microns per pixel of the tiles. Default: what the tile encoder recommends, or 0.5.
+        tile_px: Edge of a tile in pixels. Default: what the tile encoder recommends, or 256.
+        overlap: Pixels that neighbouring tiles share.
+        min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
+        threads: Threads that read tiles.
+        device: `auto`, or a torch device such as `cuda:1` or `cpu`.
+        precision: Precision of the encoder, as `embed` takes it.
+        output: Folder whose disk must hold the feature files.
+
+    Returns:
+        What was found about each slide, then about the encoders that were named, and last about the disk.
+
+    Raises:
+        LongslideError: Wrong usage, found before any slide is touched.
+    """
+    from ...models.tile_encoder.spec import load_tile_encoder_spec
+
+    console = Console(soft_wrap=True, highlight=False)
+    if not console.is_terminal:
+        console = Console(width=160, soft_wrap=True, highlight=False)  # a log is not 80 characters wide
+    entries = find_slides(slides, slide_mpp)
+    spec = None if tile_encoder is None else load_tile_encoder_spec(tile_encoder)
+    mpp, tile_px = resolve_tiles(spec, mpp, tile_px, overlap, min_tissue)
+    if threads < 1:
+        raise LongslideError("--threads must be at least 1")
+    if slide_encoder is not None and spec is None:
+        raise LongslideError("--slide-encoder needs --tile-encoder: it reads the embeddings of that one")
+
+    checks = [
+        _check_slide(entry, mpp, tile_px, overlap, min_tissue, threads)
+        for entry in track(entries, "checking slides", console=Console(stderr=True), transient=True)
+    ]
+    checks = _mark_duplicates(checks)
+    encoders = []
+    if tile_encoder is not None and spec is not None:
+        encoders.append(_check_tile_encoder(tile_encoder, tile_checkpoint, tile_px, device, precision))
+        if slide_encoder is not None:
+            encoders.append(_check_slide_encoder(slide_encoder, slide_checkpoint, spec))
+
+    disk = _check_disk(checks, encoders, spec.dim if spec else DIM_WITHOUT_ENCODER, Path(output))
+
+    console.print(_table(checks))
+    _print_problems(console, [*checks, *encoders, disk])
+    _print_machine(console, encoders)
+    _print_totals(console, checks, encoders)
+    note = "" if spec else f" at {DIM_WITHOUT_ENCODER:,} numbers a tile"
+    console.print(f"disk          {_size(disk.need)}{note}, {_size(disk.free)} free in {escape(str(disk.folder))}")
+    return [*checks, *encoders, disk]
+
+
+def _check_slide(
+    entry: SlideEntry, mpp: float, tile_px: int, overlap: int, min_tissue: float, threads: int
+) -> SlideCheck:
+    check = SlideCheck(entry.slide_id, str(entry.path))
+    try:
+        with open_slide(entry.path, mpp=entry.mpp, slide_id=entry.slide_id) as slide:
+            width, height = slide.dimensions
+            check = replace(
+                check, width=width, height=height, levels=len(slide.level_dimensions), quickhash=slide.quickhash
+            )
+            check = replace(check, mpp=slide.mpp.value, mpp_source=slide.mpp.source)
+            tissue = read_tissue_mask(entry.tissue_mask, slide) if entry.tissue_mask else find_tissue(slide)
+            grid = make_grid(slide, tissue, mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
+            check = replace(check, tissue_mm2=tissue.area_mm2(slide.mpp.value), tiles=len(grid.coords))
+            if not len(grid.coords):
+                return replace(check, remark=why_no_tiles(tissue, min_tissue))
+            return replace(check, tiles_per_second=_reading_speed(slide, grid, threads))
+    except Exception as error:
+        return replace(check, problem=failed_slide(entry, error).reason)
+
+
+def _reading_speed(slide: Slide, grid: Grid, threads: int) -> float:
+    first = max(0, (len(grid.coords) - SAMPLE_TILES) // 2)
+    part = slice(first, first + SAMPLE_TILES)
+    sample = replace(grid, coords=grid.coords[part], tissue_fraction=grid.tissue_fraction[part])
+    started = time.perf_counter()
+    tiles = sum(len(batch.index) for batch in TileStream(slide, sample, batch_size=16, threads=threads))
+    return tiles / (time.perf_counter() - started)
+
+
+def _mark_duplicates(checks: list[SlideCheck]) -> list[SlideCheck]:
+    """Report slides whose image data another one has too: they count twice, perhaps on both sides of a split."""
+    first: dict[str, str] = {}
+    marked = []
+    for check in checks:
+        twin = first.setdefault(check.quickhash, check.slide_id) if check.quickhash else check.slide_id
+        marked.append(check if twin == check.slide_id else replace(check, problem=f"same image as {twin}"))
+    return marked
+
+
+def _check_tile_encoder(
+    name: str | Path, checkpoint: str | Path | None, tile_px: int, device: str, precision: str
+) -> EncoderCheck:
+    """Load the weights for real, and time a few batches of noise."""
+    from ...models.tile_encoder.encoder import create_tile_encoder
+    from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
+
+    try:
+        torch_device = resolve_device(device)
+        encoder = create_tile_encoder(name, checkpoint=checkpoint).to(torch_device)
+    except LongslideError as error:
+        return EncoderCheck(str(name), problem=str(error))
+    resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
+    batch, batches = (64, 8) if torch_device.type == "cuda" else (2, 2)
+    rng = np.random.default_rng(0)
+    noise = TileBatch(rng.integers(0, 256, (batch, tile_px, tile_px, 3), np.uint8), np.arange(batch))
+    embedder = TileEmbedder(encoder, torch_device, resolved)
+    embedder([noise])
+    started = time.perf_counter()
+    embedder([noise] * batches)
+    speed = batch * batches / (time.perf_counter() - started)
+    return EncoderCheck(str(name), "", encoder.weights, str(torch_device), resolved, speed)
+
+
+def _check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: "TileEncoderSpec") -> EncoderCheck:
+    from ...models.slide_encoder.encoder import create_slide_encoder
+
+    try:
+        check_slide_encoder(name, checkpoint, tile_encoder.name)
+        encoder = create_slide_encoder(name, checkpoint=checkpoint, tile_dim=tile_encoder.dim)
+    except LongslideError as error:
+        return EncoderCheck(name, problem=str(error))
+    return EncoderCheck(name, weights=encoder.weights)
+
+
+def _check_disk(checks: list[SlideCheck], encoders: list[EncoderCheck], dim: int, output: Path) -> DiskCheck:
+    folder = output.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    number_bytes = 4 if encoders and encoders[0].precision == "float32" else 2
+    tiles = sum(check.tiles for check in _readable(checks))
+    return DiskCheck(folder, tiles * (dim * number_bytes + 16), shutil.disk_usage(folder).free)
+
+
+def _table(checks: list[SlideCheck]) -> Table:
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    for column in ("slide", "size", "levels", "mpp (from)", "tissue mm2", "tiles", ""):
+        table.add_column(column, justify="left" if column in ("slide", "") else "right", no_wrap=True)
+    for check in checks:
+        table.add_row(
+            escape(check.slide_id),
+            f"{check.width} x {check.height}" if check.width else "",
+            str(check.levels or ""),
+            f"{check.mpp:.4g} ({check.mpp_source})" if check.mpp else "",
+            "" if check.tissue_mm2 is None else f"{check.tissue_mm2:.4g}",
+            f"{check.tiles:,}",
+            "[bold red]problem[/]" if check.problem else f"[yellow]{escape(check.remark)}[/]",
+        )
+    return table
+
+
+def _print_problems(console: Console, checks: Sequence[SlideCheck | EncoderCheck | DiskCheck]) -> None:
+    for check in checks:
+        if check.problem:
+            name = f"{check.slide_id}: " if isinstance(check, SlideCheck) else ""
+            console.print(f"[bold red]problem[/] {escape(name + check.problem)}")
+
+
+def _print_machine(console: Console, encoders: list[EncoderCheck]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        bfloat16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: use --precision float16"
+        console.print(
+            f"GPU           {torch.cuda.device_count()} x {properties.name}, "
+            f"{properties.total_memory / 2**30:.0f} GiB, {bfloat16}"
+        )
+    else:
+        console.print("GPU           none: encoders run on the CPU in float32, a large ViT takes seconds a tile there")
+    for kind, encoder in zip(("tile encoder ", "slide encoder"), encoders, strict=False):
+        if encoder.ok:
+            speed = ""
+            if encoder.tiles_per_second:
+                speed = f": {encoder.tiles_per_second:,.1f} tiles/s on {encoder.device} in {encoder.precision}"
+            console.print(f"{kind} {escape(f'{encoder.name} ({encoder.weights})')}{speed}")
+
+
+def _readable(checks: list[SlideCheck]) -> list[SlideCheck]:
+    """What `embed` gets through: also slides that are copies of others."""
+    return [check for check in checks if check.tiles_per_second]
+
+
+def _print_totals(console: Console, checks: list[SlideCheck], encoders: list[EncoderCheck]) -> None:
+    readable = _readable(checks)
+    tiles = sum(check.tiles for check in readable)
+    reading = sum(check.tiles / check.tiles_per_second for check in readable if check.tiles_per_second)
+    hours = f"{_duration(reading)} to read them"
+    if encoders and encoders[0].tiles_per_second:
+        embedding = tiles / encoders[0].tiles_per_second
+        hours += f", {_duration(embedding)} to embed them; both at once {_duration(max(reading, embedding))}"
+    elif not encoders:
+        hours += "; name a --tile-encoder to learn how long embedding takes"
+    console.print(f"slides        {sum(check.ok for check in checks)} of {len(checks)} without problem")
+    console.print(f"tiles         {tiles:,}: {hours}")
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,428 @@
+"""The prediction job: slide files and a classifier in; predictions, explanations and pictures out."""
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from ...data.features.feature_file import Features, read_features
+from ...data.slides.slide import Slide, open_slide
+from ...data.slides.slide_table import SlideEntry, find_slides
+from ...data.whole_file import remove_leftovers
+from ...errors import LongslideError
+from ...version import __version__
+from ..batch.ledger import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
+from ..batch.progress import JobProgress
+from ..embed.embed import PreparedSlide, failed_slide, one_ahead
+from .checkpoint_features import FeatureMaker, doubts
+from .explain import explain_features, write_explanation
+from .patients import PatientJob
+from .prediction import PREDICTIONS, SCHEMA, Prediction, read_json, with_numbers, write_json, write_predictions
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...models.classifier.ensemble import ClassifierEnsemble, EnsemblePrediction
+    from ...models.explain.methods import Method
+
+THUMBNAIL_PX = 1024
+OVERLAY_PX = 2048
+
+ExplainMethod = Literal["integrated-gradients", "gradient-x-input", "occlusion", "attention"]
+
+
+def predict(
+    slides: str | Path | Slide | Sequence[str | Path],
+    checkpoint: list[str] | str,
+    output: Path | None = None,
+    features: Path | None = None,
+    explain: ExplainMethod | None = None,
+    tile_encoder: str | None = None,
+    tile_checkpoint: str | None = None,
+    slide_checkpoint: str | None = None,
+    slide_mpp: float | None = None,
+    max_bad_tiles: int = 0,
+    batch_size: int = 64,
+    threads: int = 4,
+    device: str = "auto",
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    overwrite: bool = False,
+) -> list[Prediction]:
+    """Predict new slides: embed them as the training slides were, classify them, and show why.
+
+    Running it again does only what is missing; with other slides, the results of both are in the output folder, and a
+    patient's are of all slides there. Several processes may share one output folder. One bad slide never ends the job.
+
+    Args:
+        slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`; with a column `patient_id`
+            patients are predicted too. In Python also one path, or an open slide.
+        checkpoint: Checkpoint of a classifier; or a run folder, whose folds are averaged; or several, as `[a.ckpt, b.ckpt]`.
+        output: Folder for `predictions.csv`, `summary.csv`, `<slide_id>.json` and pictures. Without one the predictions are
+            only printed and returned.
+        features: Folder of feature files: those there are used, new ones are written there. Default: `features` in the
+            output folder.
+        explain: Also show which tiles speak for and against: `integrated-gradients`, `gradient-x-input`, `occlusion`, or
+            `attention` of models that have it.
+        tile_encoder: YAML file of the tile encoder, if it is one of your own. Default: by its name in the checkpoint.
+        tile_checkpoint: Weights of the tile encoder: a file or a folder. Default: those of training, or the published ones.
+        slide_checkpoint: Weights of the slide encoder, for classifiers of slide embeddings. Default: likewise.
+        slide_mpp: Microns per pixel at level 0, for all slides that have no `mpp` in the table; overrides the file's.
+        max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
+        batch_size: Tiles a batch; halved when the GPU runs out of memory.
+        threads: Threads that read tiles.
+        device: `auto`, or a torch device such as `cuda:1` or `cpu`.
+        precision: Precision of the tile encoder. `auto`: its own on a GPU, float32 on a CPU.
+        overwrite: Replace predictions that were made with other checkpoints or explained otherwise.
+
+    Returns:
+        A prediction a slide, in the order of the input; then one for each patient of these slides, and for a patient of
+        earlier slides alone only if that failed.
+
+    Raises:
+        LongslideError: Wrong usage, found before any slide is touched.
+    """
+    if isinstance(slides, Slide):
+        given = slides.mpp.value if slides.mpp.source == "option" else slide_mpp
+        entries = [SlideEntry(slides.path, slides.slide_id, given)]
+    else:
+        entries = find_slides([slides] if isinstance(slides, str | Path) else slides, slide_mpp)
+    if max_bad_tiles < 0 or batch_size < 1 or threads < 1:
+        raise LongslideError("--max-bad-tiles must not be negative; --batch-size and --threads must be at least 1")
+    with ExitStack() as resources:
+        kept = output is not None
+        if output is None:
+            output = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="longslide-")))
+        make_output_folder(output)
+
+        from ...models.classifier.ensemble import checkpoint_digests, load_ensemble
+        from ...models.explain.classifier import check_method
+        from ..embed.tile_embedding import resolve_device
+
+        torch_device = resolve_device(device)
+        paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
+        ensemble = load_ensemble([Path(path) for path in paths]).to(torch_device)
+        if explain is not None:
+            check_method(ensemble, explain)
+        maker = FeatureMaker(
+            ensemble.preprocessing,
+            output / "features" if features is None else features,
+            reads_slide_embedding=ensemble.reads_slide_embedding,
+            tile_encoder=tile_encoder,
+            tile_checkpoint=tile_checkpoint,
+            slide_checkpoint=slide_checkpoint,
+            max_bad_tiles=max_bad_tiles,
+            batch_size=batch_size,
+            threads=threads,
+            device=torch_device,
+            precision=precision,
+        )
+        job = _Job(output, ensemble, checkpoint_digests(ensemble), maker, explain, torch_device, overwrite)
+        predictions = job.run(entries)
+    if kept:
+        count = Counter(one.status for one in predictions if one.level == "slide")
+        counts = ", ".join(f"{count[status]} {status}" for status in ("done", "failed", "skipped"))
+        for one in predictions:
+            if one.level == "patient" and not one.ok:  # of slides there is a line already
+                print(f"failed patient {one.patient_id}: {one.reason}")
+        print(f"{counts}; see {output / PREDICTIONS} and {output / SUMMARY}")
+    else:
+        for one in predictions:
+            what = one.text if one.status == "done" else f"{one.status}: {one.reason}"
+            print(f"{one.slide_id or one.patient_id}  {what}")
+    return predictions
+
+
+@dataclass
+class _Claimed:
+    """A slide that waits for the classifiers: with features, or prepared for the tile encoder; `resources` frees it."""
+
+    entry: SlideEntry
+    prepared: PreparedSlide | None
+    remarks: list[str]
+    resources: ExitStack
+    started: float
+
+
+@dataclass
+class _Job:
+    output: Path
+    ensemble: "ClassifierEnsemble"
+    digests: list[str]
+    maker: FeatureMaker
+    method: "Method | None"
+    device: "torch.device"
+    overwrite: bool
+
+    @property
+    def description(self) -> str:
+        """What the job does, in a line or two, for the user to check."""
+        task, many = self.ensemble.task, len(self.ensemble)
+        what = ", ".join(task.classes) or " and ".join(task.label)
+        text = f"{task.kind} ({what}), {f'mean of {many} classifiers' if many > 1 else self.ensemble.sources[0]}"
+        if self.method:
+            text += f", explained by {self.method}"
+        return f"{text}\n{self.maker.description}; {self.device}"
+
+    def run(self, entries: Sequence[SlideEntry]) -> list[Prediction]:
+        """Predict all slides, then the patients, and write the tables.
+
+        Raises:
+            LongslideError: What is wrong with the encoders, and so for every slide that has no features; or predictions of
+                other checkpoints are in the folder: the tables are of one set of them.
+        """
+        slides = self.slides()
+        other = [slide_id for slide_id, content in slides.items() if not self.patients.is_of_these(content)]
+        if other and not self.overwrite:
+            path = self.output / f"{other[0]}.json"
+            raise LongslideError(f"{path}: a prediction of other checkpoints; choose another --output, or --overwrite")
+        known = self.patients.known(slides)
+        entries = [replace(entry, patient_id=entry.patient_id or known.get(entry.slide_id)) for entry in entries]
+        if any(not self.json_path(entry).exists() and not self.maker.path(entry).exists() for entry in entries):
+            self.maker.load_encoders()
+        results = []
+        with JobProgress(len(entries)) as progress:
+            progress.note(self.description)
+            if left := set(other) - {entry.slide_id for entry in entries}:
+                progress.note(
+                    f"{len(left)} slides there were predicted by other checkpoints: {PREDICTIONS} leaves them out until "
+                    "they are predicted again"
+                )
+            for prepared in one_ahead(self.prepare, entries):
+                result = prepared if isinstance(prepared, SlideResult) else self.finish(prepared, progress)
+                try:
+                    record(self.output, result)
+                except LongslideError as error:  # the result itself is in the slide's JSON
+                    progress.note(str(error))
+                progress.slide_ended(result)
+                results.append(result)
+        predictions = [self.prediction(entry, result) for entry, result in zip(entries, results, strict=True)]
+        given = {entry.slide_id: entry.patient_id for entry in entries if entry.patient_id is not None}
+        slides = self.slides()
+        patients = self.patients.predict(slides, given, {one.slide_id: one.status for one in predictions})
+        slides = self.slides()  # once more: other processes may have ended slides meanwhile
+        rows = [Prediction.from_dict(content) for content in slides.values() if self.patients.is_of_these(content)]
+        rows += [one for one in patients.values() if one.status == "done"]
+        write_predictions(self.output, self.ensemble.task, rows)
+        failed = [patient_id for patient_id, one in patients.items() if not one.ok]  # of earlier slides too
+        return predictions + [patients[patient_id] for patient_id in dict.fromkeys([*given.values(), *failed])]
+
+    @cached_property
+    def patients(self) -> PatientJob:
+        """The patients of the folder."""
+
+        def classify(groups: list[list[Path]]) -> "EnsemblePrediction":
+            return self._classify([self._bag(files) for files in groups])
+
+        return PatientJob(self.output, self.maker.folder, self.ensemble, self.digests, classify)
+
+    def slides(self) -> dict[str, dict[str, Any]]:
+        """JSON of each slide that the folder has a prediction of, by these checkpoints or others."""
+        return {path.stem: read_json(path) for path in sorted(self.output.glob("*.json"))}
+
+    def json_path(self, entry: SlideEntry) -> Path:
+        """The prediction of a slide."""
+        return self.output / f"{entry.slide_id}.json"
+
+    def prepare(self, entry: SlideEntry) -> _Claimed | SlideResult:
+        """All that comes before the encoders and classifiers."""
+        started = time.monotonic()
+        with ExitStack() as resources:
+            try:
+                lock = claim(self.output, f"{entry.slide_id} prediction")
+                if lock is None:
+                    return SlideResult(entry.slide_id, str(entry.path), "skipped", BUSY)
+                resources.callback(lock.release)
+                done = self._done_before(entry)
+                if done is not None:
+                    return done
+                prepared = None
+                remarks: list[str] = []
+                path = self.maker.path(entry)
+                if path.exists():
+                    remarks = self.maker.check(entry, read_features(path, embeddings=False))
+                else:
+                    made = self.maker.prepare(entry)
+                    if isinstance(made, PreparedSlide):
+                        prepared = made
+                    elif made.status != "done":
+                        return made
+                return _Claimed(entry, prepared, remarks, resources.pop_all(), started)
+            except Exception as error:
+                return failed_slide(entry, error)
+
+    def finish(self, claimed: _Claimed, progress: JobProgress) -> SlideResult:
+        """All that needs the encoders and classifiers, and the files."""
+        entry = claimed.entry
+        with claimed.resources:
+            try:
+                if claimed.prepared is not None:
+                    made = self.maker.finish(claimed.prepared, progress)
+                    if made.status != "done":
+                        return made
+                remove_leftovers(self.json_path(entry))
+                return self._predict(entry, claimed.remarks, claimed.started)
+            except OSError as error:
+                what = (
+                    f"{self.output}: cannot write the results ({error.strerror}); make room or choose another --output"
+                )
+                return failed_slide(entry, LongslideError(what))
+            except Exception as error:
+                return failed_slide(entry, error)
+
+    def _predict(self, entry: SlideEntry, remarks: list[str], started: float) -> SlideResult:
+        path = self.maker.path(entry)
+        bag = self._bag([path])
+        mean = bag["tile_features"].float().mean(0).cpu().numpy()
+        features = read_features(path, embeddings=self.method is not None)
+        warnings = remarks + doubts(list(self.ensemble.classifiers), features.level0_mpp, mean)
+        found = self._classify([bag])
+        prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", warnings=tuple(warnings))
+        prediction = with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
+        folder = self.output / "slides" / entry.slide_id
+        folder.mkdir(parents=True, exist_ok=True)
+        explanation = None
+        with ExitStack() as resources:
+            slide = thumbnail = None
+            try:
+                slide = resources.enter_context(open_slide(entry.path, mpp=entry.mpp or features.level0_mpp))
+                thumbnail = slide.thumbnail(OVERLAY_PX)
+                _save_thumbnail(folder / "thumbnail.jpg", thumbnail)
+            except LongslideError as error:  # the features are there, and enough for a prediction
+                prediction = replace(prediction, warnings=(*prediction.warnings, f"no pictures: {error}"))
+                slide = thumbnail = None
+            if self.method is not None:
+                scores = explain_features(self.ensemble, features, self.method, self.device)
+                explanation = write_explanation(folder, scores, prediction, slide, thumbnail)
+        result = SlideResult(
+            slide_id=entry.slide_id,
+            slide=str(entry.path),
+            status="done",
+            reason="; ".join(prediction.warnings),
+            tiles=len(features.coords),
+            bad_tiles=features.settings.get("bad_tiles"),
+            mpp=features.level0_mpp,
+            mpp_source=features.settings.get("mpp_source"),
+            tissue_mm2=features.settings.get("tissue_mm2"),
+            seconds=time.monotonic() - started,
+            features=str(path),
+        )
+        self._write_json(entry, prediction, features, result, explanation)
+        return result
+
+    def _classify(self, bags: "list[dict[str, torch.Tensor]]") -> "EnsemblePrediction":
+        import torch
+
+        try:
+            return self.ensemble.predict(bags)
+        except torch.OutOfMemoryError as error:
+            tiles = max(len(bag["tile_features"]) for bag in bags)
+            raise LongslideError(
+                f"{tiles:,} tiles do not fit in the memory of {self.device}; predict this slide with --device cpu"
+            ) from error
+
+    def _bag(self, files: list[Path]) -> dict[str, "torch.Tensor"]:
+        """One bag of these feature files, as in training, on the device."""
+        from ...data.cohort.bags import Bag, BagDataset
+        from ...data.features.cache import FeatureCache
+
+        bag = Bag("", tuple(path.stem for path in files), tuple(files), (0,) * len(files), None)
+        cache = FeatureCache(slide_embeddings=self.ensemble.reads_slide_embedding)
+        batch = BagDataset([bag], cache)[0]
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def _write_json(
+        self,
+        entry: SlideEntry,
+        prediction: Prediction,
+        features: Features,
+        result: SlideResult,
+        explanation: dict[str, Any] | None,
+    ) -> None:
+        content = prediction.to_dict() | {
+            "slide": str(entry.path),
+            "task": self.ensemble.task.to_dict(),
+            "checkpoints": [
+                {"path": source, "digest": digest}
+                for source, digest in zip(self.ensemble.sources, self.digests, strict=True)
+            ],
+            "quality": {
+                "tiles": result.tiles,
+                "bad_tiles": result.bad_tiles,
+                "tissue_mm2": result.tissue_mm2,
+                "level0_mpp": result.mpp,
+                "mpp_source": result.mpp_source,
+                "tile_px": features.tile_px,
+                "tile_mpp": features.target_mpp,
+                "overlap": features.overlap,
+                "tile_encoder": features.encoder,
+                "tile_weights": features.weights,
+            },
+            "features": result.features,
+            "explanation": explanation,
+            "schema": SCHEMA,
+            "software": f"longslide {__version__}",
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(self.json_path(entry), content)
+
+    def _done_before(self, entry: SlideEntry) -> SlideResult | None:
+        """The result of a slide that an earlier run finished.
+
+        Raises:
+            LongslideError: What it finished is not what is asked for now, and may not be replaced.
+        """
+        path = self.json_path(entry)
+        if self.overwrite or not path.exists():
+            return None
+        content = read_json(path)
+        method = (content.get("explanation") or {}).get("method")
+        there = {"slide": Path(content["slide"]).name, "explain": method}
+        now = {"slide": entry.path.name, "explain": self.method or method}
+        if method is None and self.method is not None:
+            there["explain"] = self.method  # an explanation may be added
+        different = [f"{name} {there[name]} there, {value} now" for name, value in now.items() if there[name] != value]
+        if different:
+            raise LongslideError(
+                f"{path}: a prediction of other settings ({'; '.join(different)}); choose another --output, or --overwrite"
+            )
+        if method != now["explain"]:
+            return None
+        if entry.patient_id is not None and entry.patient_id != content["patient_id"]:  # the table says so now
+            write_json(path, content | {"patient_id": entry.patient_id})
+        quality = content["quality"]
+        return SlideResult(
+            entry.slide_id,
+            str(entry.path),
+            "done",
+            "was there already",
+            tiles=quality["tiles"],
+            bad_tiles=quality["bad_tiles"],
+            mpp=quality["level0_mpp"],
+            mpp_source=quality["mpp_source"],
+            tissue_mm2=quality["tissue_mm2"],
+            features=content["features"],
+        )
+
+    def prediction(self, entry: SlideEntry, result: SlideResult) -> Prediction:
+        """The prediction of a slide whose result is known."""
+        there = self.json_path(entry)
+        # What another process was at work on may be done by now.
+        by_now = result.status == "skipped" and there.exists() and self.patients.is_of_these(read_json(there))
+        if result.status != "done" and not by_now:
+            return Prediction("slide", entry.slide_id, entry.patient_id or "", result.status, result.reason)
+        return Prediction.from_dict(read_json(there))
+
+
+def _save_thumbnail(path: Path, thumbnail: np.ndarray) -> None:
+    picture = Image.fromarray(thumbnail)
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    picture.save(path, quality=85)

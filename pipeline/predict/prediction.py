@@ -1,0 +1,208 @@
+"""Predictions as users get them: typed, a row of `predictions.csv`, JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...data.whole_file import write_whole
+from ...errors import LongslideError
+from ...task import CLASSIFICATION, Task
+
+if TYPE_CHECKING:
+    from ...models.classifier.ensemble import EnsemblePrediction
+
+PREDICTIONS = "predictions.csv"
+
+SCHEMA = 1
+"""Version of the JSON of a slide, in its key `schema`."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was predicted of a slide, or of a patient from all of the patient's slides.
+
+    What the task does not have, and all of it where there is no prediction, is None or empty.
+
+    Attributes:
+        level: `slide` or `patient`.
+        slide_id: The slide; empty at patient level.
+        patient_id: The patient, if the slide table says.
+        status: `done`, `failed` or `skipped`.
+        reason: Why it failed or was skipped, or a remark.
+        predicted: The class.
+        labels: The labels of a multilabel task that are predicted to be there.
+        probability: Probability of each class or label.
+        value: The value of a regression.
+        risk: The risk of a survival task, higher for earlier events.
+        survival: Probability of surviving each time.
+        spread: Standard deviation over the classifiers of an ensemble: of the probability of each class or label, `value` or
+            `risk`. Empty with one classifier.
+        classifiers: Number of classifiers.
+        warnings: What makes the prediction doubtful.
+    """
+
+    level: Literal["slide", "patient"]
+    slide_id: str
+    patient_id: str = ""
+    status: Literal["done", "failed", "skipped"] = "done"
+    reason: str = ""
+    predicted: str | None = None
+    labels: tuple[str, ...] = ()
+    probability: dict[str, float] | None = None
+    value: float | None = None
+    risk: float | None = None
+    survival: dict[float, float] | None = None
+    spread: dict[str, float] | None = None
+    classifiers: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether it does not count against the exit status."""
+        return self.status != "failed"
+
+    @property
+    def text(self) -> str:
+        """The prediction in a few words."""
+        spread = self.spread or {}
+
+        def number(name: str, value: float) -> str:
+            return f"{value:.3g}" + (f" ± {spread[name]:.2g}" if name in spread else "")
+
+        if self.value is not None:
+            return number("value", self.value)
+        if self.risk is not None:
+            return f"risk {number('risk', self.risk)}"
+        probability = self.probability or {}
+        if self.predicted is not None:
+            return f"{self.predicted} {number(self.predicted, probability[self.predicted])}"
+        return ", ".join(f"{name} {number(name, probability[name])}" for name in self.labels) or "no label"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON; what the task does not have is left out."""
+        content = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.survival is not None:
+            content["survival"] = {f"{time:g}": value for time, value in self.survival.items()}
+        return content
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Prediction":
+        """What `to_dict` wrote, after it was JSON."""
+        known = {field.name for field in fields(cls)}
+        content = {name: value for name, value in content.items() if name in known}
+        for name in ("labels", "warnings"):
+            content[name] = tuple(content.get(name, ()))
+        if content.get("survival") is not None:
+            content["survival"] = {float(time): value for time, value in content["survival"].items()}
+        return cls(**content)
+
+
+def with_numbers(prediction: Prediction, task: Task, found: "EnsemblePrediction", classifiers: int) -> Prediction:
+    """Fill in what an ensemble of so many classifiers found."""
+    mean, spread = found.mean, found.spread
+    result = replace(prediction, classifiers=classifiers)
+    if "probability" in mean:
+        names = task.classes
+        assert found.predicted is not None
+        result = replace(
+            result,
+            probability=dict(zip(names, mean["probability"].tolist(), strict=True)),
+            spread=dict(zip(names, spread["probability"].tolist(), strict=True)) if spread else {},
+        )
+        if task.kind == "multilabel":
+            there = found.predicted.tolist()
+            return replace(result, labels=tuple(name for name, one in zip(names, there, strict=True) if one))
+        return replace(result, predicted=names[int(found.predicted)])
+    name = "value" if "value" in mean else "risk"
+    result = replace(result, spread={name: float(spread[name])} if spread else {})
+    if name == "value":
+        return replace(result, value=float(mean["value"]))
+    # Without a fitted baseline hazard a Cox model knows risks alone.
+    known = bool(mean["survival"].isfinite().all())
+    curve = dict(zip(task.times, mean["survival"].tolist(), strict=True)) if known else None
+    return replace(result, risk=float(mean["risk"]), survival=curve)
+
+
+def columns(task: Task) -> list[str]:
+    """The columns of `predictions.csv` for a task: those of a run's predictions, without targets, and a few more."""
+    names = ["level", "patient_id", "slide_id"]
+    if task.kind in CLASSIFICATION:
+        names += ["prediction", *(f"probability_{name}" for name in task.classes)]
+    elif task.kind == "multilabel":
+        names += [f"{what}_{name}" for what in ("prediction", "probability") for name in task.classes]
+    elif task.kind == "regression":
+        names.append("prediction")
+    else:
+        names += ["risk", *(f"survival_{time:g}" for time in task.times)]
+    spreads = task.classes or ("risk" if task.kind == "survival" else "prediction",)
+    return [*names, *(f"spread_{name}" for name in spreads), "classifiers", "warnings"]
+
+
+def row(prediction: Prediction, task: Task) -> dict[str, Any]:
+    """A prediction as a row of `predictions.csv`."""
+    cells: dict[str, Any] = {
+        "level": prediction.level,
+        "patient_id": prediction.patient_id,
+        "slide_id": prediction.slide_id,
+        "classifiers": prediction.classifiers,
+        "warnings": "; ".join(prediction.warnings),
+    }
+    if task.kind in CLASSIFICATION:
+        cells["prediction"] = prediction.predicted
+    elif task.kind == "regression":
+        cells["prediction"] = prediction.value
+    elif task.kind == "multilabel":
+        cells |= {f"prediction_{name}": int(name in prediction.labels) for name in task.classes}
+    else:
+        cells["risk"] = prediction.risk
+    cells |= {f"probability_{name}": value for name, value in (prediction.probability or {}).items()}
+    cells |= {f"survival_{time:g}": value for time, value in (prediction.survival or {}).items()}
+    spread = {"prediction" if name == "value" else name: value for name, value in (prediction.spread or {}).items()}
+    return cells | {f"spread_{name}": value for name, value in spread.items()}
+
+
+def write_predictions(output: Path, task: Task, predictions: Iterable[Prediction]) -> None:
+    """Write `predictions.csv`, replacing it: slides first, then patients, each by name.
+
+    Raises:
+        LongslideError: It cannot be written.
+    """
+    ordered = sorted(predictions, key=lambda one: (one.level != "slide", one.slide_id, one.patient_id))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns(task))
+    writer.writeheader()
+    writer.writerows(row(one, task) for one in ordered)
+    write_whole(output / PREDICTIONS, text.getvalue().encode())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON; it appears under its name only when complete.
+
+    Raises:
+        LongslideError: It cannot be written.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(path, text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON of a slide.
+
+    Raises:
+        LongslideError: It is not one, or of a newer Longslide.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LongslideError(
+            f"{path}: cannot be read as JSON ({error}); delete it and predict the slide again"
+        ) from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise LongslideError(f"{path}: not the prediction of a slide; delete it, or choose another --output")
+    if content["schema"] > SCHEMA:
+        raise LongslideError(f"{path}: written by a newer Longslide (schema {content['schema']}); update Longslide")
+    return content

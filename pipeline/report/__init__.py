@@ -1,0 +1,1 @@
+"""Pages: of predictions, of runs, of comparisons."""

@@ -1,0 +1,110 @@
+"""A run folder, as training and testing leave it."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import LongslideError
+from ...task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NAMES = ("patient_id", "slide_id", "level", "part")  # text, also where it looks like numbers
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        folder: Its folder.
+        facts: The content of `run.json`.
+        task: What was predicted.
+        predictions: `predictions.csv`.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    task: Task
+    predictions: "pd.DataFrame"
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def aggregator(self) -> str:
+        """Name of the model that pools the tiles."""
+        return str(self.facts.get("aggregator", {}).get("name", ""))
+
+    @cached_property
+    def cohort(self) -> "pd.DataFrame | None":
+        """`cohort.csv`: the rows that were used, with all columns of the table; None if the run has none."""
+        return self._table("cohort.csv")
+
+    @cached_property
+    def splits(self) -> "pd.DataFrame | None":
+        """`splits.csv`: the part of each slide in each fold; None if the run has none."""
+        return self._table("splits.csv")
+
+    @cached_property
+    def history(self) -> "pd.DataFrame | None":
+        """`history.csv`: losses by epoch; None if the run trained nothing."""
+        return self._table("history.csv")
+
+    @cached_property
+    def metrics(self) -> "pd.DataFrame | None":
+        """`metrics.csv`; None if it is not there yet."""
+        return self._table("metrics.csv")
+
+    @property
+    def configuration(self) -> str:
+        """`config.yaml` as it is, or nothing."""
+        path = self.folder / "config.yaml"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    def _table(self, name: str) -> "pd.DataFrame | None":
+        path = self.folder / name
+        return _read_table(path, ()) if path.is_file() else None
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder: `run.json` and `predictions.csv` at once, the rest when it is asked for.
+
+    Raises:
+        LongslideError: It is not a run folder, or the run has not finished.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LongslideError(
+            f"{folder}: there is no such folder; name a folder that longslide fit, crossval or test wrote"
+        )
+    path = folder / "run.json"
+    if not path.is_file():
+        raise LongslideError(f"{folder}: no run.json in it; name a folder that longslide fit, crossval or test wrote")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        task = Task.from_dict(facts["task"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise LongslideError(f"{path}: does not describe a run ({error}); run it again") from error
+    if not (folder / "predictions.csv").is_file():
+        raise LongslideError(
+            f"{folder}: no predictions.csv in it: the run has not finished; the same command goes on with it"
+        )
+    classes = {"target", "prediction"} if task.classes else set()
+    return Run(folder, facts, task, _read_table(folder / "predictions.csv", (*_NAMES, *classes)))
+
+
+def _read_table(path: Path, text: tuple[str, ...]) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        # Class names such as "NA" or "None" are names, not missing values.
+        types = dict.fromkeys(text or _NAMES, "str")
+        return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=["", "nan"])
+    except (ValueError, OSError) as error:
+        raise LongslideError(f"{path}: cannot be read as a table ({error}); run it again") from error

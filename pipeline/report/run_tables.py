@@ -1,0 +1,306 @@
+"""The words and tables of run reports and comparisons."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ...evaluation.classification import Classes, Labels
+from ...evaluation.evaluate import PRIMARY_METRIC
+from ...evaluation.outcomes import Outcomes, read_outcomes
+from ...evaluation.regression import Values
+from ...evaluation.scopes import select
+from ...task import CLASSIFICATION, Task
+from .run_folder import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WORST = 15
+"""Mistakes that are listed."""
+
+METRIC_NAMES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "balanced_accuracy": "Balanced accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "f1": "F1",
+    "quadratic_kappa": "Quadratic kappa",
+    "brier": "Brier score",
+    "ece": "Calibration error",
+    "log_loss": "Log-loss",
+    "mae": "Mean absolute error",
+    "r2": "R²",
+    "spearman": "Spearman correlation",
+    "c_index": "Concordance (c-index)",
+    "integrated_brier": "Integrated Brier score",
+}
+
+TASK_NAMES = {
+    "binary": "Binary classification",
+    "multiclass": "Classification",
+    "multilabel": "Multi-label classification",
+    "ordinal": "Ordinal classification",
+    "regression": "Regression",
+    "survival": "Survival",
+}
+
+
+Cell = str | tuple[str, str]
+"""A text, or a text and the small print below it."""
+
+
+class Table(NamedTuple):
+    """A table of a page; `numeric` are the columns that are right-aligned."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+    numeric: list[str]
+
+
+def metric_name(metric: str) -> str:
+    """The name of a metric as people write it: `auroc:tumour` is `AUROC, tumour`."""
+    name, _, of = metric.partition(":")
+    return METRIC_NAMES.get(name, name) + (f", {of}" if of else "")
+
+
+def number(value: float) -> str:
+    """A metric to three digits after the point, or fewer for large numbers; a dash if it is not defined."""
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.4g}"
+
+
+def interval(low: float, high: float) -> str:
+    """`0.870–0.948`, or `-0.020 to 0.110` where a dash could be taken for a minus."""
+    return f"{number(low)}{'–' if low >= 0 else ' to '}{number(high)}"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """`0.912 (0.870–0.948)`."""
+    return f"{number(value)} ({interval(low, high)})" if np.isfinite([low, high]).all() else number(value)
+
+
+def task_text(task: Task) -> str:
+    """What was predicted, in a few words."""
+    if task.kind == "survival":
+        return f"Survival: time {task.label[0]}, event {task.label[1]}"
+    text = f"{TASK_NAMES[task.kind]} of {', '.join(task.label[:6])}{', …' if len(task.label) > 6 else ''}"
+    if task.kind in CLASSIFICATION:
+        text += f" ({', '.join(task.classes[:6])}{', …' if len(task.classes) > 6 else ''})"
+    return text
+
+
+def metrics_table(metrics: "pd.DataFrame", task: Task) -> Table | None:
+    """The metrics over classes or labels together, pooled and as the mean over folds."""
+    scopes = {"pooled": "Pooled", "mean": "Mean over folds"}
+    plain = metrics[metrics["scope"].isin(scopes) & ~metrics["metric"].str.contains(":")]
+    if not len(plain):
+        return None
+    used = [scope for scope in scopes if (plain["scope"] == scope).any()]
+    columns = [
+        "Metric",
+        *(scopes[scope] if len(used) > 1 else "Value, 95% interval" for scope in used),
+    ]
+    order = sorted(dict.fromkeys(plain["metric"]), key=lambda name: name != PRIMARY_METRIC[task.kind])
+    rows: list[list[Cell]] = [
+        [metric_name(metric), *(narrow_cell(plain, scope, metric) for scope in used)] for metric in order
+    ]
+    return Table(columns, rows, columns[1:])
+
+
+def narrow_cell(metrics: "pd.DataFrame", scope: str, metric: str) -> Cell:
+    """A metric of a scope with its interval below."""
+    chosen = metrics[(metrics["scope"] == scope) & (metrics["metric"] == metric)]
+    if not len(chosen):
+        return "–"
+    value, low, high = chosen.iloc[0][["value", "low", "high"]]
+    return (number(value), interval(low, high)) if np.isfinite([low, high]).all() else number(value)
+
+
+def per_class_table(metrics: "pd.DataFrame", outcomes: Outcomes) -> Table | None:
+    """Classes or labels down, with how many patients are of each; metrics across, pooled."""
+    rows = metrics[(metrics["scope"] == "pooled") & metrics["metric"].str.contains(":")]
+    if not len(rows):
+        return None
+    parts = rows["metric"].str.partition(":")
+    names, of = list(dict.fromkeys(parts[0])), list(dict.fromkeys(parts[2]))
+    table: list[list[Cell]] = []
+    for label in of:
+        if isinstance(outcomes, Labels):
+            target = outcomes.target[:, outcomes.names.index(label)]
+            n = f"{int(np.nansum(target)):,} of {int((~np.isnan(target)).sum()):,}"
+        else:
+            assert isinstance(outcomes, Classes)
+            n = f"{int((outcomes.target == outcomes.names.index(label)).sum()):,} of {len(outcomes):,}"
+        table.append([label, n, *(narrow_cell(rows, "pooled", f"{name}:{label}") for name in names)])
+    columns = ["Label" if isinstance(outcomes, Labels) else "Class", "Positive", *(metric_name(name) for name in names)]
+    return Table(columns, table, columns[1:])
+
+
+def folds_table(metrics: "pd.DataFrame") -> Table | None:
+    """Folds down, metrics across."""
+    rows = metrics[metrics["scope"].str.startswith("fold_") & ~metrics["metric"].str.contains(":")]
+    folds = list(dict.fromkeys(rows["scope"]))
+    if len(folds) < 2:
+        return None
+    names = list(dict.fromkeys(rows["metric"]))
+    columns = ["Fold", "n", *map(metric_name, names)]
+    table: list[list[Cell]] = []
+    for fold in folds:
+        n = rows.loc[rows["scope"] == fold, "n"].iloc[0]
+        table.append([fold.removeprefix("fold_"), f"{n:,}", *(narrow_cell(rows, fold, name) for name in names)])
+    return Table(columns, table, columns[1:])
+
+
+def mistakes_table(predictions: "pd.DataFrame", task: Task, level: str = "patient") -> Table | None:
+    """The test patients that were most confidently wrong, with their slides."""
+    rows = select(predictions, level)
+    outcomes = read_outcomes(rows, task)
+    if isinstance(outcomes, Classes):
+        index = np.arange(len(rows))
+        surplus = outcomes.probability[index, outcomes.prediction] - outcomes.probability[index, outcomes.target]
+        badness = np.where(outcomes.prediction == outcomes.target, -np.inf, surplus)
+        columns = ["True", "Predicted", "Probability of predicted", "Probability of true"]
+        cells = [
+            [
+                outcomes.names[outcomes.target[i]],
+                outcomes.names[outcomes.prediction[i]],
+                f"{outcomes.probability[i, outcomes.prediction[i]]:.3f}",
+                f"{outcomes.probability[i, outcomes.target[i]]:.3f}",
+            ]
+            for i in index
+        ]
+        numeric = columns[2:]
+    elif isinstance(outcomes, Labels):
+        error = np.abs(outcomes.probability - outcomes.target)
+        wrong = (outcomes.prediction != outcomes.target) & ~np.isnan(outcomes.target)
+        per_label = np.where(wrong, error, -np.inf)
+        worst, badness = per_label.argmax(1), per_label.max(1)
+        columns, numeric = ["Label", "True", "Predicted", "Probability"], ["Probability"]
+        cells = [
+            [
+                outcomes.names[label],
+                *(
+                    "yes" if value == 1 else "no"
+                    for value in (outcomes.target[i, label], outcomes.prediction[i, label])
+                ),
+                f"{outcomes.probability[i, label]:.3f}",
+            ]
+            for i, label in enumerate(worst)
+        ]
+    elif isinstance(outcomes, Values):
+        badness = np.abs(outcomes.prediction - outcomes.target)
+        columns = numeric = ["True", "Predicted", "Error"]
+        cells = [
+            [f"{target:.4g}", f"{prediction:.4g}", f"{prediction - target:+.4g}"]
+            for target, prediction in zip(outcomes.target, outcomes.prediction, strict=True)
+        ]
+    else:
+        # How far the rank of the risk is from that of the time: an early event at low risk, a long life at high risk.
+        earliness = 1 - rows.groupby("fold")["time"].rank(pct=True).to_numpy()
+        risk = rows.groupby("fold")["risk"].rank(pct=True).to_numpy()
+        badness = np.where(outcomes.event, np.abs(earliness - risk), risk - earliness)
+        columns, numeric = ["Time", "Event", "Risk, percentile in the fold"], ["Time", "Risk, percentile in the fold"]
+        cells = [
+            [f"{outcomes.time[i]:.4g}", "yes" if outcomes.event[i] else "censored", f"{100 * risk[i]:.0f}"]
+            for i in range(len(rows))
+        ]
+    order = [int(i) for i in np.argsort(-badness, kind="stable")[:WORST] if np.isfinite(badness[i])]
+    if not order:
+        return None
+    slides = predictions[(predictions["level"] == "slide") & (predictions["part"] == "test")]
+    of_patient = slides.groupby(slides["patient_id"].astype(str))["slide_id"].unique().to_dict()
+    table: list[list[Cell]] = []
+    for i in order:
+        patient = str(rows["patient_id"].iloc[i])
+        names = list(map(str, of_patient[patient])) if patient in of_patient else []
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        table.append([patient, shown, str(rows["fold"].iloc[i]), *cells[i]])
+    return Table(["Patient", "Slides", "Fold", *columns], table, ["Fold", *numeric])
+
+
+def cohort_table(run: Run) -> Table | None:
+    """Patients and slides of each class, or the spread of a number."""
+    cohort, task = run.cohort, run.task
+    if cohort is None or not {"slide_id", "patient_id", *task.label} <= set(cohort):
+        return None
+    numeric = ["Patients", "Slides"]
+    rows: list[list[Cell]] = []
+    if task.kind in CLASSIFICATION or task.kind == "multilabel":
+        for label in task.label:
+            # Numbers come back as floats where some are missing.
+            names = cohort[label].map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
+            for value, group in cohort.groupby(names.where(cohort[label].notna(), "missing")):
+                rows.append([label, str(value), f"{group['patient_id'].nunique():,}", f"{len(group):,}"])
+        return Table(["Column", "Value", *numeric], rows, numeric)
+    first = cohort.drop_duplicates("patient_id")
+    for label in task.label:
+        values = first[label]
+        low, middle, high = values.quantile([0.25, 0.5, 0.75])
+        spread = (
+            f"{middle:.4g} ({low:.4g} to {high:.4g})"
+            if values.nunique() > 2
+            else f"{int(values.sum()):,} of {len(values):,}"
+        )
+        rows.append([label, f"{first['patient_id'].nunique():,}", f"{len(cohort):,}", spread])
+    return Table(["Column", *numeric, "Median (quartiles), or number of events"], rows, numeric)
+
+
+def splits_table(run: Run) -> Table | None:
+    """Patients and slides by part of each fold, with the patients of each class below."""
+    splits, cohort, task = run.splits, run.cohort, run.task
+    if splits is None or "patient_id" not in splits:
+        return None
+    folds = [name for name in map(str, splits) if name.startswith("fold_")]
+    parts = [part for part in ("train", "val", "test") if any((splits[fold] == part).any() for fold in folds)]
+    labels = None
+    if task.kind in CLASSIFICATION and cohort is not None and task.label[0] in cohort:
+        labels = cohort.set_index("slide_id")[task.label[0]]
+    rows: list[list[Cell]] = []
+    for fold in folds:
+        cells: list[Cell] = [fold.removeprefix("fold_")]
+        for part in parts:
+            chosen = splits[splits[fold] == part]
+            text = f"{chosen['patient_id'].nunique():,} / {len(chosen):,}"
+            if labels is None:
+                cells.append(text)
+            else:
+                of_class = chosen.groupby(chosen["slide_id"].map(labels).astype(str))["patient_id"].nunique()
+                cells.append((text, ", ".join(f"{count:,} {name}" for name, count in of_class.items())))
+        rows.append(cells)
+    columns = ["Fold", *({"train": "Training", "val": "Validation", "test": "Test"}[part] for part in parts)]
+    return Table(columns, rows, columns[1:])
+
+
+def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
+    """Slides that are in the table or the folder but not in the run."""
+    found = []
+    for key, name in (
+        ("without_features", "Slides without features"),
+        ("without_label", "Features without a label"),
+    ):
+        slides = run.facts.get(key) or []
+        if slides:
+            found.append((name, [str(slide) for slide in slides]))
+    return found
+
+
+def settings_table(run: Run) -> Table:
+    """What `run.json` says of the run, without what is told elsewhere."""
+    told = {"task", "without_features", "without_label", "notes", "counts", "finished", "trained_folds"}
+    facts = {name: _fact(value) for name, value in run.facts.items() if name not in told}
+    rows: list[list[Cell]] = [[name.replace("_", " "), text] for name, text in facts.items() if text]
+    return Table(["Setting", "Value"], rows, [])
+
+
+def _fact(value: Any) -> str:
+    """A value of JSON in words; nothing for null."""
+    if isinstance(value, dict):
+        parts = {str(name).replace("_", " "): _fact(inner) for name, inner in value.items()}
+        return ", ".join(f"{name} {text}" for name, text in parts.items() if text)
+    if isinstance(value, list):
+        return ", ".join(map(_fact, value))
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""Training, cross-validation and testing of slide classifiers."""

@@ -1,0 +1,127 @@
+"""What a training run does beside training: random numbers that a resume repeats, and its history as a table."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pandas as pd
+import torch
+from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ...errors import LongslideError
+
+HISTORY_COLUMNS = ["fold", "epoch", "step", "train_loss", "val_loss", "val_metric", "learning_rate"]
+
+
+class StepSeed(Callback):
+    """Seeds torch before every training batch by the seed, the epoch, the batch and the rank.
+
+    Dropout is then a function of these alone: a run that was interrupted draws what it would have drawn, whatever else has
+    asked for random numbers in between.
+
+    Args:
+        seed: The seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed torch, on all devices."""
+        key = [self.seed, trainer.current_epoch, batch_idx, trainer.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
+class History(Callback):
+    """Writes `history.csv`, a row an epoch; a resumed run goes on after the epochs that its checkpoint knows.
+
+    Args:
+        path: The file.
+        fold: The fold that is trained.
+    """
+
+    def __init__(self, path: Path, fold: int) -> None:
+        self.path, self.fold = path, fold
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Drop the rows of epochs that will be trained again."""
+        if trainer.is_global_zero and self.path.is_file():
+            rows = pd.read_csv(self.path)
+            rows = rows[(rows["fold"] != self.fold) | (rows["epoch"] < trainer.current_epoch)]
+            rows.to_csv(self.path, index=False)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Add the row of the epoch."""
+        if not trainer.is_global_zero:
+            return
+        metrics = trainer.callback_metrics
+        row: dict[str, Any] = {"fold": self.fold, "epoch": trainer.current_epoch, "step": trainer.global_step}
+        for name in ("train_loss", "val_loss", "val_metric"):
+            row[name] = float(metrics[name]) if name in metrics else None
+        # The head is in the last group: with layer-wise decay the others have less.
+        row["learning_rate"] = trainer.optimizers[0].param_groups[-1]["lr"]
+        table = pd.DataFrame([row], columns=HISTORY_COLUMNS)
+        table.to_csv(self.path, mode="a", header=not self.path.is_file(), index=False)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """`best.ckpt`; of models that are equally good by the metric, the one with the lower `val_loss`.
+
+    On a small validation part many epochs have the same AUROC: the first of them is hardly trained.
+
+    Args:
+        monitor: What it is best by; None keeps the last one.
+        **options: Options of `ModelCheckpoint`.
+    """
+
+    def __init__(self, monitor: str | None, **options: Any) -> None:
+        super().__init__(filename="best", monitor=monitor, **options)
+        self.best_loss = math.inf
+
+    def check_monitor_top_k(self, trainer: lightning.Trainer, current: torch.Tensor | None = None) -> bool:
+        """Whether the model is better than the best so far."""
+        loss = float(trainer.callback_metrics.get("val_loss", math.inf))
+        better = super().check_monitor_top_k(trainer, current)
+        tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        if better or (tied and loss < self.best_loss):
+            self.best_loss = loss
+            return True
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, for a resume."""
+        return super().state_dict() | {"best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state."""
+        self.best_loss = state_dict["best_loss"]
+        super().load_state_dict(state_dict)
+
+
+class DefinedMetric(Callback):
+    """Stops a run that selects by a metric which is not a number, though the validation part as a whole defines it.
+
+    Args:
+        monitor: The metric it selects by.
+    """
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Look at the metric.
+
+        Raises:
+            LongslideError: It is NaN.
+        """
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is not None and bool(value.isnan()):
+            raise LongslideError(
+                f"{self.monitor} is not a number: drop --trainer.limit_val_batches, which may leave one class only, or "
+                "lower --model.optimiser.learning_rate"
+            )

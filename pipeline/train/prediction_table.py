@@ -1,0 +1,152 @@
+"""Raw outputs of a classifier -> the rows of `predictions.csv`, of slides and of patients."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ...data.cohort.bags import Bag
+from ...evaluation.calibration import best_threshold, fit_temperature
+from ...models.classifier.classifier import SlideClassifier
+from ...models.classifier.objective import Cox
+from ...models.classifier.selection import class_of
+from ...task import CLASSIFICATION, Task
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a classifier gives for some bags.
+
+    Attributes:
+        raw: `(N, n_outputs)` float32 raw outputs, on the CPU.
+        target: The targets, as the task has them.
+        index: `(N,)` int64 number of each bag.
+    """
+
+    raw: Tensor
+    target: Tensor
+    index: Tensor
+
+
+def run_classifier(
+    classifier: SlideClassifier,
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device,
+    precision: AbstractContextManager[Any] | None = None,
+) -> Outputs:
+    """Raw outputs of all bags.
+
+    Args:
+        classifier: Moved to the device, in evaluation mode.
+        batches: Batches with targets.
+        device: Where to run.
+        precision: The context to run in, such as autocast.
+    """
+    classifier.to(device).eval()
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    with torch.inference_mode(), precision or nullcontext():
+        for batch in batches:
+            moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+            parts.append((classifier.outputs_of(moved).float().cpu(), batch["target"], batch["index"]))
+    classifier.cpu()
+    raw, target, index = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Outputs(raw, target, index)
+
+
+def calibrate(classifier: SlideClassifier, validation: Outputs) -> None:
+    """Fit temperature, thresholds (of survival the median risk) and baseline hazard on validation bags, on nothing else."""
+    task, target = classifier.task, validation.target.numpy()
+    if task.kind in CLASSIFICATION:
+        # Of an ordinal task these are log-probabilities of the classes, so it is calibrated like the others.
+        classifier.temperature = fit_temperature(classifier.objective.logits(validation.raw).numpy(), target)
+    if isinstance(classifier.objective, Cox):
+        classifier.objective.fit_baseline(validation.raw, validation.target)
+    if task.kind == "survival":
+        risk = classifier.predict(validation.raw)["risk"].double()
+        classifier.thresholds = {"risk": float(risk.quantile(0.5))}
+    if task.kind == "binary":
+        probability = classifier.predict(validation.raw)["probability"].numpy()
+        classifier.thresholds = {task.classes[1]: float(best_threshold(target == 1, probability[:, 1]))}
+    if task.kind == "multilabel":
+        probability = classifier.predict(validation.raw)["probability"].numpy()
+        classifier.thresholds = {}
+        for i, name in enumerate(task.classes):
+            known = ~np.isnan(target[:, i])
+            if known.any():
+                classifier.thresholds[name] = float(best_threshold(target[known, i] == 1, probability[known, i]))
+
+
+def prediction_rows(
+    classifier: SlideClassifier, outputs: Outputs, bags: Sequence[Bag], *, fold: int, part: str
+) -> pd.DataFrame:
+    """Rows of `predictions.csv`.
+
+    A bag of one slide gives a row of level `slide`. Rows of level `patient` are the means of a patient's bags; there are
+    none where slides of one patient have different targets.
+
+    Args:
+        classifier: The calibrated classifier.
+        outputs: Its outputs.
+        bags: The bags that they are numbered by.
+        fold: The fold.
+        part: `val` or `test`.
+    """
+    task = classifier.task
+    values = _values(task, {name: value.double().numpy() for name, value in classifier.predict(outputs.raw).items()})
+    target = _targets(task, outputs.target.double().numpy())
+    of_rows = [bags[i] for i in outputs.index.tolist()]
+    table = pd.DataFrame({"fold": fold, "part": part, "patient_id": [bag.patient_id for bag in of_rows]})
+    table = pd.concat([table, target, values], axis="columns")
+    patients = table.groupby("patient_id", sort=False)
+    levels = []
+    if all(len(bag.slide_ids) == 1 for bag in of_rows):
+        levels.append(table.assign(level="slide", slide_id=[bag.slide_ids[0] for bag in of_rows]))
+    if (patients[list(target)].nunique() <= 1).to_numpy().all():
+        means = patients[list(values)].mean()
+        firsts = patients[["fold", "part", *target]].first()
+        levels.append(firsts.join(means).reset_index().assign(level="patient", slide_id=""))
+    rows = pd.concat(levels, ignore_index=True)
+    rows = _decide(task, rows, classifier.thresholds)
+    first = ["level", "fold", "part", "patient_id", "slide_id"]
+    return rows[[*first, *(name for name in rows if name not in first)]]
+
+
+def _targets(task: Task, target: np.ndarray) -> pd.DataFrame:
+    if task.kind in CLASSIFICATION:
+        return pd.DataFrame({"target": [task.classes[int(i)] for i in target]})
+    if task.kind == "multilabel":
+        return pd.DataFrame(target, columns=[f"target_{name}" for name in task.classes])
+    if task.kind == "regression":
+        return pd.DataFrame({"target": target})
+    return pd.DataFrame({"time": target[:, 0], "event": target[:, 1].astype(int)})
+
+
+def _values(task: Task, predictions: dict[str, np.ndarray]) -> pd.DataFrame:
+    """What is averaged over the bags of a patient."""
+    if task.kind == "regression":
+        return pd.DataFrame({"prediction": predictions["value"]})
+    if task.kind == "survival":
+        survival = pd.DataFrame(predictions["survival"], columns=[f"survival_{time:g}" for time in task.times])
+        return pd.concat([pd.DataFrame({"risk": predictions["risk"]}), survival], axis=1)
+    return pd.DataFrame(predictions["probability"], columns=[f"probability_{name}" for name in task.classes])
+
+
+def _decide(task: Task, rows: pd.DataFrame, thresholds: dict[str, float] | None) -> pd.DataFrame:
+    """Add what the probabilities come to."""
+    if task.kind in ("regression", "survival"):
+        return rows
+    probability = torch.from_numpy(
+        rows[[f"probability_{name}" for name in task.classes]].to_numpy(np.float64, copy=True)
+    )
+    decided = class_of(task, probability, thresholds).numpy()
+    if task.kind == "multilabel":
+        columns = pd.DataFrame(decided, columns=[f"prediction_{name}" for name in task.classes])
+        targets = [f"target_{name}" for name in task.classes]
+        rows[targets] = rows[targets].astype("Int64")  # 0, 1 or empty, where they were 0.0, 1.0 or NaN
+        return pd.concat([rows, columns], axis="columns")
+    return rows.assign(prediction=[task.classes[i] for i in decided])

@@ -1,0 +1,164 @@
+"""The run folder while a run goes on: what it trains, whether it may go on, and what it leaves."""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+
+from ...data.cohort.datamodule import BagDataModule
+from ...data.whole_file import write_whole
+from ...errors import LongslideError
+from ...task import Task
+from ...version import __version__
+from ..batch.ledger import make_output_folder
+
+_PACKAGES = ("torch", "lightning", "numpy", "pandas", "scikit-learn", "torchmetrics")
+
+
+class TrainingRun:
+    """A run folder from the start of a run to its end.
+
+    Args:
+        folder: The run folder.
+        config: The resolved configuration as YAML.
+        subgroups: Columns of the cohort table to evaluate by, separated by commas.
+
+    Attributes:
+        facts: What `run.json` holds.
+        trained: Folds whose training is done.
+
+    Raises:
+        LongslideError: A finished run is there, or one of another configuration that is not finished, or the folder cannot
+            be written to.
+    """
+
+    def __init__(self, folder: Path, config: str, subgroups: str = "") -> None:
+        self.folder = folder
+        self.subgroups = [column.strip() for column in subgroups.split(",") if column.strip()]
+        self._began = time.monotonic()
+        before = self._read()
+        if before.get("finished"):
+            raise LongslideError(f"{folder}: a finished run is there; choose another --run, or delete the folder")
+        old = folder / "config.yaml"
+        if before and old.is_file():  # without run.json its input was refused, and other options are what it needs
+            different = _different(yaml.safe_load(old.read_text("utf-8")), yaml.safe_load(config))
+            if different:
+                raise LongslideError(
+                    f"{folder}: a run that was stopped is there, with other options ({'; '.join(different[:3])}); give the "
+                    "same options to go on with it, choose another --run, or delete the folder"
+                )
+        make_output_folder(folder, "--run")
+        old.write_text(config, "utf-8")
+        self.facts: dict[str, Any] = {
+            "started": before.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
+            "seconds": 0.0,
+            "finished": False,
+        }
+        self.trained: list[int] = list(before.get("trained_folds", []))
+        self._seconds_before = float(before.get("seconds", 0.0))
+
+    def _read(self) -> dict[str, Any]:
+        path = self.folder / "run.json"
+        if not path.is_file():
+            return {}
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise LongslideError(f"{path}: not readable ({error}); delete the folder to begin anew") from error
+        return content if isinstance(content, dict) else {}
+
+    def describe(self, data: BagDataModule, task: Task | None, **facts: Any) -> None:
+        """Write `run.json`, `splits.csv` and `cohort.csv`.
+
+        Raises:
+            LongslideError: A subgroup column is not in the table, or has too many values.
+        """
+        from ...evaluation.scopes import subgroup_of_slide
+
+        cohort = data.cohort
+        for column in self.subgroups:
+            subgroup_of_slide(cohort.rows, column)
+        self.facts |= {
+            "task": None if task is None else task.to_dict(),
+            "preprocessing": data.preprocessing,
+            "without_features": list(cohort.without_features),
+            "without_label": list(cohort.without_label),
+            "notes": data.notes,
+            "versions": {"python": platform.python_version(), "longslide": __version__}
+            | {name: version(name) for name in _PACKAGES},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            **facts,
+        }
+        data.splits.to_csv(self.folder / "splits.csv", index=False)
+        cohort.rows.to_csv(self.folder / "cohort.csv", index=False)
+        self.write()
+
+    def write(self) -> None:
+        """Write `run.json`: whole, or not at all."""
+        self.facts["trained_folds"] = self.trained
+        self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._began, 1)
+        self._write("run.json", json.dumps(self.facts, indent=2, default=str) + "\n")
+
+    def finish(
+        self, predictions: Sequence[pd.DataFrame], task: Task, *, bootstrap: int, cohort: pd.DataFrame
+    ) -> pd.DataFrame | None:
+        """Write predictions, metrics and report, and mark the run as finished.
+
+        Args:
+            predictions: Rows of `predictions.csv`, of all folds and parts.
+            task: The task.
+            bootstrap: Resamples for the intervals.
+            cohort: The rows used.
+
+        Returns:
+            The metrics; None if nothing was predicted of a test part.
+        """
+        from ...evaluation import evaluate
+        from ..report.run_report import write_run_report
+
+        metrics = None
+        if not predictions:
+            self.facts["finished"] = True
+            self.write()
+            return metrics
+        table = pd.concat(predictions, ignore_index=True)
+        self._write("predictions.csv", table.to_csv(index=False))
+        if (table["part"] == "test").any():
+            metrics = evaluate(table, task, bootstrap=bootstrap, cohort=cohort, subgroups=self.subgroups or None)
+            self._write("metrics.csv", metrics.to_csv(index=False))
+            self.write()
+            write_run_report(self.folder)
+        self.facts["finished"] = True
+        self.write()
+        return metrics
+
+    def _write(self, name: str, text: str) -> None:
+        write_whole(self.folder / name, text.encode(), "--run")
+
+
+def tell(metrics: pd.DataFrame | None, folder: Path) -> None:
+    """Print what came out: the pooled metrics of the held-out patients, and where the report is."""
+    if metrics is not None:
+        pooled = metrics[metrics["scope"] == "pooled"] if (metrics["scope"] == "pooled").any() else metrics
+        level = "patient" if (pooled["level"] == "patient").any() else "slide"
+        rows = pooled[(pooled["level"] == level) & ~pooled["metric"].str.contains(":")]
+        for row in rows.itertuples():
+            print(f"{row.metric:>20} {row.value:.3f} (95% {row.low:.3f} to {row.high:.3f}), {row.n} {level}s")
+        print(f"see {folder / 'report.html'}")
+    else:
+        print(f"no test part, so there is nothing to report; the model is {folder / 'best.ckpt'}")
+
+
+def _different(old: Any, new: Any, key: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(name for name in new if name not in old)]
+        return [line for name in names for line in _different(old.get(name), new.get(name), f"{key}.{name}".strip("."))]
+    return [] if old == new else [f"--{key} {old} there, {new} now"]

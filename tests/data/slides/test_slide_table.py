@@ -1,0 +1,172 @@
+"""Files, folders and tables as the slides of a job."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from longslide.data.slides.slide_table import SlideEntry, find_slides
+from longslide.errors import LongslideError
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def write_table(path: Path, rows: list[dict[str, object]]) -> Path:
+    frame = pd.DataFrame(rows)
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    else:
+        frame.to_parquet(path)
+    return path
+
+
+def refusal(*inputs: Path) -> str:
+    with pytest.raises(LongslideError) as caught:
+        find_slides(inputs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_files_keep_the_users_order_whatever_their_suffix(tmp_path: Path) -> None:
+    touch(tmp_path / "b.svs", tmp_path / "a.unusual")
+    entries = find_slides([tmp_path / "b.svs", str(tmp_path / "a.unusual")])
+    assert entries == [SlideEntry(tmp_path / "b.svs", "b"), SlideEntry(tmp_path / "a.unusual", "a")]
+
+
+def test_a_single_path_is_a_list_of_one(tmp_path: Path) -> None:
+    touch(tmp_path / "a.svs")
+    assert find_slides(str(tmp_path / "a.svs")) == find_slides([tmp_path / "a.svs"]) == find_slides(tmp_path)
+
+
+def test_a_folder_is_searched_through_its_subfolders(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("z.SVS", "sub/deep/a.ndpi", "sub/b.tif", "notes.txt", "sub/table.xlsx")))
+    assert sorted(entry.slide_id for entry in find_slides([tmp_path])) == ["a", "b", "z"]
+
+
+def test_hidden_and_mac_files_are_no_slides(tmp_path: Path) -> None:
+    touch(tmp_path / "a.svs", tmp_path / "._a.svs", tmp_path / ".cache" / "b.svs", tmp_path / "__MACOSX" / "._c.svs")
+    assert [entry.path.name for entry in find_slides([tmp_path])] == ["a.svs"]
+
+
+def test_pictures_beside_slides_are_no_slides_but_a_folder_of_pictures_alone_is_taken(tmp_path: Path) -> None:
+    touch(tmp_path / "slides/a.vms", tmp_path / "slides/a(0,0).jpg", tmp_path / "slides/features/qc/a.jpg")
+    touch(tmp_path / "pictures/b.png", tmp_path / "pictures/c.jpg")
+    assert [entry.slide_id for entry in find_slides([tmp_path / "slides"])] == ["a"]
+    assert [entry.slide_id for entry in find_slides([tmp_path / "pictures"])] == ["b", "c"]
+
+
+def test_a_link_to_a_slide_that_is_gone_is_not_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path / "a.svs")
+    (tmp_path / "b.svs").symlink_to("nowhere.svs")
+    assert [entry.slide_id for entry in find_slides([tmp_path])] == ["a", "b"]
+
+
+def test_the_pictures_of_an_earlier_job_are_no_slides(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("a.png", "features/summary.csv", "features/a.h5", "features/qc/a.jpg")))
+    assert [entry.path.name for entry in find_slides(tmp_path)] == ["a.png"]
+
+
+@pytest.mark.parametrize("stem", ["a", "S21.1234"])
+def test_the_data_folder_of_an_mrxs_is_no_slide(tmp_path: Path, stem: str) -> None:
+    touch(tmp_path / f"{stem}.mrxs", *(tmp_path / stem / name for name in ("Index.dat", "label.tif", "deeper/x.tif")))
+    assert [entry.path.name for entry in find_slides([tmp_path])] == [f"{stem}.mrxs"]
+
+
+def test_a_folder_of_dicom_files_is_one_slide_named_after_the_folder(tmp_path: Path) -> None:
+    for case in ("case-1", "case-2"):
+        touch(*(tmp_path / case / f"level-{number}.dcm" for number in range(3)))
+    entries = find_slides([tmp_path])
+    assert [entry.slide_id for entry in entries] == ["case-1", "case-2"]
+    assert [entry.path.name for entry in entries] == ["level-0.dcm"] * 2
+    assert [entry.slide_id for entry in find_slides([tmp_path / "case-2"])] == ["case-2"]
+
+
+def test_an_empty_folder_or_a_missing_path_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no slides in this folder" in refusal(tmp_path / "empty")
+    assert "missing.svs: no such file" in refusal(tmp_path / "missing.svs")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_says_everything_about_a_slide(tmp_path: Path, suffix: str) -> None:
+    absolute = tmp_path / "elsewhere" / "c.svs"
+    table = write_table(
+        tmp_path / f"cohort{suffix}",
+        [
+            {
+                "slide": "slides/a.svs",
+                "slide_id": "007",
+                "mpp": 0.265,
+                "patient_id": "01",
+                "tissue_mask": "masks/a.png",
+            },
+            {"slide": str(absolute), "slide_id": None, "mpp": None, "patient_id": None, "tissue_mask": None},
+        ],
+    )
+    assert find_slides([table]) == [
+        SlideEntry(tmp_path / "slides/a.svs", "007", 0.265, "01", tmp_path / "masks/a.png"),
+        SlideEntry(absolute, "c"),
+    ]
+
+
+def test_an_mpp_for_all_gives_way_to_the_tables(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "cohort.csv", [{"slide": "a.svs", "mpp": 0.265}, {"slide": "b.svs", "mpp": None}])
+    assert [entry.mpp for entry in find_slides([table], slide_mpp=0.5)] == [0.265, 0.5]
+
+
+def test_ids_are_text_and_an_mpp_may_be_unknown(tmp_path: Path) -> None:
+    (tmp_path / "cohort.csv").write_text("slide,slide_id,patient_id,mpp\na.svs,NA,null,NA\nb.svs,007,1e3,0.5\n")
+    entries = find_slides([tmp_path / "cohort.csv"])
+    assert [(entry.slide_id, entry.patient_id, entry.mpp) for entry in entries] == [
+        ("NA", "null", None),
+        ("007", "1e3", 0.5),
+    ]
+
+
+def test_a_table_without_the_column_says_which_it_has(tmp_path: Path) -> None:
+    message = refusal(write_table(tmp_path / "cohort.csv", [{"filename": "a.svs", "label": 1}]))
+    assert "cohort.csv: no column `slide`; it has filename, label" in message
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_broken_table_is_one_clear_line(tmp_path: Path, suffix: str) -> None:
+    table = tmp_path / f"cohort{suffix}"
+    for content in (b"", b"\x00\xff\xfe\x81" * 50):
+        table.write_bytes(content)
+        assert str(table) in refusal(table)
+
+
+def test_a_row_without_slide_or_with_a_strange_mpp_is_named(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "a.csv", [{"slide": "a.svs", "mpp": "0.5"}, {"slide": "b.svs", "mpp": "40x"}])
+    assert "row 2 has `mpp` '40x', not a number" in refusal(table)
+    table = write_table(tmp_path / "b.csv", [{"slide": "a.svs", "mpp": "0.5"}, {"slide": None, "mpp": "1"}])
+    assert "row 2 has no `slide`" in refusal(table)
+
+
+def test_two_files_with_one_stem_are_refused_and_both_named(tmp_path: Path) -> None:
+    touch(tmp_path / "x/a.svs", tmp_path / "y/A.ndpi")
+    message = refusal(tmp_path)
+    assert str(tmp_path / "x/a.svs") in message
+    assert str(tmp_path / "y/A.ndpi") in message
+    assert "slide_id" in message
+
+
+def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path / "a.svs")
+    assert "two slides have the id 'a'" in refusal(tmp_path / "a.svs", tmp_path / "a.svs")
+
+
+def test_a_slide_id_column_tells_one_stem_apart_but_not_one_id(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"slide": "x/a.svs", "slide_id": "x-a"}, {"slide": "y/a.svs", "slide_id": "y-a"}]
+    assert [entry.slide_id for entry in find_slides([write_table(tmp_path / "t.csv", rows)])] == ["x-a", "y-a"]
+    rows[1]["slide_id"] = "x-a"
+    assert "two slides have the id 'x-a'" in refusal(write_table(tmp_path / "t.csv", rows))
+
+
+@pytest.mark.parametrize("slide_id", ["a/b", "..", "a\\b", ".hidden"])
+def test_an_id_that_cannot_be_a_file_name_is_refused(tmp_path: Path, slide_id: str) -> None:
+    table = write_table(tmp_path / "t.csv", [{"slide": "a.svs", "slide_id": slide_id}])
+    assert "cannot be a file name" in refusal(table)

@@ -1,0 +1,44 @@
+"""A slide spread over processes trains the encoder as in one: embeddings, gradients, a Lightning training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from longslide import LongslideError, create_slide_encoder
+from longslide.models.slide_encoder.sequence_parallel import SequenceParallelStrategy, own_tiles
+
+RANKS = Path(__file__).parent / "encoder_ranks.py"
+
+
+def test_four_ranks_embed_and_train_as_one_process_does(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(RANKS), str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("tiles", "ranks"), [(0, 3), (2, 5), (100, 7), (64, 4)])
+def test_each_tile_has_one_rank_and_parts_are_even(tiles: int, ranks: int) -> None:
+    parts = [range(tiles)[own_tiles(tiles, rank, ranks)] for rank in range(ranks)]
+    assert [tile for part in parts for tile in part] == list(range(tiles))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_several_slides_in_a_batch_are_refused() -> None:
+    batch = {"tile_features": torch.zeros(5, 2), "cu_seqlens": torch.tensor([0, 2, 5])}
+    with pytest.raises(LongslideError, match="one slide at a time, not 2"):
+        SequenceParallelStrategy(2).batch_to_device(batch)
+
+
+def test_other_patterns_than_dilated_stay_on_one_device() -> None:
+    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1, width=64, ffn_width=64, pattern="dense")
+    with pytest.raises(LongslideError, match="only 'dilated' spreads"):
+        encoder.shard_sequence(object())  # type: ignore[arg-type]
+
+
+def test_the_tokens_of_a_slide_over_several_ranks_are_refused() -> None:
+    """They would have been attended to within each rank alone."""
+    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1)
+    encoder.shard_sequence(object())  # type: ignore[arg-type]
+    with pytest.raises(LongslideError, match="spread over several ranks"):
+        encoder.tile_tokens(torch.zeros(2, 1536), torch.tensor([[0, 0], [1, 0]]), torch.tensor([0, 2]))

@@ -1,0 +1,112 @@
+"""The attention map shows what the attention function does, and counts its work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from longslide import LongslideError, dilated_attention
+from longslide.pipeline.attention_map.attention_map import attention_map, scored_pairs, visible_keys
+from longslide.pipeline.attention_map.figure import COLOURS
+from PIL import Image
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "longslide.pipeline.cli", "attention-map", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_keys_drawn_are_those_through_which_gradients_flow(causal: bool) -> None:
+    tokens, heads, branches = 21, 3, ((4, 1), (9, 2), (100, 5))
+    q, k, v = (torch.randn(1, tokens, heads, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    lengths, ratios = zip(*branches, strict=True)
+    output = dilated_attention(q, k, v, lengths, ratios, causal, backend="naive")
+    seen = visible_keys(tokens, heads, "dilated", causal, branches=branches).any(0)
+    for query in range(tokens):
+        for head in range(heads):
+            (flows,) = torch.autograd.grad(output[0, query, head].sum(), v, retain_graph=True)
+            assert ((flows[0, :, head] != 0).any(1).numpy() == seen[head, query]).all()
+            assert (np.delete(flows[0].numpy(), head, axis=1) == 0).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 13, 40])
+@pytest.mark.parametrize(
+    ("pattern", "settings"),
+    [
+        ("dilated", {"branches": ((4, 1), (9, 2), (100, 5))}),
+        ("dense", {}),
+        ("sliding-window", {"window": 3}),
+        ("sliding-window", {"window": 50}),
+        ("strided", {"period": 6}),
+    ],
+)
+def test_the_work_counted_is_the_pairs_seen(
+    pattern: str, settings: dict[str, object], tokens: int, causal: bool
+) -> None:
+    seen = visible_keys(tokens, 3, pattern, causal, **settings)  # type: ignore[arg-type]
+    counted = scored_pairs(tokens, 3, pattern, causal, **settings)  # type: ignore[arg-type]
+    assert counted == seen.sum((1, 2, 3)).tolist()
+
+
+def test_the_command_draws_every_branch_and_states_the_share(tmp_path: Path) -> None:
+    done = run("--output", tmp_path / "new" / "map.png", "--tokens", "32", "--segment-lengths", "[8,16,32]")
+    assert done.returncode == 0, done.stderr
+    # 4 * 8 * 8, 2 * 8 * 8 and 8 * 8 of 32 * 32 pairs
+    assert "43.8% of dense attention" in done.stdout
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["map.png"]
+    with Image.open(tmp_path / "new" / "map.png") as picture:
+        colours = {colour: count for count, colour in picture.convert("RGB").getcolors(2**24)}
+    for colour in COLOURS[:3]:
+        rgb = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        assert colours.get(rgb, 0) > 5000, "the branch covers an area of the picture"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pattern": "dense", "tokens": 5, "heads": 1},
+        {"pattern": "sliding-window", "window": 2, "causal": True},
+        {"pattern": "strided", "period": 3},
+        {"tokens": 1, "heads": 1},
+        {"tokens": 70, "heads": 10, "segment_lengths": [10, 1000], "dilated_ratios": [1, 10], "causal": True},
+    ],
+)
+def test_every_pattern_can_be_drawn(settings: dict[str, object], tmp_path: Path) -> None:
+    (drawn,) = attention_map(tmp_path / "map.png", **settings)  # type: ignore[arg-type]
+    assert drawn.share > 0
+    assert 0 < drawn.seen <= 1
+    assert drawn.output.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"segment_lengths": [8, 16]}, "one of each a branch"),
+        ({"dilated_ratios": [1, 2, 0]}, "must be positive"),
+        ({"segment_lengths": [4] * 9, "dilated_ratios": [1] * 9}, "9 branches"),
+        ({"tokens": 0}, "--tokens 0"),
+        ({"tokens": 70_000}, "divided by one number"),
+        ({"heads": 0}, "--heads 0"),
+        ({"pattern": "strided"}, "needs a period"),
+        ({"pattern": "sparse"}, "'sparse' is none of"),
+        ({"window": 4}, "window 4 is for attention pattern 'sliding-window'"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(
+    settings: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LongslideError, match=message):
+        attention_map(tmp_path / "map.png", **settings)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_one_line_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("--output", tmp_path / "file" / "map.png", "--tokens", "8")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "choose another --output" in done.stderr

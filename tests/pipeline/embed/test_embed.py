@@ -1,0 +1,575 @@
+"""The batch job, end to end on real files: what is there afterwards, whatever happened in between."""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import openslide
+import pytest
+import torch
+from classifier_files import ENCODER
+from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
+from longslide.models.slide_encoder.encoder import SlideEncoder
+from longslide.pipeline.batch.ledger import claim
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("encoder") / "tiny.yaml"
+    path.write_text(ENCODER)
+    return path
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slides")
+    for seed, name in enumerate(("a.svs", "b.svs", "c.tif")):
+        write_synthetic_slide(folder / name, size=(1536, 1024), seed=seed)
+    return folder
+
+
+@pytest.fixture
+def job(encoder: Path, slides: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "slides": [slides],
+        "output": tmp_path / "features",
+        "tile_encoder": str(encoder),
+        "tile_checkpoint": "random",
+        "device": "cpu",
+        "threads": 2,
+    }
+
+
+def command(job: dict[str, Any], *more: str) -> list[str]:
+    words = [sys.executable, "-m", "longslide.pipeline.cli", "embed", *map(str, job["slides"])]
+    for name, value in job.items():
+        if name != "slides":
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return [*words, *more]
+
+
+def summary(output: Path) -> dict[str, dict[str, str]]:
+    with (output / "summary.csv").open(newline="") as file:
+        return {row["slide_id"]: row for row in csv.DictReader(file)}
+
+
+def content(path: Path) -> dict[str, Any]:
+    """Everything in a feature file but when it was made."""
+    found: dict[str, Any] = {}
+    with h5py.File(path) as file:
+        found |= {f"@{key}": value for key, value in file.attrs.items() if key != "created"}
+        for name, data in file.items():
+            found[name] = data[()].tobytes() if isinstance(data[()], np.ndarray) else data[()]
+            found |= {f"{name}@{key}": value for key, value in data.attrs.items()}
+    return found
+
+
+def left_behind(output: Path) -> list[str]:
+    return [path.name for path in output.rglob("*.tmp")]
+
+
+def test_each_slide_becomes_a_feature_file_a_picture_and_a_row(job: dict[str, Any]) -> None:
+    results = embed(**job, slide_encoder="gigapath", slide_checkpoint="random")
+    assert [result.status for result in results] == ["done"] * 3
+    for result in results:
+        features = read_features(job["output"] / f"{result.slide_id}.h5")
+        assert features.features.shape == (result.tiles, 48)
+        assert features.features.dtype == np.float32
+        assert features.slide_embedding is not None
+        assert features.slide_embedding.shape == (768,)
+        assert np.isfinite(features.slide_embedding).all()
+        assert features.encoder == "tiny"
+        assert features.weights == "random seed=0"
+        assert (features.slide_encoder, features.slide_weights, features.pool) == ("gigapath", "random seed=0", "mean")
+        assert json.loads(features.tissue or "")["type"] == "FeatureCollection"
+        order = features.cells[:, 1] * 10_000 + features.cells[:, 0]
+        assert (np.diff(order) > 0).all(), "row by row"
+        with Image.open(job["output"] / "qc" / f"{result.slide_id}.jpg") as picture:
+            assert picture.width == 1536
+    rows = summary(job["output"])
+    assert set(rows) == {"a", "b", "c"}
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert left_behind(job["output"]) == []
+
+
+def test_paths_may_be_text_in_python(job: dict[str, Any], slides: Path, encoder: Path) -> None:
+    [result] = embed([str(slides / "a.svs")], output=str(job["output"]), tile_encoder=encoder, tile_checkpoint="random")
+    assert (job["output"] / "a.h5").exists()
+    assert result.features == str(job["output"] / "a.h5")
+
+
+def test_the_embedding_of_a_tile_is_that_of_the_pixels_at_its_coordinates(job: dict[str, Any], encoder: Path) -> None:
+    from longslide import create_tile_encoder
+
+    embed(**job)
+    features = read_features(job["output"] / "b.h5")
+    model = create_tile_encoder(encoder, checkpoint="random")
+    with openslide.OpenSlide(features.slide_path) as slide, torch.inference_mode():
+        for row in (0, len(features.coords) // 2, -1):
+            tile = np.asarray(slide.read_region(tuple(features.coords[row].tolist()), 0, (64, 64)).convert("RGB"))
+            expected = model(torch.from_numpy(tile.copy())[None])[0].numpy()
+            np.testing.assert_allclose(features.features[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_real_slide_is_embedded_from_the_pixels_openslide_reads(job: dict[str, Any], tmp_path: Path) -> None:
+    folder = os.environ.get("LONGSLIDE_TEST_SLIDES")
+    if not folder:
+        pytest.skip("LONGSLIDE_TEST_SLIDES is not set")
+    path = Path(folder) / "CMU-1-Small-Region.svs"
+    from longslide.data.tiles.grid import make_grid
+    from longslide.data.tiles.stream import TileStream
+    from longslide.data.tissue.optical_density import find_tissue
+
+    [result] = embed(**job | {"slides": [path], "tile_px": 256})
+    features = read_features(result.features or "")
+    assert result.mpp == 0.499
+    assert features.tile_size_level0 == 256, "0.499 um/px is read as it is for 0.5"
+    with openslide.OpenSlide(path) as direct, open_slide(path) as slide:
+        grid = make_grid(slide, find_tissue(slide), mpp=0.5, tile_px=256)
+        np.testing.assert_array_equal(grid.coords, features.coords)
+        for batch in TileStream(slide, grid):
+            for tile, (x, y) in zip(batch.tiles, grid.coords[batch.index].tolist(), strict=True):
+                if x + 256 <= 2220 and y + 256 <= 2967:
+                    expected = np.asarray(direct.read_region((x, y), 0, (256, 256)).convert("RGB"))
+                    np.testing.assert_array_equal(tile, expected)
+
+
+def test_one_bad_slide_never_ends_the_job(job: dict[str, Any], slides: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "text.svs").write_text("not a slide")
+    (bad / "empty.tif").touch()
+    whole = (slides / "a.svs").read_bytes()
+    (bad / "truncated.svs").write_bytes(whole[: len(whole) // 2])
+    write_synthetic_slide(bad / "no-mpp.tif", size=(1536, 1024), mpp=None)
+    write_synthetic_slide(bad / "small.svs", size=(40, 40))
+    Image.new("RGB", (900, 700), "white").save(bad / "blank.png", dpi=(50_800, 50_800))
+    done = subprocess.run(command(job | {"slides": [bad, bad / "blank.png", slides]}), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    rows = summary(job["output"])
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "text": "failed", "empty": "failed", "truncated": "failed", "no-mpp": "failed", "small": "failed",
+        "blank": "skipped", "a": "done", "b": "done", "c": "done",
+    }  # fmt: skip
+    for name, words in {
+        "text": "not a slide", "empty": "0 bytes", "truncated": "truncated", "no-mpp": "--slide-mpp",
+        "small": "smaller than one tile", "blank": "no tissue",
+    }.items():  # fmt: skip
+        assert words in rows[name]["reason"], rows[name]["reason"]
+        assert "\n" not in rows[name]["reason"]
+    assert sorted(path.stem for path in job["output"].glob("*.h5")) == ["a", "b", "c"]
+
+
+def test_killed_in_the_middle_and_run_again_gives_what_an_undisturbed_run_gives(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    embed(**job | {"output": undisturbed})
+
+    process = subprocess.Popen(command(job, "--batch-size", "1", "--threads", "1"), stderr=subprocess.DEVNULL)
+    while not (job["output"] / "a.h5").exists():
+        assert process.poll() is None, "the job ended before its first slide was there"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (job["output"] / "c.h5").exists(), "killed too late to show anything"
+
+    for leftover in ("b.h5", "c.h5"):  # as a process killed while it wrote would leave them
+        (job["output"] / f".{leftover}.1.tmp").write_bytes(b"half a file")
+    first = (job["output"] / "a.h5").stat().st_mtime_ns
+    assert {result.status for result in embed(**job)} == {"done"}
+    assert (job["output"] / "a.h5").stat().st_mtime_ns == first, "done before, not done again"
+    for name in ("b", "c"):
+        assert content(job["output"] / f"{name}.h5") == content(undisturbed / f"{name}.h5")
+    assert left_behind(job["output"]) == []
+
+
+def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(job: dict[str, Any]) -> None:
+    process = subprocess.Popen(
+        command(job, "--batch-size", "1", "--threads", "1"), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (job["output"] / "a.h5").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "goes on from here" in errors
+    embed(**job)
+    assert {row["status"] for row in summary(job["output"]).values()} == {"done"}
+
+
+def test_a_second_run_does_nothing_and_is_still_done(job: dict[str, Any]) -> None:
+    embed(**job)
+    before = {path: path.stat().st_mtime_ns for path in job["output"].glob("*.h5")}
+    results = embed(**job)
+    assert {result.status for result in results} == {"done"}
+    assert {path: path.stat().st_mtime_ns for path in job["output"].glob("*.h5")} == before
+    assert all(row["seconds"] for row in summary(job["output"]).values()), "the rows still tell of the first run"
+
+
+def test_a_slide_may_have_the_name_of_a_file_of_the_job(job: dict[str, Any], slides: Path, tmp_path: Path) -> None:
+    names = ["a.svs", "summary.svs", "summary.csv.svs"]
+    paths = [shutil.copy(slides / "a.svs", tmp_path / name) for name in names]
+    thread = threading.Thread(target=lambda: embed(**job | {"slides": paths}), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "the job waits for itself"
+    assert set(summary(job["output"])) == {"a", "summary", "summary.csv"}
+
+
+def test_made_anew_without_tissue_the_old_file_does_not_stay(job: dict[str, Any], slides: Path) -> None:
+    job |= {"slides": [slides / "a.svs"]}
+    embed(**job)
+    [result] = embed(**job, min_tissue=1.0, tile_px=700, overwrite=True)
+    assert (result.status, result.tiles) == ("skipped", 0)
+    assert "--min-tissue" in result.reason
+    assert not (job["output"] / "a.h5").exists()
+    assert summary(job["output"])["a"]["status"] == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tile_px": 32}, "tile_px 64 there, 32 now"),
+        ({"mpp": 1.0}, "target_mpp 0.5 there, 1.0 now"),
+        ({"overlap": 8}, "overlap 0 there, 8 now"),
+        ({"min_tissue": 0.5}, "min_tissue 0.1 there, 0.5 now"),
+        ({"seed": 1}, "weights random seed=0 there, random seed=1 now"),
+        ({"precision": "bfloat16"}, "precision float32 there, bfloat16 now"),
+        ({"slide_mpp": 0.499}, "level0_mpp 0.5 there, 0.499 now"),
+    ],
+)
+def test_a_file_made_with_other_settings_is_refused_unless_overwrite(
+    job: dict[str, Any], slides: Path, change: dict[str, Any], named: str
+) -> None:
+    job |= {"slides": [slides / "a.svs"]}
+    embed(**job)
+    before = content(job["output"] / "a.h5")
+    [result] = embed(**job | change)
+    assert result.status == "failed"
+    assert named in result.reason
+    assert "--overwrite" in result.reason
+    assert content(job["output"] / "a.h5") == before
+    [result] = embed(**job | change, overwrite=True)
+    assert result.status == "done"
+    assert content(job["output"] / "a.h5") != before
+
+
+def test_a_mask_or_mpp_given_or_taken_back_later_is_another_setting(job: dict[str, Any], tmp_path: Path) -> None:
+    write_synthetic_slide(tmp_path / "a.svs", size=(1536, 1024))
+    for name in ("one.png", "other.png"):
+        mask = np.zeros((64, 96), np.uint8)
+        mask[16:32, 24 : 48 if name == "one.png" else 60] = 255
+        Image.fromarray(mask).save(tmp_path / name)
+    tables = {
+        "plain": "slide\na.svs\n",
+        "mpp": "slide,mpp\na.svs,0.499\n",
+        "mask": "slide,tissue_mask\na.svs,one.png\n",
+        "other mask": "slide,tissue_mask\na.svs,other.png\n",
+    }
+    for name, table in tables.items():
+        (tmp_path / f"{name}.csv").write_text(table)
+
+    def made_anew(name: str) -> str:
+        [result] = embed(**job | {"slides": [tmp_path / f"{name}.csv"]})
+        embed(**job | {"slides": [tmp_path / f"{name}.csv"]}, overwrite=True)
+        return f"{result.status}: {result.reason}"
+
+    assert made_anew("mpp") == "done: "
+    assert "mpp_source option there, the file's own now" in made_anew("plain")
+    assert "tissue_method longslide-tissue-1 there, mask:one.png" in made_anew("mask")
+    assert "now" in made_anew("other mask")
+    assert "there, longslide-tissue-1 now" in made_anew("plain")
+    assert made_anew("plain") == "done: was there already"
+
+
+def test_weights_are_the_same_wherever_they_lie(
+    job: dict[str, Any], slides: Path, encoder: Path, tmp_path: Path
+) -> None:
+    from longslide import create_tile_encoder
+
+    for name, seed in (("one", 0), ("other", 1)):
+        network = create_tile_encoder(encoder, checkpoint="random", seed=seed).network
+        torch.save(network.state_dict(), tmp_path / f"{name}.pth")
+    shutil.copy(tmp_path / "one.pth", tmp_path / "copy.pth")
+    job |= {"slides": [slides / "a.svs"]}
+    results = [
+        embed(**job | {"tile_checkpoint": str(tmp_path / f"{name}.pth")})[0] for name in ("one", "copy", "other")
+    ]
+    assert [result.status for result in results] == ["done", "done", "failed"]
+    assert "weights" in results[2].reason
+
+
+def test_another_slide_of_the_same_name_is_not_taken_for_the_one_embedded(
+    job: dict[str, Any], slides: Path, tmp_path: Path
+) -> None:
+    embed(**job | {"slides": [slides / "a.svs"]})
+    write_synthetic_slide(tmp_path / "a.tif", size=(1536, 1024), seed=9)
+    [result] = embed(**job | {"slides": [tmp_path / "a.tif"]})
+    assert result.status == "failed"
+    assert "slide a.svs there, a.tif now" in result.reason
+
+
+def test_the_slide_embedding_is_added_later_without_reading_the_slide_again(
+    job: dict[str, Any], slides: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "a.svs"
+    shutil.copy(slides / "a.svs", copy)
+    job |= {"slides": [copy]}
+    embed(**job)
+    tiles = read_features(job["output"] / "a.h5")
+    assert tiles.slide_embedding is None
+    copy.write_bytes(b"no longer a slide")
+    [result] = embed(**job, slide_encoder="gigapath", slide_checkpoint="random")
+    assert result.status == "done"
+    both = read_features(job["output"] / "a.h5")
+    assert both.slide_embedding is not None
+    np.testing.assert_array_equal(both.features, tiles.features)
+    assert both.tissue == tiles.tissue
+    [result] = embed(**job, slide_encoder="gigapath", slide_checkpoint="random", pool="cls")
+    assert result.status == "failed"
+    assert "pool mean there, cls now" in result.reason
+
+
+def test_a_slide_encoder_that_runs_out_of_memory_does_not_cost_the_tile_embeddings(
+    job: dict[str, Any], slides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job |= {"slides": [slides / "a.svs"], "slide_encoder": "gigapath", "slide_checkpoint": "random"}
+    with monkeypatch.context() as small_memory:
+
+        def out_of_memory(*_: Any, **__: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        small_memory.setattr(SlideEncoder, "forward", out_of_memory)
+        [result] = embed(**job)
+    assert result.status == "failed"
+    assert "--device cpu" in result.reason
+    tiles = read_features(job["output"] / "a.h5")
+    assert tiles.slide_embedding is None
+    [result] = embed(**job)
+    assert result.status == "done"
+    both = read_features(job["output"] / "a.h5")
+    assert both.slide_embedding is not None
+    np.testing.assert_array_equal(both.features, tiles.features)
+
+
+def test_two_processes_on_one_folder_share_the_work(job: dict[str, Any], tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    embed(**job | {"output": alone})
+    processes = [subprocess.Popen(command(job), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    rows = summary(job["output"])
+    assert {name: row["status"] for name, row in rows.items()} == {"a": "done", "b": "done", "c": "done"}
+    for name in "abc":
+        assert content(job["output"] / f"{name}.h5") == content(alone / f"{name}.h5")
+
+
+def test_a_slide_another_process_works_on_is_skipped(job: dict[str, Any], slides: Path) -> None:
+    job["output"].mkdir()
+    lock = claim(job["output"], "b")
+    assert lock is not None
+    results = {result.slide_id: result for result in embed(**job)}
+    lock.release()
+    assert {name: result.status for name, result in results.items()} == {"a": "done", "b": "skipped", "c": "done"}
+    assert "another process" in results["b"].reason
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(job: dict[str, Any], slides: Path, encoder: Path) -> None:
+    from longslide import create_tile_encoder
+    from longslide.data.tiles.stream import TileBatch
+    from longslide.pipeline.embed.tile_embedding import TileEmbedder
+
+    model = create_tile_encoder(encoder, checkpoint="random")
+    sizes = []
+
+    def small_memory(module: Any, tiles: tuple[torch.Tensor]) -> None:
+        sizes.append(len(tiles[0]))
+        if len(tiles[0]) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tiles = np.random.default_rng(0).integers(0, 256, (50, 64, 64, 3), np.uint8)
+    batches = [TileBatch(tiles[:32], np.arange(32)), TileBatch(tiles[32:], np.arange(32, 50))]
+    expected, _ = TileEmbedder(model, torch.device("cpu"), "float32")(batches)
+    model.register_forward_pre_hook(small_memory)
+    embedded, index = TileEmbedder(model, torch.device("cpu"), "float32")(batches)
+    np.testing.assert_allclose(embedded, expected, rtol=1e-4, atol=1e-5)
+    assert index.tolist() == list(range(50))
+    assert sizes[:4] == [32, 16, 8, 4], "halved until it fits"
+    assert max(sizes[4:]) == 4, "and never tried larger again"
+
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(LongslideError, match="one tile does not fit"):
+        TileEmbedder(model, torch.device("cpu"), "float32")(batches)
+
+
+def test_embeddings_that_are_not_finite_fail_the_slide(encoder: Path) -> None:
+    from longslide import create_tile_encoder
+    from longslide.data.tiles.stream import TileBatch
+    from longslide.pipeline.embed.tile_embedding import TileEmbedder
+
+    model = create_tile_encoder(encoder, checkpoint="random")
+    model.register_forward_hook(lambda module, tiles, output: output * 1e30)
+    tiles = TileBatch(np.full((2, 64, 64, 3), 200, np.uint8), np.arange(2))
+    with pytest.raises(LongslideError, match=r"not finite in bfloat16; try --precision float32"):
+        TileEmbedder(model, torch.device("cpu"), "bfloat16")([tiles])
+
+
+def test_a_full_disk_fails_the_slide_before_the_work(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    results = embed(**job)
+    assert {result.status for result in results} == {"failed"}
+    assert all("the disk is full" in result.reason for result in results)
+    assert not list(job["output"].glob("*.h5"))
+
+
+@pytest.fixture
+def little_room() -> Iterator[None]:
+    """No file of this process may grow beyond 50 kB, as on a disk that is full."""
+    limits, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, action)
+
+
+def test_a_disk_that_is_full_in_the_middle_is_one_line_and_leaves_nothing_half_written(
+    job: dict[str, Any], slides: Path, little_room: None
+) -> None:
+    [result] = embed(**job | {"slides": [slides / "a.svs"]})
+    assert result.status == "failed"
+    assert "a.jpg: cannot write it" in result.reason
+    assert [path.name for path in job["output"].rglob("*") if path.is_file() and path.suffix != ".lock"] == [
+        "summary.csv"
+    ]
+
+
+def test_a_summary_that_cannot_be_written_is_said_and_ends_nothing(
+    job: dict[str, Any], slides: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job["output"] / "summary.csv").mkdir(parents=True)
+    [result] = embed(**job | {"slides": [slides / "a.svs"]})
+    assert result.status == "done"
+    assert "summary.csv: cannot write it" in capsys.readouterr().err
+
+
+def test_a_truncated_feature_file_is_named_and_replaced_on_request(job: dict[str, Any], slides: Path) -> None:
+    job |= {"slides": [slides / "a.svs"]}
+    embed(**job)
+    path = job["output"] / "a.h5"
+    whole = content(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    [result] = embed(**job)
+    assert result.status == "failed"
+    assert "a.h5" in result.reason
+    assert "truncated" in result.reason
+    [result] = embed(**job, overwrite=True)
+    assert result.status == "done"
+    assert content(path) == whole
+
+
+def test_a_mask_and_mpp_of_the_table_are_used(job: dict[str, Any], tmp_path: Path) -> None:
+    write_synthetic_slide(tmp_path / "slide.tif", size=(1536, 1024), mpp=None)
+    mask = np.zeros((64, 96), np.uint8)
+    mask[16:32, 24:48] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (tmp_path / "cohort.csv").write_text("slide,slide_id,mpp,tissue_mask\nslide.tif,patient 1 slide 1,0.5,mask.png\n")
+    [result] = embed(**job | {"slides": [tmp_path / "cohort.csv"]})
+    assert (result.status, result.slide_id, result.mpp_source) == ("done", "patient 1 slide 1", "option")
+    features = read_features(job["output"] / "patient 1 slide 1.h5")
+    assert (features.tissue_method or "").startswith("mask:mask.png:")
+    assert features.coords.min(0).tolist() == [384, 256]
+    assert (features.coords.max(0) + 64).tolist() == [768, 512]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tile_encoder": "uni2h"}, "uni2-h"),
+        ({"tile_encoder": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"slide_encoder": "gigapth", "slide_checkpoint": "random"}, "gigapath"),
+        ({"slide_encoder": "gigapath"}, "read tile embeddings of 'gigapath'"),
+        ({"tile_checkpoint": "missing.pth"}, "missing.pth"),
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"device": "gpu"}, "gpu"),
+        ({"tile_px": 4}, "--tile-px"),
+        ({"overlap": 64}, "--overlap 64 must be at least 0 and less than --tile-px 64"),
+        ({"tile_px": 0}, "--tile-px"),
+        ({"mpp": 0.0}, "--mpp"),
+        ({"slide_mpp": 250.0}, "--slide-mpp 250 is not plausible"),
+        ({"threads": 0}, "--threads"),
+        ({"max_bad_tiles": -1}, "--max-bad-tiles"),
+        ({"min_tissue": 2.0}, "--min-tissue"),
+        ({"mpp": -1.0}, "--mpp"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"slides": ["missing.svs"]}, "missing.svs"),
+    ],
+)
+def test_wrong_usage_is_one_line_before_any_slide_is_touched(
+    job: dict[str, Any], change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(LongslideError) as caught:
+        embed(**job | change)
+    assert named in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(job["output"].glob("*.h5")) if job["output"].exists() else True
+
+
+def test_an_output_that_cannot_be_written_is_named(job: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(LongslideError, match="cannot write to the output folder"):
+        embed(**job | {"output": tmp_path / "file" / "features"})
+
+
+def test_more_unreadable_tiles_than_allowed_fail_the_slide_and_fewer_are_left_out(
+    job: dict[str, Any], slides: Path, tmp_path: Path
+) -> None:
+    import tifffile
+
+    broken = tmp_path / "broken.svs"
+    shutil.copy(slides / "a.svs", broken)
+    with open_slide(broken) as slide:
+        from longslide.data.tissue.optical_density import find_tissue
+
+        tissue = find_tissue(slide)
+    row, column = np.argwhere(tissue.mask)[tissue.mask.sum() // 2]
+    x, y = int(column * tissue.downsample[0]), int(row * tissue.downsample[1])
+    with tifffile.TiffFile(broken) as file:
+        page = file.pages[0]
+        number = (y // 256) * -(-1536 // 256) + x // 256
+        offset, count = page.dataoffsets[number], page.databytecounts[number]
+    with broken.open("r+b") as raw:
+        raw.seek(offset)
+        raw.write(b"\xff" * count)
+    [result] = embed(**job | {"slides": [broken]})
+    assert result.status == "failed"
+    assert "--max-bad-tiles" in result.reason
+    [result] = embed(**job | {"slides": [broken]}, max_bad_tiles=16)
+    assert result.status == "done"
+    assert result.bad_tiles
+    assert 0 < result.bad_tiles <= 16
+    [again] = embed(**job | {"slides": [broken]}, max_bad_tiles=16)
+    assert (again.reason, again.bad_tiles) == ("was there already", result.bad_tiles)
+    [again] = embed(**job | {"slides": [broken]})
+    assert again.status == "failed"
+    assert f"bad_tiles {result.bad_tiles} there, at most 0 now" in again.reason
+    coords = read_features(result.features or "").coords
+    inside = (coords // 256 == [x // 256, y // 256]).all(1)
+    assert not inside.any(), "no tile of the unreadable region"

@@ -1,0 +1,197 @@
+"""The page of a run: complete, true to the numbers, and standing on its own."""
+
+import base64
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from longslide.errors import LongslideError
+from longslide.evaluation import evaluate
+from longslide.pipeline.report.run_folder import read_run
+from longslide.pipeline.report.run_report import risk_groups, write_run_report
+
+WriteRun = Callable[..., Path]
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+NAMESPACES = ("http://www.w3.org/", "http://purl.org/", "http://creativecommons.org/", "https://matplotlib.org/")
+
+
+class Page(HTMLParser):
+    """What a browser would see: text, tables, addresses; complains about tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "action", "data", "poster"):
+                self.addresses.append(value or "")
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def assert_stands_alone(html: str) -> Page:
+    page = Page(html)
+    assert all(address.startswith("data:image/") for address in page.addresses), page.addresses
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "url(" not in html
+    assert "@import" not in html
+    for image in page.images:
+        assert image["alt"]
+        svg = base64.b64decode((image["src"] or "").partition("base64,")[2]).decode()
+        for address in re.findall(r"https?://[^\s\"'<)]+", svg):
+            assert address.startswith(NAMESPACES), f"a picture names {address}"
+        for reference in re.findall(r"(?:href|src)=\"([^\"]+)\"", svg):
+            assert reference.startswith("#"), f"a picture loads {reference}"
+    return page
+
+
+@pytest.fixture
+def report(tmp_path: Path, write_run: WriteRun) -> Callable[..., Page]:
+    def make(kind: str, **options: object) -> Page:
+        path = write_run_report(write_run(tmp_path / kind, kind, **options))
+        assert path == tmp_path / kind / "report.html"
+        return assert_stands_alone(path.read_text(encoding="utf-8"))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "pictures"),
+    [
+        ("binary", ["ROC curve", "Precision-recall curve", "Calibration curve", "Confusion matrix"]),
+        ("ordinal", ["ROC curve", "Precision-recall curve", "Calibration curve", "Confusion matrix"]),
+        ("multilabel", ["ROC curve", "Precision-recall curve", "Calibration curve"]),
+        ("regression", ["Predicted against true values"]),
+        ("survival", ["Kaplan-Meier curves"]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_the_report_of_every_task_stands_alone_and_has_its_figures(report, kind: str, pictures: list[str]) -> None:
+    page = report(kind, folds=2, patients=80)
+    shown = [image["alt"] for image in page.images]
+    assert shown == [*pictures, "Loss by epoch", "Validation metric by epoch"]
+    for heading in ("Metrics", "Curves", "Worst mistakes", "Training", "Cohort", "Configuration", "Splits"):
+        assert heading in page.text
+    assert "torch" in page.text
+    assert "gigapath" in page.text
+
+
+def test_the_numbers_are_those_of_metrics_csv_with_subgroups(tmp_path: Path, write_run: WriteRun) -> None:
+    folder = write_run(tmp_path / "run")
+    run = read_run(folder)
+    metrics = evaluate(run.predictions, run.task, bootstrap=200, cohort=run.cohort, subgroups=["site"])
+    metrics.to_csv(folder / "metrics.csv", index=False)
+    page = assert_stands_alone(write_run_report(folder).read_text(encoding="utf-8"))
+    for scope in ("pooled", "mean", "fold_2", "subgroup:site=Turin"):
+        row = metrics[(metrics["scope"] == scope) & (metrics["level"] == "patient") & (metrics["metric"] == "auroc")]
+        value, low, high = row.iloc[0][["value", "low", "high"]]
+        assert f"{value:.3f}{low:.3f}–{high:.3f}" in page.text, scope
+    assert "AUROC by site" in [image["alt"] for image in page.images]
+
+
+def test_text_of_the_user_is_text_and_not_markup(report) -> None:
+    page = report("binary", folds=2, patients=60)
+    assert "<script>alert('x')</script>" in page.text, "the configuration, as it was written"
+
+
+def test_the_worst_mistakes_are_the_most_confident_ones(tmp_path: Path, write_run: WriteRun) -> None:
+    folder = write_run(tmp_path / "run")
+    predictions = pd.read_csv(folder / "predictions.csv")
+    rows = predictions[(predictions["level"] == "patient") & (predictions["part"] == "test")]
+    wrong = rows[rows["target"] != rows["prediction"]]
+    order = wrong.sort_values("patient_id").sort_values(
+        "probability_healthy", key=lambda p: -(p - 0.5).abs(), kind="stable"
+    )["patient_id"]
+    text = write_run_report(folder).read_text(encoding="utf-8")
+    listed = re.findall(r"<td>(patient-\d+)</td>", text)
+    assert len(wrong) > 15
+    assert listed == order.head(15).tolist()
+    slides = predictions[(predictions["level"] == "slide") & (predictions["patient_id"] == listed[0])]["slide_id"]
+    assert ", ".join(slides[: slides.nunique()].drop_duplicates()) in text, "with the slides to look at"
+
+
+def test_risk_groups_never_look_at_the_test_patients(tmp_path: Path, write_run: WriteRun) -> None:
+    predictions = read_run(write_run(tmp_path / "run", "survival")).predictions
+    patients = predictions[predictions["level"] == "patient"]
+    test, validation = patients[patients["part"] == "test"], patients[patients["part"] == "val"]
+    high = risk_groups(test, validation, {})
+    for fold, median in validation.groupby("fold")["risk"].median().items():
+        of_fold = (test["fold"] == fold).to_numpy()
+        assert (high[of_fold] == (test["risk"][of_fold] > median)).all()
+    assert risk_groups(test.assign(risk=test["risk"] + 100), validation, {}).all(), "all of high risk, so be it"
+    assert risk_groups(test, validation[:0], {}) is None
+    assert (risk_groups(test, validation[:0], {"risk_threshold": 0.3}) == (test["risk"] > 0.3)).all()
+
+
+def test_a_test_on_another_cohort_has_no_training_and_no_risk_groups(tmp_path: Path, write_run: WriteRun) -> None:
+    folder = write_run(tmp_path / "external", "survival", folds=1)
+    predictions = pd.read_csv(folder / "predictions.csv")
+    predictions[predictions["part"] == "test"].to_csv(folder / "predictions.csv", index=False)
+    for name in ("history.csv", "splits.csv", "config.yaml"):
+        (folder / name).unlink()
+    page = assert_stands_alone(write_run_report(folder).read_text(encoding="utf-8"))
+    assert "would flatter the model" in page.text
+    assert [image["alt"] for image in page.images] == ["Kaplan-Meier curves"]
+
+
+def test_one_class_in_the_test_part_is_reported_without_curves(tmp_path: Path, write_run: WriteRun) -> None:
+    folder = write_run(tmp_path / "run", patients=40, folds=1)
+    predictions = pd.read_csv(folder / "predictions.csv")
+    predictions[predictions["target"] == "tumour"].to_csv(folder / "predictions.csv", index=False)
+    page = assert_stands_alone(write_run_report(folder).read_text(encoding="utf-8"))
+    assert "ROC curve" not in [image["alt"] for image in page.images]
+    assert "AUROC–" in page.text.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "run.json").unlink(), "no run.json"),
+        (lambda folder: (folder / "run.json").write_text("{"), "does not describe a run"),
+        (lambda folder: (folder / "run.json").write_text('{"task": {"kind": "binary"}}'), "does not describe a run"),
+        (lambda folder: (folder / "predictions.csv").unlink(), "has not finished"),
+        (lambda folder: (folder / "predictions.csv").write_text(""), "cannot be read as a table"),
+        (
+            lambda folder: (folder / "predictions.csv").write_text("level,part,fold,patient_id\n"),
+            "no rows of the test part",
+        ),
+    ],
+)
+def test_a_folder_that_is_not_a_finished_run_says_so(tmp_path: Path, write_run: WriteRun, spoil, message: str) -> None:
+    folder = write_run(tmp_path / "run", patients=20, folds=1)
+    spoil(folder)
+    with pytest.raises(LongslideError, match=message):
+        write_run_report(folder)
+
+
+def test_class_names_that_look_like_missing_values_or_numbers_are_names(tmp_path: Path, write_run: WriteRun) -> None:
+    folder = write_run(tmp_path / "run", "ordinal", patients=30, folds=1)
+    (folder / "run.json").write_text((folder / "run.json").read_text().replace('"1"', '"NA"'))
+    predictions = pd.read_csv(folder / "predictions.csv").rename(columns={"probability_1": "probability_NA"})
+    predictions = predictions.replace({"target": {1: "NA"}, "prediction": {1: "NA"}})
+    predictions.to_csv(folder / "predictions.csv", index=False)
+    run = read_run(folder)
+    assert run.task.classes == ("NA", "2", "3")
+    assert "NA" in set(run.predictions["target"])
+    assert np.isfinite(evaluate(run.predictions, run.task, bootstrap=0)["value"]).any()

@@ -1,0 +1,491 @@
+"""Training as users do it: recipes, run folders, resume, cross-validation, test on another cohort."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from longslide.models.classifier.checkpoint import load_classifier
+from longslide.pipeline.cli import main
+from longslide.pipeline.train.options import list_recipes, recipes
+from training_cohort import quick, write_cohort
+
+BINARY = ["--config", "abmil", "--data.task", "binary", "--trainer.max_epochs", "3", "--model.abmil.width", "32"]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("cohort")
+    return folder, write_cohort(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(cohort: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    run = tmp_path_factory.mktemp("runs") / "abmil"
+    words = ["--trainer.max_epochs", "12", "--model.optimiser.learning_rate", "0.003", "--data.test_share", "0.3"]
+    assert main(["fit", *BINARY, *cohort[1], *quick(run), *words]) == 0
+    return run
+
+
+def cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "longslide.pipeline.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_leaves_what_comparison_report_and_inference_need(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        *("config.yaml", "run.json", "splits.csv", "cohort.csv", "history.csv", "predictions.csv", "metrics.csv"),
+        *("report.html", "best.ckpt", "last.ckpt"),
+    }
+    facts = json.loads((finished / "run.json").read_text())
+    assert facts["task"]["classes"] == ["negative", "positive"]
+    assert facts["aggregator"]["name"] == "abmil"
+    assert facts["finished"]
+    assert {row["part"] for row in facts["counts"]} == {"train", "val", "test"}
+    history = pd.read_csv(finished / "history.csv")
+    assert history["epoch"].tolist() == list(range(len(history)))
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+    predictions = pd.read_csv(finished / "predictions.csv")
+    assert set(predictions["level"]) == {"slide", "patient"}
+    splits = pd.read_csv(finished / "splits.csv")
+    test = predictions[(predictions["part"] == "test") & (predictions["level"] == "slide")]
+    assert set(test["slide_id"]) == set(splits["slide_id"][splits["fold_0"] == "test"])
+    metrics = pd.read_csv(finished / "metrics.csv")
+    auroc = metrics[(metrics["metric"] == "auroc") & (metrics["level"] == "patient")]["value"]
+    assert auroc.iloc[0] > 0.9, "the class is plain to see in the features"
+
+
+def test_the_checkpoint_is_plain_tensors_and_says_all_that_inference_needs(finished: Path) -> None:
+    content = torch.load(finished / "best.ckpt", weights_only=True)["longslide"]
+    assert content["preprocessing"] == {
+        "tile_encoder": "toy",
+        "tile_weights": "toy weights",
+        "mpp": 0.5,
+        "tile_px": 256,
+        "overlap": 0,
+        "min_tissue": 0.1,
+        "tissue_method": "otsu",
+    }
+    assert content["thresholds"].keys() == {"positive"}
+    assert content["temperature"] > 0
+    assert content["training_features"]["dim"] == 6
+    assert content["slide_ids"]["train"] > content["slide_ids"]["val"] > 0
+    torch.load(finished / "last.ckpt", weights_only=True)
+
+
+def test_the_checkpoint_predicts_what_the_run_predicted(finished: Path, cohort: tuple[Path, list[str]]) -> None:
+    from longslide.data.features.feature_file import read_features
+
+    classifier = load_classifier(finished / "best.ckpt")
+    predictions = pd.read_csv(finished / "predictions.csv")
+    for row in predictions[predictions["level"] == "slide"].head(4).itertuples():
+        features = read_features(cohort[0] / "features" / f"{row.slide_id}.h5")
+        tiles = torch.from_numpy(features.features)
+        cu_seqlens = torch.tensor([0, len(tiles)], dtype=torch.int32)
+        with torch.inference_mode():
+            outputs = classifier(tiles, torch.from_numpy(features.cells), cu_seqlens)
+        predicted = classifier.predict(outputs)
+        assert predicted["probability"][0, 1].item() == pytest.approx(row.probability_positive, abs=1e-5)
+        assert classifier.task.classes[int(predicted["prediction"][0])] == row.prediction
+
+
+def test_thresholds_and_temperature_come_from_validation_patients_alone(finished: Path) -> None:
+    from longslide.evaluation.calibration import best_threshold
+
+    predictions = pd.read_csv(finished / "predictions.csv")
+    rows = predictions[(predictions["part"] == "val") & (predictions["level"] == "slide")]
+    expected = best_threshold((rows["target"] == "positive").to_numpy(), rows["probability_positive"].to_numpy())
+    thresholds = load_classifier(finished / "best.ckpt").thresholds
+    assert thresholds is not None
+    assert thresholds["positive"] == pytest.approx(expected)
+
+
+def test_a_finished_run_is_not_overwritten(finished: Path, cohort: tuple[Path, list[str]], capsys) -> None:
+    before = (finished / "best.ckpt").read_bytes()
+    assert main(["fit", *BINARY, *cohort[1], *quick(finished)]) == 2
+    error = capsys.readouterr().err
+    assert "a finished run is there" in error
+    assert "Traceback" not in error
+    assert (finished / "best.ckpt").read_bytes() == before
+
+
+def test_a_run_is_repeated_by_its_own_configuration(finished: Path, tmp_path: Path) -> None:
+    assert main(["fit", "--config", str(finished / "config.yaml"), "--run", str(tmp_path / "again")]) == 0
+    for name in ("predictions.csv", "history.csv", "splits.csv"):
+        assert (tmp_path / "again" / name).read_text() == (finished / name).read_text()
+
+
+def test_fit_then_test_on_another_cohort_from_the_command_line(finished: Path, tmp_path: Path) -> None:
+    options = write_cohort(tmp_path / "external", 18, seed=5)
+    words = ["--checkpoint", finished / "best.ckpt", "--run", tmp_path / "run", "--bootstrap", "20"]
+    result = cli("test", *words, *options)
+    assert result.returncode == 0, result.stderr
+    assert "auroc" in result.stdout
+    predictions = pd.read_csv(tmp_path / "run" / "predictions.csv")
+    assert set(predictions["part"]) == {"test"}
+    assert (predictions["level"] == "slide").sum() == 18
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_features_of_another_encoder_are_refused(finished: Path, tmp_path: Path, capsys) -> None:
+    options = write_cohort(tmp_path, 6, encoder="uni")
+    assert main(["test", "--checkpoint", str(finished / "best.ckpt"), "--run", f"{tmp_path}/run", *options]) == 2
+    error = capsys.readouterr().err
+    assert "tile_encoder toy" in error
+    assert "these have uni" in error
+
+
+STOP = """
+from lightning import Callback
+from longslide.errors import LongslideError
+from pathlib import Path
+
+class StopOnce(Callback):
+    def __init__(self, flag: str, epoch: int, batch: int) -> None:
+        self.flag, self.epoch, self.batch = Path(flag), epoch, batch
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch) and not self.flag.exists():
+            self.flag.touch()
+            raise LongslideError("the power went off")
+"""
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["between epochs", "within an epoch"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    within: bool, cohort: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "stopping.py").write_text(STOP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = tmp_path / "stop.yaml"
+    callback = {"class_path": "stopping.StopOnce", "init_args": {"flag": f"{tmp_path}/flag", "epoch": 2, "batch": 4}}
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    words = [*BINARY, *cohort[1], "--config", str(config), "--ema", "0.9", "--data.max_bags", "3"]
+    words += ["--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "4", "--data.augment.noise", "0.1"]
+    words += ["--checkpoint_every_n_steps", "1"] if within else []
+
+    (tmp_path / "flag").touch()
+    assert main(["fit", *words, *quick(tmp_path / "whole")]) == 0
+    (tmp_path / "flag").unlink()
+    assert main(["fit", *words, *quick(tmp_path / "stopped")]) == 2
+    assert "the power went off" in capsys.readouterr().err
+    assert len(pd.read_csv(tmp_path / "stopped" / "history.csv")) == 2
+    assert main(["fit", *words, *quick(tmp_path / "stopped")]) == 0
+    assert "going on from" in capsys.readouterr().err
+
+    whole, stopped = (pd.read_csv(tmp_path / run / "history.csv") for run in ("whole", "stopped"))
+    pd.testing.assert_frame_equal(whole, stopped)
+    one, other = (torch.load(tmp_path / run / "last.ckpt", weights_only=True) for run in ("whole", "stopped"))
+    for state in ("state_dict", "current_model_state"):
+        for name, tensor in one[state].items():
+            assert torch.equal(tensor, other[state][name]), name
+
+
+def test_a_stopped_run_does_not_go_on_with_other_options(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    words = [*BINARY, *cohort[1], *quick(run)]
+    assert main(["fit", *words]) == 0
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"finished": False}))
+    assert main(["fit", *words, "--model.optimiser.learning_rate", "0.5"]) == 2
+    assert "--model.optimiser.learning_rate 0.0002 there, 0.5 now" in capsys.readouterr().err
+    history = (run / "history.csv").read_text()
+    assert main(["fit", *words]) == 0
+    assert (run / "history.csv").read_text() == history, "what was trained already is not trained again"
+
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
+    words = [
+        "fit",
+        *BINARY,
+        *cohort[1],
+        *quick(tmp_path / "run"),
+        "--trainer.max_epochs",
+        "10000",
+        "--patience",
+        "10000",
+    ]
+    command = [sys.executable, "-m", "longslide.pipeline.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "last.ckpt").is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1] == "longslide fit: stopped; the same command goes on from here"
+    assert not json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+
+
+def test_crossval_predicts_every_patient_once_by_a_model_that_has_not_seen_it(
+    cohort: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    words = ["--config", "mean", "--data.task", "ordinal", "--data.label", "grade", "--model.pool.width", "16"]
+    words += ["--data.classes", "[low, middle, high]", "--folds", "3", "--trainer.max_epochs", "2"]
+    assert main(["crossval", *words, *cohort[1], *quick(tmp_path / "cv")]) == 0
+    predictions = pd.read_csv(tmp_path / "cv" / "predictions.csv")
+    test = predictions[(predictions["part"] == "test") & (predictions["level"] == "patient")]
+    assert sorted(test["patient_id"]) == sorted({f"p{i}" for i in range(40)})
+    splits = pd.read_csv(tmp_path / "cv" / "splits.csv").set_index("patient_id")
+    for row in test.itertuples():
+        assert splits.loc[row.patient_id, f"fold_{row.fold}"] == "test"
+    assert {(tmp_path / "cv" / f"fold_{k}" / "best.ckpt").is_file() for k in range(3)} == {True}
+    assert set(pd.read_csv(tmp_path / "cv" / "history.csv")["fold"]) == {0, 1, 2}
+    assert "pooled" in set(pd.read_csv(tmp_path / "cv" / "metrics.csv")["scope"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("multilabel", ["--data.label", "[mutated, metastatic]"]),
+        ("regression", ["--data.label", "score"]),
+        ("survival", ["--data.label", "[months, died]"]),
+        ("survival", ["--data.label", "[months, died]", "--data.discrete_time", "true", "--model.aggregator", "mean"]),
+        (
+            "ordinal",
+            ["--data.label", "grade", "--data.classes", "[low, middle, high]", "--model.aggregator", "transmil"],
+        ),
+        ("multiclass", ["--data.label", "grade", "--model.aggregator", "max"]),
+        ("linear-probe", ["--data.label", "grade"]),
+        ("gigapath", ["--data.label", "grade", "--model.checkpoint", "random", "--trainer.precision", "32-true"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_task_and_every_aggregator_trains_from_its_recipe(
+    recipe: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if recipe == "gigapath":  # the published size takes minutes on a CPU
+        import longslide.models.slide_encoder.encoder as slide_encoder
+
+        published = slide_encoder.load_slide_encoder_spec
+        small = {"layers": 11, "width": 8, "heads": 2, "ffn_width": 8}
+        monkeypatch.setattr(
+            slide_encoder, "load_slide_encoder_spec", lambda name: type(s := published(name))(**vars(s) | small)
+        )
+    options = write_cohort(tmp_path / "cohort", 36, slides_a_patient=2)
+    small_words = ["--model.longnet", "{layers: 1, width: 16, heads: 2, ffn_width: 16}", "--model.transmil.width", "16"]
+    small_words += ["--model.transmil.landmarks", "8", "--trainer.max_epochs", "1", "--data.test_share", "0.3"]
+    run = tmp_path / "run"
+    assert main(["fit", "--config", recipe, *small_words, *words, *options, *quick(run)]) == 0
+    metrics = pd.read_csv(run / "metrics.csv")
+    assert np.isfinite(metrics["value"]).any()
+    predictions = pd.read_csv(run / "predictions.csv")
+    assert (predictions["level"] == "patient").any()
+    load_classifier(run / "best.ckpt")
+
+
+def test_patients_of_another_cohort_are_at_high_risk_above_the_median_of_validation(tmp_path: Path) -> None:
+    words = ["--config", "survival", "--data.label", "[months, died]", "--model.aggregator", "mean"]
+    options = write_cohort(tmp_path / "cohort", 36)
+    run, external = tmp_path / "run", tmp_path / "external"
+    assert main(["fit", *words, "--trainer.max_epochs", "1", *options, *quick(run)]) == 0
+    predictions = pd.read_csv(run / "predictions.csv").query("level == 'slide' and part == 'val'")
+    threshold = load_classifier(run / "best.ckpt").thresholds["risk"]
+    assert threshold == pytest.approx(predictions["risk"].median(), rel=1e-5)
+    options = write_cohort(tmp_path / "others", 18, seed=5)
+    assert (
+        main(["test", "--checkpoint", str(run / "best.ckpt"), "--run", str(external), "--bootstrap", "20", *options])
+        == 0
+    )
+    assert json.loads((external / "run.json").read_text())["risk_threshold"] == threshold
+    assert "Kaplan-Meier" in (external / "report.html").read_text()
+
+
+def test_every_recipe_is_a_yaml_of_known_options() -> None:
+    assert {"binary", "multiclass", "multilabel", "ordinal", "regression", "survival", "abmil", "transmil"} <= set(
+        list_recipes()
+    )
+    for name in list_recipes():
+        if name == "mae":
+            result = main_prints_config("fit", "--config", name, "--data.features", "f")
+        else:
+            result = main_prints_config("fit", "--config", name, "--data.features", "f", "--data.table", "t.csv")
+        recipe = yaml.safe_load((recipes() / f"{name}.yaml").read_text())
+        assert result["trainer"]["max_epochs"] == recipe["trainer"]["max_epochs"]
+
+
+def test_a_recipe_is_found_by_its_path_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = main_prints_config("fit", "--config", "configs/fit/transmil.yaml", "--data.features", "f")
+    assert config["model"]["aggregator"] == "transmil"
+
+
+def main_prints_config(*words: str) -> dict:
+    import contextlib
+    import io
+
+    stream = io.StringIO()
+    with contextlib.redirect_stdout(stream), pytest.raises(SystemExit):
+        main([*words, "--print_config"])
+    return yaml.safe_load(stream.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.label", "no_such_column"], "no_such_column"),
+        (["--model.aggregator", "longnet", "--model.checkpoint", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
+        (["--model.checkpoint", "some.ckpt"], "abmil has no slide encoder"),
+        (["--model.aggregator", "longnet", "--model.longnet.width", "30"], "width 30 must be a multiple of 4"),
+        (["--model.abmil.dropout", "7"], "dropout probability"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches 0 must be at least 1"),
+        (["--subgroups", "site"], "there is no column 'site' in the cohort table"),
+        (["--trainer.accelerator", "no-such-device"], "--trainer: "),
+        (["--model.class_weights", "[1, 2, 3]"], "3 class weights for a binary task with 2 classes"),
+    ],
+)
+def test_a_mistake_is_one_line_before_training(
+    words: list[str], said: str, cohort: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
+    assert main(["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("longslide fit: ")
+    assert said in error
+
+
+def test_after_a_mistake_the_corrected_command_takes_the_same_run_folder(
+    cohort: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    words = ["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), "--trainer.max_epochs", "1"]
+    assert main([*words, "--data.label", "no_such_column"]) == 2
+    assert main(words) == 0
+
+
+def test_a_validation_part_of_one_class_is_refused_before_training_and_the_advice_works(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), "--data.splits", str(tmp_path / "splits.csv")]
+    assert main([*words, "--data.val_share", "0.01"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("longslide fit: fold_0: the validation part has slides of class '")
+    assert "by a larger --data.val_share" in line
+    assert "--monitor val_loss" in line
+    assert not (tmp_path / "run" / "history.csv").exists()
+    assert not (tmp_path / "splits.csv").exists(), "splits that were refused would be those of the next run"
+    assert main([*words, "--data.val_share", "0.3"]) == 0
+    words = ["fit", *BINARY, *cohort[1], *quick(tmp_path / "other"), "--data.val_share", "0.01"]
+    assert main([*words, "--monitor", "val_loss"]) == 0
+
+
+def test_every_fold_has_been_looked_at_before_the_first_is_trained(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(cohort[0] / "cohort.csv")
+    positive = table.index[table["label"] == "positive"]
+    table["fold_0"] = ["train", "train", "val", "test"] * 10
+    table["fold_1"] = "train"
+    table.loc[positive[:4], "fold_1"] = "val"
+    table.loc[positive[4:6], "fold_1"] = "test"
+    table.to_csv(tmp_path / "cohort.csv", index=False)
+    words = ["crossval", *BINARY, *cohort[1], "--data.table", f"{tmp_path}/cohort.csv", *quick(tmp_path / "run")]
+    assert main(words) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("longslide crossval: fold_1: the validation part has slides of class 'positive' alone")
+    assert not (tmp_path / "run" / "fold_0").exists()
+
+
+def test_a_metric_that_few_validation_batches_leave_undefined_ends_the_run_in_one_line(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--data.max_bags", "1", "--trainer.limit_val_batches", "0.25"]  # one of five
+    assert main(["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), *few]) == 2
+    assert "val_metric is not a number: drop --trainer.limit_val_batches" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_folder_that_cannot_be_made_names_its_option(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["fit", *BINARY, *cohort[1], *quick(tmp_path / "file" / "run")]) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("choose another --run")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fit"], "the following arguments are required: data.features"),
+        (["fit", "--config", "no-such-recipe"], "neither a file nor a recipe; recipes are abmil, binary"),
+        (["fit", "--config", "missing.yaml"], "missing.yaml: no such file"),
+        (["fit", "--config", __file__], f"{__file__}: not YAML"),
+        (["fit", "--data.features", "f", "--trainer.max_epochs", "many"], "--trainer.max_epochs cannot be many;"),
+        (["fit", "--data.features", "f", "--model.abmil.wdth", "3"], "--model.abmil.wdth"),
+        (["fit", "--data.features", "f", "--model.aggregator", "abml"], "cannot be abml, but 'longnet', "),
+        (["crossval", "--data.features", "f", "--folds", "many"], "folds"),
+        (["test", "--data.features", "f"], "required: checkpoint"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(words: list[str], said: str, capsys) -> None:
+    try:
+        status = main(words)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_a_patient_of_several_slides_is_one_bag_from_training_to_prediction(tmp_path: Path) -> None:
+    options = write_cohort(tmp_path, 24, slides_a_patient=2)
+    run = tmp_path / "run"
+    words = ["--config", "mean", "--data.task", "binary", "--data.bags", "patient", "--trainer.max_epochs", "2"]
+    words += ["--monitor", "val_loss"]
+    assert main(["fit", *words, *options, *quick(run)]) == 0
+    expected = pd.read_csv(run / "predictions.csv").set_index("patient_id")["probability_positive"]
+
+    checkpoint = str(run / "best.ckpt")
+    tested = ["--checkpoint", checkpoint, *options, "--run", str(tmp_path / "test"), "--accelerator", "cpu"]
+    assert main(["test", *tested, "--bootstrap", "20"]) == 0
+    again = pd.read_csv(tmp_path / "test" / "predictions.csv")
+    assert set(again["level"]) == {"patient"}
+    again = again.set_index("patient_id")["probability_positive"]
+    np.testing.assert_allclose(again[expected.index], expected, rtol=1e-5)
+
+    patient = expected.index[0]
+    cohort = pd.read_csv(tmp_path / "cohort.csv")
+    slides = cohort[cohort["patient_id"] == patient].assign(
+        slide=lambda rows: str(tmp_path) + "/" + rows["slide_id"] + ".svs"
+    )
+    for slide in slides["slide"]:
+        Path(slide).write_text("the features are there, and are enough")
+    slides.to_csv(tmp_path / "slides.csv", index=False)
+    job = ["--checkpoint", checkpoint, "--features", str(tmp_path / "features"), "--output", str(tmp_path / "results")]
+    assert main(["predict", str(tmp_path / "slides.csv"), *job, "--device", "cpu"]) == 0
+    rows = pd.read_csv(tmp_path / "results" / "predictions.csv")
+    together = rows.loc[rows["level"] == "patient", "probability_positive"].item()
+    apart = rows.loc[rows["level"] == "slide", "probability_positive"].mean()
+    assert together == pytest.approx(expected[patient], rel=1e-5)
+    assert together != pytest.approx(apart, rel=1e-5), "the mean of the slides would not be told from it"
+
+
+def test_subgroups_are_by_any_column_of_the_table(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
+    words = ["--config", "mean", "--data.task", "binary", *cohort[1], "--trainer.max_epochs", "1"]
+    words += ["--subgroups", "grade, score", "--data.test_share", "0.4", "--monitor", "val_loss"]
+    assert main(["fit", *words, *quick(tmp_path / "run")]) == 0
+    scopes = set(pd.read_csv(tmp_path / "run" / "metrics.csv")["scope"])
+    assert {"subgroup:grade=high", "subgroup:grade=low", "subgroup:grade=middle"} < scopes
+    assert 1 < sum(scope.startswith("subgroup:score=") for scope in scopes) <= 4, "numbers are cut at their quartiles"
+    assert "By grade" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_was_left_out_and_settled_is_said_once(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.read_csv(cohort[0] / "cohort.csv", dtype=str)
+    table.loc[3, "label"] = None
+    table.to_csv(tmp_path / "cohort.csv", index=False)
+    words = ["--config", "mean", "--data.task", "binary", *cohort[1], "--data.table", f"{tmp_path}/cohort.csv"]
+    assert main(["crossval", *words, "--folds", "2", "--trainer.max_epochs", "1", *quick(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("1 feature files have no label: s3") == 1
+    assert said.count("classes of label, in this order: negative, positive") == 1
