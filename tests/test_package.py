@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import metadata
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_the_version_is_that_of_the_installed_package() -> None:
     assert metadata("longslide")["Version"] == longslide.__version__
+
+
+def test_every_room_and_root_file_goes_into_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    files = {path.name for path in ROOT.glob("*.py")} - {"hatch_build.py"}
+    assert set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]) == rooms | files | {"py.typed"}
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    folders = {path.parent for room in ROOT.glob("*/__init__.py") for path in room.parent.rglob("*.py")}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
 
 
 @pytest.mark.parametrize("name", list_tile_encoders())
