@@ -80,7 +80,7 @@ def main() -> None:
     print(f"{options.tile_encoder}, {name}, {precision}, batches of {options.batch_size}")
 
     with tempfile.TemporaryDirectory() as folder, open_slide(options.slide or synthetic_slide(Path(folder))) as slide:
-        grid = make_grid(slide, whole_slide(slide), mpp=encoder.spec.mpp or 0.5, tile_px=encoder.spec.tile_px)
+        grid = make_grid(slide, whole_slide(slide), tile_mpp=encoder.spec.tile_mpp or 0.5, tile_px=encoder.spec.tile_px)
         grid = type(grid)(**vars(grid) | {"coords": grid.coords[: options.max_tiles]})
         tiles = len(grid.coords)
         first = next(iter(TileStream(slide, grid, batch_size=options.batch_size)))

@@ -1,6 +1,6 @@
 """Tiles per second: TileStream against OpenSlide's own `read_region` in a loop, in one run.
 
-    python benchmarks/read_tiles.py [slide] [--mpp 0.5 1.0 ...] [--threads 1 2 4]
+    python benchmarks/read_tiles.py [slide] [--tile-mpp 0.5 1.0 ...] [--threads 1 2 4]
 
 Every tile of the slide is read, tissue or not, and each run opens the slide anew, so that no cache is warm. Both ways take
 turns, and the best of three runs counts. Tiles per CPU second are the tiles per second of one core; other processes on the
@@ -25,7 +25,7 @@ from PIL import Image
 
 
 def read_with_the_stream(path: Path, grid: Grid, threads: int) -> None:
-    with open_slide(path, mpp=grid.level0_mpp) as slide:
+    with open_slide(path, slide_mpp=grid.slide_mpp) as slide:
         tiles = sum(len(batch.tiles) for batch in TileStream(slide, grid, threads=threads))
     assert tiles == len(grid.coords)
 
@@ -56,7 +56,7 @@ def measure(path: Path, mpps: list[float], threads: list[int], tile_px: int) -> 
         everything = Tissue(
             np.ones((1, 1), bool), (float(slide.dimensions[0]), float(slide.dimensions[1])), "everything"
         )
-        grids = [make_grid(slide, everything, mpp=mpp, tile_px=tile_px, min_tissue=0.0) for mpp in mpps]
+        grids = [make_grid(slide, everything, tile_mpp=mpp, tile_px=tile_px, min_tissue=0.0) for mpp in mpps]
     print(f"{path.name}, tiles of {tile_px} px                 tiles per second        tiles per CPU second")
     columns = f"{'stream':>8} {'loop':>8} {'ratio':>6}"
     print(f"{'mpp':>6} {'tiles':>7} {'level':>6} {'read px':>8} {'threads':>8} {columns} {columns}")
@@ -73,19 +73,19 @@ def measure(path: Path, mpps: list[float], threads: list[int], tile_px: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slide", type=Path, nargs="?")
-    parser.add_argument("--mpp", type=float, nargs="+", default=[0.5, 0.7, 1.0])
+    parser.add_argument("--tile-mpp", type=float, nargs="+", default=[0.5, 0.7, 1.0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--tile-px", type=int, default=256)
     arguments = parser.parse_args()
     if arguments.slide is not None:
-        measure(arguments.slide, arguments.mpp, arguments.threads, arguments.tile_px)
+        measure(arguments.slide, arguments.tile_mpp, arguments.threads, arguments.tile_px)
         return
     with tempfile.TemporaryDirectory() as folder:
         with open_slide(write_synthetic_slide(Path(folder) / "piece.svs", size=(4096, 1024))) as slide:
             piece = slide.read_region(0, 0, 0, *slide.dimensions)
         path = Path(folder) / "synthetic.svs"
         write_pyramid(path, np.tile(piece, (1, 12, 1)), mpp=0.5)
-        measure(path, arguments.mpp, arguments.threads, arguments.tile_px)
+        measure(path, arguments.tile_mpp, arguments.threads, arguments.tile_px)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def _write_slides(output: Path, patients: int) -> Path:
         _write_slide(slides / name, texture, mpp, number)
         rows.append([f"slides/{name}", Path(name).stem, f"patient-{number + 1}", texture, table_mpp or ""])
     with (output / "cohort.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["slide", "slide_id", "patient_id", "label", "mpp"], *rows])
+        csv.writer(file).writerows([["slide", "slide_id", "patient_id", "label", "slide_mpp"], *rows])
     (output / "new").mkdir(exist_ok=True)
     return _write_slide(output / "new" / "kept-apart.svs", "solid", 0.5, patients)
 

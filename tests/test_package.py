@@ -48,6 +48,6 @@ def test_every_folder_of_modules_is_a_package() -> None:
 def test_the_readme_states_the_facts_of_each_tile_encoder(name: str) -> None:
     spec = load_tile_encoder_spec(name)
     gated = "yes" if spec.gated else "no"
-    tiles = f"{spec.tile_px} px at {spec.mpp:g}"
+    tiles = f"{spec.tile_px} px at {spec.tile_mpp:g}"
     row = f"| `{name}` | {spec.dim:,} | {tiles} | {gated} | {spec.licence} | [paper]({spec.paper}) |"
     assert row in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

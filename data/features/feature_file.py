@@ -34,8 +34,8 @@ class Features:
         tile_size_level0: Edge of a tile in level-0 pixels.
         tile_px: Edge of a tile in pixels as the encoder got it.
         overlap: Pixels that neighbouring tiles share, of `tile_px`.
-        target_mpp: Microns per pixel of the tiles.
-        level0_mpp: Microns per pixel of level 0.
+        tile_mpp: Microns per pixel of the tiles.
+        slide_mpp: Microns per pixel of level 0.
         level0_size: (width, height) of level 0 in pixels.
         encoder: Name of the tile encoder.
         weights: Source and digest of its weights.
@@ -59,8 +59,8 @@ class Features:
     tile_size_level0: int | None = None
     tile_px: int | None = None
     overlap: int | None = None
-    target_mpp: float | None = None
-    level0_mpp: float | None = None
+    tile_mpp: float | None = None
+    slide_mpp: float | None = None
     level0_size: tuple[int, int] | None = None
     encoder: str | None = None
     weights: str | None = None
@@ -85,7 +85,7 @@ class Features:
 MUST_AGREE = {
     "tile_encoder": "encoder",
     "tile_weights": "weights",
-    "mpp": "target_mpp",
+    "mpp": "tile_mpp",
     "tile_px": "tile_px",
     "overlap": "overlap",
 }
@@ -101,8 +101,8 @@ _COORDS = {
     "patch_size_level0": "tile_size_level0",
     "step_level0": "step_level0",
     "overlap": "overlap",
-    "target_mpp": "target_mpp",
-    "level0_mpp": "level0_mpp",
+    "target_mpp": "tile_mpp",
+    "level0_mpp": "slide_mpp",
 }
 _SLIDE = {"encoder": "slide_encoder", "weights": "slide_weights", "pool": "pool"}
 _FILE = {"slide_id": "slide_id", "slide_path": "slide_path", "quickhash": "quickhash"}
@@ -288,7 +288,7 @@ def _read_stamp(path: Path, features: np.ndarray, raw: np.ndarray, attributes: d
         step_level0=1,
         tile_px=_whole(tile_px),
         overlap=0,
-        target_mpp=float(microns) / float(tile_px) if tile_px else None,
+        tile_mpp=float(microns) / float(tile_px) if tile_px else None,
         encoder=None if extractor is None else str(extractor),
         layout="stamp",
     )

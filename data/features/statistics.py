@@ -18,13 +18,13 @@ class SlideMoments:
         tiles: Number of tiles.
         mean: `(D,)` float32.
         variance: `(D,)` float32, around the slide's own mean.
-        level0_mpp: Microns per pixel of level 0, if known.
+        slide_mpp: Microns per pixel of level 0, if known.
     """
 
     tiles: int
     mean: np.ndarray
     variance: np.ndarray
-    level0_mpp: float | None = None
+    slide_mpp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class FeatureStatistics:
         mean: `(D,)` float32 mean over all tiles.
         std: `(D,)` float32 standard deviation over all tiles.
         distance_quantiles: Quantile (`"0.99"`) -> `distance` of the training slides' mean embeddings.
-        level0_mpp: Least and greatest microns per pixel of level 0; None if no file says.
+        slide_mpp: Least and greatest microns per pixel of level 0; None if no file says.
     """
 
     mean: np.ndarray
     std: np.ndarray
     distance_quantiles: dict[str, float]
-    level0_mpp: tuple[float, float] | None
+    slide_mpp: tuple[float, float] | None
 
     @classmethod
     def of(cls, slides: Sequence[SlideMoments]) -> "FeatureStatistics":
@@ -56,12 +56,12 @@ class FeatureStatistics:
             variance += weight * (slide.variance + (slide.mean - mean) ** 2)
         std = np.sqrt(variance)
         distances = [distance(slide.mean, mean, std) for slide in slides]
-        mpps = [slide.level0_mpp for slide in slides if slide.level0_mpp is not None]
+        mpps = [slide.slide_mpp for slide in slides if slide.slide_mpp is not None]
         return cls(
             mean=mean.astype(np.float32),
             std=std.astype(np.float32),
             distance_quantiles={f"{q:g}": float(np.quantile(distances, q)) for q in QUANTILES},
-            level0_mpp=(min(mpps), max(mpps)) if mpps else None,
+            slide_mpp=(min(mpps), max(mpps)) if mpps else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class FeatureStatistics:
             "mean": torch.from_numpy(self.mean.copy()),
             "std": torch.from_numpy(self.std.copy()),
             "distance_quantiles": dict(self.distance_quantiles),
-            "level0_mpp": list(self.level0_mpp) if self.level0_mpp else None,
+            "slide_mpp": list(self.slide_mpp) if self.slide_mpp else None,
             "dim": len(self.mean),
         }
 

@@ -28,7 +28,7 @@ class FeatureSurvey:
         tiles: `(N,)` int64 tiles of each slide.
         dim: Length of a tile embedding (of a slide embedding, if those are used).
         moments: Of each slide.
-        preprocessing: `tile_encoder`, `tile_weights`, `mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`; with
+        preprocessing: `tile_encoder`, `tile_weights`, `tile_mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`; with
             slide embeddings also `slide_encoder`, `slide_weights`, `pool`. None where no file says.
         notes: What the user should be told.
     """
@@ -104,7 +104,7 @@ def survey_features(
     order = range(len(files)) if order is None else order
     embeddings = _each([files[number] for number in order], read, "features", threads, quiet)
     found_of = {number: found for number, (_, found) in zip(order, embeddings, strict=True)}
-    moments = [replace(found_of[number], level0_mpp=header.level0_mpp) for number, header in enumerate(headers)]
+    moments = [replace(found_of[number], slide_mpp=header.slide_mpp) for number, header in enumerate(headers)]
     return FeatureSurvey(
         tiles=np.array([found.tiles for found in moments], np.int64),
         dim=len(moments[0].mean),

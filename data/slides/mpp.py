@@ -40,7 +40,7 @@ def resolve_mpp(properties: Mapping[str, str], path: Path, given: float | None =
     Raises:
         LongslideError: There is none, or the one to trust is implausible or differs between x and y.
     """
-    remedy = "give it with --slide-mpp or a column `mpp` in the slide table"
+    remedy = "give it with --slide-mpp or a column `slide_mpp` in the slide table"
     if given is not None:
         return Mpp(plausible(given, f"{path}: {given:g} microns per pixel"), "option")
     x, y = _number(properties.get("openslide.mpp-x")), _number(properties.get("openslide.mpp-y"))
@@ -81,7 +81,7 @@ def _mean(x: float | None, y: float | None, path: Path, remedy: str) -> float:
     return (x + y) / 2
 
 
-def plausible(value: float, what: str, remedy: str = "check --slide-mpp or the column `mpp`") -> float:
+def plausible(value: float, what: str, remedy: str = "check --slide-mpp or the column `slide_mpp`") -> float:
     """The value, if it can be microns per pixel.
 
     Args:

@@ -41,10 +41,10 @@ class Slide:
         background: RGB shown where the slide has no pixels.
     """
 
-    def __init__(self, path: Path, mpp: float | None, slide_id: str | None) -> None:
+    def __init__(self, path: Path, slide_mpp: float | None, slide_id: str | None) -> None:
         self.path = path
         self.slide_id = slide_id or path.stem
-        self._given_mpp = mpp
+        self._given_mpp = slide_mpp
         self._cache = openslide.OpenSlideCache(CACHE_BYTES)
         self._handle = handle = _open_handle(path, self._cache)
         self._lock = threading.Lock()
@@ -195,12 +195,12 @@ class Slide:
                     fresh.close()
 
 
-def open_slide(path: str | Path, *, mpp: float | None = None, slide_id: str | None = None) -> Slide:
+def open_slide(path: str | Path, *, slide_mpp: float | None = None, slide_id: str | None = None) -> Slide:
     """Open a slide with OpenSlide, or a plain image (PNG, JPEG, ...) with Pillow.
 
     Args:
         path: The file.
-        mpp: Microns per pixel at level 0; overrides the file's.
+        slide_mpp: Microns per pixel at level 0; overrides the file's.
         slide_id: The slide's id; the file's stem by default.
 
     Returns:
@@ -219,7 +219,7 @@ def open_slide(path: str | Path, *, mpp: float | None = None, slide_id: str | No
         raise LongslideError(f"{path}: cannot be opened ({error.strerror})") from error
     if not first:
         raise LongslideError(f"{path}: the file is empty (0 bytes); copy it again")
-    return Slide(path, mpp, slide_id)
+    return Slide(path, slide_mpp, slide_id)
 
 
 def _open_handle(path: Path, cache: openslide.OpenSlideCache) -> openslide.AbstractSlide:

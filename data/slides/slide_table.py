@@ -17,6 +17,9 @@ SLIDE_SUFFIXES = IMAGE_SUFFIXES | frozenset(
 )
 """Files of a folder that are taken for slides; a file named by the user is tried whatever its suffix."""
 
+MPP_COLUMNS = ("slide_mpp", "mpp")
+"""Columns of a slide table with the microns per pixel of level 0."""
+
 _TABLE_SUFFIXES = (".csv", ".parquet")
 
 
@@ -27,14 +30,14 @@ class SlideEntry:
     Attributes:
         path: The slide file.
         slide_id: Its id, unique within the job and usable as a file name.
-        mpp: Microns per pixel at level 0 by the user's word.
+        slide_mpp: Microns per pixel at level 0 by the user's word.
         patient_id: The patient.
         tissue_mask: The user's own tissue mask, PNG or GeoJSON.
     """
 
     path: Path
     slide_id: str
-    mpp: float | None = None
+    slide_mpp: float | None = None
     patient_id: str | None = None
     tissue_mask: Path | None = None
 
@@ -44,8 +47,8 @@ def find_slides(inputs: str | Path | Sequence[str | Path], slide_mpp: float | No
 
     Args:
         inputs: Slide files, folders (searched through all their subfolders; a folder of DICOM files is one slide, with
-            the folder's name as its id) and tables. A table is CSV or Parquet with a
-            column `slide` (paths relative to the table) and optionally `slide_id`, `mpp`, `patient_id`, `tissue_mask`.
+            the folder's name as its id) and tables. A table is CSV or Parquet with a column `slide` (paths relative to
+            the table) and optionally `slide_id`, `slide_mpp` (or `mpp`), `patient_id`, `tissue_mask`.
         slide_mpp: Microns per pixel at level 0 for all slides that have none in a table.
 
     Returns:
@@ -74,7 +77,7 @@ def find_slides(inputs: str | Path | Sequence[str | Path], slide_mpp: float | No
         else:
             entries.append(SlideEntry(item, item.stem))
     if slide_mpp is not None:
-        entries = [entry if entry.mpp is not None else replace(entry, mpp=slide_mpp) for entry in entries]
+        entries = [entry if entry.slide_mpp is not None else replace(entry, slide_mpp=slide_mpp) for entry in entries]
     _check_ids(entries)
     return entries
 
@@ -103,7 +106,12 @@ def _read_table(table: Path) -> list[SlideEntry]:
     try:
         if table.suffix.lower() == ".csv":
             # As text: an id may be 007, or NA.
-            frame = pd.read_csv(table, dtype=str, keep_default_na=False, na_values={"mpp": ["NA", "N/A", "nan", "NaN"]})
+            frame = pd.read_csv(
+                table,
+                dtype=str,
+                keep_default_na=False,
+                na_values={name: ["NA", "N/A", "nan", "NaN"] for name in MPP_COLUMNS},
+            )
         else:
             frame = pd.read_parquet(table)
     except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors are ValueErrors
@@ -123,15 +131,16 @@ def _read_table(table: Path) -> list[SlideEntry]:
             raise LongslideError(f"{table}: row {number} has no `slide`")
         path = table.parent / str(cells["slide"])
         mask = cells.get("tissue_mask")
+        column = next((name for name in MPP_COLUMNS if name in cells), MPP_COLUMNS[0])
         try:
-            mpp = float(cells["mpp"]) if "mpp" in cells else None
+            slide_mpp = float(cells[column]) if column in cells else None
         except ValueError as error:
-            raise LongslideError(f"{table}: row {number} has `mpp` {cells['mpp']!r}, not a number") from error
+            raise LongslideError(f"{table}: row {number} has `{column}` {cells[column]!r}, not a number") from error
         entries.append(
             SlideEntry(
                 path=path,
                 slide_id=str(cells.get("slide_id", path.stem)),
-                mpp=mpp,
+                slide_mpp=slide_mpp,
                 patient_id=str(cells["patient_id"]) if "patient_id" in cells else None,
                 tissue_mask=table.parent / str(mask) if mask is not None else None,
             )

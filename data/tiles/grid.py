@@ -21,8 +21,8 @@ class Grid:
     Attributes:
         tile_px: Edge of a tile in pixels, at the target resolution.
         overlap: Pixels that neighbouring tiles share, at the target resolution.
-        target_mpp: Microns per pixel of the tiles.
-        level0_mpp: Microns per pixel of level 0.
+        tile_mpp: Microns per pixel of the tiles.
+        slide_mpp: Microns per pixel of level 0.
         level: Pyramid level the tiles are read from.
         read_px: Edge of the region read at that level; `tile_px` when it is not resampled.
         tile_size_level0: Edge of a tile in level-0 pixels.
@@ -33,8 +33,8 @@ class Grid:
 
     tile_px: int
     overlap: int
-    target_mpp: float
-    level0_mpp: float
+    tile_mpp: float
+    slide_mpp: float
     level: int
     read_px: int
     tile_size_level0: int
@@ -49,7 +49,13 @@ class Grid:
 
 
 def make_grid(
-    slide: Slide, tissue: Tissue, *, mpp: float = 0.5, tile_px: int = 256, overlap: int = 0, min_tissue: float = 0.1
+    slide: Slide,
+    tissue: Tissue,
+    *,
+    tile_mpp: float = 0.5,
+    tile_px: int = 256,
+    overlap: int = 0,
+    min_tissue: float = 0.1,
 ) -> Grid:
     """Lay a grid over a slide from its top-left corner and keep the tiles that show tissue.
 
@@ -59,7 +65,7 @@ def make_grid(
     Args:
         slide: The slide.
         tissue: Its tissue.
-        mpp: Microns per pixel of the tiles.
+        tile_mpp: Microns per pixel of the tiles.
         tile_px: Edge of a tile in pixels.
         overlap: Pixels that neighbouring tiles share.
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1; at 0 every tile that touches tissue is kept.
@@ -68,20 +74,20 @@ def make_grid(
         The grid; with no coordinates when there is no tissue.
 
     Raises:
-        LongslideError: The slide is smaller than one tile or coarser than `mpp`, or has no microns per pixel; the
+        LongslideError: The slide is smaller than one tile or coarser than `tile_mpp`, or has no microns per pixel; the
             overlap is not smaller than a tile.
     """
     if not 0 <= overlap < tile_px:
         raise LongslideError(f"the overlap of {overlap} px must be at least 0 and less than --tile-px {tile_px}")
-    level0_mpp = slide.mpp.value
-    wanted = mpp / level0_mpp
-    level, read_px, tile_size = _choose_level(slide, wanted, tile_px, mpp)
+    slide_mpp = slide.mpp.value
+    wanted = tile_mpp / slide_mpp
+    level, read_px, tile_size = _choose_level(slide, wanted, tile_px, tile_mpp)
     step = max(1, round(tile_size * (tile_px - overlap) / tile_px))
     width, height = slide.dimensions
     if min(width, height) < tile_size:
         raise LongslideError(
-            f"{slide.path}: {width} x {height} px is smaller than one tile of {tile_px} px at {mpp:g} um/px "
-            f"({tile_size} px here); use a smaller --tile-px or --mpp"
+            f"{slide.path}: {width} x {height} px is smaller than one tile of {tile_px} px at {tile_mpp:g} um/px "
+            f"({tile_size} px here); use a smaller --tile-px or --tile-mpp"
         )
     columns, rows = -(-width // step), -(-height // step)
     fraction = _tissue_fraction(tissue, step, tile_size, columns, rows)
@@ -90,8 +96,8 @@ def make_grid(
     return Grid(
         tile_px=tile_px,
         overlap=overlap,
-        target_mpp=mpp,
-        level0_mpp=level0_mpp,
+        tile_mpp=tile_mpp,
+        slide_mpp=slide_mpp,
         level=level,
         read_px=read_px,
         tile_size_level0=tile_size,
@@ -101,7 +107,7 @@ def make_grid(
     )
 
 
-def _choose_level(slide: Slide, wanted: float, tile_px: int, mpp: float) -> tuple[int, int, int]:
+def _choose_level(slide: Slide, wanted: float, tile_px: int, tile_mpp: float) -> tuple[int, int, int]:
     """Level, edge to read there, edge in level-0 pixels."""
     closest = min(range(len(slide.level_downsamples)), key=lambda i: abs(slide.level_downsamples[i] / wanted - 1))
     if abs(slide.level_downsamples[closest] / wanted - 1) <= LEVEL_TOLERANCE:
@@ -109,8 +115,8 @@ def _choose_level(slide: Slide, wanted: float, tile_px: int, mpp: float) -> tupl
     finer = [i for i, downsample in enumerate(slide.level_downsamples) if downsample < wanted]
     if not finer:
         raise LongslideError(
-            f"{slide.path}: level 0 has {slide.mpp.value:g} um/px, coarser than the {mpp:g} asked for; "
-            "use a larger --mpp, or give the true one with --slide-mpp"
+            f"{slide.path}: level 0 has {slide.mpp.value:g} um/px, coarser than the {tile_mpp:g} asked for; "
+            "use a larger --tile-mpp, or give the true one with --slide-mpp"
         )
     level = max(finer, key=lambda i: slide.level_downsamples[i])
     tile_size = round(tile_px * wanted)

@@ -64,9 +64,9 @@ class Tissue:
                 polygons.setdefault(parent, []).append(points)
         return list(polygons.values())
 
-    def area_mm2(self, level0_mpp: float) -> float:
+    def area_mm2(self, slide_mpp: float) -> float:
         """Area in square millimetres, given the microns per pixel of level 0."""
-        pixel = self.downsample[0] * self.downsample[1] * (level0_mpp / 1000) ** 2
+        pixel = self.downsample[0] * self.downsample[1] * (slide_mpp / 1000) ** 2
         return float(np.count_nonzero(self.mask) * pixel)
 
     def to_geojson(self) -> str:

@@ -39,7 +39,7 @@ class TileEncoderSpec:
         pooling: `cls`: the class token; `mean`: the mean of the patch tokens (without class and register tokens);
             `cls+mean`: both, concatenated; `timm`: what the timm model itself returns.
         precision: Recommended precision of inference: `float32`, `float16` or `bfloat16`.
-        mpp: Recommended microns per pixel of the tiles; null if there is none.
+        tile_mpp: Recommended microns per pixel of the tiles; null if there is none.
         tile_px: Recommended edge of the tiles, in pixels.
         licence: Licence of the weights.
         gated: Whether the hub asks for an account that has accepted the terms.
@@ -58,7 +58,7 @@ class TileEncoderSpec:
     std: tuple[float, float, float]
     pooling: str
     precision: str
-    mpp: float | None
+    tile_mpp: float | None
     tile_px: int
     licence: str
     gated: bool
@@ -95,8 +95,8 @@ class TileEncoderSpec:
             raise ValueError(f"gated must be true or false, not {self.gated!r}")
         if not isinstance(self.timm_args, dict):
             raise ValueError(f"timm_args must be a mapping, not {self.timm_args!r}")
-        if self.mpp is not None and (type(self.mpp) not in (int, float) or self.mpp <= 0):
-            raise ValueError(f"mpp must be a positive number or null, not {self.mpp!r}")
+        if self.tile_mpp is not None and (type(self.tile_mpp) not in (int, float) or self.tile_mpp <= 0):
+            raise ValueError(f"tile_mpp must be a positive number or null, not {self.tile_mpp!r}")
 
 
 def list_tile_encoders() -> list[str]:
@@ -188,7 +188,7 @@ def _timm_spec(name: str) -> TileEncoderSpec:
         std=transform["std"],
         pooling="timm",
         precision="float32",
-        mpp=None,
+        tile_mpp=None,
         tile_px=crop,
         licence=config.get("license") or "see the model card",
         gated=False,

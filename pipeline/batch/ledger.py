@@ -31,8 +31,8 @@ class SlideResult:
         reason: Why it failed or was skipped, or a remark on a slide that is done.
         tiles: Tiles embedded.
         bad_tiles: Tiles that could not be read and were left out.
-        mpp: Microns per pixel at level 0.
-        mpp_source: Where the mpp came from.
+        slide_mpp: Microns per pixel at level 0.
+        mpp_source: Where that came from.
         tissue_mm2: Area of the tissue in square millimetres.
         seconds: Time spent on the slide in this run.
         features: Path of the feature file.
@@ -44,7 +44,7 @@ class SlideResult:
     reason: str = ""
     tiles: int | None = None
     bad_tiles: int | None = None
-    mpp: float | None = None
+    slide_mpp: float | None = None
     mpp_source: str | None = None
     tissue_mm2: float | None = None
     seconds: float | None = None

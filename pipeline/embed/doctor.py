@@ -43,8 +43,8 @@ class SlideCheck:
         width: Level-0 pixels.
         height: Level-0 pixels.
         levels: Pyramid levels.
-        mpp: Microns per pixel at level 0.
-        mpp_source: Where the mpp came from.
+        slide_mpp: Microns per pixel at level 0.
+        mpp_source: Where that came from.
         tissue_mm2: Area of the tissue in square millimetres.
         tiles: Tiles that would be embedded.
         tiles_per_second: Tiles read per second.
@@ -58,7 +58,7 @@ class SlideCheck:
     width: int | None = None
     height: int | None = None
     levels: int | None = None
-    mpp: float | None = None
+    slide_mpp: float | None = None
     mpp_source: str | None = None
     tissue_mm2: float | None = None
     tiles: int = 0
@@ -134,7 +134,7 @@ def doctor(
     slide_encoder: str | None = None,
     slide_checkpoint: str | Path | None = None,
     slide_mpp: float | None = None,
-    mpp: float | None = None,
+    tile_mpp: float | None = None,
     tile_px: int | None = None,
     overlap: int = 0,
     min_tissue: float = 0.1,
@@ -151,8 +151,8 @@ def doctor(
         tile_checkpoint: Weights of the tile encoder, as `embed` takes them.
         slide_encoder: Also check this slide encoder's weights.
         slide_checkpoint: Weights of the slide encoder, as `embed` takes them.
-        slide_mpp: Microns per pixel at level 0, for all slides that have no `mpp` in the table; overrides the file's.
-        mpp: Microns per pixel of the tiles. Default: what the tile encoder recommends, or 0.5.
+        slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
+        tile_mpp: Microns per pixel of the tiles. Default: what the tile encoder recommends, or 0.5.
         tile_px: Edge of a tile in pixels. Default: what the tile encoder recommends, or 256.
         overlap: Pixels that neighbouring tiles share.
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
@@ -174,14 +174,14 @@ def doctor(
         console = Console(width=160, soft_wrap=True, highlight=False)  # a log is not 80 characters wide
     entries = find_slides(slides, slide_mpp)
     spec = None if tile_encoder is None else load_tile_encoder_spec(tile_encoder)
-    mpp, tile_px = resolve_tiles(spec, mpp, tile_px, overlap, min_tissue)
+    tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if threads < 1:
         raise LongslideError("--threads must be at least 1")
     if slide_encoder is not None and spec is None:
         raise LongslideError("--slide-encoder needs --tile-encoder: it reads the embeddings of that one")
 
     checks = [
-        _check_slide(entry, mpp, tile_px, overlap, min_tissue, threads)
+        _check_slide(entry, tile_mpp, tile_px, overlap, min_tissue, threads)
         for entry in track(entries, "checking slides", console=Console(stderr=True), transient=True)
     ]
     checks = _mark_duplicates(checks)
@@ -203,18 +203,18 @@ def doctor(
 
 
 def _check_slide(
-    entry: SlideEntry, mpp: float, tile_px: int, overlap: int, min_tissue: float, threads: int
+    entry: SlideEntry, tile_mpp: float, tile_px: int, overlap: int, min_tissue: float, threads: int
 ) -> SlideCheck:
     check = SlideCheck(entry.slide_id, str(entry.path))
     try:
-        with open_slide(entry.path, mpp=entry.mpp, slide_id=entry.slide_id) as slide:
+        with open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id) as slide:
             width, height = slide.dimensions
             check = replace(
                 check, width=width, height=height, levels=len(slide.level_dimensions), quickhash=slide.quickhash
             )
-            check = replace(check, mpp=slide.mpp.value, mpp_source=slide.mpp.source)
+            check = replace(check, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source)
             tissue = read_tissue_mask(entry.tissue_mask, slide) if entry.tissue_mask else find_tissue(slide)
-            grid = make_grid(slide, tissue, mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
+            grid = make_grid(slide, tissue, tile_mpp=tile_mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
             check = replace(check, tissue_mm2=tissue.area_mm2(slide.mpp.value), tiles=len(grid.coords))
             if not len(grid.coords):
                 return replace(check, remark=why_no_tiles(tissue, min_tissue))
@@ -295,7 +295,7 @@ def _table(checks: list[SlideCheck]) -> Table:
             escape(check.slide_id),
             f"{check.width} x {check.height}" if check.width else "",
             str(check.levels or ""),
-            f"{check.mpp:.4g} ({check.mpp_source})" if check.mpp else "",
+            f"{check.slide_mpp:.4g} ({check.mpp_source})" if check.slide_mpp else "",
             "" if check.tissue_mm2 is None else f"{check.tissue_mm2:.4g}",
             f"{check.tiles:,}",
             "[bold red]problem[/]" if check.problem else f"[yellow]{escape(check.remark)}[/]",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DEFAULT_MPP = 0.5
+DEFAULT_TILE_MPP = 0.5
 """Microns per pixel of the tiles where the encoder recommends none: 20x."""
 
 DEFAULT_TILE_PX = 256
@@ -46,7 +46,7 @@ def embed(
     slide_checkpoint: str | Path | None = None,
     pool: Literal["mean", "cls"] = "mean",
     slide_mpp: float | None = None,
-    mpp: float | None = None,
+    tile_mpp: float | None = None,
     tile_px: int | None = None,
     overlap: int = 0,
     min_tissue: float = 0.1,
@@ -71,8 +71,8 @@ def embed(
         slide_encoder: Name of a slide encoder; without one the feature files hold tile embeddings only.
         slide_checkpoint: Weights of the slide encoder: a file, or `random`. Default: the published weights.
         pool: What the slide embedding is: the mean over the tiles, or the cls token.
-        slide_mpp: Microns per pixel at level 0, for all slides that have no `mpp` in the table; overrides the file's.
-        mpp: Microns per pixel of the tiles. Default: what the tile encoder recommends.
+        slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
+        tile_mpp: Microns per pixel of the tiles. Default: what the tile encoder recommends.
         tile_px: Edge of a tile in pixels. Default: what the tile encoder recommends.
         overlap: Pixels that neighbouring tiles share.
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
@@ -95,7 +95,7 @@ def embed(
     output = Path(output)
     entries = find_slides(slides, slide_mpp)
     spec = load_tile_encoder_spec(tile_encoder)
-    mpp, tile_px = resolve_tiles(spec, mpp, tile_px, overlap, min_tissue)
+    tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if min(batch_size, threads) < 1 or max_bad_tiles < 0:
         raise LongslideError("--batch-size and --threads must be at least 1, and --max-bad-tiles at least 0")
     if slide_encoder is not None:
@@ -117,7 +117,7 @@ def embed(
         output=output,
         embedder=TileEmbedder(encoder, torch_device, resolve_precision(precision, spec.precision, torch_device)),
         slide_encoder=slide_model,
-        mpp=mpp,
+        tile_mpp=tile_mpp,
         tile_px=tile_px,
         overlap=overlap,
         min_tissue=min_tissue,
@@ -143,20 +143,20 @@ def embed(
 
 
 def resolve_tiles(
-    spec: "TileEncoderSpec | None", mpp: float | None, tile_px: int | None, overlap: int, min_tissue: float
+    spec: "TileEncoderSpec | None", tile_mpp: float | None, tile_px: int | None, overlap: int, min_tissue: float
 ) -> tuple[float, int]:
     """Microns per pixel and edge of the tiles: as asked for, else as the tile encoder recommends.
 
     Raises:
         LongslideError: These, or the overlap or the share of tissue, cannot be meant.
     """
-    if mpp is None:
-        mpp = (spec.mpp if spec else None) or DEFAULT_MPP
+    if tile_mpp is None:
+        tile_mpp = (spec.tile_mpp if spec else None) or DEFAULT_TILE_MPP
     if tile_px is None:
         tile_px = spec.tile_px if spec else DEFAULT_TILE_PX
     wrong = None
-    if not 0.05 <= mpp <= 100:
-        wrong = f"--mpp {mpp:g} is not a plausible number of microns per pixel (0.05 to 100)"
+    if not 0.05 <= tile_mpp <= 100:
+        wrong = f"--tile-mpp {tile_mpp:g} is not a plausible number of microns per pixel (0.05 to 100)"
     elif tile_px < 16:
         wrong = f"--tile-px {tile_px} is too small (at least 16)"
     elif not 0 <= overlap < tile_px:
@@ -165,7 +165,7 @@ def resolve_tiles(
         wrong = f"--min-tissue {min_tissue:g} must be between 0 and 1"
     if wrong:
         raise LongslideError(wrong)
-    return mpp, tile_px
+    return tile_mpp, tile_px
 
 
 def check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: str) -> None:
@@ -217,7 +217,7 @@ class EmbedJob:
     output: Path
     embedder: "TileEmbedder"
     slide_encoder: "SlideEncoder | None"
-    mpp: float
+    tile_mpp: float
     tile_px: int
     overlap: int
     min_tissue: float
@@ -233,9 +233,9 @@ class EmbedJob:
         text = f"tile encoder {encoder.spec.name} ({encoder.weights})"
         if self.slide_encoder is not None:
             text += f", slide encoder {self.slide_encoder.name} ({self.slide_encoder.weights})"
-        text += f"\ntiles of {self.tile_px} px at {self.mpp:g} um/px, overlap {self.overlap} px"
-        recommended = (encoder.spec.tile_px, encoder.spec.mpp or self.mpp)
-        if (self.tile_px, self.mpp) != recommended:
+        text += f"\ntiles of {self.tile_px} px at {self.tile_mpp:g} um/px, overlap {self.overlap} px"
+        recommended = (encoder.spec.tile_px, encoder.spec.tile_mpp or self.tile_mpp)
+        if (self.tile_px, self.tile_mpp) != recommended:
             text += f" (recommended for {encoder.spec.name}: {recommended[0]} px at {recommended[1]:g} um/px)"
         return f"{text}; {self.embedder.device}, {self.embedder.precision}"
 
@@ -300,7 +300,7 @@ class EmbedJob:
         try:
             existing = read_features(path, embeddings=False)
             wanted = self._settings(entry)
-            if entry.mpp is None and existing.settings.get("mpp_source") == "option":
+            if entry.slide_mpp is None and existing.settings.get("mpp_source") == "option":
                 wanted["mpp_source"] = "the file's own"
             if existing.settings.get("bad_tiles", 0) > self.max_bad_tiles:
                 wanted["bad_tiles"] = f"at most {self.max_bad_tiles}"
@@ -320,13 +320,13 @@ class EmbedJob:
             "encoder": self.embedder.encoder.spec.name,
             "weights": self.embedder.encoder.weights,
             "precision": self.embedder.precision,
-            "target_mpp": self.mpp,
+            "tile_mpp": self.tile_mpp,
             "tile_px": self.tile_px,
             "overlap": self.overlap,
             "min_tissue": self.min_tissue,
         }
-        if entry.mpp is not None:
-            settings["level0_mpp"] = entry.mpp
+        if entry.slide_mpp is not None:
+            settings["slide_mpp"] = entry.slide_mpp
         settings["tissue_method"] = TISSUE_METHOD if entry.tissue_mask is None else mask_method(entry.tissue_mask)
         return settings
 
@@ -339,10 +339,15 @@ class EmbedJob:
         }
 
     def _tile(self, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
-        slide = resources.enter_context(open_slide(entry.path, mpp=entry.mpp, slide_id=entry.slide_id))
+        slide = resources.enter_context(open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id))
         tissue = read_tissue_mask(entry.tissue_mask, slide) if entry.tissue_mask else find_tissue(slide)
         grid = make_grid(
-            slide, tissue, mpp=self.mpp, tile_px=self.tile_px, overlap=self.overlap, min_tissue=self.min_tissue
+            slide,
+            tissue,
+            tile_mpp=self.tile_mpp,
+            tile_px=self.tile_px,
+            overlap=self.overlap,
+            min_tissue=self.min_tissue,
         )
         save_qc(self._qc_path(entry), draw_qc(slide, tissue, grid))
         need = len(grid.coords) * (self.embedder.encoder.dim * 4 + 16) + 2**20
@@ -383,7 +388,7 @@ class EmbedJob:
                 "bad_tiles": len(stream.bad_tiles),
             },
         )
-        made_with = self._settings(entry) | {"level0_mpp": slide.mpp.value, "tissue_method": tissue.method}
+        made_with = self._settings(entry) | {"slide_mpp": slide.mpp.value, "tissue_method": tissue.method}
         del made_with["slide"], made_with["min_tissue"]
         return replace(features, **made_with)
 
@@ -400,7 +405,7 @@ class EmbedJob:
         self._path(entry).unlink(missing_ok=True)  # with --overwrite there may be one, of other settings
         result = _result(entry, "skipped", f"{why_no_tiles(tissue, self.min_tissue)}; see qc/{entry.slide_id}.jpg")
         area = tissue.area_mm2(slide.mpp.value)
-        return replace(result, tiles=0, mpp=slide.mpp.value, mpp_source=slide.mpp.source, tissue_mm2=area)
+        return replace(result, tiles=0, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source, tissue_mm2=area)
 
     def _done(
         self, entry: SlideEntry, features: Features, reason: str = "", seconds: float | None = None
@@ -409,7 +414,7 @@ class EmbedJob:
             _result(entry, "done", reason),
             tiles=len(features.coords),
             bad_tiles=features.settings.get("bad_tiles"),
-            mpp=features.level0_mpp,
+            slide_mpp=features.slide_mpp,
             mpp_source=features.settings.get("mpp_source"),
             tissue_mm2=features.settings.get("tissue_mm2"),
             seconds=seconds,

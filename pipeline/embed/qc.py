@@ -41,9 +41,7 @@ def draw_qc(slide: Slide, tissue: Tissue, grid: Grid | None, *, max_px: int = 16
     facts = [slide.slide_id, f"{slide.mpp.value:.4g} um/px ({slide.mpp.source})"]
     facts.append(f"tissue {tissue.area_mm2(slide.mpp.value):.4g} mm2")
     if grid is not None:
-        facts.append(
-            f"{len(grid.coords):,} tiles of {grid.tile_px} px at {grid.target_mpp:g} um/px, level {grid.level}"
-        )
+        facts.append(f"{len(grid.coords):,} tiles of {grid.tile_px} px at {grid.tile_mpp:g} um/px, level {grid.level}")
     return _with_caption(picture, "   ".join(facts), mm_per_px=slide.mpp.value / 1000 / float(scale[0]))
 
 

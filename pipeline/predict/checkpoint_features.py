@@ -88,8 +88,8 @@ class FeatureMaker:
                 silent.append(name)
             elif wanted is not None and not _same(name, there, wanted):
                 different.append(f"{name} {there} there, {wanted} in training")
-        if entry.mpp is not None and features.level0_mpp is not None and features.level0_mpp != entry.mpp:
-            different.append(f"level0_mpp {features.level0_mpp} there, {entry.mpp} now")
+        if entry.slide_mpp is not None and features.slide_mpp is not None and features.slide_mpp != entry.slide_mpp:
+            different.append(f"slide_mpp {features.slide_mpp} there, {entry.slide_mpp} now")
         if features.slide_path is not None and Path(features.slide_path).name != entry.path.name:
             different.append(f"slide {Path(features.slide_path).name} there, {entry.path.name} now")
         if different:
@@ -169,7 +169,7 @@ class FeatureMaker:
             output=self.folder,
             embedder=TileEmbedder(encoder.to(self.device), self.device, precision),
             slide_encoder=slide_encoder,
-            mpp=facts["mpp"],
+            tile_mpp=facts["mpp"],
             tile_px=facts["tile_px"],
             overlap=facts["overlap"],
             min_tissue=0.1 if facts.get("min_tissue") is None else facts["min_tissue"],
@@ -180,12 +180,12 @@ class FeatureMaker:
         )
 
 
-def doubts(classifiers: "list[SlideClassifier]", level0_mpp: float | None, mean: np.ndarray) -> list[str]:
+def doubts(classifiers: "list[SlideClassifier]", slide_mpp: float | None, mean: np.ndarray) -> list[str]:
     """What makes a slide unlike the training slides.
 
     Args:
         classifiers: The classifiers, with the statistics of their training features.
-        level0_mpp: Microns per pixel of the slide's level 0, if known.
+        slide_mpp: Microns per pixel of the slide's level 0, if known.
         mean: `(D,)` mean embedding of its tiles.
 
     Returns:
@@ -195,12 +195,12 @@ def doubts(classifiers: "list[SlideClassifier]", level0_mpp: float | None, mean:
 
     statistics = [classifier.training_features for classifier in classifiers if classifier.training_features]
     found = []
-    ranges = [one["level0_mpp"] for one in statistics if one.get("level0_mpp")]
-    if level0_mpp is not None and ranges:
+    ranges = [one["slide_mpp"] for one in statistics if one.get("slide_mpp")]
+    if slide_mpp is not None and ranges:
         low, high = min(one[0] for one in ranges), max(one[1] for one in ranges)
-        if not low * (1 - MPP_TOLERANCE) <= level0_mpp <= high * (1 + MPP_TOLERANCE):
+        if not low * (1 - MPP_TOLERANCE) <= slide_mpp <= high * (1 + MPP_TOLERANCE):
             trained = f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g} to {high:.4g}"
-            found.append(f"scanned at {level0_mpp:.4g} um/px, training slides at {trained}")
+            found.append(f"scanned at {slide_mpp:.4g} um/px, training slides at {trained}")
     ratios = [
         distance(mean, one["mean"].numpy(), one["std"].numpy()) / one["distance_quantiles"]["0.99"]
         for one in statistics

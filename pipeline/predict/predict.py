@@ -75,7 +75,7 @@ def predict(
         tile_encoder: YAML file of the tile encoder, if it is one of your own. Default: by its name in the checkpoint.
         tile_checkpoint: Weights of the tile encoder: a file or a folder. Default: those of training, or the published ones.
         slide_checkpoint: Weights of the slide encoder, for classifiers of slide embeddings. Default: likewise.
-        slide_mpp: Microns per pixel at level 0, for all slides that have no `mpp` in the table; overrides the file's.
+        slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         batch_size: Tiles a batch; halved when the GPU runs out of memory.
         threads: Threads that read tiles.
@@ -283,7 +283,7 @@ class _Job:
         bag = self._bag([path])
         mean = bag["tile_features"].float().mean(0).cpu().numpy()
         features = read_features(path, embeddings=self.method is not None)
-        warnings = remarks + doubts(list(self.ensemble.classifiers), features.level0_mpp, mean)
+        warnings = remarks + doubts(list(self.ensemble.classifiers), features.slide_mpp, mean)
         found = self._classify([bag])
         prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", warnings=tuple(warnings))
         prediction = with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
@@ -293,7 +293,7 @@ class _Job:
         with ExitStack() as resources:
             slide = thumbnail = None
             try:
-                slide = resources.enter_context(open_slide(entry.path, mpp=entry.mpp or features.level0_mpp))
+                slide = resources.enter_context(open_slide(entry.path, slide_mpp=entry.slide_mpp or features.slide_mpp))
                 thumbnail = slide.thumbnail(OVERLAY_PX)
                 _save_thumbnail(folder / "thumbnail.jpg", thumbnail)
             except LongslideError as error:  # the features are there, and enough for a prediction
@@ -309,7 +309,7 @@ class _Job:
             reason="; ".join(prediction.warnings),
             tiles=len(features.coords),
             bad_tiles=features.settings.get("bad_tiles"),
-            mpp=features.level0_mpp,
+            slide_mpp=features.slide_mpp,
             mpp_source=features.settings.get("mpp_source"),
             tissue_mm2=features.settings.get("tissue_mm2"),
             seconds=time.monotonic() - started,
@@ -358,10 +358,10 @@ class _Job:
                 "tiles": result.tiles,
                 "bad_tiles": result.bad_tiles,
                 "tissue_mm2": result.tissue_mm2,
-                "level0_mpp": result.mpp,
+                "slide_mpp": result.slide_mpp,
                 "mpp_source": result.mpp_source,
                 "tile_px": features.tile_px,
-                "tile_mpp": features.target_mpp,
+                "tile_mpp": features.tile_mpp,
                 "overlap": features.overlap,
                 "tile_encoder": features.encoder,
                 "tile_weights": features.weights,
@@ -406,7 +406,7 @@ class _Job:
             "was there already",
             tiles=quality["tiles"],
             bad_tiles=quality["bad_tiles"],
-            mpp=quality["level0_mpp"],
+            slide_mpp=quality["slide_mpp"],
             mpp_source=quality["mpp_source"],
             tissue_mm2=quality["tissue_mm2"],
             features=content["features"],

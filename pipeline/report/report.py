@@ -280,7 +280,7 @@ def _quality(content: dict[str, Any]) -> list[tuple[str, str]]:
             "Tiles",
             known(quality["tiles"], "{:,}") + (f", {quality['bad_tiles']} unreadable" if quality["bad_tiles"] else ""),
         ),
-        ("Scanned at", known(quality["level0_mpp"], "{:.4g} µm/px") + source),
+        ("Scanned at", known(quality["slide_mpp"], "{:.4g} µm/px") + source),
         ("Tile size", f"{known(quality['tile_px'], '{} px')} at {known(quality['tile_mpp'], '{:g} µm/px')}"),
         ("Tile encoder", known(quality["tile_encoder"], "{}")),
         ("Predicted", content["created"][:16].replace("T", " ") + " UTC"),

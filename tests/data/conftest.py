@@ -20,10 +20,10 @@ def write_slide(folder: Path, slide_id: str, tiles: int = 12, dim: int = 6, seed
         "step_level0": 512,
         "encoder": "uni2-h",
         "weights": "sha256:1",
-        "target_mpp": 0.5,
+        "tile_mpp": 0.5,
         "tile_px": 256,
         "overlap": 0,
-        "level0_mpp": 0.25,
+        "slide_mpp": 0.25,
         "settings": {"min_tissue": 0.1},
     } | more
     path = folder / f"{slide_id}.h5"

@@ -23,7 +23,7 @@ mean: [0.5, 0.5, 0.5]
 std: [0.5, 0.5, 0.5]
 pooling: cls
 precision: float32
-mpp: 0.5
+tile_mpp: 0.5
 tile_px: 64
 licence: none
 gated: false

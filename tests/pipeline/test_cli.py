@@ -58,7 +58,7 @@ OPTIONS = ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni"]
         (["embed", "--output", "o", "--tile-encoder", "uni"], "needs slides"),
         (["embed", "a.svs", "--tile-encoder", "uni"], "output"),
         ([*OPTIONS, "--tile-px", "many"], "--tile-px cannot be many"),
-        ([*OPTIONS, "--mpp", "nan"], "--mpp cannot be nan"),
+        ([*OPTIONS, "--tile-mpp", "nan"], "--tile-mpp cannot be nan"),
         ([*OPTIONS, "--batch-size", "x"], "--batch-size cannot be x;"),
         (
             [*OPTIONS, "--precision", "half"],

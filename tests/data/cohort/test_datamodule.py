@@ -71,7 +71,7 @@ def test_weights_and_statistics_are_those_of_the_training_part(two_classes: tupl
     statistics = module.training_features.to_dict()
     np.testing.assert_allclose(statistics["mean"], tiles.mean(0), atol=1e-5)
     np.testing.assert_allclose(statistics["std"], tiles.std(0), rtol=1e-4)
-    assert statistics["level0_mpp"] == [0.25, 0.25]
+    assert statistics["slide_mpp"] == [0.25, 0.25]
     assert statistics["dim"] == 6
     distances = [distance(slide.mean(0), tiles.mean(0), tiles.std(0)) for slide in training]
     assert statistics["distance_quantiles"]["1"] == pytest.approx(max(distances), rel=1e-3)
@@ -228,7 +228,7 @@ def test_memory_is_filled_once_and_files_are_not_read_again(two_classes: tuple[P
         ({"dim": 7}, "features of mixed width"),
         ({"encoder": "other"}, "tile_encoder is uni2-h in"),
         ({"weights": "sha256:2"}, "tile_weights is sha256:1 in"),
-        ({"target_mpp": 0.25}, "mpp is 0.5 in"),
+        ({"tile_mpp": 0.25}, "mpp is 0.5 in"),
         ({"tile_px": 224}, "tile_px is 256 in"),
     ],
 )

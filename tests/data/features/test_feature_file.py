@@ -26,8 +26,8 @@ def complete() -> Features:
         tile_size_level0=512,
         tile_px=256,
         overlap=32,
-        target_mpp=0.5,
-        level0_mpp=0.25,
+        tile_mpp=0.5,
+        slide_mpp=0.25,
         level0_size=(9000, 7000),
         encoder="uni2-h",
         weights="random seed=0",
@@ -64,7 +64,7 @@ def test_a_look_at_a_file_leaves_the_embeddings_on_the_disk(tmp_path: Path) -> N
         look, whole = read_features(path, embeddings=False), read_features(path)
         assert (look.features.shape, look.features.dtype) == (whole.features.shape, whole.features.dtype)
         assert look.features.strides == (0, 0), "no memory is taken"
-        assert (look.encoder, look.layout, look.target_mpp) == (whole.encoder, whole.layout, whole.target_mpp)
+        assert (look.encoder, look.layout, look.tile_mpp) == (whole.encoder, whole.layout, whole.tile_mpp)
         np.testing.assert_array_equal(look.cells, whole.cells)
 
 
@@ -95,7 +95,7 @@ def test_a_file_of_tile_embeddings_alone_is_enough(tmp_path: Path) -> None:
     read = read_features(tmp_path / "a.h5")
     assert read.slide_embedding is None
     assert read.tissue is None
-    assert read.level0_mpp is None
+    assert read.slide_mpp is None
 
 
 WRITE_WITH_LITTLE_ROOM = """
@@ -205,7 +205,7 @@ def test_stamp_has_coordinates_in_microns(size: dict[str, float], tmp_path: Path
     path = write(tmp_path / "a.h5", {"feats": np.ones((20, 6), np.float16), "coords": coords}, {"/": attributes | size})
     read = read_features(path)
     assert (read.layout, read.encoder, read.tile_px) == ("stamp", "virchow2-abc", 224)
-    assert read.target_mpp == pytest.approx(256 / 224)
+    assert read.tile_mpp == pytest.approx(256 / 224)
     np.testing.assert_array_equal(read.cells, CELLS)
 
 
@@ -223,7 +223,7 @@ def test_a_file_of_the_first_stamp_has_tiles_of_224_px_over_256_um(attributes: d
     path = write(tmp_path / "a.h5", {"feats": np.ones((20, 6), np.float16), "coords": CELLS * 224}, {"/": attributes})
     read = read_features(path)
     assert (read.layout, read.tile_px) == ("stamp", 224)
-    assert read.target_mpp == pytest.approx(256 / 224)
+    assert read.tile_mpp == pytest.approx(256 / 224)
     np.testing.assert_array_equal(read.cells, CELLS)
 
 

@@ -98,7 +98,7 @@ def test_a_generic_tiff_has_it_in_its_resolution_tags(tmp_path: Path) -> None:
 
 def test_the_users_word_is_above_the_files(tmp_path: Path) -> None:
     write_pyramid(tmp_path / "a.svs", GREY, mpp=0.25)
-    with open_slide(tmp_path / "a.svs", mpp=0.5) as slide:
+    with open_slide(tmp_path / "a.svs", slide_mpp=0.5) as slide:
         assert slide.mpp == Mpp(0.5, "option")
 
 

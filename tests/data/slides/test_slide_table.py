@@ -113,14 +113,16 @@ def test_a_table_says_everything_about_a_slide(tmp_path: Path, suffix: str) -> N
 
 
 def test_an_mpp_for_all_gives_way_to_the_tables(tmp_path: Path) -> None:
-    table = write_table(tmp_path / "cohort.csv", [{"slide": "a.svs", "mpp": 0.265}, {"slide": "b.svs", "mpp": None}])
-    assert [entry.mpp for entry in find_slides([table], slide_mpp=0.5)] == [0.265, 0.5]
+    table = write_table(
+        tmp_path / "cohort.csv", [{"slide": "a.svs", "slide_mpp": 0.265}, {"slide": "b.svs", "slide_mpp": None}]
+    )
+    assert [entry.slide_mpp for entry in find_slides([table], slide_mpp=0.5)] == [0.265, 0.5]
 
 
 def test_ids_are_text_and_an_mpp_may_be_unknown(tmp_path: Path) -> None:
     (tmp_path / "cohort.csv").write_text("slide,slide_id,patient_id,mpp\na.svs,NA,null,NA\nb.svs,007,1e3,0.5\n")
     entries = find_slides([tmp_path / "cohort.csv"])
-    assert [(entry.slide_id, entry.patient_id, entry.mpp) for entry in entries] == [
+    assert [(entry.slide_id, entry.patient_id, entry.slide_mpp) for entry in entries] == [
         ("NA", "null", None),
         ("007", "1e3", 0.5),
     ]

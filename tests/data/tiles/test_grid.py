@@ -83,7 +83,7 @@ def test_every_combination_of_mpp_and_level_lands_on_the_right_field_of_view(
     pyramids: dict[str, Path], pyramid: str, mpp: float, tile_px: int, overlap: int
 ) -> None:
     with open_slide(pyramids[pyramid]) as slide:
-        grid = make_grid(slide, all_tissue(slide), mpp=mpp, tile_px=tile_px, overlap=overlap)
+        grid = make_grid(slide, all_tissue(slide), tile_mpp=mpp, tile_px=tile_px, overlap=overlap)
         wanted = mpp / slide.mpp.value
         # A level within 1% is read as it is; everything else is the wanted size to the pixel.
         read_as_it_is = grid.read_px == tile_px
@@ -126,14 +126,14 @@ def test_tiles_come_from_the_matching_level_or_the_next_finer_one(
     pyramids: dict[str, Path], pyramid: str, mpp: float, level: int, resampled: bool
 ) -> None:
     with open_slide(pyramids[pyramid]) as slide:
-        grid = make_grid(slide, all_tissue(slide), mpp=mpp, tile_px=64)
+        grid = make_grid(slide, all_tissue(slide), tile_mpp=mpp, tile_px=64)
     assert (grid.level, grid.read_px != grid.tile_px) == (level, resampled)
 
 
 @pytest.mark.parametrize("overlap", [0, 16, 63])
 def test_tiles_are_in_row_major_order_one_in_a_cell(pyramids: dict[str, Path], overlap: int) -> None:
     with open_slide(pyramids["odd"]) as slide:
-        grid = make_grid(slide, all_tissue(slide), mpp=1.0, tile_px=64, overlap=overlap)
+        grid = make_grid(slide, all_tissue(slide), tile_mpp=1.0, tile_px=64, overlap=overlap)
     assert grid.coords.dtype == np.int64
     keys = [(y, x) for x, y in grid.coords.tolist()]
     assert keys == sorted(set(keys))
@@ -145,7 +145,7 @@ def test_tiles_are_in_row_major_order_one_in_a_cell(pyramids: dict[str, Path], o
 @pytest.mark.parametrize("overlap", [64, 65, -1])
 def test_an_overlap_of_a_whole_tile_is_refused(pyramids: dict[str, Path], overlap: int) -> None:
     with open_slide(pyramids["2"]) as slide, pytest.raises(LongslideError, match="overlap"):
-        make_grid(slide, all_tissue(slide), mpp=0.5, tile_px=64, overlap=overlap)
+        make_grid(slide, all_tissue(slide), tile_mpp=0.5, tile_px=64, overlap=overlap)
 
 
 def brute_force_fraction(tissue: Tissue, grid: Grid) -> np.ndarray:
@@ -167,19 +167,19 @@ def test_the_tissue_fraction_is_that_of_every_pixel_counted(
     mask = np.random.default_rng(3).random((1536 // 16, 2048 // 8)) < 0.4
     tissue = Tissue(mask, (8.0, 16.0), "random")
     with open_slide(pyramids["2"]) as slide:
-        grid = make_grid(slide, tissue, mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=0.0)
+        grid = make_grid(slide, tissue, tile_mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=0.0)
         expected = brute_force_fraction(tissue, grid)
         np.testing.assert_allclose(grid.tissue_fraction, expected, atol=1e-6)
         # Raising the bar keeps exactly the tiles that reach it.
         bar = float(np.median(expected)) + 1e-7
-        fewer = make_grid(slide, tissue, mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=bar)
+        fewer = make_grid(slide, tissue, tile_mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=bar)
     np.testing.assert_array_equal(fewer.coords, grid.coords[expected >= bar])
 
 
 def test_a_tile_over_the_border_is_kept_when_enough_of_its_whole_area_is_tissue(pyramids: dict[str, Path]) -> None:
     with open_slide(pyramids["2"]) as slide:  # 2048 = 20.48 tiles of 100, 1536 = 15.36
         sides = {
-            bar: make_grid(slide, all_tissue(slide), mpp=0.25, tile_px=100, min_tissue=bar).cells.max(0).tolist()
+            bar: make_grid(slide, all_tissue(slide), tile_mpp=0.25, tile_px=100, min_tissue=bar).cells.max(0).tolist()
             for bar in (0.35, 0.4, 0.5)
         }
     assert sides == {0.35: [20, 15], 0.4: [20, 14], 0.5: [19, 14]}
@@ -197,20 +197,22 @@ def test_a_slide_smaller_than_a_tile_is_refused(pyramids: dict[str, Path]) -> No
         open_slide(pyramids["2"]) as slide,
         pytest.raises(LongslideError, match=r"2\.tif: 2048 x 1536 px is smaller than one tile.*--tile-px"),
     ):
-        make_grid(slide, all_tissue(slide), mpp=2.0, tile_px=256)
+        make_grid(slide, all_tissue(slide), tile_mpp=2.0, tile_px=256)
 
 
 def test_tiles_are_not_made_sharper_than_the_slide(tmp_path: Path) -> None:
     write_pyramid(tmp_path / "coarse.tif", np.full((600, 600, 3), 90, np.uint8), mpp=1.0)
     with (
         open_slide(tmp_path / "coarse.tif") as slide,
-        pytest.raises(LongslideError, match=r"coarse\.tif: level 0 has 1 um/px, coarser than the 0.5 asked for.*--mpp"),
+        pytest.raises(
+            LongslideError, match=r"coarse\.tif: level 0 has 1 um/px, coarser than the 0.5 asked for.*--tile-mpp"
+        ),
     ):
-        make_grid(slide, all_tissue(slide), mpp=0.5)
+        make_grid(slide, all_tissue(slide), tile_mpp=0.5)
 
 
 def test_a_hundred_thousand_tiles_are_laid_in_seconds(tmp_path: Path) -> None:
     write_pyramid(tmp_path / "a.tif", np.full((2048, 2048, 3), 90, np.uint8), mpp=0.5)
     with open_slide(tmp_path / "a.tif") as slide:
-        grid = make_grid(slide, all_tissue(slide), mpp=0.5, tile_px=16, overlap=10)
+        grid = make_grid(slide, all_tissue(slide), tile_mpp=0.5, tile_px=16, overlap=10)
     assert len(grid.coords) > 100_000

@@ -36,7 +36,7 @@ def grid_of(slide: Slide, mpp: float = 0.5, tile_px: int = 100, overlap: int = 0
     if gaps:
         mask = np.random.default_rng(0).random(mask.shape) < 0.6
     return make_grid(
-        slide, Tissue(mask, (100.0, 100.0), "squares"), mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=0.0
+        slide, Tissue(mask, (100.0, 100.0), "squares"), tile_mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=0.0
     )
 
 

@@ -43,7 +43,7 @@ EXAMPLE = {
     "std": [0.5, 0.5, 0.5],
     "pooling": "cls",
     "precision": "float32",
-    "mpp": 0.5,
+    "tile_mpp": 0.5,
     "tile_px": 224,
     "licence": "MIT",
     "gated": False,

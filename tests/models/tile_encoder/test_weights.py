@@ -29,7 +29,7 @@ def write_spec(path, architecture="vit_tiny_patch16_224", crop=56, pooling="cls"
         "std": [0.2, 0.25, 0.3],
         "pooling": pooling,
         "precision": "float32",
-        "mpp": 0.5,
+        "tile_mpp": 0.5,
         "tile_px": crop,
         "licence": "none",
         "gated": False,

@@ -31,7 +31,7 @@ def test_each_slide_gets_its_facts_or_its_problem(slides: Path, capsys: pytest.C
     checks = by_id(doctor([slides, slides / "blank.png"], tile_px=64))
     good = checks["good"]
     assert good.ok
-    assert (good.width, good.height, good.mpp, good.mpp_source) == (1536, 1024, 0.5, "file")
+    assert (good.width, good.height, good.slide_mpp, good.mpp_source) == (1536, 1024, 0.5, "file")
     assert good.tiles > 20
     assert good.tissue_mm2
     assert good.tiles_per_second
@@ -105,7 +105,7 @@ def test_a_disk_that_is_too_small_is_a_problem(slides: Path, monkeypatch: pytest
     "wrong",
     [
         {"threads": 0},
-        {"mpp": 0.0},
+        {"tile_mpp": 0.0},
         {"tile_px": 0},
         {"min_tissue": 7.0},
         {"overlap": 256},

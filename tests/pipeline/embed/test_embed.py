@@ -135,10 +135,10 @@ def test_the_real_slide_is_embedded_from_the_pixels_openslide_reads(job: dict[st
 
     [result] = embed(**job | {"slides": [path], "tile_px": 256})
     features = read_features(result.features or "")
-    assert result.mpp == 0.499
+    assert result.slide_mpp == 0.499
     assert features.tile_size_level0 == 256, "0.499 um/px is read as it is for 0.5"
     with openslide.OpenSlide(path) as direct, open_slide(path) as slide:
-        grid = make_grid(slide, find_tissue(slide), mpp=0.5, tile_px=256)
+        grid = make_grid(slide, find_tissue(slide), tile_mpp=0.5, tile_px=256)
         np.testing.assert_array_equal(grid.coords, features.coords)
         for batch in TileStream(slide, grid):
             for tile, (x, y) in zip(batch.tiles, grid.coords[batch.index].tolist(), strict=True):
@@ -246,12 +246,12 @@ def test_made_anew_without_tissue_the_old_file_does_not_stay(job: dict[str, Any]
     ("change", "named"),
     [
         ({"tile_px": 32}, "tile_px 64 there, 32 now"),
-        ({"mpp": 1.0}, "target_mpp 0.5 there, 1.0 now"),
+        ({"tile_mpp": 1.0}, "tile_mpp 0.5 there, 1.0 now"),
         ({"overlap": 8}, "overlap 0 there, 8 now"),
         ({"min_tissue": 0.5}, "min_tissue 0.1 there, 0.5 now"),
         ({"seed": 1}, "weights random seed=0 there, random seed=1 now"),
         ({"precision": "bfloat16"}, "precision float32 there, bfloat16 now"),
-        ({"slide_mpp": 0.499}, "level0_mpp 0.5 there, 0.499 now"),
+        ({"slide_mpp": 0.499}, "slide_mpp 0.5 there, 0.499 now"),
     ],
 )
 def test_a_file_made_with_other_settings_is_refused_unless_overwrite(
@@ -512,12 +512,12 @@ def test_a_mask_and_mpp_of_the_table_are_used(job: dict[str, Any], tmp_path: Pat
         ({"tile_px": 4}, "--tile-px"),
         ({"overlap": 64}, "--overlap 64 must be at least 0 and less than --tile-px 64"),
         ({"tile_px": 0}, "--tile-px"),
-        ({"mpp": 0.0}, "--mpp"),
+        ({"tile_mpp": 0.0}, "--tile-mpp"),
         ({"slide_mpp": 250.0}, "--slide-mpp 250 is not plausible"),
         ({"threads": 0}, "--threads"),
         ({"max_bad_tiles": -1}, "--max-bad-tiles"),
         ({"min_tissue": 2.0}, "--min-tissue"),
-        ({"mpp": -1.0}, "--mpp"),
+        ({"tile_mpp": -1.0}, "--tile-mpp"),
         ({"batch_size": 0}, "--batch-size"),
         ({"slides": ["missing.svs"]}, "missing.svs"),
     ],

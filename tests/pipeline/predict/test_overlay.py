@@ -23,19 +23,19 @@ from matplotlib import colormaps
 
 
 @pytest.mark.parametrize("overlap", [0, 16])
-@pytest.mark.parametrize(("level0_mpp", "mpp"), [(0.25, 0.25), (0.25, 0.5), (0.5, 0.5), (0.265, 0.5)])
+@pytest.mark.parametrize(("slide_mpp", "tile_mpp"), [(0.25, 0.25), (0.25, 0.5), (0.5, 0.5), (0.265, 0.5)])
 def test_one_marked_tile_lights_up_where_the_thumbnail_shows_it_and_nowhere_else(
-    tmp_path: Path, level0_mpp: float, mpp: float, overlap: int
+    tmp_path: Path, slide_mpp: float, tile_mpp: float, overlap: int
 ) -> None:
-    tile = round(64 * mpp / level0_mpp)
+    tile = round(64 * tile_mpp / slide_mpp)
     step = round(tile * (64 - overlap) / 64)
     x, y = 5 * step, 3 * step
     picture = np.full((1100, 1500, 3), 240, np.uint8)
     picture[y : y + tile, x : x + tile] = 10
-    write_pyramid(tmp_path / "marked.svs", picture, mpp=level0_mpp)
+    write_pyramid(tmp_path / "marked.svs", picture, mpp=slide_mpp)
     with open_slide(tmp_path / "marked.svs") as slide:
         everywhere = Tissue(np.ones((11, 15), bool), (100, 100), "all")
-        grid = make_grid(slide, everywhere, mpp=mpp, tile_px=64, overlap=overlap)
+        grid = make_grid(slide, everywhere, tile_mpp=tile_mpp, tile_px=64, overlap=overlap)
         scores = np.zeros(len(grid.coords))
         for batch in TileStream(slide, grid):
             scores[batch.index] = batch.tiles.mean((1, 2, 3)) < 20  # the marked tile alone is all dark
@@ -143,7 +143,7 @@ def test_the_real_slide_lights_up_where_its_tissue_is_darkest() -> None:
     if not folder:
         pytest.skip("LONGSLIDE_TEST_SLIDES is not set")
     with open_slide(Path(folder) / "CMU-1-Small-Region.svs") as slide:
-        grid = make_grid(slide, find_tissue(slide), mpp=0.5, tile_px=128)
+        grid = make_grid(slide, find_tissue(slide), tile_mpp=0.5, tile_px=128)
         scores = np.zeros(len(grid.coords))
         for batch in TileStream(slide, grid):
             scores[batch.index] = 255 - batch.tiles.mean((1, 2, 3))

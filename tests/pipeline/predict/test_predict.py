@@ -423,7 +423,7 @@ def test_a_slide_unlike_those_of_training_is_predicted_with_a_warning(
     features = read_features(home / "features" / "a.h5")
     folder = tmp_path / "features"
     folder.mkdir()
-    write_features(folder / "a.h5", dataclasses.replace(features, level0_mpp=0.25))
+    write_features(folder / "a.h5", dataclasses.replace(features, slide_mpp=0.25))
     other = read_features(home / "features" / "b.h5")
     write_features(folder / "b.h5", dataclasses.replace(other, features=other.features + 9))
     shutil.copy(home / "features" / "c.h5", folder / "c.h5")
