@@ -49,7 +49,7 @@ TRAINING_COMMANDS = {
 
 # Arguments that are given without a name, by their name in the function and in YAML.
 POSITIONAL = {
-    "slides": "Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.",
+    "slides": "Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`.",
     "results": "Output folders of longslide predict.",
     "runs": "Run folders of longslide fit, crossval or test.",
 }

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 
 from ...errors import LongslideError
 from ..features.cache import FeatureCache, SlideTiles
+from ..table import listed
 from .augmentation import Augmentation
 from .cohort import Cohort
-from .table import listed
 
 BagKey = tuple[int, int, int]
 """A draw of a bag: its number, the epoch, and which of its draws in this epoch. All randomness of a bag is a function of the

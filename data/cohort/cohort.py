@@ -9,17 +9,20 @@ import pandas as pd
 
 from ...errors import LongslideError
 from ...task import CLASSIFICATION, Task, TaskKind
-from .labels import LabelReader
-from .table import (
-    FOLD_COLUMN,
-    PATIENT_COLUMNS,
+from ..patients import patient_column, probable_twins
+from ..slides.slide_table import slide_ids, without_suffix
+from ..table import (
+    ID_COLUMNS,
+    MISSING,
     as_text,
+    decimal_points,
     listed,
-    read_split_folder,
-    read_text_table,
+    plain_name,
+    read_table,
     require_columns,
-    without_suffix,
 )
+from .labels import LabelReader
+from .split_folder import FOLD_COLUMN, read_split_folder
 from .task_file import TaskFile, read_task_file
 
 
@@ -72,14 +75,15 @@ def read_cohort(
     discrete_time: bool = False,
     task_file: Path | None = None,
     all_classes: bool = True,
+    patients: str | None = None,
 ) -> Cohort:
     """Join a table of labels with a folder of feature files.
 
     Args:
-        table: CSV or Parquet with `slide_id` (a suffix such as `.svs` is taken off), optionally `patient_id` (also
-            `pat_id`, `case_id`), `site`, columns `fold_0`, `fold_1`, ... or `split` of train/val/test, and any others; or a
-            folder of `train_0.csv`, `val_0.csv`, `test_0.csv`, ... as prov-gigapath writes them. None: every feature file
-            is a slide and a patient of its own.
+        table: A table (see `read_table`) with `slide_id` (a suffix such as `.svs` is taken off) or `slide`, the path of the
+            slide; optionally `patient_id` (also `pat_id`, `case_id`), `site`, columns `fold_0`, `fold_1`, ... or `split` of
+            train/val/test, and any others; or a folder of `train_0.csv`, `val_0.csv`, `test_0.csv`, ... as prov-gigapath
+            writes them. None: every feature file is a slide and a patient of its own.
         features: Folder with `<slide_id>.h5` of any layout that `read_features` takes.
         task: Kind of task; None reads no labels.
         label: The label column; several for `multilabel`, time and event for `survival`. Default: `label`.
@@ -90,13 +94,15 @@ def read_cohort(
         discrete_time: Discrete-time survival instead of Cox's.
         task_file: YAML task file of prov-gigapath, instead of `task`, `label` and `classes`.
         all_classes: Require that each class occurs (and each label both ways, and one event at least).
+        patients: The column that names the patient, or `none`. Default: `patient_id`, `pat_id` or `case_id`.
 
     Returns:
         The cohort.
 
     Raises:
-        LongslideError: The table cannot be read, lacks a column, names a slide twice or leaves a patient empty; a label
-            that is not what the task needs; no slide has both features and a label.
+        LongslideError: The table cannot be read, lacks a column, names a slide twice or leaves a patient empty; a column
+            looks like the patient, and is neither known nor given; a label is not what the task needs; no slide has both
+            features and a label.
     """
     if not features.is_dir():
         raise LongslideError(
@@ -109,8 +115,13 @@ def read_cohort(
 
     source = table if table is not None else features
     there = {path.stem: path for path in features.glob("*.h5") if not path.name.startswith(".")}
-    frame, splits = (_every_file(there, features), None) if table is None else _read_table(table, frozenset(names))
-    frame = _with_ids(frame, source, there, notes)
+    if table is None:
+        frame, splits = _every_file(there, features), None
+    else:
+        frame, splits = _read_table(table, frozenset(names), patients)
+    frame = _with_ids(frame, source, there, patients, labels, notes)
+    words = ("slide_id", "patient_id", *(labels if asked is not None and asked.kind in CLASSIFICATION else ()))
+    frame = frame.apply(lambda column: column if column.name in words else decimal_points(column))
     ids = frame["slide_id"]
     own = {"slide_id": ids, "patient_id": frame["patient_id"]}  # the rows of a folder's splits are those of its table
     splits = _split_columns(frame) if splits is None else splits.assign(**own)
@@ -175,28 +186,38 @@ def _every_file(there: Collection[str], features: Path) -> pd.DataFrame:
     return pd.DataFrame({"slide_id": sorted(there)})
 
 
-def _read_table(table: Path, never_missing: frozenset[str]) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+def _read_table(
+    table: Path, never_missing: frozenset[str], patients: str | None
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     if not table.is_dir():
-        return read_text_table(table, never_missing), None
-    frame = read_split_folder(table)
-    require_columns(table, frame, ["slide_id"])
+        return read_table(table, MISSING - never_missing), None
+    frame = read_split_folder(table, patients)
     folds = [name for name in frame.columns if FOLD_COLUMN.fullmatch(name)]
-    return frame.drop(columns=folds), frame[["slide_id", *folds]]
+    return frame.drop(columns=folds), frame[folds]
 
 
-def _with_ids(frame: pd.DataFrame, source: Path, there: Collection[str], notes: list[str]) -> pd.DataFrame:
-    require_columns(source, frame, ["slide_id"])
-    empty = frame["slide_id"].isna()
-    if empty.any():
-        raise LongslideError(f"{source}: row {int(empty.argmax()) + 1} has no slide_id")
-    ids = frame["slide_id"].map(lambda name: without_suffix(name, there))
+def _with_ids(
+    frame: pd.DataFrame,
+    source: Path,
+    there: Collection[str],
+    chosen: str | None,
+    labels: Sequence[str],
+    notes: list[str],
+) -> pd.DataFrame:
+    ids = slide_ids(frame)
+    if ids is None:
+        require_columns(source, frame, ID_COLUMNS)
+    assert ids is not None
+    if ids.isna().any():
+        raise LongslideError(f"{source}: row {int(ids.isna().argmax()) + 1} has no slide_id")
+    ids = ids.map(lambda name: without_suffix(name, there))
     twice = ids[ids.duplicated()]
     if len(twice):
         raise LongslideError(
             f"{source}: {twice.nunique()} slides are in the table more than once ({listed(list(twice.unique()))}); "
-            "leave one row a slide"
+            "leave one row per slide"
         )
-    column = next((name for name in PATIENT_COLUMNS if name in frame.columns), None)
+    column = patient_column(source, frame, chosen, option="--data.patient_column", others=labels)
     if column is None:
         patients = ids
         notes.append(f"{source} has no column patient_id: each slide is taken for a patient of its own")
@@ -209,7 +230,14 @@ def _with_ids(frame: pd.DataFrame, source: Path, there: Collection[str], notes: 
             )
         if column != "patient_id":
             notes.append(f"patients are those of the column {column}")
-    rest = frame.drop(columns=["slide_id", *({"patient_id"} & set(frame.columns))])
+        if twins := probable_twins(patients.unique()):
+            pairs = listed([" and ".join(group) for group in twins])
+            notes.append(
+                f"{source}: patients that may be one and are taken for several: {pairs}; spell them alike if they are, so "
+                "that none is in two parts of a split"
+            )
+    replaced = [name for name in frame.columns if plain_name(name) in (*ID_COLUMNS, "patient_id")]
+    rest = frame.drop(columns=replaced)
     return pd.concat([pd.DataFrame({"slide_id": ids, "patient_id": patients}), rest], axis=1).reset_index(drop=True)
 
 

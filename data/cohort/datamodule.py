@@ -20,12 +20,13 @@ from ...task import CLASSIFICATION, Task, TaskKind
 from ..features.cache import FeatureCache
 from ..features.statistics import FeatureStatistics
 from ..features.survey import FeatureSurvey, survey_features
+from ..table import listed
 from .augmentation import Augmentation
 from .bags import Bag, BagDataset, make_bags
 from .cohort import Cohort, read_cohort
 from .sampler import BagLoader, TokenBudgetBatchSampler
+from .split_folder import FOLD_COLUMN
 from .splits import PARTS, Part, check_splits, make_splits, read_splits, write_splits
-from .table import FOLD_COLUMN, listed
 
 NO_AUGMENTATION = Augmentation()
 
@@ -41,9 +42,9 @@ class BagDataModule(lightning.LightningDataModule):
 
     Args:
         features: Folder of feature files, `<slide_id>.h5`.
-        table: CSV or Parquet with `slide_id`, optionally `patient_id` (or `pat_id`, `case_id`), label columns, optionally
-            `site` and `fold_0`, `fold_1`, ... or `split`; or a folder of train_0.csv, val_0.csv, test_0.csv, ... Without a
-            table every feature file is a slide, and there are no labels.
+        table: CSV, TSV, Parquet or Excel (.xlsx) with `slide_id` or `slide`, optionally `patient_id` (or `pat_id`,
+            `case_id`), label columns, optionally `site` and `fold_0`, `fold_1`, ... or `split`; or a folder of train_0.csv,
+            val_0.csv, test_0.csv, ... Without a table every feature file is a slide, and there are no labels.
         task: Kind of task. Without it, and without a task file, no labels are read (self-supervised training).
         label: Label column; the label columns for multilabel; the columns of time and event for survival. Default: `label`.
         classes: Classes in their order: negative first for binary, low to high for ordinal. Default: sorted.
@@ -51,6 +52,7 @@ class BagDataModule(lightning.LightningDataModule):
             Default: from the quarters of the event times.
         discrete_time: Discrete-time survival instead of Cox's.
         task_file: YAML task file of prov-gigapath, instead of task, label and classes.
+        patient_column: Column that names the patient, if it has another name; `none` if each slide is a patient of its own.
         splits: CSV with slide_id and fold_0, fold_1, ... of train, val, test; used if it is there, else the splits are made
             and written there. Also a folder of train_0.csv, ... of prov-gigapath; or `train` or `test`: every slide is in
             that part. Default: the split columns of the table, else made.
@@ -81,6 +83,7 @@ class BagDataModule(lightning.LightningDataModule):
         times: list[float] | None = None,
         discrete_time: bool = False,
         task_file: Path | None = None,
+        patient_column: str | None = None,
         splits: Literal["train", "test"] | Path | None = None,
         fold: int = 0,
         folds: int = 1,
@@ -112,6 +115,7 @@ class BagDataModule(lightning.LightningDataModule):
                 raise LongslideError(f"--data.{name} {value} must be at least {least}")
         self.features = Path(features)
         self.table = None if table is None else Path(table)
+        self.patient_column = patient_column
         self.task_kind = task
         self.label = label
         self.classes = classes
@@ -152,6 +156,7 @@ class BagDataModule(lightning.LightningDataModule):
             discrete_time=self.discrete_time,
             task_file=self.task_file,
             all_classes=self.only_part != "test",
+            patients=self.patient_column,
         )
 
     @property
@@ -172,7 +177,7 @@ class BagDataModule(lightning.LightningDataModule):
         if self.only_part is not None:
             return cohort.rows[["slide_id", "patient_id"]].assign(fold_0=self.only_part), notes
         if path is not None and path.exists():
-            splits, notes = read_splits(path, cohort)
+            splits, notes = read_splits(path, cohort, self.patient_column)
             notes.append(f"splits are those of {path}")
         elif path is None and cohort.given_splits is not None:
             given = cohort.given_splits.drop(columns="patient_id")

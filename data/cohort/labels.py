@@ -10,7 +10,7 @@ import pandas as pd
 
 from ...errors import LongslideError
 from ...task import Task, TaskKind
-from .table import listed, require_columns
+from ..table import listed, require_columns
 
 _TRUTH = {"0": 0.0, "1": 1.0, "False": 0.0, "True": 1.0, "false": 0.0, "true": 1.0, "FALSE": 0.0, "TRUE": 1.0}
 
@@ -136,9 +136,11 @@ class LabelReader:
         numbers = values.to_numpy(np.float64, na_value=np.nan)
         wrong = cells.notna().to_numpy() & ~np.isfinite(numbers)
         if wrong.any():
+            cell = cells[wrong].iloc[0]
+            hint = "; write decimals with a point, and thousands without a comma" if "," in cell else ""
             raise LongslideError(
-                f"{self.source}: {name!r} of {self.frame['slide_id'][wrong].iloc[0]} is {cells[wrong].iloc[0]!r}, not "
-                f"{'0 or 1' if words else 'a finite number'}"
+                f"{self.source}: {name!r} of {self.frame['slide_id'][wrong].iloc[0]} is {cell!r}, not "
+                f"{'0 or 1' if words else 'a finite number'}{hint}"
             )
         return numbers
 

@@ -11,17 +11,11 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from ...errors import LongslideError
 from ...task import CLASSIFICATION, Task
+from ..slides.slide_table import without_suffix
+from ..table import ID_COLUMNS, SLIDE_COLUMNS, find_column, listed, read_table
 from ..whole_file import write_whole
 from .cohort import Cohort
-from .table import (
-    FOLD_COLUMN,
-    PATIENT_COLUMNS,
-    listed,
-    read_split_folder,
-    read_text_table,
-    require_columns,
-    without_suffix,
-)
+from .split_folder import FOLD_COLUMN, names_in_splits, read_split_folder, split_key
 
 Part = Literal["train", "val", "test"]
 
@@ -249,13 +243,14 @@ def iterative_stratification(labels: np.ndarray, shares: np.ndarray, rng: np.ran
     return part
 
 
-def read_splits(path: Path, cohort: Cohort) -> tuple[pd.DataFrame, list[str]]:
+def read_splits(path: Path, cohort: Cohort, patients: str | None = None) -> tuple[pd.DataFrame, list[str]]:
     """Read splits for a cohort.
 
     Args:
-        path: CSV with `slide_id` (or `patient_id`) and `fold_0`, `fold_1`, ... of train, val, test or nothing; or the
+        path: A table with `slide_id` (or `patient_id`) and `fold_0`, `fold_1`, ... of train, val, test or nothing; or the
             folder of `train_0.csv`, `val_0.csv`, `test_0.csv`, ... of prov-gigapath.
         cohort: The cohort.
+        patients: The column that names the patient, by the user's word.
 
     Returns:
         The splits of the cohort's slides, as `make_splits` gives them, and what the user should be told.
@@ -263,16 +258,16 @@ def read_splits(path: Path, cohort: Cohort) -> tuple[pd.DataFrame, list[str]]:
     Raises:
         LongslideError: It cannot be read or has no folds, or none of the slides is in it.
     """
-    table = read_split_folder(path) if path.is_dir() else read_text_table(path)
-    key = next((name for name in ("slide_id", *PATIENT_COLUMNS) if name in table.columns), "slide_id")
-    require_columns(path, table, [key])
+    table = read_split_folder(path, patients) if path.is_dir() else read_table(path)
+    key = split_key(path, table, patients)
+    of_slides = find_column(table, (*ID_COLUMNS, *SLIDE_COLUMNS)) is not None
     folds = [name for name in table.columns if FOLD_COLUMN.fullmatch(name)]
     if not folds and "split" in table.columns:
         table, folds = table.rename(columns={"split": "fold_0"}), ["fold_0"]
     if not folds:
         raise LongslideError(f"{path}: no column fold_0, fold_1, ... with train, val and test")
-    names = table[key].astype(str)
-    if key == "slide_id":
+    names = names_in_splits(table, key).astype(str)
+    if of_slides:
         known = set(cohort.rows["slide_id"])
         names = names.map(lambda name: without_suffix(name, known))
     parts = table[folds].assign(name=names).drop_duplicates().set_index("name")
@@ -281,7 +276,7 @@ def read_splits(path: Path, cohort: Cohort) -> tuple[pd.DataFrame, list[str]]:
             f"{path}: {parts.index[parts.index.duplicated()][0]} is there with different parts; leave one row"
         )
     rows = cohort.rows[["slide_id", "patient_id"]].reset_index(drop=True)
-    own = rows["slide_id" if key == "slide_id" else "patient_id"]
+    own = rows["slide_id" if of_slides else "patient_id"]
     result = pd.concat([rows, parts.reindex(own).reset_index(drop=True)], axis=1)
     missing = list(rows["slide_id"][~own.isin(parts.index)])
     if len(missing) == len(rows):

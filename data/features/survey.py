@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ...errors import LongslideError
-from ..cohort.table import listed
+from ..table import listed
 from .cache import FeatureCache
 from .feature_file import MUST_AGREE, MUST_AGREE_SLIDE, Features, read_features
 from .statistics import SlideMoments

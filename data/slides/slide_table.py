@@ -1,13 +1,20 @@
 """Which slides a job is about: files, folders and slide tables."""
 
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...errors import LongslideError
+from ..patients import patient_column
+from ..table import ID_COLUMNS, SLIDE_COLUMNS, decimal_points, find_column, is_table, listed, read_table
 from .mpp import plausible
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """Plain images: slides only in a folder without others. Beside slides they are thumbnails, masks or parts of a .vms."""
@@ -17,10 +24,12 @@ SLIDE_SUFFIXES = IMAGE_SUFFIXES | frozenset(
 )
 """Files of a folder that are taken for slides; a file named by the user is tried whatever its suffix."""
 
-MPP_COLUMNS = ("slide_mpp", "mpp")
-"""Columns of a slide table with the microns per pixel of level 0."""
+logger = logging.getLogger(__name__)
 
-_TABLE_SUFFIXES = (".csv", ".parquet")
+_FILE_SUFFIXES = SLIDE_SUFFIXES | {".h5", ".hdf5", ".pt"}
+
+MPP_COLUMNS = ("slide_mpp", "mpp")
+"""Columns of a slide table with the microns per pixel of level 0, the first that says something."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +51,28 @@ class SlideEntry:
     tissue_mask: Path | None = None
 
 
-def find_slides(inputs: str | Path | Sequence[str | Path], slide_mpp: float | None = None) -> list[SlideEntry]:
+def find_slides(
+    inputs: str | Path | Sequence[str | Path],
+    slide_mpp: float | None = None,
+    patients: str | None = None,
+    ask: bool = True,
+) -> list[SlideEntry]:
     """List the slides of a job.
 
     Args:
         inputs: Slide files, folders (searched through all their subfolders; a folder of DICOM files is one slide, with
-            the folder's name as its id) and tables. A table is CSV or Parquet with a column `slide` (paths relative to
-            the table) and optionally `slide_id`, `slide_mpp` (or `mpp`), `patient_id`, `tissue_mask`.
+            the folder's name as its id) and tables (see `read_table`). A table has a column `slide` or `slide_path` (paths
+            relative to the table) and optionally `slide_id`, `slide_mpp` (or `mpp`), `patient_id`, `tissue_mask`.
         slide_mpp: Microns per pixel at level 0 for all slides that have none in a table.
+        patients: The column of tables that names the patient, or `none`. Default: `patient_id`, `pat_id` or `case_id`.
+        ask: Whether a column that only looks like the patient is an error; else it is logged.
 
     Returns:
         The slides, in the order of the input; those of a folder by path.
 
     Raises:
-        LongslideError: Nothing there, a table that is broken or lacks the column, two slides with one id, or a
-            `slide_mpp` that is not plausible.
+        LongslideError: Nothing there, a table that is broken or lacks the column, two slides with one id, a `slide_mpp` that
+            is not plausible, or a table whose column of patients must be asked for.
     """
     if slide_mpp is not None:
         plausible(slide_mpp, f"--slide-mpp {slide_mpp:g}", "it is microns per pixel of level 0")
@@ -72,8 +88,8 @@ def find_slides(inputs: str | Path | Sequence[str | Path], slide_mpp: float | No
                 )
             slides = [entry for entry in found if entry.path.suffix.lower() not in IMAGE_SUFFIXES]
             entries += slides or found
-        elif item.suffix.lower() in _TABLE_SUFFIXES:
-            entries += _read_table(item)
+        elif is_table(item):
+            entries += _read_slide_table(item, patients, ask)
         else:
             entries.append(SlideEntry(item, item.stem))
     if slide_mpp is not None:
@@ -100,49 +116,63 @@ def _slides_in(folder: Path) -> Iterator[SlideEntry]:
             yield SlideEntry(path, path.parent.resolve().name)
 
 
-def _read_table(table: Path) -> list[SlideEntry]:
-    import pandas as pd
+def slide_ids(frame: "pd.DataFrame") -> "pd.Series[Any] | None":
+    """The id of each slide of a table: as it says, else the name of the slide's file without its suffix.
 
-    try:
-        if table.suffix.lower() == ".csv":
-            # As text: an id may be 007, or NA.
-            frame = pd.read_csv(
-                table,
-                dtype=str,
-                keep_default_na=False,
-                na_values={name: ["NA", "N/A", "nan", "NaN"] for name in MPP_COLUMNS},
-            )
-        else:
-            frame = pd.read_parquet(table)
-    except (OSError, ValueError) as error:  # pandas' and pyarrow's own errors are ValueErrors
-        raise LongslideError(f"{table}: cannot be read as a table: {str(error).splitlines()[0]}") from error
-    if "slide" not in frame.columns:
+    NA where a row has neither; None if the table has no such columns.
+    """
+    given, slide = find_column(frame, ID_COLUMNS), find_column(frame, SLIDE_COLUMNS)
+    if slide is None:
+        return None if given is None else frame[given]
+    stems = frame[slide].map(lambda path: Path(path).stem, na_action="ignore")
+    return stems if given is None else frame[given].where(frame[given].notna(), stems)
+
+
+def without_suffix(name: str, known: Collection[str]) -> str:
+    """A slide's id from the name of its file: without the suffix, unless the id that is known has it too."""
+    stem, dot, suffix = name.rpartition(".")
+    return stem if dot and f".{suffix.lower()}" in _FILE_SUFFIXES and name not in known else name
+
+
+def _read_slide_table(table: Path, patients: str | None, ask: bool) -> list[SlideEntry]:
+    frame = read_table(table)
+    slide = find_column(frame, SLIDE_COLUMNS)
+    if slide is None:
         raise LongslideError(
-            f"{table}: no column `slide`; it has {', '.join(map(str, frame.columns))}. "
-            "Name the column of slide paths `slide`"
+            f"{table}: no column `slide`; it has {listed(list(frame.columns), 12)}. Name the column of slide paths `slide`"
         )
-    if frame.empty:
-        raise LongslideError(f"{table}: the table has no rows")
-
+    ids = slide_ids(frame)
+    assert ids is not None
+    try:
+        patient = patient_column(table, frame, patients, option="--patient-column")
+    except LongslideError as question:
+        if ask:
+            raise
+        logger.warning("%s", str(question).replace("Give --patient", "Give `predict` --patient"))
+        patient = None
+    columns = {"slide": slide, "patient": patient} | {
+        name: find_column(frame, (name,)) for name in (*MPP_COLUMNS, "tissue_mask")
+    }
+    for mpp in (columns[name] for name in MPP_COLUMNS):
+        if mpp is not None:
+            frame[mpp] = decimal_points(frame[mpp])
     entries = []
-    for number, row in enumerate(frame.to_dict("records"), start=1):
-        cells = {str(key): value for key, value in row.items() if not pd.isna(value) and str(value) != ""}
+    for number, row in enumerate(frame.to_dict("records")):
+        cells = {name: row[column] for name, column in columns.items() if column and isinstance(row[column], str)}
         if "slide" not in cells:
-            raise LongslideError(f"{table}: row {number} has no `slide`")
-        path = table.parent / str(cells["slide"])
-        mask = cells.get("tissue_mask")
-        column = next((name for name in MPP_COLUMNS if name in cells), MPP_COLUMNS[0])
+            raise LongslideError(f"{table}: row {number + 1} has no `{slide}`")
+        mpp = next((name for name in MPP_COLUMNS if name in cells), None)
         try:
-            slide_mpp = float(cells[column]) if column in cells else None
+            slide_mpp = None if mpp is None else float(cells[mpp])
         except ValueError as error:
-            raise LongslideError(f"{table}: row {number} has `{column}` {cells[column]!r}, not a number") from error
+            raise LongslideError(f"{table}: row {number + 1} has `{mpp}` {cells[str(mpp)]!r}, not a number") from error
         entries.append(
             SlideEntry(
-                path=path,
-                slide_id=str(cells.get("slide_id", path.stem)),
+                path=table.parent / cells["slide"],
+                slide_id=str(ids.iloc[number]),
                 slide_mpp=slide_mpp,
-                patient_id=str(cells["patient_id"]) if "patient_id" in cells else None,
-                tissue_mask=table.parent / str(mask) if mask is not None else None,
+                patient_id=cells.get("patient"),
+                tissue_mask=table.parent / cells["tissue_mask"] if "tissue_mask" in cells else None,
             )
         )
     return entries

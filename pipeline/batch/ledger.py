@@ -10,6 +10,7 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from ...data.table import decimal_point, read_rows
 from ...data.whole_file import remove_leftovers, write_whole
 from ...errors import LongslideError
 
@@ -130,8 +131,14 @@ def _rows(path: Path) -> dict[str, dict[str, object]]:
 
 @lru_cache(maxsize=1)  # a run that finds ten thousand slides done would read ten thousand rows for each
 def _read_rows(path: Path, *version: int) -> dict[str, dict[str, object]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["slide_id"]: dict(row) for row in csv.DictReader(file)}
+    rows = read_rows(path)
+    if rows and not {"slide_id", "status"} <= rows[0].keys():
+        raise LongslideError(f"{path}: not the summary of a job: no columns slide_id and status; move it away")
+    numbers = ("slide_mpp", "tissue_mm2", "seconds")  # a spreadsheet may have written them with commas
+    return {
+        row["slide_id"]: {name: decimal_point(cell) if name in numbers else cell for name, cell in row.items()}
+        for row in rows
+    }
 
 
 def _lock_folder(output: Path) -> Path:

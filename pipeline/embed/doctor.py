@@ -146,7 +146,7 @@ def doctor(
     """Open every slide, find its tissue, read some tiles, and look at the weights, the GPU and the disk.
 
     Args:
-        slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.
+        slides: Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`.
         tile_encoder: Also check this tile encoder: its weights, and how many tiles a second it embeds here.
         tile_checkpoint: Weights of the tile encoder, as `embed` takes them.
         slide_encoder: Also check this slide encoder's weights.
@@ -172,7 +172,7 @@ def doctor(
     console = Console(soft_wrap=True, highlight=False)
     if not console.is_terminal:
         console = Console(width=160, soft_wrap=True, highlight=False)  # a log is not 80 characters wide
-    entries = find_slides(slides, slide_mpp)
+    entries = find_slides(slides, slide_mpp, ask=False)
     spec = None if tile_encoder is None else load_tile_encoder_spec(tile_encoder)
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if threads < 1:

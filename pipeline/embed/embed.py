@@ -64,7 +64,7 @@ def embed(
     the job.
 
     Args:
-        slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`.
+        slides: Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`.
         output: Folder for `<slide_id>.h5`, `qc/<slide_id>.jpg` and `summary.csv`.
         tile_encoder: Name of a tile encoder, path of a YAML file that describes one, or the name of a timm model.
         tile_checkpoint: Weights of the tile encoder: a file, a folder, or `random`. Default: the published weights.
@@ -93,7 +93,7 @@ def embed(
     from ...models.tile_encoder.spec import load_tile_encoder_spec
 
     output = Path(output)
-    entries = find_slides(slides, slide_mpp)
+    entries = find_slides(slides, slide_mpp, ask=False)
     spec = load_tile_encoder_spec(tile_encoder)
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if min(batch_size, threads) < 1 or max_bad_tiles < 0:

@@ -50,6 +50,7 @@ def predict(
     tile_checkpoint: str | None = None,
     slide_checkpoint: str | None = None,
     slide_mpp: float | None = None,
+    patient_column: str | None = None,
     max_bad_tiles: int = 0,
     batch_size: int = 64,
     threads: int = 4,
@@ -63,8 +64,8 @@ def predict(
     patient's are of all slides there. Several processes may share one output folder. One bad slide never ends the job.
 
     Args:
-        slides: Slide files, folders of slides, or tables (CSV, Parquet) with a column `slide`; with a column `patient_id`
-            patients are predicted too. In Python also one path, or an open slide.
+        slides: Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`; with a column
+            `patient_id` (or `pat_id`, `case_id`) patients are predicted too. In Python also one path, or an open slide.
         checkpoint: Checkpoint of a classifier; or a run folder, whose folds are averaged; or several, as `[a.ckpt, b.ckpt]`.
         output: Folder for `predictions.csv`, `summary.csv`, `<slide_id>.json` and pictures. Without one the predictions are
             only printed and returned.
@@ -76,6 +77,7 @@ def predict(
         tile_checkpoint: Weights of the tile encoder: a file or a folder. Default: those of training, or the published ones.
         slide_checkpoint: Weights of the slide encoder, for classifiers of slide embeddings. Default: likewise.
         slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
+        patient_column: Column of the tables that names the patient, if it has another name; `none` for no patients.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         batch_size: Tiles a batch; halved when the GPU runs out of memory.
         threads: Threads that read tiles.
@@ -94,7 +96,7 @@ def predict(
         given = slides.mpp.value if slides.mpp.source == "option" else slide_mpp
         entries = [SlideEntry(slides.path, slides.slide_id, given)]
     else:
-        entries = find_slides([slides] if isinstance(slides, str | Path) else slides, slide_mpp)
+        entries = find_slides([slides] if isinstance(slides, str | Path) else slides, slide_mpp, patient_column)
     if max_bad_tiles < 0 or batch_size < 1 or threads < 1:
         raise LongslideError("--max-bad-tiles must not be negative; --batch-size and --threads must be at least 1")
     with ExitStack() as resources:

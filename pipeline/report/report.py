@@ -1,7 +1,6 @@
 """The report of a prediction job: one HTML page over its folder."""
 
 import base64
-import csv
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
+from ...data.table import read_rows
 from ...errors import LongslideError
 from ...task import Task
 from ..batch.ledger import SUMMARY
@@ -73,13 +73,13 @@ def report(results: Sequence[str | Path], embed_mb: float = EMBED_MB) -> list[Re
 
 
 def _report(folder: Path, embed_mb: float) -> ReportResult:
-    summary = _read_table(folder / SUMMARY)
+    summary = read_rows(folder / SUMMARY)
     if not summary:
         raise LongslideError(f"{folder}: no {SUMMARY} in this folder; give the --output of `longslide predict`")
     contents = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
     if bare := [row["slide_id"] for row in summary if row["status"] == "done" and row["slide_id"] not in contents]:
         raise LongslideError(f"{folder}: no {bare[0]}.json in this folder; give the --output of `longslide predict`")
-    table = _read_table(folder / PREDICTIONS)
+    table = read_rows(folder / PREDICTIONS)
     # What predictions.csv is of: a run with --overwrite on some slides leaves the others' predictions of other checkpoints.
     current = {_checkpoints(contents[row["slide_id"]]) for row in table if row["slide_id"] in contents}
     rows = [_Row.of(folder, row, contents.get(row["slide_id"]), current) for row in summary]
@@ -109,13 +109,6 @@ def _report(folder: Path, embed_mb: float) -> ReportResult:
     )
     failed = sum(one.status == "failed" for one in rows)
     return ReportResult(path, len(rows), failed, "inside" if inside else "beside")
-
-
-def _read_table(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _checkpoints(content: dict[str, Any]) -> tuple[str, ...]:

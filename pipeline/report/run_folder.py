@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...data.table import read_table, typed
 from ...errors import LongslideError
 from ...task import Task
 
@@ -100,11 +101,5 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _read_table(path: Path, text: tuple[str, ...]) -> "pd.DataFrame":
-    import pandas as pd
-
-    try:
-        # Class names such as "NA" or "None" are names, not missing values.
-        types = dict.fromkeys(text or _NAMES, "str")
-        return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=["", "nan"])
-    except (ValueError, OSError) as error:
-        raise LongslideError(f"{path}: cannot be read as a table ({error}); run it again") from error
+    # Class names such as "NA" or "None" are names, not missing values.
+    return typed(read_table(path, {"", "nan"}), text or _NAMES)

@@ -311,3 +311,70 @@ def test_broken_tables_are_named(tmp_path: Path, features: Path, rows: Write) ->
     nowhere = rows(labelled(0, 1, slide_id=["x.svs", "y.svs"]))
     assert "none of its 2 slides has a feature file such as" in refusal(nowhere, features, task="binary")
     assert "no such folder" in refusal(rows(labelled(0, 1)), tmp_path / "nowhere", task="binary")
+
+
+def as_excel_saves_it(path: Path, frame: pd.DataFrame) -> Path:
+    """The same table as Excel in a country of decimal commas saves it."""
+    path.write_bytes(frame.to_csv(index=False, sep=";", decimal=",", lineterminator="\r\n").encode("utf-8-sig"))
+    return path
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".parquet", ".xlsx", "excel"])
+def test_the_same_table_in_any_form_is_the_same_cohort(kind: str, tmp_path: Path, features: Path) -> None:
+    frame = pd.DataFrame(
+        {
+            "Slide_ID": ["a.svs", "b.svs", "c.svs", "d.svs"],
+            "Case ID": ["007", "1e5", "1.0x", "007"],
+            "months": [17.4, 2.5, 30.25, 4.0],
+            "dead": [1, 0, 1, 0],
+            "age": [61.5, 70.25, 48.0, 61.5],
+            "split": ["train", "train", "val", "train"],
+        }
+    )
+    table = tmp_path / f"cohort{'.csv' if kind == 'excel' else kind}"
+    if kind == ".parquet":
+        frame.to_parquet(table)
+    elif kind == ".xlsx":
+        frame.to_excel(table, index=False)
+    elif kind == "excel":
+        as_excel_saves_it(table, frame)
+    else:
+        table.write_text(frame.to_csv(index=False, sep="," if kind == ".csv" else "\t"))
+    cohort = read_cohort(table, features, task="survival", label=["months", "dead"])
+    assert list(cohort.rows["slide_id"]) == list("abcd")
+    assert list(cohort.rows["patient_id"]) == ["007", "1e5", "1.0x", "007"]
+    np.testing.assert_array_equal(cohort.targets, frame[["months", "dead"]].to_numpy(np.float32))
+    np.testing.assert_array_equal(pd.to_numeric(cohort.rows["age"]), frame["age"])
+    assert cohort.given_splits is not None
+    assert list(cohort.given_splits["fold_0"]) == ["train", "train", "val", "train"]
+
+
+def test_a_table_of_slide_paths_that_embed_takes_has_their_ids_here_too(features: Path, rows: Write) -> None:
+    table = rows([{"slide": "slides/a.svs", "label": 0}, {"slide": "/elsewhere/b.unusual", "label": 1}])
+    assert list(read_cohort(table, features, task="binary").rows["slide_id"]) == ["a", "b"]
+    table = rows([{"slide": "x/a.svs", "slide_id": "c", "label": 0}, {"slide": "b.svs", "slide_id": None, "label": 1}])
+    assert list(read_cohort(table, features, task="binary").rows["slide_id"]) == ["c", "b"]
+
+
+def test_a_column_that_may_be_the_patient_is_asked_for(features: Path, rows: Write) -> None:
+    table = rows(labelled(0, 1, 0, Subject=["p", "p", "q"]))
+    assert (
+        "is the column Subject the patient? Give --data.patient_column Subject, or --data.patient_column none"
+        in refusal(table, features, task="binary")
+    )
+    cohort = read_cohort(table, features, task="binary", patients="Subject")
+    assert list(cohort.rows["patient_id"]) == ["p", "p", "q"]
+    assert list(read_cohort(table, features, task="binary", patients="none").rows["patient_id"]) == ["a", "b", "c"]
+
+
+def test_patients_that_may_be_one_are_remarked(features: Path, rows: Write) -> None:
+    table = rows(labelled(0, 1, 0, 1, patient_id=["P1", "p1", "P01", "P2"]))
+    assert "patients that may be one and are taken for several: P1 and p1 and P01;" in "\n".join(
+        read_cohort(table, features, task="binary").notes
+    )
+
+
+def test_a_number_that_may_be_thousands_is_refused(features: Path, rows: Write) -> None:
+    assert "'1,234', not a finite number; write decimals with a point, and thousands without a comma" in refusal(
+        rows(labelled("1,234", "5,678")), features, task="regression"
+    )

@@ -123,7 +123,7 @@ def test_ids_are_text_and_an_mpp_may_be_unknown(tmp_path: Path) -> None:
     (tmp_path / "cohort.csv").write_text("slide,slide_id,patient_id,mpp\na.svs,NA,null,NA\nb.svs,007,1e3,0.5\n")
     entries = find_slides([tmp_path / "cohort.csv"])
     assert [(entry.slide_id, entry.patient_id, entry.slide_mpp) for entry in entries] == [
-        ("NA", "null", None),
+        ("NA", None, None),  # an id may be NA, but all patients that are not known are not one patient
         ("007", "1e3", 0.5),
     ]
 
@@ -172,3 +172,32 @@ def test_a_slide_id_column_tells_one_stem_apart_but_not_one_id(tmp_path: Path) -
 def test_an_id_that_cannot_be_a_file_name_is_refused(tmp_path: Path, slide_id: str) -> None:
     table = write_table(tmp_path / "t.csv", [{"slide": "a.svs", "slide_id": slide_id}])
     assert "cannot be a file name" in refusal(table)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", ".parquet", ".xlsx", "excel"])
+def test_the_same_table_in_any_form_lists_the_same_slides(tmp_path: Path, kind: str) -> None:
+    frame = pd.DataFrame({"Slide": ["a.svs", "b.svs"], "slide_mpp": [0.253, 0.5], "Case ID": ["007", "1e5"]})
+    table = tmp_path / f"t{'.csv' if kind == 'excel' else kind}"
+    if kind == ".parquet":
+        frame.to_parquet(table)
+    elif kind == ".xlsx":
+        frame.to_excel(table, index=False)
+    elif kind == "excel":
+        table.write_bytes(frame.to_csv(index=False, sep=";", decimal=",").encode("utf-8-sig"))
+    else:
+        table.write_text(frame.to_csv(index=False, sep="," if kind == ".csv" else "\t"))
+    assert find_slides([table]) == [
+        SlideEntry(tmp_path / "a.svs", "a", 0.253, "007"),
+        SlideEntry(tmp_path / "b.svs", "b", 0.5, "1e5"),
+    ]
+
+
+def test_a_column_that_may_be_the_patient_is_asked_for_where_patients_matter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = write_table(tmp_path / "t.csv", [{"slide": "a.svs", "subject": "p"}])
+    assert "is the column subject the patient? Give --patient-column subject" in refusal(table)
+    assert [entry.patient_id for entry in find_slides([table], patients="subject")] == ["p"]
+    assert [entry.patient_id for entry in find_slides([table], patients="none")] == [None]
+    assert [entry.patient_id for entry in find_slides([table], ask=False)] == [None]
+    assert "Give `predict` --patient-column subject" in caplog.text

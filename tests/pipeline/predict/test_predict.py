@@ -215,6 +215,18 @@ def test_a_patient_is_the_mean_of_the_slides(home: Path, job: dict[str, Any], tm
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("column", "options"), [("Case_ID", {}), ("subject", {"patient_column": "subject"})])
+def test_patients_are_predicted_whatever_their_column_is_called(
+    home: Path, job: dict[str, Any], tmp_path: Path, column: str, options: dict[str, str]
+) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text(f"slide;{column}\n{home}/slides/a.svs;p1\n", encoding="utf-8-sig")
+    assert [one.patient_id for one in predict(**job | {"slides": [table]} | options)] == ["p1", "p1"]
+    if options:
+        with pytest.raises(LongslideError, match="is the column subject the patient"):
+            predict(**job | {"slides": [table]})
+
+
 def slide_table(path: Path, home: Path, **patients: str) -> Path:
     """A table of slides of `home`, `a="p1"` for the slide a of the patient p1."""
     files = {file.stem: file for file in (home / "slides").iterdir()}

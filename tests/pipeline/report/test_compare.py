@@ -168,3 +168,15 @@ def test_a_run_folder_reads_as_it_was_written(runs: Path) -> None:
     assert run.task.classes == ("healthy", "tumour")
     assert set(run.predictions["part"]) == {"test", "val"}
     assert "alert" in run.configuration
+
+
+@pytest.mark.parametrize("kind", ["binary", "survival"])
+def test_tables_that_a_spreadsheet_has_saved_again_give_the_same_comparison(
+    tmp_path: Path, write_run: WriteRun, kind: str
+) -> None:
+    runs = [write_run(tmp_path / name, kind, patients=40, model_seed=seed) for seed, name in enumerate(("a", "b"))]
+    first = compare(runs, tmp_path / "first", subgroups="site", bootstrap=100)
+    for name in ("predictions.csv", "cohort.csv"):
+        table = pd.read_csv(runs[0] / name, dtype={"slide_id": str, "patient_id": str})
+        table.to_csv(runs[0] / name, index=False, sep=";", decimal=",", encoding="utf-16")
+    assert compare(runs, tmp_path / "second", subgroups="site", bootstrap=100) == first
