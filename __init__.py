@@ -11,9 +11,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .data.features.feature_file import Features as Features
     from .data.features.feature_file import read_features as read_features
+    from .data.slides.base import SlideReader as SlideReader
     from .data.slides.slide import Slide as Slide
     from .data.slides.slide import open_slide as open_slide
     from .data.synthetic import write_synthetic_slide as write_synthetic_slide
+    from .data.tissue.base import Tissue as Tissue
+    from .data.tissue.base import TissueSegmenter as TissueSegmenter
     from .errors import LongslideError as LongslideError
     from .evaluation import evaluate as evaluate
     from .models.slide_encoder.dilated_attention import dilated_attention as dilated_attention
@@ -24,11 +27,16 @@ if TYPE_CHECKING:
     from .pipeline.predict.explain import explain as explain
     from .pipeline.predict.predict import predict as predict
     from .pipeline.report.compare import compare as compare
+    from .registry import register as register
 
 _HOME = {
     "Features": ".data.features.feature_file",
     "read_features": ".data.features.feature_file",
     "Slide": ".data.slides.slide",
+    "SlideReader": ".data.slides.base",
+    "Tissue": ".data.tissue.base",
+    "TissueSegmenter": ".data.tissue.base",
+    "register": ".registry",
     "open_slide": ".data.slides.slide",
     "write_synthetic_slide": ".data.synthetic",
     "LongslideError": ".errors",

@@ -20,7 +20,7 @@ from longslide.data.slides.slide import Slide
 from longslide.data.synthetic import write_pyramid, write_synthetic_slide
 from longslide.data.tiles.grid import make_grid
 from longslide.data.tiles.stream import TileBatch, TileStream
-from longslide.data.tissue.optical_density import Tissue
+from longslide.data.tissue.base import Tissue
 from longslide.pipeline.embed.tile_embedding import TileEmbedder, resolve_device, resolve_precision
 
 

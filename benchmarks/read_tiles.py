@@ -20,7 +20,7 @@ from longslide.data.slides.slide import open_slide
 from longslide.data.synthetic import write_pyramid, write_synthetic_slide
 from longslide.data.tiles.grid import Grid, make_grid
 from longslide.data.tiles.stream import TileStream
-from longslide.data.tissue.optical_density import Tissue
+from longslide.data.tissue.base import Tissue
 from PIL import Image
 
 

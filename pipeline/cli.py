@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from ..errors import LongslideError
 from ..version import __version__
+from .plugin_options import accept_plugin_names
 
 # Command -> (the module that holds the function of that name, one line for `longslide --help`).
 # A module is imported only when its command is asked for, and imports torch only when it runs.
@@ -106,6 +107,7 @@ def _add_command_arguments(parser: _Parser, function: Callable[..., Any]) -> Non
             help=POSITIONAL[name],
         )
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
+    accept_plugin_names(parser)
 
 
 def _parser(command: str | None) -> _Parser:
@@ -146,7 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in TRAINING_COMMANDS and argv[0] == command:
         return _train(command, argv[1:])
     parser = _parser(command if command in COMMANDS else None)
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.instantiate_classes(parser.parse_args(argv))
+    except LongslideError as error:  # a plug-in that does not exist, or does not take its options
+        print(f"longslide {command}: {error}", file=sys.stderr)
+        return 2
     command = str(arguments.subcommand)
     options = arguments[command].as_dict()
     del options["config"]

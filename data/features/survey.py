@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ...errors import LongslideError
+from ..slides.base import reader_to_obey
 from ..table import listed
 from .cache import FeatureCache
 from .feature_file import MUST_AGREE, MUST_AGREE_SLIDE, Features, read_features
@@ -28,7 +29,8 @@ class FeatureSurvey:
         tiles: `(N,)` int64 tiles of each slide.
         dim: Length of a tile embedding (of a slide embedding, if those are used).
         moments: Of each slide.
-        preprocessing: `tile_encoder`, `tile_weights`, `tile_mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`; with
+        preprocessing: `tile_encoder`, `tile_weights`, `tile_mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`,
+            `tissue_segmenter`, `tissue_settings`, `reader`; with
             slide embeddings also `slide_encoder`, `slide_weights`, `pool`. None where no file says.
         notes: What the user should be told.
     """
@@ -80,8 +82,10 @@ def survey_features(
         if twice:
             crowded.append(path.name)
     preprocessing = {name: _agreed(name, attribute, files, headers, notes) for name, attribute in same.items()}
-    for name in ("min_tissue", "tissue_method"):
+    for name in ("min_tissue", "tissue_method", "tissue_segmenter", "tissue_settings", "reader"):
         values = [getattr(header, name, None) or header.settings.get(name) for header in headers]
+        if name == "reader":
+            values = [reader_to_obey(value) for value in values]
         preprocessing[name] = Counter(values).most_common(1)[0][0]
         if len(set(values)) > 1:
             notes.append(f"the feature files differ in {name}: {', '.join(sorted(map(str, set(values))))}")

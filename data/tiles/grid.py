@@ -6,7 +6,7 @@ import numpy as np
 
 from ...errors import LongslideError
 from ..slides.slide import Slide
-from ..tissue.optical_density import Tissue
+from ..tissue.base import Tissue
 
 LEVEL_TOLERANCE = 0.01
 """A level this close to the wanted resolution is read as it is: real pyramids have downsamples of 3.9999 and 4.0161,

@@ -14,11 +14,14 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from ...data.slides.base import READERS
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry, find_slides
 from ...data.tiles.grid import Grid, make_grid
 from ...data.tiles.stream import TileBatch, TileStream
-from ...data.tissue.optical_density import find_tissue, read_tissue_mask
+from ...data.tissue.base import TissueSegmenter
+from ...data.tissue.mask import Mask
+from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from .embed import check_slide_encoder, failed_slide, resolve_tiles, why_no_tiles
 
@@ -138,6 +141,8 @@ def doctor(
     tile_px: int | None = None,
     overlap: int = 0,
     min_tissue: float = 0.1,
+    tissue: TissueSegmenter | None = None,
+    reader: str | None = None,
     threads: int = 4,
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
@@ -156,6 +161,8 @@ def doctor(
         tile_px: Edge of a tile in pixels. Default: what the tile encoder recommends, or 256.
         overlap: Pixels that neighbouring tiles share.
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
+        tissue: Tissue segmenter, as `embed` takes it.
+        reader: Slide reader, as `embed` takes it.
         threads: Threads that read tiles.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the encoder, as `embed` takes it.
@@ -177,11 +184,13 @@ def doctor(
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if threads < 1:
         raise LongslideError("--threads must be at least 1")
+    if reader is not None:
+        reader = READERS.name_of(READERS.get(reader))
     if slide_encoder is not None and spec is None:
         raise LongslideError("--slide-encoder needs --tile-encoder: it reads the embeddings of that one")
 
     checks = [
-        _check_slide(entry, tile_mpp, tile_px, overlap, min_tissue, threads)
+        _check_slide(entry, tile_mpp, tile_px, overlap, min_tissue, tissue or OpticalDensity(), reader, threads)
         for entry in track(entries, "checking slides", console=Console(stderr=True), transient=True)
     ]
     checks = _mark_duplicates(checks)
@@ -203,17 +212,24 @@ def doctor(
 
 
 def _check_slide(
-    entry: SlideEntry, tile_mpp: float, tile_px: int, overlap: int, min_tissue: float, threads: int
+    entry: SlideEntry,
+    tile_mpp: float,
+    tile_px: int,
+    overlap: int,
+    min_tissue: float,
+    segmenter: TissueSegmenter,
+    reader: str | None,
+    threads: int,
 ) -> SlideCheck:
     check = SlideCheck(entry.slide_id, str(entry.path))
     try:
-        with open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id) as slide:
+        with open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader) as slide:
             width, height = slide.dimensions
             check = replace(
                 check, width=width, height=height, levels=len(slide.level_dimensions), quickhash=slide.quickhash
             )
             check = replace(check, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source)
-            tissue = read_tissue_mask(entry.tissue_mask, slide) if entry.tissue_mask else find_tissue(slide)
+            tissue = (Mask(entry.tissue_mask) if entry.tissue_mask else segmenter)(slide)
             grid = make_grid(slide, tissue, tile_mpp=tile_mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
             check = replace(check, tissue_mm2=tissue.area_mm2(slide.mpp.value), tiles=len(grid.coords))
             if not len(grid.coords):

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ...data.features.feature_file import Features, read_features, write_features
+from ...data.slides.base import READERS, reader_to_obey
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry, find_slides
 from ...data.tiles.grid import Grid, make_grid
 from ...data.tiles.stream import TileStream
-from ...data.tissue.optical_density import METHOD as TISSUE_METHOD
-from ...data.tissue.optical_density import Tissue, find_tissue, mask_method, read_tissue_mask
+from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
+from ...data.tissue.mask import Mask
+from ...data.tissue.optical_density import OpticalDensity
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
 from ..batch.ledger import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
@@ -50,6 +52,8 @@ def embed(
     tile_px: int | None = None,
     overlap: int = 0,
     min_tissue: float = 0.1,
+    tissue: TissueSegmenter | None = None,
+    reader: str | None = None,
     max_bad_tiles: int = 0,
     batch_size: int = 64,
     threads: int = 4,
@@ -76,6 +80,8 @@ def embed(
         tile_px: Edge of a tile in pixels. Default: what the tile encoder recommends.
         overlap: Pixels that neighbouring tiles share.
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
+        tissue: Tissue segmenter, with its options: `optical-density` by default.
+        reader: Slide reader, by name or dotted path. Default: the first one that takes the file.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         batch_size: Tiles a batch; halved when the GPU runs out of memory.
         threads: Threads that read tiles.
@@ -100,6 +106,8 @@ def embed(
         raise LongslideError("--batch-size and --threads must be at least 1, and --max-bad-tiles at least 0")
     if slide_encoder is not None:
         check_slide_encoder(slide_encoder, slide_checkpoint, spec.name)
+    if reader is not None:
+        reader = READERS.name_of(READERS.get(reader))
     make_output_folder(output)
 
     from ...models.slide_encoder.encoder import create_slide_encoder
@@ -121,6 +129,8 @@ def embed(
         tile_px=tile_px,
         overlap=overlap,
         min_tissue=min_tissue,
+        tissue=tissue or OpticalDensity(),
+        reader=reader,
         max_bad_tiles=max_bad_tiles,
         batch_size=batch_size,
         threads=threads,
@@ -221,6 +231,8 @@ class EmbedJob:
     tile_px: int
     overlap: int
     min_tissue: float
+    tissue: TissueSegmenter
+    reader: str | None
     max_bad_tiles: int
     batch_size: int
     threads: int
@@ -302,6 +314,8 @@ class EmbedJob:
             wanted = self._settings(entry)
             if entry.slide_mpp is None and existing.settings.get("mpp_source") == "option":
                 wanted["mpp_source"] = "the file's own"
+            if self.reader is None and reader_to_obey(existing.settings.get("reader")):
+                wanted["reader"] = "none named"
             if existing.settings.get("bad_tiles", 0) > self.max_bad_tiles:
                 wanted["bad_tiles"] = f"at most {self.max_bad_tiles}"
             if existing.slide_embedding is not None and self.slide_encoder is not None:
@@ -327,8 +341,13 @@ class EmbedJob:
         }
         if entry.slide_mpp is not None:
             settings["slide_mpp"] = entry.slide_mpp
-        settings["tissue_method"] = TISSUE_METHOD if entry.tissue_mask is None else mask_method(entry.tissue_mask)
-        return settings
+        if self.reader is not None:
+            settings["reader"] = self.reader
+        segmenter = self._segmenter(entry)
+        return settings | {"tissue_method": segmenter.method} | settings_of(segmenter)
+
+    def _segmenter(self, entry: SlideEntry) -> TissueSegmenter:
+        return self.tissue if entry.tissue_mask is None else Mask(entry.tissue_mask)
 
     def _slide_settings(self) -> dict[str, Any]:
         assert self.slide_encoder is not None
@@ -339,8 +358,10 @@ class EmbedJob:
         }
 
     def _tile(self, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
-        slide = resources.enter_context(open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id))
-        tissue = read_tissue_mask(entry.tissue_mask, slide) if entry.tissue_mask else find_tissue(slide)
+        slide = resources.enter_context(
+            open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=self.reader)
+        )
+        tissue = self._segmenter(entry)(slide)
         grid = make_grid(
             slide,
             tissue,
@@ -382,14 +403,16 @@ class EmbedJob:
             slide_path=str(entry.path),
             settings={
                 "min_tissue": self.min_tissue,
+                "reader": slide.reader,
                 "mpp_source": slide.mpp.source,
                 "level": grid.level,
                 "tissue_mm2": tissue.area_mm2(slide.mpp.value),
                 "bad_tiles": len(stream.bad_tiles),
-            },
+            }
+            | settings_of(self._segmenter(entry)),
         )
         made_with = self._settings(entry) | {"slide_mpp": slide.mpp.value, "tissue_method": tissue.method}
-        del made_with["slide"], made_with["min_tissue"]
+        made_with = {name: value for name, value in made_with.items() if name in vars(features)}
         return replace(features, **made_with)
 
     def _embed_slide(self, features: Features) -> Features:

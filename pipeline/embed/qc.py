@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ...data.slides.slide import Slide
 from ...data.tiles.grid import Grid
-from ...data.tissue.optical_density import Tissue
+from ...data.tissue.base import Tissue
 from ...data.whole_file import write_whole
 
 TILE_COLOUR = (0, 114, 178)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data.features.feature_file import MUST_AGREE, MUST_AGREE_SLIDE, Features
+from ...data.slides.base import READERS, recorded_reader
 from ...data.slides.slide_table import SlideEntry
+from ...data.tissue.base import segmenter_of
 from ...errors import LongslideError
 from ..batch.ledger import SlideResult, make_output_folder
 from ..batch.progress import JobProgress
@@ -98,7 +100,7 @@ class FeatureMaker:
                 "another --features, and they are made anew"
             )
         remarks = [f"the feature file does not say its {', '.join(silent)}"] if silent else []
-        for name in ("min_tissue", "tissue_method"):
+        for name in ("min_tissue", "tissue_method", "tissue_settings", "reader"):
             wanted, there = self.preprocessing.get(name), getattr(features, name, features.settings.get(name))
             masks = any(str(value).startswith("mask:") for value in (wanted, there))
             if None not in (wanted, there) and not masks and wanted != there:
@@ -165,6 +167,7 @@ class FeatureMaker:
             ).to(self.device)
             _check_weights("slide", slide_encoder.weights, facts.get("slide_weights"))
         precision = resolve_precision(self.precision, encoder.spec.precision, self.device)
+        reader = recorded_reader(facts.get("reader"))
         return EmbedJob(
             output=self.folder,
             embedder=TileEmbedder(encoder.to(self.device), self.device, precision),
@@ -173,6 +176,8 @@ class FeatureMaker:
             tile_px=facts["tile_px"],
             overlap=facts["overlap"],
             min_tissue=0.1 if facts.get("min_tissue") is None else facts["min_tissue"],
+            tissue=segmenter_of(facts.get("tissue_segmenter"), facts.get("tissue_settings")),
+            reader=None if reader is None else READERS.name_of(reader),
             max_bad_tiles=self.max_bad_tiles,
             batch_size=self.batch_size,
             threads=self.threads,

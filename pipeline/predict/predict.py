@@ -15,10 +15,12 @@ import numpy as np
 from PIL import Image
 
 from ...data.features.feature_file import Features, read_features
+from ...data.slides.base import recorded_reader
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry, find_slides
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
+from ...registry import import_plugins
 from ...version import __version__
 from ..batch.ledger import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
 from ..batch.progress import JobProgress
@@ -49,6 +51,7 @@ def predict(
     tile_encoder: str | None = None,
     tile_checkpoint: str | None = None,
     slide_checkpoint: str | None = None,
+    plugins: list[str] | str | None = None,
     slide_mpp: float | None = None,
     patient_column: str | None = None,
     max_bad_tiles: int = 0,
@@ -76,6 +79,7 @@ def predict(
         tile_encoder: YAML file of the tile encoder, if it is one of your own. Default: by its name in the checkpoint.
         tile_checkpoint: Weights of the tile encoder: a file or a folder. Default: those of training, or the published ones.
         slide_checkpoint: Weights of the slide encoder, for classifiers of slide embeddings. Default: likewise.
+        plugins: Modules to import first: those of your own classes that the checkpoint or its feature files name.
         slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
         patient_column: Column of the tables that names the patient, if it has another name; `none` for no patients.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
@@ -92,6 +96,7 @@ def predict(
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.
     """
+    import_plugins(plugins)
     if isinstance(slides, Slide):
         given = slides.mpp.value if slides.mpp.source == "option" else slide_mpp
         entries = [SlideEntry(slides.path, slides.slide_id, given)]
@@ -295,7 +300,13 @@ class _Job:
         with ExitStack() as resources:
             slide = thumbnail = None
             try:
-                slide = resources.enter_context(open_slide(entry.path, slide_mpp=entry.slide_mpp or features.slide_mpp))
+                slide = resources.enter_context(
+                    open_slide(
+                        entry.path,
+                        slide_mpp=entry.slide_mpp or features.slide_mpp,
+                        reader=recorded_reader(features.settings.get("reader")),
+                    )
+                )
                 thumbnail = slide.thumbnail(OVERLAY_PX)
                 _save_thumbnail(folder / "thumbnail.jpg", thumbnail)
             except LongslideError as error:  # the features are there, and enough for a prediction

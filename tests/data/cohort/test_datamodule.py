@@ -43,7 +43,7 @@ def test_it_shows_task_splits_and_loaders(two_classes: tuple[Path, Path]) -> Non
     assert module.feature_dim == 6
     assert module.preprocessing == {
         "tile_encoder": "uni2-h", "tile_weights": "sha256:1", "mpp": 0.5, "tile_px": 256, "overlap": 0,
-        "min_tissue": 0.1, "tissue_method": None,
+        "min_tissue": 0.1, "tissue_method": None, "tissue_segmenter": None, "tissue_settings": None, "reader": None,
     }  # fmt: skip
     assert list(module.splits.columns) == ["slide_id", "patient_id", "fold_0"]
     seen: set[str] = set()

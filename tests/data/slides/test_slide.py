@@ -11,7 +11,7 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from longslide.data.slides import slide as slide_module
+from longslide.data.slides import openslide as openslide_module
 from longslide.data.slides.slide import open_slide
 from longslide.data.synthetic import write_pyramid
 from longslide.errors import LongslideError
@@ -110,7 +110,7 @@ def test_holes_show_the_slides_own_background(tmp_path: Path) -> None:
     rgba[3] = (200, 100, 40, 0)
     Image.fromarray(rgba).save(tmp_path / "a.png")
     with open_slide(tmp_path / "a.png") as slide:
-        slide.background = (10, 20, 250)
+        slide._reader.background = (10, 20, 250)
         read = slide.read_region(0, 0, 0, 3, 4)
     expected = [(10, 20, 250), (200, 100, 40), (48, 36, 208), (10, 20, 250)]
     assert read[:, 1].tolist() == [list(colour) for colour in expected]
@@ -247,7 +247,7 @@ def test_a_slide_that_goes_away_under_a_failed_read_stays_one_clear_error(
     path = tmp_path / "a.tif"
     write_pyramid(path, picture(), mpp=0.5)
     corrupt_native_tile(path, 0)
-    original = slide_module._read_bgra
+    original = openslide_module._read_bgra
 
     def read_and_lose_the_file(handle: openslide.AbstractSlide, *region: int) -> np.ndarray:
         try:
@@ -258,8 +258,8 @@ def test_a_slide_that_goes_away_under_a_failed_read_stays_one_clear_error(
             raise
 
     with open_slide(path) as slide:
-        first = slide._handle
-        monkeypatch.setattr(slide_module, "_read_bgra", read_and_lose_the_file)
+        first = slide._reader._handle
+        monkeypatch.setattr(openslide_module, "_read_bgra", read_and_lose_the_file)
         for x in (20, 300):
             with pytest.raises(LongslideError, match=r"a\.tif: "):
                 slide.read_region(x, 20, 0, 50, 50)

@@ -11,7 +11,7 @@ from longslide.data.slides.slide import Slide, open_slide
 from longslide.data.synthetic import write_pyramid
 from longslide.data.tiles.grid import Grid, make_grid
 from longslide.data.tiles.stream import TileStream
-from longslide.data.tissue.optical_density import Tissue
+from longslide.data.tissue.base import Tissue
 from longslide.errors import LongslideError
 
 RANGE = 240.0  # grey levels from one border to the other

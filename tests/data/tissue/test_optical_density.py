@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from longslide import LongslideError, Slide, open_slide, write_synthetic_slide
 from longslide.data.synthetic import write_pyramid
-from longslide.data.tissue.optical_density import Tissue, find_tissue, read_tissue_mask, segment_tissue
+from longslide.data.tissue.base import Tissue
+from longslide.data.tissue.mask import read_tissue_mask
+from longslide.data.tissue.optical_density import find_tissue, segment_tissue
 from PIL import Image
 
 WIDTH, HEIGHT, MPP = 512, 384, 8.0

@@ -10,7 +10,8 @@ from longslide import open_slide
 from longslide.data.synthetic import write_pyramid
 from longslide.data.tiles.grid import make_grid
 from longslide.data.tiles.stream import TileStream
-from longslide.data.tissue.optical_density import Tissue, find_tissue
+from longslide.data.tissue.base import Tissue
+from longslide.data.tissue.optical_density import find_tissue
 from longslide.pipeline.predict.overlay import (
     SIGNED_MAP,
     UNSIGNED_MAP,

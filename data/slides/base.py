@@ -1,0 +1,141 @@
+"""Slide readers: what opens a slide file and reads its pixels. `Slide` is what users hold."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ...errors import LongslideError
+from ...registry import Plugin, Registry
+
+
+class DeclinedError(Exception):
+    """A reader's constructor raises it for a file that is not of its kind: the next reader is tried."""
+
+
+class SlideReader(Plugin, ABC):
+    """One open slide file, as one library reads it. Reads may come from several threads at once.
+
+    A subclass opens the file in its constructor and sets the attributes.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        dimensions: (width, height) of level 0 in pixels.
+        level_dimensions: (width, height) of each level, finest first.
+        level_downsamples: Level-0 pixels per pixel of each level.
+        properties: What the file says of itself, under OpenSlide's names: `openslide.mpp-x`, `openslide.mpp-y`,
+            `openslide.objective-power`, `tiff.XResolution`, ...; with `openslide.quickhash-1`, an identity of the image
+            data, the file is not hashed.
+        vendor: Name of the format.
+        background: RGB shown where the slide has no pixels.
+
+    Raises:
+        DeclinedError: The file is not of a kind that this reader reads.
+        LongslideError: It is, but it is broken.
+    """
+
+    GIVEN = frozenset({"path"})
+
+    dimensions: tuple[int, int]
+    level_dimensions: tuple[tuple[int, int], ...]
+    level_downsamples: tuple[float, ...]
+    properties: Mapping[str, str]
+    vendor: str
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    @abstractmethod
+    def __init__(self, path: Path) -> None: ...
+
+    @abstractmethod
+    def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
+        """Read a rectangle of a level.
+
+        Args:
+            x: Left edge in level-0 pixels; may lie outside the slide.
+            y: Top edge in level-0 pixels; may lie outside the slide.
+            level: Level to read from.
+            width: Pixels of that level.
+            height: Pixels of that level.
+
+        Returns:
+            `(height, width, 3)` uint8 RGB; where the slide has no pixels, `background`.
+
+        Raises:
+            LongslideError: The region cannot be read. Other regions still can.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the file."""
+
+
+READERS: Registry[SlideReader] = Registry(
+    "slide reader",
+    SlideReader,  # type: ignore[type-abstract]
+    {
+        "openslide": "longslide.data.slides.openslide:OpenSlideReader",
+        "image": "longslide.data.slides.image:ImageReader",
+    },
+)
+"""The slide readers, in the order in which they are tried."""
+
+
+def open_reader(path: Path, choice: str | type[SlideReader] | None = None) -> SlideReader:
+    """Open a file with the first reader that does not decline it, or with the one that is chosen.
+
+    Args:
+        path: The file.
+        choice: Name or dotted path of a reader, or its class.
+
+    Raises:
+        LongslideError: No such reader, no reader for this file, or a broken file.
+    """
+    tried = READERS.names() if choice is None else [choice]
+    for name in tried:
+        try:
+            return READERS.create(name, path)
+        except DeclinedError as declined:
+            reason = declined
+    if choice is not None:
+        why = f" ({reason})" if str(reason) else ""
+        raise LongslideError(f"{path}: the slide reader {READERS.name_of(READERS.get(choice))} does not take it{why}")
+    raise LongslideError(
+        f"{path}: not a slide or image in a format that is read here (tried the readers {', '.join(map(str, tried))})"
+    )
+
+
+def reader_to_obey(name: str | None) -> str | None:
+    """The recorded reader that later reading must use too; None for those of the package, which give equal pixels."""
+    return None if name is None or name in READERS.builtin else name
+
+
+def recorded_reader(name: str | None) -> type[SlideReader] | None:
+    """The class of a reader that a file names; None for those of the package.
+
+    Raises:
+        LongslideError: There is no such reader here, or it is not imported: see `Registry.get`.
+    """
+    name = reader_to_obey(name)
+    return None if name is None else READERS.get(name, by_stranger=True)
+
+
+def over_background(bgra: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """RGB pixels over a background.
+
+    Args:
+        bgra: `(h, w, 4)` uint8 blue, green, red and alpha, colours multiplied by alpha.
+        background: RGB that shines through where alpha is below 255.
+
+    Returns:
+        `(h, w, 3)` uint8 RGB.
+    """
+    rgb = cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGB)
+    if bgra.view("<u4").min() < 0xFF000000:  # some alpha, the highest byte, is below 255
+        missing = cv2.bitwise_not(cv2.extractChannel(bgra, 3))
+        shining_through = cv2.merge([cv2.convertScaleAbs(missing, alpha=colour / 255) for colour in background])
+        cv2.add(rgb, shining_through, dst=rgb)
+    return np.asarray(rgb)

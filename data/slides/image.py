@@ -1,0 +1,51 @@
+"""Plain images (PNG, JPEG, ...) as slides of one level."""
+
+from pathlib import Path
+
+import numpy as np
+import openslide
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from ...errors import LongslideError
+from .base import DeclinedError, SlideReader, over_background
+
+Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
+
+
+class ImageReader(SlideReader):
+    """An image that Pillow reads, whole in memory; its DPI tags appear as TIFF resolution tags."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with Image.open(path) as picture:
+                if isinstance(picture, ImageFile.StubImageFile):  # known to Pillow but not read, such as a feature file
+                    raise DeclinedError
+                if picture.mode.startswith(("I", "F")):  # Pillow would clip it to white
+                    raise LongslideError(f"{path}: an image of more than 8 bits a channel; convert it to 8-bit RGB")
+                x, y = picture.info.get("dpi", (0, 0))
+            self._image = openslide.ImageSlide(str(path))
+            self._image.read_region((0, 0), 0, (1, 1))  # decodes the image: a truncated one fails here
+        except UnidentifiedImageError as error:
+            raise DeclinedError from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise LongslideError(f"{path}: a broken or truncated image ({error}); copy it again") from error
+        self.dimensions = self._image.dimensions
+        self.level_dimensions = (self.dimensions,)
+        self.level_downsamples = (1.0,)
+        resolution = {"tiff.XResolution": str(float(x)), "tiff.YResolution": str(float(y))}
+        self.properties = {"tiff.ResolutionUnit": "inch"} | resolution
+        self.vendor = "image"
+
+    def close(self) -> None:
+        """Free the image."""
+        self._image.close()
+
+    def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
+        """See `SlideReader.read_region`."""
+        try:
+            region = self._image.read_region((x, y), level, (width, height))
+        except (openslide.OpenSlideError, OSError) as error:
+            raise LongslideError(f"{self.path}: cannot read {width} x {height} px at ({x}, {y}): {error}") from error
+        premultiplied = np.asarray(region.convert("RGBa"))
+        return over_background(np.ascontiguousarray(premultiplied[..., [2, 1, 0, 3]]), self.background)

@@ -1,0 +1,94 @@
+"""The slide formats that OpenSlide reads."""
+
+import threading
+from ctypes import c_uint32
+from pathlib import Path
+
+import numpy as np
+import openslide
+from openslide import lowlevel
+
+from ...errors import LongslideError
+from .base import DeclinedError, SlideReader, over_background
+
+CACHE_BYTES = 256 * 2**20
+"""Decoded native tiles kept per slide: several rows of a 100,000 px wide level, so neighbours are not decoded twice."""
+
+
+class OpenSlideReader(SlideReader):
+    """A slide file read by OpenSlide: its own pixels, without Pillow's copies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._cache = openslide.OpenSlideCache(CACHE_BYTES)
+        try:
+            self._handle = handle = self._open()
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            raise DeclinedError from error
+        self._lock = threading.Lock()
+        self.dimensions = handle.dimensions
+        self.level_dimensions = handle.level_dimensions
+        self.level_downsamples = handle.level_downsamples
+        self.properties = dict(handle.properties)
+        self.vendor = self.properties["openslide.vendor"]
+        colour = self.properties.get("openslide.background-color", "FFFFFF")
+        self.background = (int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16))
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._handle.close()
+
+    def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
+        """See `SlideReader.read_region`."""
+        handle = self._handle
+        try:
+            bgra = _read_bgra(handle, x, y, level, width, height)
+        except (openslide.OpenSlideError, OSError):
+            bgra = self._read_again(handle, x, y, level, width, height)
+        return over_background(bgra, self.background)
+
+    def _read_again(
+        self, broken: openslide.OpenSlide, x: int, y: int, level: int, width: int, height: int
+    ) -> np.ndarray:
+        """Repeat a failed read on a handle of its own.
+
+        After a failed read OpenSlide refuses every other one on that handle, so the failure may be another thread's.
+        """
+        with self._lock:
+            fresh = self._open_again()
+            try:
+                return _read_bgra(fresh, x, y, level, width, height)
+            except (openslide.OpenSlideError, OSError) as error:
+                fresh = self._open_again()
+                raise LongslideError(
+                    f"{self.path}: cannot read {width} x {height} px at ({x}, {y}), level {level}: {error}"
+                ) from error
+            finally:
+                if self._handle is broken:
+                    self._handle = fresh  # the broken one closes itself when the last thread has left it
+                else:
+                    fresh.close()
+
+    def _open_again(self) -> openslide.OpenSlide:
+        try:
+            return self._open()
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            raise LongslideError(f"{self.path}: no longer there, or no longer a slide ({error})") from error
+
+    def _open(self) -> openslide.OpenSlide:
+        try:
+            handle = openslide.OpenSlide(self.path)
+            handle.set_cache(self._cache)
+            return handle
+        except openslide.OpenSlideUnsupportedFormatError:
+            raise
+        except openslide.OpenSlideError as error:
+            raise LongslideError(f"{self.path}: a broken or truncated slide ({error}); copy it again") from error
+
+
+def _read_bgra(handle: openslide.OpenSlide, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
+    """`(height, width, 4)` uint8, colours multiplied by alpha."""
+    buffer = (width * height * c_uint32)()
+    lowlevel._read_region(handle._osr, buffer, x, y, level, width, height)
+    return np.frombuffer(memoryview(buffer), np.uint8).reshape(height, width, 4)

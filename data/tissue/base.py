@@ -1,0 +1,133 @@
+"""Tissue segmenters: a slide in, where its tissue is out."""
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import cv2
+import numpy as np
+
+from ...errors import LongslideError
+from ...registry import Plugin, Registry
+from ..slides.slide import Slide
+
+MAX_MASK_PX = 4096
+"""Longest edge of a mask, whatever the slide's size."""
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """The tissue of a slide.
+
+    Attributes:
+        mask: `(h, w)` bool raster over the whole slide.
+        downsample: Level-0 pixels per pixel of the mask, in x and y.
+        method: How it was found: the name and version of the method, or the name and digest of the user's file.
+    """
+
+    mask: np.ndarray
+    downsample: tuple[float, float]
+    method: str
+
+    @cached_property
+    def contours(self) -> list[list[np.ndarray]]:
+        """One polygon a region: its outline first, then its holes, each an `(n, 2)` array of (x, y) in level-0 pixels."""
+        # Traced at the corners of the pixels, not at their centres: an upscaled mask's border is the pixels' border.
+        doubled = cv2.resize(self.mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+        padded = cv2.copyMakeBorder(doubled, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+        rings, hierarchy = cv2.findContours(padded, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+        polygons: dict[int, list[np.ndarray]] = {}
+        scale = np.array(self.downsample) / 2
+        for number, ring in enumerate(rings):
+            parent = int(hierarchy[0][number][3])
+            # The ring runs through the outermost pixels' centres: half a (doubled) pixel inside the border.
+            points = (ring[:, 0].astype(np.float64) - 0.5) * scale
+            if len(points) < 3:
+                continue
+            if parent < 0:
+                polygons[number] = [points, *polygons.get(number, [])]
+            else:
+                polygons.setdefault(parent, []).append(points)
+        return list(polygons.values())
+
+    def area_mm2(self, slide_mpp: float) -> float:
+        """Area in square millimetres, given the microns per pixel of level 0."""
+        pixel = self.downsample[0] * self.downsample[1] * (slide_mpp / 1000) ** 2
+        return float(np.count_nonzero(self.mask) * pixel)
+
+    def to_geojson(self) -> str:
+        """The contours as a GeoJSON FeatureCollection in level-0 pixels, one Polygon a region; QuPath opens it.
+
+        Rings are closed and wound as RFC 7946 asks: outlines counterclockwise, holes clockwise (with y as given).
+        """
+        features = []
+        for polygon in self.contours:
+            rings = []
+            for number, points in enumerate(polygon):
+                ring = points if (_signed_area(points) > 0) == (number == 0) else points[::-1]
+                rings.append(np.round([*ring, ring[0]], 2).tolist())
+            properties = {"objectType": "annotation", "classification": {"name": "Tissue", "color": [213, 94, 0]}}
+            features.append(
+                {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": rings}, "properties": properties}
+            )
+        return json.dumps({"type": "FeatureCollection", "features": features})
+
+
+class TissueSegmenter(Plugin, ABC):
+    """Finds the tissue of slides. Options are the arguments of its constructor, in plain types.
+
+    Attributes:
+        method: Name and version of the method, as feature files record it; a new version when it finds other tissue.
+    """
+
+    method: str
+
+    @abstractmethod
+    def __call__(self, slide: Slide) -> Tissue:
+        """Find the tissue of a slide.
+
+        Returns:
+            The tissue; with an empty mask when there is none. Its `method` is this one's.
+
+        Raises:
+            LongslideError: It cannot be found.
+        """
+
+
+SEGMENTERS: Registry[TissueSegmenter] = Registry(
+    "tissue segmenter",
+    TissueSegmenter,  # type: ignore[type-abstract]
+    {"optical-density": "longslide.data.tissue.optical_density:OpticalDensity"},
+)
+"""The tissue segmenters; the first one is the default."""
+
+
+def settings_of(segmenter: TissueSegmenter) -> dict[str, str]:
+    """What feature files record beside the method, so that the segmenter can be made again.
+
+    Raises:
+        LongslideError: An option is not of a plain type.
+    """
+    name = SEGMENTERS.name_of(segmenter)
+    try:
+        return {"tissue_segmenter": name, "tissue_settings": json.dumps(segmenter.options, sort_keys=True)}
+    except TypeError as error:
+        raise LongslideError(
+            f"tissue segmenter {name}: its options must be of plain types (numbers, text, lists) to be recorded: {error}"
+        ) from error
+
+
+def segmenter_of(name: str | None, settings: str | None) -> TissueSegmenter:
+    """The segmenter that a file says, as `settings_of` recorded it; the default one where it says none.
+
+    Raises:
+        LongslideError: There is no such segmenter here, or it does not take these options.
+    """
+    options = json.loads(settings) if settings else {}
+    return SEGMENTERS.create(name or SEGMENTERS.names()[0], by_stranger=True, **options)
+
+
+def _signed_area(points: np.ndarray) -> float:
+    x, y = points.T
+    return float(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y) / 2)

@@ -1,0 +1,256 @@
+"""What others may plug in: classes chosen by a registered name or by a dotted path.
+
+Each place for plug-ins (slide reader, tissue segmenter, aggregator, ...) has a base class and one `Registry`. A name is
+registered here, by `longslide.register`, or by an installed package's entry point; a dotted path (`mypkg.MyMIL` or
+`mypkg.mil:MyMIL`) needs no registration.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Generic, TypeVar
+
+from .errors import LongslideError
+
+T = TypeVar("T", bound="Plugin")
+
+_registries: "list[Registry[Any]]" = []
+
+
+class Plugin:
+    """Base of the base classes: it keeps what the constructor was called with, for the record.
+
+    Attributes:
+        GIVEN: Arguments of the constructor that the caller supplies, and not the user: they are not options.
+    """
+
+    GIVEN: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options this was made with, by the names of the constructor's arguments, defaults included."""
+        if is_dataclass(self):
+            return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+        return dict(vars(self).get("_options", {}))
+
+
+def _remembering(init: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def remember(self: Plugin, *args: Any, **kwargs: Any) -> None:
+        if "_options" not in vars(self):  # else a subclass's constructor is calling this one
+            try:
+                bound = signature.bind(self, *args, **kwargs)
+            except TypeError:
+                init(self, *args, **kwargs)  # raises it with the name of the class
+                raise
+            bound.apply_defaults()
+            named = dict(list(bound.arguments.items())[1:])
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                    named |= named.pop(name, {})
+            # Not setattr: a torch module takes attributes only after its own constructor ran.
+            vars(self)["_options"] = {name: value for name, value in named.items() if name not in self.GIVEN}
+        init(self, *args, **kwargs)
+
+    return remember
+
+
+class Registry(Generic[T]):
+    """The classes that may stand at one place.
+
+    Args:
+        what: What they are, such as `slide reader`; an installed package declares its own under the entry point group
+            `longslide.slide_readers`.
+        base: Their base class.
+        builtin: Name -> `module:Class` of those of the package, imported when first used, in the order they are tried.
+
+    Attributes:
+        builtin: Names of those of the package.
+    """
+
+    def __init__(self, what: str, base: type[T], builtin: Mapping[str, str]) -> None:
+        self.what = what
+        self.base = base
+        self.builtin = frozenset(builtin)
+        self._paths = dict(builtin)
+        self._classes: dict[str, type[T]] = {}
+        self._read_entry_points = False
+        _registries.append(self)
+
+    def names(self) -> list[str]:
+        """The registered names: those of the package first, then in the order of registration."""
+        self._declare_installed()
+        return [*self._paths, *(name for name in self._classes if name not in self._paths)]
+
+    def register(self, name: str, cls: type[T]) -> None:
+        """Make a class known under a name.
+
+        Raises:
+            LongslideError: The name is taken or cannot be one, or the class is of another kind.
+        """
+        if not name or any(mark in name for mark in ".: /"):
+            raise LongslideError(f"{self.what} {name!r}: a name has no dots, colons, slashes or blanks")
+        self._check(name, cls)
+        if name in self.names() and self.get(name) is not cls:
+            raise LongslideError(f"{self.what} {name!r}: the name is taken by {dotted_path(self.get(name))}")
+        if name not in self._paths:
+            self._classes[name] = cls
+
+    def get(self, choice: str | type[T], *, by_stranger: bool = False) -> type[T]:
+        """The class of a name or a dotted path.
+
+        Args:
+            choice: A registered name, a dotted path, or the class itself.
+            by_stranger: Whether the choice was read from a file. A file never causes an import: a dotted path then counts
+                only if its module has been imported already, on the user's word.
+
+        Raises:
+            LongslideError: No such name, module or attribute, or a class of another kind.
+        """
+        if not isinstance(choice, str):
+            return self._check(repr(choice), choice)
+        if choice not in self._classes and choice in self.names():
+            self._classes.setdefault(choice, import_object(self._paths[choice], f"{self.what} {choice!r}"))
+        if choice in self._classes:
+            return self._check(choice, self._classes[choice])
+        if "." not in choice and ":" not in choice:
+            raise LongslideError(
+                f"no {self.what} {choice!r}: there are {', '.join(self.names())}; a class of your own is named by its "
+                "dotted path, such as mypkg.MyClass"
+            )
+        return self._check(choice, import_object(choice, f"{self.what} {choice!r}", by_stranger=by_stranger))
+
+    def create(self, choice: str | type[T], *args: Any, by_stranger: bool = False, **options: Any) -> T:
+        """Make an instance.
+
+        Args:
+            choice: As for `get`.
+            *args: What every constructor of this kind gets.
+            by_stranger: As for `get`.
+            **options: Options of this one.
+
+        Raises:
+            LongslideError: As for `get`; or the constructor does not take these options.
+        """
+        cls = self.get(choice, by_stranger=by_stranger)
+        try:
+            inspect.signature(cls).bind(*args, **options)
+        except TypeError as error:
+            raise LongslideError(f"{self.what} {self.name_of(cls)}: {error}") from error
+        return cls(*args, **options)
+
+    def name_of(self, plugin: T | type[T]) -> str:
+        """How a class is recorded: by its registered name, else by its dotted path."""
+        cls = plugin if isinstance(plugin, type) else type(plugin)
+        path = dotted_path(cls)
+        builtin = (name for name, builtin in self._paths.items() if builtin.replace(":", ".") == path)
+        own = (name for name, registered in self._classes.items() if registered is cls)
+        return next(builtin, None) or next(own, None) or path
+
+    def _check(self, name: str, cls: Any) -> type[T]:
+        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            raise LongslideError(f"{self.what} {name}: not a class derived from {dotted_path(self.base)}")
+        return cls
+
+    def _declare_installed(self) -> None:
+        if self._read_entry_points:
+            return
+        self._read_entry_points = True
+        for point in entry_points(group=f"longslide.{self.what.replace(' ', '_')}s"):
+            if self._paths.setdefault(point.name, point.value) != point.value:
+                raise LongslideError(
+                    f"{self.what} {point.name!r}: both {self._paths[point.name]} and {point.value} are installed under "
+                    "this name; uninstall one"
+                )
+
+
+def registry_of(base: Any) -> Registry[Any] | None:
+    """The registry of a base class."""
+    return next((registry for registry in _registries if registry.base is base), None)
+
+
+def register(name: str, cls: type[Plugin]) -> None:
+    """Make a class of your own known by a short name, as one of the package is.
+
+    Args:
+        name: The name.
+        cls: A class derived from `SlideReader`, `TissueSegmenter` or `Aggregator`.
+
+    Raises:
+        LongslideError: The name is taken, or the class is of no kind that can be plugged in.
+    """
+    for registry in _registries:
+        if isinstance(cls, type) and issubclass(cls, registry.base):
+            return registry.register(name, cls)
+    raise LongslideError(f"{name!r}: {cls!r} is not derived from a base class of longslide that can be plugged in")
+
+
+def import_plugins(modules: str | Sequence[str] | None) -> None:
+    """Import modules by the user's word, so that files may name the classes in them.
+
+    Args:
+        modules: Names of modules; several in one text are separated by commas.
+
+    Raises:
+        LongslideError: One cannot be imported.
+    """
+    names = modules.split(",") if isinstance(modules, str) else modules or ()
+    for module in names:
+        _import(module.strip(), f"--plugins {module.strip()}")
+
+
+def import_object(path: str, what: str, *, by_stranger: bool = False) -> Any:
+    """What a dotted path names.
+
+    Args:
+        path: `package.module.Name` or `package.module:Name`.
+        what: What asks for it, for the messages.
+        by_stranger: Whether only modules count that have been imported already.
+
+    Raises:
+        LongslideError: No such module, one that cannot be imported, or no such attribute.
+    """
+    module_name, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
+    if not module_name or not attribute:
+        raise LongslideError(f"{what}: not a dotted path such as mypkg.MyClass or mypkg.module:MyClass")
+    if by_stranger and module_name not in sys.modules:
+        raise LongslideError(
+            f"{what} is code outside Longslide, which a file alone may not run: if you trust it, import it by "
+            f"--plugins {module_name.partition('.')[0]} (in Python by `import`)"
+        )
+    found: Any = _import(module_name, what)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise LongslideError(f"{what}: {module_name} has no {attribute}")
+        found = getattr(found, part)
+    return found
+
+
+def _import(module: str, what: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            raise LongslideError(
+                f"{what}: no module {error.name}; install its package, or put its folder on PYTHONPATH"
+            ) from error
+        raise LongslideError(f"{what}: {module} needs the module {error.name}; install it") from error
+    except Exception as error:  # whatever foreign code does when it is imported
+        reason = " ".join(str(error).split())
+        raise LongslideError(f"{what}: {module} cannot be imported ({type(error).__name__}: {reason})") from error
+
+
+def dotted_path(cls: type) -> str:
+    """`module.Class`."""
+    return f"{cls.__module__}.{cls.__qualname__}"

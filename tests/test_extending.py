@@ -1,0 +1,165 @@
+"""The examples of docs/extending.md, plugged in from outside the package as they stand there."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import openslide
+import pytest
+from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
+from longslide.pipeline.cli import main
+
+PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+
+ENCODER = ("vit_tiny_patch16_224", "random")
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder outside the package that holds the page's modules, and is on the path."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL):
+        (folder / name).write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slides").mkdir()
+    write_synthetic_slide(tmp_path / "slides" / "a.svs", size=(1024, 768), mpp=0.5)
+    yield folder
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def command_with(option: str) -> list[str]:
+    """The words of the page's command with this option, with a small encoder of random weights."""
+    line = next(line for line in PAGE.splitlines() if line.startswith("longslide ") and option in line)
+    words = shlex.split(line)[1:]
+    if "kaiko-vits8" in words:
+        words[words.index("kaiko-vits8")] = ENCODER[0]
+        words += ["--tile-checkpoint", ENCODER[1]]
+    return words
+
+
+def run(words: list[str], outside: Path) -> subprocess.CompletedProcess[str]:
+    paths = [str(outside), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, "-m", "longslide.pipeline.cli", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+
+
+def test_a_reader_of_ones_own_gives_the_features_that_openslide_gives(outside: Path, tmp_path: Path) -> None:
+    with openslide.OpenSlide(tmp_path / "slides" / "a.svs") as slide:
+        np.save(tmp_path / "slide.npy", np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB")))
+    done = run(command_with("--reader"), outside)
+    assert done.returncode == 0, done.stderr
+    embed([tmp_path / "slides"], tmp_path / "reference", ENCODER[0], ENCODER[1], tile_px=224)
+    ours, reference = read_features(tmp_path / "features" / "slide.h5"), read_features(tmp_path / "reference" / "a.h5")
+    assert ours.settings["reader"] == "numpy_reader.NumpyReader"
+    assert reference.settings["reader"] == "openslide"
+    np.testing.assert_array_equal(ours.coords, reference.coords)
+    np.testing.assert_allclose(ours.features, reference.features, rtol=1e-5, atol=1e-5)
+    # Without the reader there is no such file; made with another reader is made with other settings.
+    assert (
+        main(["embed", "slide.npy", "--output", "other", "--tile-encoder", *ENCODER[:1], "--tile-checkpoint", "random"])
+        == 1
+    )
+    [again] = embed(["slide.npy"], "features", *ENCODER, reader="openslide")
+    assert again.status == "failed"
+    assert "reader numpy_reader.NumpyReader there, openslide now" in again.reason
+
+
+def test_a_reader_is_chosen_by_name_or_path_or_tried_when_registered(
+    outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import longslide
+    from longslide.data.slides.base import READERS
+
+    np.save(tmp_path / "a.npy", np.full((50, 60, 3), 7, np.uint8))
+    with open_slide("slides/a.svs") as slide, open_slide("slides/a.svs", reader="openslide") as named:
+        assert (slide.reader, named.reader) == ("openslide", "openslide")
+    with pytest.raises(LongslideError, match=r"a\.npy: not a slide or image .* \(tried the readers openslide, image\)"):
+        open_slide("a.npy")
+    with pytest.raises(LongslideError, match=r"a\.svs: the slide reader numpy_reader.NumpyReader does not take it"):
+        open_slide("slides/a.svs", reader="numpy_reader:NumpyReader")
+    with open_slide("a.npy", reader="numpy_reader.NumpyReader") as slide:
+        assert slide.vendor == "numpy"
+        assert slide.mpp.value == 0.5
+        assert slide.read_region(-1, -1, 0, 2, 2).tolist() == [[[255] * 3] * 2, [[255] * 3, [7] * 3]]
+
+    monkeypatch.setattr(READERS, "_classes", dict(READERS._classes))
+    from numpy_reader import NumpyReader
+
+    longslide.register("numpy", NumpyReader)
+    with open_slide("a.npy") as slide:
+        assert slide.reader == "numpy"
+    with pytest.raises(LongslideError, match="slide reader 'openslide': the name is taken by longslide"):
+        longslide.register("openslide", NumpyReader)
+
+
+def test_a_segmenter_of_ones_own_takes_its_options_and_is_recorded(outside: Path, tmp_path: Path) -> None:
+    words = command_with("--tissue ")
+    assert main(words) == 0
+    features = read_features("features/a.h5")
+    assert features.tissue_method == "dark-tissue-1"
+    assert features.settings["tissue_segmenter"] == "dark_tissue.DarkTissue"
+    assert json.loads(features.settings["tissue_settings"]) == {"threshold": 0.7}
+    assert main(words) == 0, "the same again is done already"
+    assert main([*words, "--tissue.threshold", "0.6"]) == 1, "another threshold is another setting"
+    with h5py.File("features/a.h5") as file:
+        area = file["coords"].attrs["tissue_mm2"]
+    assert main([*words, "--tissue.threshold", "0.99", "--output", "more"]) == 0
+    assert read_features("more/a.h5").settings["tissue_mm2"] > area
+
+
+def test_the_default_segmenter_takes_options_without_being_named(outside: Path) -> None:
+    words = ["embed", "slides", "--tile-encoder", ENCODER[0], "--tile-checkpoint", "random"]
+    assert main([*words, "--output", "one", "--tissue.min-area", "1e9"]) == 0
+    assert not Path("one/a.h5").exists(), "no piece of tissue is as large as that"
+    Path("embed.yaml").write_text("tissue: {class_path: optical-density, init_args: {threshold: 0.05}}\n")
+    assert main([*words, "--output", "two", "--config", "embed.yaml"]) == 0
+    settings = read_features("two/a.h5").settings
+    assert settings["tissue_segmenter"] == "optical-density"
+    assert json.loads(settings["tissue_settings"]) == {"keep_ink": False, "min_area": 20_000.0, "threshold": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tissue", "otsu"], "no tissue segmenter 'otsu': there are optical-density; a class of your own"),
+        (["--tissue", "nowhere.Otsu"], "tissue segmenter 'nowhere.Otsu': no module nowhere; install its package"),
+        (["--tissue", "dark_tissue.Otsu"], "tissue segmenter 'dark_tissue.Otsu': dark_tissue has no Otsu"),
+        (
+            ["--tissue", "numpy_reader.NumpyReader"],
+            "not a class derived from longslide.data.tissue.base.TissueSegmenter",
+        ),
+        (["--tissue", "dark_tissue.DarkTissue", "--tissue.colour", "red"], "colour"),
+        (["--reader", "broken.Reader"], "broken cannot be imported (ZeroDivisionError: division by zero)"),
+        (["--reader", "thirsty.Reader"], "thirsty needs the module not_installed; install it"),
+        (["--reader", "numpy"], "slide reader 'numpy'"),
+    ],
+)
+def test_what_cannot_be_plugged_in_is_one_line_and_status_2(
+    words: list[str], message: str, outside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (outside / "broken.py").write_text("1 / 0\n")
+    (outside / "thirsty.py").write_text("import not_installed\n")
+    try:
+        status = main(["embed", "slides", "--output", "f", "--tile-encoder", ENCODER[0], *words])
+    except SystemExit as end:
+        status = end.code
+    error = capsys.readouterr().err
+    assert status == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("f").exists()
