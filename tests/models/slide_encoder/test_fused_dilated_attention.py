@@ -11,8 +11,7 @@ from longslide.models.slide_encoder.dilated_attention import triton_runs
 from torch import Tensor
 
 pytest.importorskip("triton")
-from longslide.models.slide_encoder.dilated_attention import fused
-from longslide.models.slide_encoder.dilated_attention.fused import fused_dilated_self_attention
+from longslide.models.slide_encoder.dilated_attention.fused import fused_dilated_self_attention, schedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFERENCE = Path(__file__).parent / "reference"
@@ -87,7 +86,7 @@ def test_keys_that_branches_share_count_once_for_each(
 def test_half_precision_is_close_to_float64(
     dtype: torch.dtype, bound: float, long: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "LONG", 0 if long else fused.LONG)  # in the blocks of long sequences
+    monkeypatch.setattr(schedule, "LONG", 0 if long else schedule.LONG)  # in the blocks of long sequences
     assert max(errors(qkv(1, 150, 4, 48, dtype=dtype), [64, 100], [1, 2], False)) < bound
 
 
@@ -100,19 +99,21 @@ def test_views_of_one_packed_projection_are_read_where_they_are() -> None:
 
 
 def test_it_is_a_well_behaved_torch_operation() -> None:
-    from longslide.models.slide_encoder.dilated_attention.fused import _op
+    from longslide.models.slide_encoder.dilated_attention.fused.op import attention_op
 
     cu_seqlens = torch.tensor([0, 12, 20], dtype=torch.int32, device=DEVICE)
     arguments = (*qkv(20, 2, 16), cu_seqlens, [8, 16], [1, 2], False, 0.25)
-    torch.library.opcheck(_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        attention_op, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
 
 
 def test_float32_products_are_as_exact_as_torch_is_set_by_its_older_or_its_newer_way() -> None:
-    from longslide.models.slide_encoder.dilated_attention.fused import _settings
+    from longslide.models.slide_encoder.dilated_attention.fused.schedule import settings
 
     def precision() -> str:
         bounds = torch.tensor([0, 8], dtype=torch.int32, device=DEVICE)
-        return str(_settings((8, 1, 16), torch.float32, bounds, "forward", [8], [1], False)[1]["PRECISION"])
+        return settings((8, 1, 16), torch.float32, bounds, "forward", [8], [1], False)[1].PRECISION
 
     assert precision() == "tf32x3"
     try:
