@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from longslide import create_slide_encoder
-from longslide.models.slide_encoder.encoder import SlideEncoder
+from longslide.models.slide_encoder.cuda_graphs import GraphedEncoder
 from torch import Tensor
 
 NAN = float("nan")
@@ -50,8 +50,8 @@ def measure(run: Callable[[], object], repeats: int = 5) -> tuple[float, float]:
     return float(statistics.median(times)), torch.cuda.max_memory_allocated() / 2**30
 
 
-def encoder_of(**options: Any) -> SlideEncoder:
-    return create_slide_encoder("gigapath", checkpoint="random", **options).to("cuda", torch.bfloat16)
+def encoder_of(**options: Any) -> GraphedEncoder:
+    return GraphedEncoder(create_slide_encoder("gigapath", checkpoint="random", **options).to("cuda", torch.bfloat16))
 
 
 def slide(tiles: int) -> tuple[Tensor, Tensor]:
@@ -60,12 +60,12 @@ def slide(tiles: int) -> tuple[Tensor, Tensor]:
     return features, torch.stack([index % 2048, index // 2048], -1)
 
 
-def forward(encoder: SlideEncoder, *batch: Tensor) -> None:
+def forward(encoder: GraphedEncoder, *batch: Tensor) -> None:
     with torch.inference_mode():
         encoder(*batch)
 
 
-def step(encoder: SlideEncoder, *batch: Tensor) -> None:
+def step(encoder: GraphedEncoder, *batch: Tensor) -> None:
     encoder(*batch).float().square().sum().backward()
     encoder.zero_grad(set_to_none=True)  # while the GPU works
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import LongslideError
 from ..checkpoint_file import digest, read_description
+from ..slide_encoder.cuda_graphs import GraphedEncoder
 from ..slide_encoder.encoder import SlideEncoder, create_slide_encoder
 from ..slide_encoder.spec import SlideEncoderSpec
 from .base import Aggregator
@@ -97,7 +98,12 @@ class SlideEncoderAggregator(Aggregator):
             encoder.layers_norm.requires_grad_(False)
         if frozen:
             encoder.requires_grad_(False)
+        self._graphed: GraphedEncoder | None = None
         self.train()
+
+    def use_cuda_graphs(self) -> None:
+        """Replay the encoder of short bags as CUDA graphs from now on; called again, make them anew."""
+        self._graphed = GraphedEncoder(self.encoder)
 
     def train(self, mode: bool = True) -> "SlideEncoderAggregator":
         """Training or evaluation mode; a frozen encoder stays in evaluation mode."""
@@ -113,10 +119,23 @@ class SlideEncoderAggregator(Aggregator):
     def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Aggregator.forward`."""
         if not self.layers:
-            embeddings: Tensor = self.encoder(tile_features, grid_cells, cu_seqlens)
+            # A replica of DataParallel has another encoder than the graphs.
+            graphed = self._graphed is not None and self._graphed.encoder is self.encoder
+            run: Any = self._graphed if graphed else self.encoder
+            embeddings: Tensor = run(tile_features, grid_cells, cu_seqlens)
             return embeddings
         every = self.encoder.layer_embeddings(tile_features, grid_cells, cu_seqlens)
         return torch.cat([every[layer] for layer in self.layers], dim=1)
+
+
+def use_cuda_graphs(model: nn.Module) -> None:
+    """Let the slide encoders of a model replay short bags as CUDA graphs, whose kernels take less time than their launches.
+
+    The jobs do this for the models that they build; see `GraphedEncoder` for what it asks of a model.
+    """
+    for module in model.modules():
+        if isinstance(module, SlideEncoderAggregator):
+            module.use_cuda_graphs()
 
 
 def create_longnet(

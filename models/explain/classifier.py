@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LongslideError
+from ..aggregators.slide_encoder import use_cuda_graphs
 from ..classifier.classifier import SlideClassifier
 from ..classifier.ensemble import ClassifierEnsemble
 from ..slide_encoder.encoder import SlideEncoder
@@ -154,4 +155,4 @@ def recompute_layers(ensemble: ClassifierEnsemble) -> None:
     for module in ensemble.modules():
         if isinstance(module, SlideEncoder):
             module.spec = replace(module.spec, checkpointing=True)
-            module.drop_graphs()
+    use_cuda_graphs(ensemble)  # anew: the memory of those there are is wanted

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .dilated_attention import has_kernels
+from .encoder import SlideEncoder, ends
+
 MAX_TOKENS = 16_384
 """Above it the GPU is the slower part."""
 
@@ -21,17 +24,90 @@ def bucket(tokens: int) -> int:
     return int(-(-tokens // step) * step)
 
 
-def ends(tokens: int, device: torch.device) -> Tensor:
-    """The cumulative lengths of one sequence, `(2,)` int32."""
-    if tokens == 0:
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    return torch.arange(0, 2 * tokens, tokens, dtype=torch.int32, device=device)
-
-
 @cache
 def keeps_activations(device: torch.device) -> bool:
     """Whether a GPU has the memory to spare for the activations of such a slide: those of GigaPath take 4 GiB."""
     return bool(torch.cuda.get_device_properties(device).total_memory >= 30 * 2**30)
+
+
+class GraphedEncoder:
+    """A slide encoder whose short slides are replayed as CUDA graphs; called as the encoder is, for the same numbers.
+
+    No module: the encoder stays what it is and where it is. Its attributes are the encoder's. Slides that graphs cannot
+    stand for (long ones, several at once, a CPU, hooks, sequence parallelism, `torch.compile`) go to the encoder itself. A
+    copy starts without graphs. See `EncoderGraphs` for what it asks of its caller.
+
+    Args:
+        encoder: The slide encoder.
+    """
+
+    def __init__(self, encoder: SlideEncoder) -> None:
+        self.encoder = encoder
+        self._graphs: EncoderGraphs | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphedEncoder, (self.encoder,)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.encoder, name)
+
+    def __call__(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """See `SlideEncoder.forward`."""
+        if not self.takes_graphs(tile_features, grid_cells, cu_seqlens):
+            embeddings: Tensor = self.encoder(tile_features, grid_cells, cu_seqlens)
+            return embeddings
+        tile_features, grid_cells, slides = self.encoder.pack(tile_features, grid_cells, cu_seqlens)
+        if self._graphs is None:
+            self._graphs = EncoderGraphs(self._encode_one, self._modules_of_one)
+        embeddings = self.encoder.pool_tokens(self._graphs(tile_features, grid_cells, slides.cu_seqlens), slides)
+        slides.check()
+        return embeddings
+
+    def drop_graphs(self) -> None:
+        """Free the memory that the graphs hold; they are made again when wanted.
+
+        To be called after a change of settings, such as the rate of a dropout: graphs do not notice it.
+        """
+        self._graphs = None
+
+    def takes_graphs(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None) -> bool:
+        """Whether the tokens may come from CUDA graphs: of one short slide, by kernels that never ask the host."""
+        encoder = self.encoder
+        slides = len(tile_features) if cu_seqlens is None else len(cu_seqlens) - 1
+        tiles = tile_features.shape[-2]
+        if slides != 1 or not 0 < tiles < MAX_TOKENS or encoder.sequence_group is not None:
+            return False
+        if not has_kernels(tile_features) or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
+            return False
+        if encoder._forward_hooks or encoder._forward_pre_hooks:  # they see calls of the encoder itself
+            return False
+        # Hooks of a checkpoint around the encoder, which saves nothing.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True):
+            return False
+        if getattr(encoder, "_is_replica", False):  # of DataParallel, whose parameters are new in every step
+            return False
+        if not encoder.cls_token.device == tile_features.device == grid_cells.device:
+            return False
+        if encoder.recomputes() or (torch.is_grad_enabled() and not keeps_activations(tile_features.device)):
+            return False
+        from .dilated_attention.fused import eligible  # imports triton, which not every machine has
+
+        spec = encoder.spec
+        dtype = encoder.tile_projection.weight.dtype
+        return spec.pattern == "dilated" and eligible(dtype, spec.width // spec.heads, spec.dilated_ratios)
+
+    def _encode_one(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(N + 1, width)` tokens of one slide after all layers."""
+        encoder = self.encoder
+        return encoder.encode(encoder.prepend_cls(encoder.project(tile_features, grid_cells)), cu_seqlens)
+
+    def _modules_of_one(self) -> list[nn.Module]:
+        """The modules of `_encode_one`, the encoder for its cls token."""
+        encoder = self.encoder
+        roots = (encoder.tile_projection, encoder.layers, encoder.layers_norm)
+        return [encoder, *(part for root in roots for part in root.modules())]
 
 
 class _Graph(NamedTuple):
@@ -87,9 +163,6 @@ class EncoderGraphs:
         self._pool: Any = None
         self._stream: Any = None
         self._ticket: Callable[[], _Ticket | None] = lambda: None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()  # a copy of the module starts without graphs
 
     def __call__(self, features: Tensor, cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         """`(N + 1, width)`; without gradients valid until the next call."""

@@ -14,8 +14,6 @@ from ...errors import LongslideError
 from ..checkpoint_file import digest, download
 from .attention_pattern import check_pattern
 from .checkpoint import load_published
-from .cuda_graphs import MAX_TOKENS, EncoderGraphs, ends, keeps_activations
-from .dilated_attention import has_kernels
 from .dilated_attention.parallel import SequenceShards
 from .longnet import LongNetLayer
 from .positions import grid_positions
@@ -42,7 +40,6 @@ class SlideEncoder(nn.Module):
         self.pool = pool
         self.weights = weights
         self.sequence_group: dist.ProcessGroup | None = None
-        self._graphs: EncoderGraphs | None = None
         self.tile_projection = nn.Linear(spec.tile_dim, spec.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
         drop_path = [spec.drop_path * i / max(1, spec.layers - 1) for i in range(spec.layers)]
@@ -108,16 +105,11 @@ class SlideEncoder(nn.Module):
         Raises:
             LongslideError: Two tiles of a slide in one cell, impossible cells, an empty slide, or shapes that do not fit.
         """
-        tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
-        if self._takes_graphs(tile_features, slides):
-            if self._graphs is None:
-                self._graphs = EncoderGraphs(self._encode_one, self._replayed)
-            x = self._graphs(tile_features, grid_cells, slides.cu_seqlens)
-        else:
-            x = self._encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens, slides.shards)
-        pooled = self._pool(x, slides)
+        tile_features, grid_cells, slides = self.pack(tile_features, grid_cells, cu_seqlens)
+        tokens = self.encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens, slides.shards)
+        embeddings = self.pool_tokens(tokens, slides)
         slides.check()
-        return pooled
+        return embeddings
 
     def layer_embeddings(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The slide embedding after each layer, before it the one of the projected tiles.
@@ -133,12 +125,12 @@ class SlideEncoder(nn.Module):
         Raises:
             LongslideError: As for `forward`.
         """
-        tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
+        tile_features, grid_cells, slides = self.pack(tile_features, grid_cells, cu_seqlens)
         x = self._embed(tile_features, grid_cells, slides)
-        embeddings = [self._pool(x, slides)]
+        embeddings = [self.pool_tokens(x, slides)]
         for layer in self.layers:
             x = torch.add(*self._run(layer, x, slides.cu_seqlens, slides.shards))
-            embeddings.append(self._pool(x, slides))
+            embeddings.append(self.pool_tokens(x, slides))
         slides.check()
         return torch.stack(embeddings)
 
@@ -158,27 +150,17 @@ class SlideEncoder(nn.Module):
         """
         if self.sequence_group is not None:
             raise LongslideError("the tokens of a slide spread over several ranks are not to be had; embed it on one")
-        tile_features, grid_cells, slides = self._pack(tile_features, grid_cells, cu_seqlens)
-        tokens = self._encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens)[slides.rows_of_tiles()]
+        tile_features, grid_cells, slides = self.pack(tile_features, grid_cells, cu_seqlens)
+        tokens = self.encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens)[slides.rows_of_tiles()]
         slides.check()
         return tokens
 
-    def _encode_one(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`(N + 1, width)` tokens of one slide after all layers."""
-        return self._encode(self._prepend_cls(self._project(tile_features, grid_cells)), cu_seqlens)
-
-    def _replayed(self) -> list[nn.Module]:
-        """The modules of `_encode_one`, this one for its cls token."""
-        return [
-            self,
-            *(part for root in (self.tile_projection, self.layers, self.layers_norm) for part in root.modules()),
-        ]
-
-    def _encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
+    def encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
+        """`(T, width)` tokens after all layers, of those before them."""
         update: Tensor | None = None
         for layer in self.layers:
             x, update = self._run(layer, x, cu_seqlens, shards, update)
-            if self._checkpoints():  # of the two only the sum is kept
+            if self.recomputes():  # of the two only the sum is kept
                 x, update = x + update, None
         normed: Tensor = self.layers_norm(x if update is None else x + update)
         return normed
@@ -191,46 +173,19 @@ class SlideEncoder(nn.Module):
         shards: SequenceShards | None,
         update: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if self._checkpoints():
+        if self.recomputes():
             outputs: tuple[Tensor, Tensor] = recompute(layer, x, cu_seqlens, shards, update, use_reentrant=False)
         else:
             outputs = layer(x, cu_seqlens, shards, update)
         return outputs
 
-    def _checkpoints(self) -> bool:
+    def recomputes(self) -> bool:
+        """Whether layers are computed again in the backward."""
         return self.spec.checkpointing and torch.is_grad_enabled()
 
-    def drop_graphs(self) -> None:
-        """Free the memory that CUDA graphs of short slides hold; they are made again when wanted.
-
-        To be called after a change of settings, such as the rate of a dropout: graphs do not notice it.
-        """
-        self._graphs = None
-
-    def _takes_graphs(self, tile_features: Tensor, slides: "_Slides") -> bool:
-        """Whether the tokens may come from CUDA graphs: of one short slide, by kernels that never ask the host."""
-        if len(slides.lengths) != 1 or slides.shards is not None or len(tile_features) >= MAX_TOKENS:
-            return False
-        if not has_kernels(tile_features) or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
-            return False
-        # Hooks of a checkpoint around the encoder, which saves nothing.
-        if torch._C._autograd._top_saved_tensors_default_hooks(True):
-            return False
-        if getattr(self, "_is_replica", False):  # of DataParallel: it shares the graphs of another GPU's encoder
-            return False
-        if not self.cls_token.device == tile_features.device == slides.grid_cells.device:
-            return False
-        if self._checkpoints() or (torch.is_grad_enabled() and not keeps_activations(tile_features.device)):
-            return False
-        from .dilated_attention.fused import eligible
-
-        dtype = self.tile_projection.weight.dtype
-        head_dim = self.spec.width // self.spec.heads
-        return self.spec.pattern == "dilated" and eligible(dtype, head_dim, self.spec.dilated_ratios)
-
-    def _pack(
+    def pack(
         self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor, "_Slides"]:
+    ) -> tuple[Tensor, Tensor, "PackedSlides"]:
         """`(T, tile_dim)` and `(T, 2)` of all slides, or of this rank's part of one, and where they are."""
         if self.sequence_group is not None:
             return self._pack_part(tile_features, grid_cells, cu_seqlens, self.sequence_group)
@@ -246,11 +201,11 @@ class SlideEncoder(nn.Module):
                     f"cu_seqlens of slides with {lengths} tiles do not fit {len(tile_features)} tile embeddings; each slide "
                     "has at least one tile"
                 )
-        return tile_features, grid_cells, _Slides(lengths, tile_features.device, grid_cells)
+        return tile_features, grid_cells, PackedSlides(lengths, tile_features.device, grid_cells)
 
     def _pack_part(
         self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Tensor, "_Slides"]:
+    ) -> tuple[Tensor, Tensor, "PackedSlides"]:
         slides = len(tile_features) if cu_seqlens is None else len(cu_seqlens) - 1
         if slides != 1:
             raise LongslideError(f"a slide spread over several ranks comes alone, not with others: got {slides}")
@@ -263,28 +218,31 @@ class SlideEncoder(nn.Module):
         shards = SequenceShards.agree(tiles + (group.rank() == 0), group, device)  # the first rank has the cls token
         if shards.total == 1:
             raise LongslideError("no rank has a tile of the slide")
-        return tile_features, grid_cells, _Slides([tiles], device, grid_cells, shards)
+        return tile_features, grid_cells, PackedSlides([tiles], device, grid_cells, shards)
 
-    def _embed(self, tile_features: Tensor, grid_cells: Tensor, slides: "_Slides") -> Tensor:
+    def _embed(self, tile_features: Tensor, grid_cells: Tensor, slides: "PackedSlides") -> Tensor:
         """The tokens before the layers: each slide's cls token before its tiles."""
-        x = self._project(tile_features, grid_cells)
+        x = self.project(tile_features, grid_cells)
         if len(slides.lengths) == 1:
-            return self._prepend_cls(x, slides.cls_tokens)
+            return self.prepend_cls(x, slides.cls_tokens)
         tokens = x.new_empty(len(x) + len(slides.lengths), self.spec.width).index_copy(0, slides.rows_of_tiles(), x)
         cls_tokens = self.cls_token[0].to(x.dtype).expand(len(slides.lengths), -1)
         return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens)
 
-    def _prepend_cls(self, x: Tensor, cls_tokens: int = 1) -> Tensor:
+    def prepend_cls(self, x: Tensor, cls_tokens: int = 1) -> Tensor:
+        """One slide's tokens before the layers, from its projected tiles; ranks without the cls token take none of it."""
         # A rank without one takes none of it rather than leaves it out: so it has a gradient, of zero, on every rank.
         return torch.cat([self.cls_token[0, :cls_tokens].to(x.dtype), x])
 
-    def _project(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
+    def project(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
+        """`(T, width)` of tiles, with their positions added."""
         weight = self.tile_projection.weight
         x = self.tile_projection(tile_features.to(weight.dtype))
         # Under autocast x is half; positions in the dtype of the weights keep the residuals float32, as published.
         return x + grid_positions(grid_cells, self.spec.width, weight.dtype)  # type: ignore[no-any-return]
 
-    def _pool(self, x: Tensor, slides: "_Slides") -> Tensor:
+    def pool_tokens(self, x: Tensor, slides: "PackedSlides") -> Tensor:
+        """`(B, width)` slide embeddings of the tokens after all layers."""
         if slides.shards is not None:
             cls_tokens = x[: len(x) - slides.lengths[0]]
             own = cls_tokens if self.pool == "cls" else x[len(cls_tokens) :] / (slides.shards.total - 1)
@@ -298,7 +256,14 @@ class SlideEncoder(nn.Module):
         return normed
 
 
-class _Slides:
+def ends(tokens: int, device: torch.device) -> Tensor:
+    """The cumulative lengths of one sequence, `(2,)` int32."""
+    if tokens == 0:
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    return torch.arange(0, 2 * tokens, tokens, dtype=torch.int32, device=device)
+
+
+class PackedSlides:
     """Where packed slides are: `lengths` in tiles each, `cu_seqlens` `(B + 1,)` int32 with the cls tokens.
 
     With `shards` it is one slide, of which this rank has `lengths` tiles, and its `cls_tokens` if it is the first.

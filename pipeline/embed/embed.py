@@ -26,7 +26,7 @@ from ..batch.progress import JobProgress
 from .qc import draw_qc, save_qc
 
 if TYPE_CHECKING:
-    from ...models.slide_encoder.encoder import SlideEncoder
+    from ...models.slide_encoder.cuda_graphs import GraphedEncoder
     from ...models.tile_encoder.spec import TileEncoderSpec
     from .tile_embedding import TileEmbedder
 
@@ -110,6 +110,7 @@ def embed(
         reader = READERS.name_of(READERS.get(reader))
     make_output_folder(output)
 
+    from ...models.slide_encoder.cuda_graphs import GraphedEncoder
     from ...models.slide_encoder.encoder import create_slide_encoder
     from ...models.tile_encoder.encoder import create_tile_encoder
     from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
@@ -117,9 +118,11 @@ def embed(
     torch_device = resolve_device(device)
     slide_model = None
     if slide_encoder is not None:  # before the tile encoder, whose weights are far larger
-        slide_model = create_slide_encoder(
-            slide_encoder, checkpoint=slide_checkpoint, pool=pool, seed=seed, tile_dim=spec.dim
-        ).to(torch_device)
+        slide_model = GraphedEncoder(
+            create_slide_encoder(
+                slide_encoder, checkpoint=slide_checkpoint, pool=pool, seed=seed, tile_dim=spec.dim
+            ).to(torch_device)
+        )
     encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed).to(torch_device)
     job = EmbedJob(
         output=output,
@@ -226,7 +229,7 @@ class EmbedJob:
 
     output: Path
     embedder: "TileEmbedder"
-    slide_encoder: "SlideEncoder | None"
+    slide_encoder: "GraphedEncoder | None"
     tile_mpp: float
     tile_px: int
     overlap: int

@@ -6,7 +6,7 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...data.tiles.stream import TileBatch
 from ...errors import LongslideError
@@ -133,7 +133,11 @@ class TileEmbedder:
 
 @torch.inference_mode()
 def embed_slide(
-    slide_encoder: nn.Module, features: np.ndarray, cells: np.ndarray, device: torch.device, precision: Precision
+    slide_encoder: Callable[[Tensor, Tensor], Tensor],
+    features: np.ndarray,
+    cells: np.ndarray,
+    device: torch.device,
+    precision: Precision,
 ) -> np.ndarray:
     """One slide embedding from all of a slide's tile embeddings.
 

@@ -154,6 +154,7 @@ class FeatureMaker:
         _check_weights("tile", encoder.weights, facts.get("tile_weights"))
         slide_encoder = None
         if self.reads_slide_embedding:
+            from ...models.slide_encoder.cuda_graphs import GraphedEncoder
             from ...models.slide_encoder.encoder import create_slide_encoder
 
             if facts.get("slide_encoder") is None:
@@ -162,9 +163,11 @@ class FeatureMaker:
                     "and give their folder with --features"
                 )
             checkpoint, seed = _weights_to_load(self.slide_checkpoint, facts.get("slide_weights"))
-            slide_encoder = create_slide_encoder(
-                facts["slide_encoder"], checkpoint=checkpoint, pool=facts["pool"], seed=seed, tile_dim=encoder.dim
-            ).to(self.device)
+            slide_encoder = GraphedEncoder(
+                create_slide_encoder(
+                    facts["slide_encoder"], checkpoint=checkpoint, pool=facts["pool"], seed=seed, tile_dim=encoder.dim
+                ).to(self.device)
+            )
             _check_weights("slide", slide_encoder.weights, facts.get("slide_weights"))
         precision = resolve_precision(self.precision, encoder.spec.precision, self.device)
         reader = recorded_reader(facts.get("reader"))

@@ -110,6 +110,7 @@ def predict(
             output = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="longslide-")))
         make_output_folder(output)
 
+        from ...models.aggregators.slide_encoder import use_cuda_graphs
         from ...models.classifier.ensemble import checkpoint_digests, load_ensemble
         from ...models.explain.classifier import check_method
         from ..embed.tile_embedding import resolve_device
@@ -117,6 +118,7 @@ def predict(
         torch_device = resolve_device(device)
         paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
         ensemble = load_ensemble([Path(path) for path in paths]).to(torch_device)
+        use_cuda_graphs(ensemble)
         if explain is not None:
             check_method(ensemble, explain)
         maker = FeatureMaker(

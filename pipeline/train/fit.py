@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ...data.cohort.splits import Part
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
+from ...models.aggregators.slide_encoder import use_cuda_graphs
 from ...models.classifier.checkpoint import load_classifier
 from ...models.classifier.classifier import SlideClassifier
 from ...models.classifier.objective import Cox
@@ -77,6 +78,7 @@ def train(training: Training, run: TrainingRun | None) -> None:
     resume = last if last.is_file() else None
     if resume is not None and run is not None:
         print(f"going on from {last}", file=sys.stderr)
+    use_cuda_graphs(training.model)
     try:
         trainer.fit(
             training.model, datamodule=training.data, ckpt_path=resume, weights_only=None if resume is None else True

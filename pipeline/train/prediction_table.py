@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...data.cohort.bags import Bag
 from ...evaluation.calibration import best_threshold, fit_temperature
+from ...models.aggregators.slide_encoder import use_cuda_graphs
 from ...models.classifier.classifier import SlideClassifier
 from ...models.classifier.objective import Cox
 from ...models.classifier.selection import class_of
@@ -48,6 +49,7 @@ def run_classifier(
         precision: The context to run in, such as autocast.
     """
     classifier.to(device).eval()
+    use_cuda_graphs(classifier)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     with torch.inference_mode(), precision or nullcontext():
         for batch in batches:

@@ -1,6 +1,7 @@
 """Short sequences as CUDA graphs give what they give without: on a GPU, and with a stand-in for the graphs on a CPU."""
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -11,8 +12,9 @@ from unittest import mock
 import pytest
 import torch
 from longslide import create_slide_encoder
-from longslide.models.slide_encoder.cuda_graphs import EncoderGraphs, bucket, ends
-from longslide.models.slide_encoder.encoder import SlideEncoder
+from longslide.models.aggregators.slide_encoder import SlideEncoderAggregator, use_cuda_graphs
+from longslide.models.slide_encoder.cuda_graphs import EncoderGraphs, GraphedEncoder, bucket
+from longslide.models.slide_encoder.encoder import SlideEncoder, ends
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -185,22 +187,68 @@ def test_a_slide_that_is_not_finite_spoils_no_later_one(layers: Layers) -> None:
     assert layers.weight_gradient(layers(torch.randn(97, 8))).isfinite().all()
 
 
-def test_a_replica_a_checkpoint_around_the_encoder_and_cells_elsewhere_take_no_graphs() -> None:
+def test_a_replica_a_checkpoint_around_the_encoder_hooks_and_cells_elsewhere_take_no_graphs() -> None:
     """A replica of DataParallel would take those of its origin, on another GPU."""
     encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1)
     index = torch.arange(4)
     x, cells = torch.randn(1, 4, 1536), torch.stack([index, index], -1)[None]
 
-    def takes(encoder: SlideEncoder, cells: Tensor = cells) -> bool:
-        features, _, slides = encoder._pack(x, cells, None)
-        return encoder._takes_graphs(features, slides)
+    def takes(encoder: SlideEncoder, x: Tensor = x, cells: Tensor = cells, cu_seqlens: Tensor | None = None) -> bool:
+        return GraphedEncoder(encoder).takes_graphs(x, cells, cu_seqlens)
 
-    with mock.patch("longslide.models.slide_encoder.encoder.has_kernels", return_value=True), torch.no_grad():
+    with mock.patch("longslide.models.slide_encoder.cuda_graphs.has_kernels", return_value=True), torch.no_grad():
         assert takes(encoder)
+        assert takes(encoder, x[0], cells[0], torch.tensor([0, 4]))
+        assert not takes(encoder, x[0], cells[0], torch.tensor([0, 1, 4]))
         assert not takes(encoder._replicate_for_data_parallel())
-        assert not takes(encoder, cells.to("meta"))
+        assert not takes(encoder, cells=cells.to("meta"))
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             assert not takes(encoder)
+        hook = encoder.register_forward_hook(lambda *_: None)
+        assert not takes(encoder)
+        hook.remove()
+        assert takes(encoder)
+
+
+def test_a_graphed_encoder_is_called_asked_and_copied_as_the_encoder_is() -> None:
+    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1)
+    graphed = GraphedEncoder(encoder)
+    index = torch.arange(4)
+    x, cells = torch.randn(1, 4, 1536), torch.stack([index, index], -1)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(graphed(x, cells), encoder(x, cells))
+        packed = (x[0], cells[0], torch.tensor([0, 1, 4]))
+        torch.testing.assert_close(graphed(*packed), encoder(*packed))
+    assert (graphed.name, graphed.weights) == ("gigapath", encoder.weights)
+    for other in (copy.deepcopy(graphed), pickle.loads(pickle.dumps(graphed))):
+        assert other.encoder is not encoder
+        with torch.no_grad():
+            other.cls_token.add_(1)
+            assert not torch.equal(other(x, cells), encoder(x, cells))
+
+
+def test_the_graphs_of_an_aggregator_are_its_own_and_leave_its_weights_names() -> None:
+    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1)
+    aggregator = SlideEncoderAggregator(encoder)
+    names = list(aggregator.state_dict())
+    use_cuda_graphs(nn.Sequential(aggregator))
+    index = torch.arange(4)
+    bag = (torch.randn(4, 1536), torch.stack([index, index], -1), torch.tensor([0, 4]))
+    with (
+        torch.no_grad(),
+        mock.patch.object(GraphedEncoder, "__call__", autospec=True, side_effect=GraphedEncoder.__call__) as run,
+    ):
+        aggregator(*bag)
+        assert run.call_args.args[0].encoder is encoder
+        other = copy.deepcopy(aggregator)
+        other(*bag)
+        assert run.call_args.args[0].encoder is other.encoder
+        runs = run.call_count
+        replica = aggregator._replicate_for_data_parallel()
+        replica.encoder = copy.deepcopy(encoder)  # it shares all but its modules
+        replica(*bag)
+        assert run.call_count == runs
+    assert list(aggregator.state_dict()) == names
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
@@ -212,20 +260,24 @@ def slide(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.stack([index % 50, index // 50], -1)[None]
 
 
-def without_graphs(encoder: SlideEncoder, x: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    with mock.patch.object(encoder, "_takes_graphs", return_value=False):
-        return encoder(x, cells)
+def graphed(**options: Any) -> GraphedEncoder:
+    return GraphedEncoder(create_slide_encoder("gigapath", checkpoint="random", **options).cuda())
+
+
+def run_of(encoder: GraphedEncoder, x: Tensor, cells: Tensor) -> Tensor:
+    assert encoder.takes_graphs(x, cells, None)
+    return encoder(x, cells)
 
 
 @needs_gpu
 def test_graphs_give_what_the_layers_give_and_follow_their_weights() -> None:
-    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=2).cuda()
+    encoder = graphed(layers=2)
     for tokens in (1000, 1, 300, 290):
         x, cells = slide(tokens)
         for mode in (torch.inference_mode, torch.no_grad):
             with mode():
-                replayed = encoder(x, cells).clone()
-                torch.testing.assert_close(replayed, without_graphs(encoder, x, cells), rtol=1e-3, atol=1e-4)
+                replayed = run_of(encoder, x, cells).clone()
+                torch.testing.assert_close(replayed, encoder.encoder(x, cells), rtol=1e-3, atol=1e-4)
     with torch.inference_mode():
         before = encoder(x, cells)
         other = copy.deepcopy(encoder)
@@ -237,10 +289,10 @@ def test_graphs_give_what_the_layers_give_and_follow_their_weights() -> None:
 @needs_gpu
 @pytest.mark.parametrize("autocast", [False, True])
 def test_gradients_from_graphs_add_up_as_those_of_the_layers(autocast: bool) -> None:
-    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=2).cuda()
+    encoder = graphed(layers=2)
     encoder.layers[0].ffn_out.requires_grad_(False)
     found = []
-    for run in (encoder, partial(without_graphs, encoder)):
+    for run in (partial(run_of, encoder), encoder.encoder):
         encoder.zero_grad()
         for tokens in (1000, 300, 290, 1000):  # accumulated
             x, cells = slide(tokens)
@@ -258,7 +310,7 @@ def test_gradients_from_graphs_add_up_as_those_of_the_layers(autocast: bool) -> 
 
 @needs_gpu
 def test_a_second_slide_before_the_backward_of_the_first_leaves_that_one_right() -> None:
-    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1).cuda()
+    encoder = graphed(layers=1)
     wanted = [
         torch.autograd.grad(encoder(*slide(n)).square().sum(), encoder.layers[0].qkv.weight)[0] for n in (300, 400)
     ]
@@ -273,11 +325,12 @@ def test_a_second_slide_before_the_backward_of_the_first_leaves_that_one_right()
 @needs_gpu
 def test_one_forward_has_as_many_gradients_as_are_asked_for() -> None:
     """As explanations ask for: one for each class."""
-    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=2).cuda().requires_grad_(False)
+    encoder = graphed(layers=2)
+    encoder.requires_grad_(False)
     x, cells = slide(300)
     x.requires_grad_()
     for column in (0, 5):
-        replayed, plain = encoder(x, cells), without_graphs(encoder, x, cells)
+        replayed, plain = encoder(x, cells), encoder.encoder(x, cells)
         for output in (replayed, plain):
             torch.autograd.grad(output[0, 1], x, retain_graph=True)
         found, wanted = (torch.autograd.grad(output[0, column], x)[0] for output in (replayed, plain))
@@ -286,6 +339,7 @@ def test_one_forward_has_as_many_gradients_as_are_asked_for() -> None:
 
 @needs_gpu
 def test_dropped_paths_differ_from_replay_to_replay() -> None:
-    encoder = create_slide_encoder("gigapath", checkpoint="random", layers=2, drop_path=0.5).cuda().train()
+    encoder = graphed(layers=2, drop_path=0.5)
+    encoder.train()
     x, cells = slide(300)
     assert len({round(encoder(x, cells)[0, 0].item(), 4) for _ in range(16)}) > 2
