@@ -66,7 +66,7 @@ def forward(encoder: GraphedEncoder, *batch: Tensor) -> None:
 
 
 def step(encoder: GraphedEncoder, *batch: Tensor) -> None:
-    encoder(*batch).float().square().sum().backward()
+    encoder(*batch).float().square().sum().backward()  # type: ignore[no-untyped-call]
     encoder.zero_grad(set_to_none=True)  # while the GPU works
 
 
