@@ -5,7 +5,9 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import longslide
 import pytest
+import yaml
 from longslide.data.cohort.augmentation import Augmentation
 from longslide.data.cohort.datamodule import BagDataModule
 from longslide.models.classifier.classifier import SlideClassifier
@@ -63,6 +65,18 @@ def test_links_within_the_documentation_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).is_file(), target
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: longslide\.(\w+)$", text, re.MULTILINE)
+    assert sorted(names) == sorted(set(longslide.__all__) - {"__version__"})
+
+
+def test_every_page_is_in_the_navigation_of_the_documentation() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = re.findall(r"[\w/-]+\.md", str(navigation))
+    assert sorted(pages) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
 def test_the_augmentations_in_the_documentation_exist() -> None:

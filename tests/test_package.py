@@ -8,6 +8,7 @@ from pathlib import Path
 
 import longslide
 import pytest
+import yaml
 from longslide.models.tile_encoder.spec import list_tile_encoders, load_tile_encoder_spec
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,12 @@ def test_every_room_and_root_file_goes_into_the_wheel() -> None:
 def test_every_folder_of_modules_is_a_package() -> None:
     folders = {path.parent for room in ROOT.glob("*/__init__.py") for path in room.parent.rglob("*.py")}
     assert [folder for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_citation_names_this_version_and_licence() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == longslide.__version__
+    assert citation["license"] == metadata("longslide")["License-Expression"]
 
 
 @pytest.mark.parametrize("name", list_tile_encoders())
