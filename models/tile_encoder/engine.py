@@ -1,0 +1,421 @@
+"""A tile encoder at the speed of its device: weights in the precision they run in, compiled blocks, CUDA graphs, copies
+that overlap.
+
+On a GPU an encoder loses a third to three quarters of its rate to autocast, which casts all weights and activations again in
+every batch, and to the launches of its kernels. Here weights are cast once; the blocks of a transformer are compiled, one
+graph for all depths; a whole forward of a fixed number of tiles is one CUDA graph; and tiles go up and embeddings come down
+beside it. What an encoder does not stand (dtypes set by hand, a sync within) it is spared, with a remark.
+"""
+
+import copy
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from types import FunctionType
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...errors import LongslideError
+from .float8 import Fidelity, Float8Linear, fidelity, fits_float8, has_float8
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["float32", "float16", "bfloat16", "float8"]
+"""float8: linear layers in float8, everything else in float16."""
+
+BATCH_SIZE = 256
+"""Tiles of a batch on a GPU: more are no faster for any encoder of the package on an H100."""
+IN_FLIGHT = 3
+"""Batches handed to the device before the oldest one's embeddings are fetched: copies hide, memory stays bounded."""
+LEAST_COSINE = 0.999
+LEAST_MEAN_COSINE = 0.9999
+"""Float8 below one of these is refused."""
+FIDELITY_TILES = 256
+
+
+def weights_dtype(precision: Precision) -> torch.dtype:
+    """The dtype that weights are held in."""
+    return torch.float16 if precision == "float8" else getattr(torch, precision)  # type: ignore[no-any-return]
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    tiles: Tensor
+    embeddings: Tensor
+
+
+class _Slot:
+    """Memory of one batch on its way: pinned tiles, tiles on the device, pinned embeddings."""
+
+    def __init__(self, tiles: int, shape: tuple[int, ...], device: torch.device) -> None:
+        self.host = torch.empty(tiles, *shape, dtype=torch.uint8, pin_memory=True)
+        self.device = torch.empty(tiles, *shape, dtype=torch.uint8, device=device)
+        self.embeddings: Tensor | None = None
+        self.uploaded = torch.cuda.Event()
+        self.done = torch.cuda.Event()
+        self.filled = 0
+
+
+class TileEngine:
+    """Runs a tile encoder on one device.
+
+    Args:
+        encoder: Maps `(B, H, W, 3)` uint8 tiles to `(B, D)` embeddings; on any device, in float32. It is not changed, and
+            its weights are not held twice on one device in one precision.
+        device: Where to run.
+        precision: What the weights and products are in.
+        batch_size: Tiles of a batch; by default what is fastest. Halved, for good, when the device runs out of memory.
+        compiles: Whether repeated blocks are compiled; by default on a GPU, but for float32.
+        pads: Whether batches are filled up to a fixed size; by default on a GPU.
+
+    Attributes:
+        remarks: What the encoder does not stand, a sentence each.
+        fidelity: How far the first tiles are from float32; measured in float8.
+
+    Raises:
+        LongslideError: Float8 on a device that has none, or of an encoder without linear layers.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        device: torch.device,
+        precision: Precision = "float32",
+        batch_size: int | None = None,
+        *,
+        compiles: bool | None = None,
+        pads: bool | None = None,
+    ) -> None:
+        on_gpu = device.type == "cuda"
+        self.encoder = encoder
+        self.device = device
+        self.precision = precision
+        self.batch_size = batch_size or (BATCH_SIZE if on_gpu else 64)
+        self.remarks: list[str] = []
+        self.fidelity: Fidelity | None = None
+        self._compiles = on_gpu and precision != "float32" if compiles is None else compiles
+        self._pads = on_gpu if pads is None else pads
+        self._graphs: dict[tuple[int, ...], _Graph] | None = {} if on_gpu else None
+        self._pool: Any = None
+        self._copies: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._slots: deque[_Slot] = deque()
+        self._autocast = False
+        self._run: Callable[[Tensor], Tensor] = self._prepare()
+        self._warm: set[tuple[int, ...]] = set()
+
+    def _prepare(self) -> nn.Module:
+        """The encoder with its weights as they run."""
+        if self.precision == "float8" and not has_float8(self.device):
+            raise LongslideError(
+                f"--precision float8 needs an NVIDIA GPU of compute capability 8.9 or more, not {self.device}; use float16"
+            )
+        network = placed(self.encoder, self.device, weights_dtype(self.precision))
+        if self.precision == "float8":
+            replace_linears(network, self.encoder, self.device)
+        if self._compiles:
+            compile_blocks(network)
+        return network
+
+    @torch.inference_mode()
+    def __call__(self, tiles: Tensor) -> Tensor:
+        """Embed tiles.
+
+        Args:
+            tiles: `(B, H, W, 3)` uint8, B at least 1.
+
+        Returns:
+            `(B, D)` on the engine's device: float32 in that precision, else float16.
+
+        Raises:
+            LongslideError: One tile does not fit in the device's memory.
+        """
+        tiles = tiles.to(self.device)
+        while True:
+            try:
+                return torch.cat([self._fixed(part) for part in self._parts(tiles)])
+            except torch.OutOfMemoryError as error:
+                smallest = min(self.batch_size, len(tiles))
+                if smallest == 1:
+                    raise LongslideError(
+                        f"one tile does not fit in the memory of {self.device}; use --device cpu, or free the GPU"
+                    ) from error
+                self.batch_size = smallest // 2
+            self._forget()  # outside the handler: the error's traceback keeps the failed batch's tensors
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Embed a stream of tiles, while more are read and earlier embeddings come down.
+
+        Args:
+            batches: `(B, H, W, 3)` uint8 tiles, of any B.
+
+        Yields:
+            `(B', D)` embeddings, in the order of the tiles; B' need not be the stream's B.
+
+        Raises:
+            LongslideError: One tile does not fit in the device's memory; float8 is too coarse for these tiles.
+        """
+        if self.device.type != "cuda":
+            for tiles in batches:
+                yield self(torch.from_numpy(tiles)).numpy()
+            return
+        pending: deque[_Slot] = deque()
+        try:
+            for slot in self._regroup(batches, pending):
+                self._launch(slot)
+                pending.append(slot)
+                if len(pending) >= IN_FLIGHT:
+                    yield self._fetch(pending.popleft())
+            while pending:
+                yield self._fetch(pending.popleft())
+        finally:
+            for slot in pending:  # of a stream that was given up
+                slot.done.synchronize()
+                self._slots.append(slot)
+
+    def _parts(self, tiles: Tensor) -> Iterator[Tensor]:
+        """Cut tiles into batches: whole ones, and the rest in quarters, so that little is padded."""
+        start = 0
+        while start < len(tiles):
+            left = len(tiles) - start
+            size = self.batch_size
+            if self._pads and left < size:
+                size = min(size, max(1, self.batch_size // 4))
+            yield tiles[start : start + size]
+            start += size
+
+    def _fixed(self, tiles: Tensor) -> Tensor:
+        """Embed at most a batch; padded to one of two sizes if the engine pads."""
+        count = len(tiles)
+        if not self._pads:
+            return self._embed(tiles)
+        quarter = max(1, self.batch_size // 4)
+        size = quarter if count <= quarter else self.batch_size
+        if self._graphs is not None:
+            graph = self._graph(size, tiles)
+            if graph is not None:
+                graph.tiles[:count].copy_(tiles)
+                graph.graph.replay()
+                return graph.embeddings[:count].clone()
+        if count < size:
+            tiles = torch.cat([tiles, tiles.new_zeros(size - count, *tiles.shape[1:])])
+        return self._embed(tiles)[:count]
+
+    def _embed(self, tiles: Tensor) -> Tensor:
+        """One forward, in the first of the ways that the encoder stands."""
+        key = (*tiles.shape, self._compiles)
+        started = time.monotonic()
+        try:
+            embeddings = self._forward(tiles)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if isinstance(error, LongslideError) or not self._fall_back(error):
+                raise
+            return self._embed(tiles)
+        if self._compiles and key not in self._warm:
+            self._warm.add(key)
+            logger.info("compiled for batches of %d tiles in %.0f s", len(tiles), time.monotonic() - started)
+        return embeddings
+
+    def _forward(self, tiles: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, weights_dtype(self.precision), enabled=self._autocast):
+            embeddings = self._run(tiles)
+        return embeddings.to(torch.float32 if self.precision == "float32" else torch.float16)
+
+    def _fall_back(self, error: Exception) -> bool:
+        """Take the next plainer way; False if there is none."""
+        reason = " ".join(str(error).split())[:200]
+        if self._compiles:
+            self._compiles = False
+            self.remarks.append(f"the tile encoder cannot be compiled and runs as it is ({reason})")
+        elif self.precision in ("float16", "bfloat16") and not self._autocast:
+            self._autocast = True
+            self.remarks.append(
+                f"the tile encoder does not run with weights in {self.precision}, but by autocast, which is slower ({reason})"
+            )
+        else:
+            return False
+        logger.warning("%s", self.remarks[-1])
+        self._run = placed(self.encoder, self.device, torch.float32) if self._autocast else self._prepare()
+        return True
+
+    def _graph(self, size: int, like: Tensor) -> _Graph | None:
+        """The graph of a number of tiles; None if the encoder has none."""
+        assert self._graphs is not None
+        key = (size, *like.shape[1:])
+        if key in self._graphs:
+            return self._graphs[key]
+        tiles = torch.zeros(size, *like.shape[1:], dtype=torch.uint8, device=self.device)
+        stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+            for _ in range(2):  # kernels are compiled and chosen outside the graph
+                self._embed(tiles)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            # A reader's thread may pin memory meanwhile: only this thread's calls are held to what a capture allows.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                embeddings = self._forward(tiles)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.synchronize(self.device)
+            self.remarks.append(f"the tile encoder runs without CUDA graphs ({' '.join(str(error).split())[:200]})")
+            logger.warning("%s", self.remarks[-1])
+            self._graphs = None
+            return None
+        self._graphs[key] = _Graph(graph, tiles, embeddings)
+        return self._graphs[key]
+
+    def _forget(self) -> None:
+        """Free what batches of another size have taken."""
+        if self._graphs is not None:
+            self._graphs.clear()
+            self._pool = None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def _regroup(self, batches: Iterable[np.ndarray], pending: deque[_Slot]) -> Iterator[_Slot]:
+        """The tiles of a stream in pinned memory, in full batches but for the last."""
+        slot: _Slot | None = None
+        for batch in batches:
+            tiles = torch.from_numpy(batch)
+            while len(tiles):
+                if slot is None:
+                    slot = self._free_slot(tuple(tiles.shape[1:]))
+                room = len(slot.host) - slot.filled
+                taken = tiles[:room]
+                slot.host[slot.filled : slot.filled + len(taken)].copy_(taken)
+                slot.filled += len(taken)
+                tiles = tiles[room:]
+                if slot.filled == len(slot.host):
+                    yield slot
+                    slot = None
+        if slot is not None:
+            yield slot
+
+    def _free_slot(self, shape: tuple[int, ...]) -> _Slot:
+        self._slots = deque(slot for slot in self._slots if slot.host.shape[1:] == shape)
+        slot = self._slots.popleft() if self._slots else _Slot(self.batch_size, shape, self.device)
+        slot.filled = 0
+        return slot
+
+    @torch.inference_mode()
+    def _launch(self, slot: _Slot) -> None:
+        """Hand a batch to the device; nothing here waits for it."""
+        count = slot.filled
+        main = torch.cuda.current_stream(self.device)
+        self._copies.wait_event(slot.done)  # the device's copy of the tiles before these has been read
+        with torch.cuda.stream(self._copies):
+            slot.device[:count].copy_(slot.host[:count], non_blocking=True)
+            slot.uploaded.record(self._copies)
+        main.wait_event(slot.uploaded)
+        embeddings = self(slot.device[:count])
+        if self.precision == "float8" and (self.fidelity is None or self.fidelity.tiles < min(count, FIDELITY_TILES)):
+            self._check_fidelity(slot.device[:count], embeddings)
+        if slot.embeddings is None:
+            slot.embeddings = torch.empty(len(slot.host), embeddings.shape[1], dtype=embeddings.dtype, pin_memory=True)
+        slot.embeddings[:count].copy_(embeddings, non_blocking=True)
+        slot.done.record(main)
+
+    def _fetch(self, slot: _Slot) -> np.ndarray:
+        slot.done.synchronize()
+        assert slot.embeddings is not None
+        embeddings: np.ndarray = slot.embeddings[: slot.filled].numpy().copy()
+        self._slots.append(slot)
+        return embeddings
+
+    def _check_fidelity(self, tiles: Tensor, embeddings: Tensor) -> None:
+        """Measure the first tiles against float32.
+
+        Raises:
+            LongslideError: The embeddings are too far from those in float32.
+        """
+        if len(tiles) < 2:
+            return
+        tiles, embeddings = tiles[:FIDELITY_TILES], embeddings[:FIDELITY_TILES]
+        self.fidelity = fidelity(embeddings, self.exact(tiles))
+        logger.info("%s: %s", self.precision, self.fidelity)
+        if self.fidelity.mean_cosine < LEAST_MEAN_COSINE or self.fidelity.least_cosine < LEAST_COSINE:
+            raise LongslideError(
+                f"--precision float8 is too coarse for this tile encoder and these tiles: {self.fidelity}; at least "
+                f"{LEAST_MEAN_COSINE} and {LEAST_COSINE} are asked for. Use float16"
+            )
+
+    @torch.inference_mode()
+    def exact(self, tiles: Tensor) -> Tensor:
+        """`(B, D)` float32 embeddings of tiles on the device, by the encoder as it was given."""
+        network = placed(self.encoder, self.device, torch.float32)
+        return torch.cat([network(part).float() for part in tiles.split(32)])
+
+
+def placed(encoder: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy of an encoder whose weights are on a device and in a dtype; it shares those that are there already.
+
+    Batch norms keep float32, in which their statistics are exact and which their kernels take with any input.
+    """
+    kept = {
+        id(tensor)
+        for module in encoder.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    memo: dict[int, Any] = {}
+    for tensor in (*encoder.parameters(), *encoder.buffers()):
+        wanted = dtype if tensor.is_floating_point() and id(tensor) not in kept else None
+        moved = tensor.detach().to(device, wanted)
+        memo[id(tensor)] = nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+    return copy.deepcopy(encoder, memo).eval()
+
+
+def replace_linears(network: nn.Module, original: nn.Module, device: torch.device) -> None:
+    """Put float8 layers in the place of a network's linear ones, with the weights of the original.
+
+    Raises:
+        LongslideError: It has none.
+    """
+    names = [name for name, module in original.named_modules() if fits_float8(module)]
+    if not names:
+        raise LongslideError(
+            "--precision float8: the tile encoder has no linear layers that it could speed up; use float16"
+        )
+    for name in names:
+        linear: Any = original.get_submodule(name)
+        network.set_submodule(name, Float8Linear(linear, torch.float16).to(device))
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The longest row of modules of one class: the blocks of a transformer; none if there are fewer than four."""
+    longest: list[nn.Module] = []
+    for module in network.modules():
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            for kind in {type(child) for child in module}:
+                row = [child for child in module if type(child) is kind]
+                longest = row if len(row) > len(longest) else longest
+    return longest if len(longest) >= 4 else []
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile the forward of a network's blocks in place: one graph for all of them, kept on disk for later runs."""
+    blocks = repeated_blocks(network)
+    if not blocks:
+        return
+    forward: Any = type(blocks[0]).forward
+    if isinstance(forward, FunctionType):  # a code of its own: what is compiled is kept, and counted, by code
+        own = FunctionType(
+            forward.__code__.replace(co_name=forward.__name__), forward.__globals__, forward.__name__,
+            forward.__defaults__, forward.__closure__,
+        )  # fmt: skip
+        own.__kwdefaults__ = forward.__kwdefaults__
+        forward = own
+    compiled = torch.compile(forward, dynamic=False, fullgraph=True)
+    for block in blocks:
+        block.forward = partial(compiled, block)
