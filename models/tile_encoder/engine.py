@@ -40,7 +40,7 @@ FIDELITY_TILES = 256
 
 def weights_dtype(precision: Precision) -> torch.dtype:
     """The dtype that weights are held in."""
-    return torch.float16 if precision == "float8" else getattr(torch, precision)  # type: ignore[no-any-return]
+    return torch.float16 if precision == "float8" else getattr(torch, precision)
 
 
 class _Graph(NamedTuple):
@@ -56,8 +56,8 @@ class _Slot:
         self.host = torch.empty(tiles, *shape, dtype=torch.uint8, pin_memory=True)
         self.device = torch.empty(tiles, *shape, dtype=torch.uint8, device=device)
         self.embeddings: Tensor | None = None
-        self.uploaded = torch.cuda.Event()
-        self.done = torch.cuda.Event()
+        event: Any = torch.cuda.Event
+        self.uploaded, self.done = event(), event()
         self.filled = 0
 
 
@@ -236,7 +236,7 @@ class TileEngine:
         elif self.precision in ("float16", "bfloat16") and not self._autocast:
             self._autocast = True
             self.remarks.append(
-                f"the tile encoder does not run with weights in {self.precision}, but by autocast, which is slower ({reason})"
+                f"the tile encoder runs by autocast, which is slower than weights in {self.precision} ({reason})"
             )
         else:
             return False
@@ -261,7 +261,8 @@ class TileEngine:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             # A reader's thread may pin memory meanwhile: only this thread's calls are held to what a capture allows.
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
+            with capture:
                 embeddings = self._forward(tiles)
         except torch.OutOfMemoryError:
             raise
@@ -354,7 +355,7 @@ class TileEngine:
     def exact(self, tiles: Tensor) -> Tensor:
         """`(B, D)` float32 embeddings of tiles on the device, by the encoder as it was given."""
         network = placed(self.encoder, self.device, torch.float32)
-        return torch.cat([network(part).float() for part in tiles.split(32)])
+        return torch.cat([network(part).float() for part in torch.split(tiles, 32)])
 
 
 def placed(encoder: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
