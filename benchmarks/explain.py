@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.ensemble import ClassifierEnsemble
+from longslide.models.classifier.options import ClassifierOptions
 from longslide.models.explain.classifier import explain_ensemble
 from longslide.models.explain.methods import METHODS
 from longslide.task import Task
@@ -24,7 +25,7 @@ DIM = 1536
 def classifier(name: str) -> SlideClassifier:
     facts = TrainingFacts(Task("binary", ("label",), ("normal", "tumour")), DIM)
     checkpoint = "random" if name == "gigapath" else None
-    return SlideClassifier(facts, name, checkpoint=checkpoint)  # type: ignore[arg-type]
+    return SlideClassifier(facts, ClassifierOptions(name, checkpoint=checkpoint))  # type: ignore[arg-type]
 
 
 def measure(run: Callable[[], object], device: torch.device) -> tuple[float, float]:

@@ -26,7 +26,7 @@ def pretrain(features: Path, run: Path, epochs: int, learning_rate: float) -> pd
     options += ["--model.longnet", SIZE, "--model.decoder", "{layers: 1, width: 64, heads: 4, ffn_width: 128}"]
     options += ["--run", str(run), "--trainer.max_epochs", str(epochs), "--trainer.enable_progress_bar", "false"]
     options += ["--model.optimiser.learning_rate", str(learning_rate), "--model.shift", "0"]
-    if longslide(["fit", *options]):
+    if longslide(["pretrain", *options]):
         raise SystemExit(1)
     return pd.read_csv(run / "history.csv")
 

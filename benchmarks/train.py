@@ -20,9 +20,11 @@ import lightning
 import numpy as np
 import torch
 from longslide.data.cohort.datamodule import BagDataModule
+from longslide.data.cohort.options import DataOptions
 from longslide.data.features.feature_file import Features, write_features
-from longslide.models.aggregators.slide_encoder import GigaPathOptions
+from longslide.models.aggregators.options import GigaPathOptions
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
+from longslide.models.classifier.options import ClassifierOptions
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -78,15 +80,14 @@ def main() -> None:
 
 
 def row(folder: Path, options: argparse.Namespace, max_tokens: int, checkpointing: bool) -> str:
+    table = folder / "cohort.csv"
     data = BagDataModule(
-        folder, folder / "cohort.csv", "binary", "label", max_tokens=max_tokens, workers=options.workers, cache_gb=8
+        DataOptions(folder, table, "binary", "label", max_tokens=max_tokens, workers=options.workers, cache_gb=8)
     )
     data.setup()
     model = SlideClassifier(
         TrainingFacts(data.task, data.feature_dim, preprocessing=data.preprocessing),
-        "gigapath",
-        checkpoint="random",
-        gigapath=GigaPathOptions(checkpointing=checkpointing),
+        ClassifierOptions("gigapath", checkpoint="random", gigapath=GigaPathOptions(checkpointing=checkpointing)),
     )
     epochs = Epochs()
     trainer = lightning.Trainer(

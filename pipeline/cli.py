@@ -1,26 +1,41 @@
 """The command line: every command is a typed Python function, its options are the function's arguments."""
 
 import argparse
+import difflib
 import inspect
-import re
+import logging
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
 from ..errors import LongslideError
 from ..version import __version__
+from .parser import OptionParser
 from .plugin_options import accept_plugin_names
 
-# Command -> (the module that holds the function of that name, one line for `longslide --help`).
+if TYPE_CHECKING:
+    from .train.settings import Command
+
+# Command -> (the module that holds the function of that name, one line for `longslide --help`), in the order of the work.
 # A module is imported only when its command is asked for, and imports torch only when it runs.
 COMMANDS = {
     "doctor": (".embed.doctor", "Check slides, weights and this machine before the GPU hours are spent."),
-    "embed": (".embed.embed", "Embed slides: one feature file a slide, with tile embeddings and a slide embedding."),
+    "embed": (".embed.embed", "Embed slides: one feature file per slide, with tile embeddings and a slide embedding."),
+    "pretrain": (".train.pretrain", "Pretrain a slide encoder on feature files without labels."),
+    "fit": (".train.fit", "Train a slide classifier on feature files."),
+    "crossval": (".train.crossval", "Train one classifier per fold, and evaluate on the patients each has not seen."),
+    "test": (".train.test", "Evaluate a trained classifier on another cohort."),
+    "compare": (
+        ".report.compare",
+        "Compare runs on the same patients: every metric with its interval, and paired differences.",
+    ),
     "predict": (
         ".predict.predict",
         "Predict new slides with a trained classifier, and show which tiles speak for and against.",
@@ -29,10 +44,6 @@ COMMANDS = {
         ".report.report",
         "Write an HTML page over the results of predict: table, overlays, galleries, failures.",
     ),
-    "compare": (
-        ".report.compare",
-        "Compare runs on the same patients: every metric with its interval, and paired differences.",
-    ),
     "attention-map": (
         ".attention_map.attention_map",
         "Draw which keys each query sees under an attention pattern, and what it costs.",
@@ -40,13 +51,8 @@ COMMANDS = {
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
 }
 
-# Commands whose options are those of trainer, data module and model: they take the words after them.
-TRAINING_COMMANDS = {
-    "fit": (".train.fit", "Train a slide classifier on feature files, or pretrain a slide encoder."),
-    "crossval": (".train.crossval", "Train a classifier a fold, and evaluate on the patients each has not seen."),
-    "test": (".train.test", "Evaluate a trained classifier on another cohort."),
-}
-
+TRAINING: tuple["Command", ...] = ("pretrain", "fit", "crossval")
+"""Commands with recipes, and with the options of Lightning's Trainer."""
 
 # Arguments that are given without a name, by their name in the function and in YAML.
 POSITIONAL = {
@@ -56,49 +62,39 @@ POSITIONAL = {
 }
 
 
-def refused_value(message: str) -> tuple[str, str] | None:
-    """The option of which a message of jsonargparse refuses the value, and `cannot be ...` with the choices there are."""
-    value = re.search(r'key "(\S+)":.*(?:Given|Got) value: (.*)', message, re.DOTALL)
-    if value is None:
-        return None
-    choices = re.search(r"Literal\[([^]]*)\]", message)
-    return value[1], f"cannot be {value[2]}" + (f", but {choices[1]}" if choices else "")
-
-
-class _Parser(ArgumentParser):
-    """Options spelt as users type them: `--tile-px` for the argument `tile_px`, a bare `--overwrite` for a bool."""
-
-    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("type") is bool:
-            kwargs |= {"nargs": "?", "const": True}
-        names = (name.replace("_", "-") if name.startswith("--") else name for name in args)
-        return super().add_argument(*names, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """One line, instead of the usage of all options and a paragraph on types."""
-        parser = getattr(ex, "subcommand_parser", None) or self
-        command = parser.prog.replace(" [options]", "")
-        if refused := refused_value(message):
-            message = f"--{refused[0].replace('_', '-')} {refused[1]}"
-        elif "does not support item assignment" in message:  # `slides: a.svs` in a YAML file
-            message = "slides must be a list in a YAML file: `slides: [a.svs]`"
-        elif "arguments are required:" in message and (missing := re.findall(r"([a-z-]+)\.([a-z_]+)", message)):
-            command = f"longslide {missing[0][0]}"
-            message = f"{', '.join('--' + name.replace('_', '-') for _, name in missing)} must be given"
-        message = " ".join(message.split()).removeprefix(f"{command} ").rstrip(".")
-        print(f"{command}: {message}; see {command} --help", file=sys.stderr)
-        sys.exit(2)
-
-
-def _command_function(command: str) -> Callable[..., Sequence[Any]]:
+def command_function(command: str) -> Callable[..., Any]:
+    """The function of a command."""
     module = import_module(COMMANDS[command][0], __package__)
     return getattr(module, command.replace("-", "_"))  # type: ignore[no-any-return]
 
 
-def _add_command_arguments(parser: _Parser, function: Callable[..., Any]) -> None:
-    parser.add_argument("--config", action="config", help="YAML file with any of these options as keys.")
-    positional = set(POSITIONAL) & set(inspect.signature(function).parameters)
-    for name in positional:
+def command_parser(command: str, *, typed_trainer: bool = False) -> OptionParser:
+    """The parser of a command.
+
+    Args:
+        command: The command.
+        typed_trainer: Whether the options of Lightning's Trainer are checked, for which it is imported.
+    """
+    function = command_function(command)
+    parser = OptionParser(
+        prog=f"longslide {command}", description=COMMANDS[command][1], print_config="--print-config", dump_header=None
+    )
+    names = inspect.signature(function).parameters
+    added = set(POSITIONAL) & set(names)
+    text = "YAML file with any of these options as keys."
+    if command in TRAINING:
+        from .train.settings import list_recipes
+
+        text += f" Or a recipe by its name: {', '.join(list_recipes(command))}."
+    parser.add_argument("--config", action=_config_action(command), help=text)
+    if command in TRAINING:
+        parser.add_argument(
+            "--help-trainer", action=_TrainerHelp, nargs=0, help="List the options of Lightning's Trainer."
+        )
+        if typed_trainer:
+            _add_trainer(parser)
+            added.add("trainer")
+    for name in added & set(POSITIONAL):
         parser.add_argument(
             name,
             nargs="*",
@@ -106,23 +102,89 @@ def _add_command_arguments(parser: _Parser, function: Callable[..., Any]) -> Non
             default=argparse.SUPPRESS,  # so that none on the command line leaves the YAML key of that name in force
             help=POSITIONAL[name],
         )
-    parser.add_function_arguments(function, as_group=False, skip=set(positional))
+    if "data" in names:
+        from ..data.cohort.options import DataOptions
+        from .train.settings import SETTLED
+
+        parser.add_class_arguments(DataOptions, "data", skip=set(SETTLED[command]))  # type: ignore[index]
+        added.add("data")
+    parser.add_function_arguments(function, as_group=False, skip=set(added))
     accept_plugin_names(parser)
+    return parser
 
 
-def _parser(command: str | None) -> _Parser:
-    parser = _Parser(
-        prog="longslide",
-        description="Whole-slide images to slide-level predictions.",
-        version=__version__,
+def _config_action(command: str) -> type[ActionConfigFile]:
+    class Config(ActionConfigFile):
+        """A configuration file; for training also a recipe of the package by its name."""
+
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+            path = str(values)
+            if command in TRAINING:
+                from .train.settings import recipe_path
+
+                path = recipe_path(command, path)
+            if Path(path).is_file():
+                try:
+                    yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+                except yaml.MarkedYAMLError as error:
+                    mark = error.problem_mark
+                    place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+                    parser.error(f"--config {path}{place}: not YAML: {error.problem}")
+                except (yaml.YAMLError, UnicodeDecodeError) as error:
+                    parser.error(f"--config {path}: not YAML: {error}")
+            super().__call__(parser, cfg, path, option_string)  # type: ignore[no-untyped-call]
+
+    return Config
+
+
+class _TrainerHelp(argparse.Action):
+    """Lists the options of Lightning's Trainer, which is imported for that alone."""
+
+    def __call__(self, parser: Any, *_: Any) -> None:
+        listing = OptionParser(prog=parser.prog, description="Options of Lightning's Trainer.", add_help=False)
+        _add_trainer(listing)
+        listing.print_help()
+        sys.exit(0)
+
+
+def _add_trainer(parser: OptionParser) -> None:
+    from lightning import Trainer
+
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+
+
+def _top_parser(*, complete: bool = False) -> OptionParser:
+    """The parser of `longslide` itself, which lists the commands; for tab completion with all their options."""
+    parser = OptionParser(
+        prog="longslide", description="Whole-slide images to slide-level predictions.", version=__version__
     )
-    subcommands = parser.add_subcommands(required=True)
-    for name, (_, summary) in (COMMANDS | TRAINING_COMMANDS).items():
-        subparser = _Parser(description=summary, print_config="--print-config")
-        if name == command:
-            _add_command_arguments(subparser, _command_function(name))
+    subcommands = parser.add_subcommands(required=False)
+    for name, (_, summary) in COMMANDS.items():
+        subparser = command_parser(name) if complete else OptionParser(description=summary)
         subcommands.add_subcommand(name, subparser, help=summary)
     return parser
+
+
+def parse(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a command's function from the words after the command.
+
+    Raises:
+        SystemExit: Wrong usage, or a question for help.
+    """
+    parser = command_parser(command)
+    parsed = parser.parse_args(words)
+    options: dict[str, Any] = dict(vars(parser.instantiate(parsed)))
+    del options["config"]
+    options.pop("help_trainer", None)
+    for name in set(POSITIONAL) & set(inspect.signature(command_function(command)).parameters):
+        if not options.get(name):
+            parser.error(f"needs {name}: {POSITIONAL[name]}")
+    if options.get("trainer"):
+        options["data"].read_cohort()  # a mistake there is found before Lightning is imported
+        typed = command_parser(command, typed_trainer=True)
+        given = typed.parse_args(words, defaults=False)
+        options["trainer"] = yaml.safe_load(typed.dump(given, skip_unset=False))["trainer"]
+    return options
 
 
 def _ctrl_c_again(dropped: "sys.UnraisableHookArgs") -> None:
@@ -144,25 +206,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 when all is well, 1 when something failed, 2 for wrong usage, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = next((word for word in argv if not word.startswith("-")), None)
-    if command in TRAINING_COMMANDS and argv[0] == command:
-        return _train(command, argv[1:])
-    parser = _parser(command if command in COMMANDS else None)
-    try:
-        arguments = parser.instantiate_classes(parser.parse_args(argv))
-    except LongslideError as error:  # a plug-in that does not exist, or does not take its options
-        print(f"longslide {command}: {error}", file=sys.stderr)
-        return 2
-    command = str(arguments.subcommand)
-    options = arguments[command].as_dict()
-    del options["config"]
-    function = _command_function(command)
-    for name in set(POSITIONAL) & set(inspect.signature(function).parameters):
-        if not options.get(name):
-            parser.error(f"longslide {command} needs {name}: {POSITIONAL[name]}")
+    command, words = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command not in COMMANDS:
+        return _without_command(command, argv)
     default_hook, sys.unraisablehook = sys.unraisablehook, _ctrl_c_again
+    messages = logging.StreamHandler(sys.stderr)  # what the library logs is said on the command line
+    library = logging.getLogger("longslide")
+    level = library.level
+    library.addHandler(messages)
+    library.setLevel(logging.INFO)
     try:
-        results = function(**options)
+        results = command_function(command)(**parse(command, words))
     except LongslideError as error:
         print(f"longslide {command}: {error}", file=sys.stderr)
         return 2
@@ -170,28 +224,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     finally:
+        library.removeHandler(messages)
+        library.setLevel(level)
         sys.unraisablehook = default_hook
-    return 0 if all(result.ok for result in results) else 1
+    return 0 if all(result.ok for result in (results if isinstance(results, list) else [results])) else 1
 
 
-def _train(command: str, argv: Sequence[str]) -> int:
-    module = import_module(TRAINING_COMMANDS[command][0], __package__)
-    default_hook, sys.unraisablehook = sys.unraisablehook, _ctrl_c_again
-    try:
-        return int(getattr(module, command)(argv))
-    except KeyboardInterrupt:
-        print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, LongslideError):
-            cause = cause.__cause__  # jsonargparse wraps what is raised while it builds objects
-        if cause is None:
-            raise
-        print(f"longslide {command}: {cause}", file=sys.stderr)
-        return 2
-    finally:
-        sys.unraisablehook = default_hook
+def _without_command(word: str, argv: Sequence[str]) -> int:
+    """`longslide` alone and `longslide --help` list the commands."""
+    parser = _top_parser()
+    if not word.startswith("-"):
+        near = difflib.get_close_matches(word, COMMANDS, n=1)
+        parser.error(f"{word!r} is not a command" + (f"; did you mean {near[0]}?" if near else ""))
+    parser.parse_args([word] if word == "--help" else argv)
+    return 0
 
 
 if __name__ == "__main__":

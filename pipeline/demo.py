@@ -1,15 +1,17 @@
 """The demo: the whole job on synthetic slides, with no network and no GPU."""
 
 import csv
-import shlex
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
 
+from ..data.cohort.options import DataOptions
 from ..data.synthetic import TEXTURES, Texture, write_synthetic_slide
 from ..errors import LongslideError
+from ..models.aggregators.options import AggregatorName, LongNetOptions
+from ..models.classifier.options import ClassifierOptions, OptimiserOptions
 from .batch.ledger import make_output_folder
 from .embed.embed import embed
 
@@ -19,7 +21,7 @@ ENCODERS = {
     "slide_encoder": "gigapath",
     "slide_checkpoint": "random",
 }
-MODELS = ("longnet", "abmil")
+MODELS: tuple[AggregatorName, ...] = ("longnet", "abmil")
 
 
 def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: int = 24) -> list[Any]:
@@ -60,19 +62,27 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
 
     console.rule("Train")
     runs = [output / "runs" / model for model in MODELS]
-    for model, run in zip(MODELS, runs, strict=True):
+    data = DataOptions(features, table, "binary", max_tokens=64, val_share=0.3, workers=0)
+    trainer = {"max_epochs": 8, "enable_progress_bar": False, **_trainer_device(device)}
+    for name, run in zip(MODELS, runs, strict=True):
         if (run / "metrics.csv").exists():
             continue
-        arguments = [
-            *("--config", "binary", "--model.aggregator", model, "--run", str(run), "--folds", "3"),
-            *("--data.table", str(table), "--data.features", str(features), "--data.max_tokens", "64"),
-            *("--model.longnet", "{layers: 2, width: 64, heads: 4, ffn_width: 128}"),
-            *("--model.optimiser.learning_rate", "1e-3", "--trainer.max_epochs", "8", "--data.workers", "0"),
-            *("--data.val_share", "0.3", "--monitor", "val_loss"),
-            *_trainer_words(device),
-        ]
-        _say(console, "longslide crossval " + shlex.join(arguments))
-        crossval(arguments)
+        model = ClassifierOptions(
+            name,
+            class_weights="balanced",
+            longnet=LongNetOptions(layers=2, width=64, heads=4, ffn_width=128),
+            optimiser=OptimiserOptions(learning_rate=1e-3),
+        )
+        _say(
+            console,
+            f"longslide crossval --data.table {table} --data.features {features} --data.task binary "
+            "--data.max-tokens 64 --data.val-share 0.3 --data.workers 0\\\n"
+            f"    --model.aggregator {name} --model.class-weights balanced --model.optimiser.learning-rate 1e-3 "
+            "--model.longnet '{layers: 2, width: 64, heads: 4, ffn_width: 128}'\\\n"
+            f"    --run {run} --folds 3 --monitor val_loss "
+            + " ".join(f"--trainer.{option.replace('_', '-')} {value}" for option, value in trainer.items()),
+        )
+        crossval(data, model, folds=3, run=run, trainer=trainer, monitor="val_loss")
 
     console.rule("Predict")
     method: Literal["integrated-gradients"] = "integrated-gradients"
@@ -135,13 +145,13 @@ def _write_slide(path: Path, texture: Texture, mpp: float | None, seed: int) -> 
     return path
 
 
-def _trainer_words(device: str) -> list[str]:
+def _trainer_device(device: str) -> dict[str, Any]:
+    """The device as Lightning's Trainer names it."""
     from .embed.tile_embedding import resolve_device
 
     resolved = resolve_device(device)
-    words = ["--trainer.accelerator", "cpu" if resolved.type == "cpu" else "gpu"]
-    devices = "1" if resolved.index is None else f"[{resolved.index}]"
-    return [*words, "--trainer.devices", devices, "--trainer.enable_progress_bar", "false"]
+    devices: int | list[int] = 1 if resolved.index is None else [resolved.index]
+    return {"accelerator": "cpu" if resolved.type == "cpu" else "gpu", "devices": devices}
 
 
 def _findings(runs: list[Path]) -> str:

@@ -55,6 +55,17 @@ class Cohort:
     notes: tuple[str, ...] = ()
 
     @property
+    def labelled_task(self) -> Task:
+        """What is to be predicted.
+
+        Raises:
+            LongslideError: There are no labels.
+        """
+        if self.task is None:
+            raise LongslideError("no labels: give --data.table and --data.task, or --data.task-file")
+        return self.task
+
+    @property
     def mixed_patients(self) -> list[str]:
         """Patients whose slides have different labels."""
         if self.targets is None:

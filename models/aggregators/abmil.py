@@ -1,27 +1,11 @@
 """Attention-based multiple-instance learning with gated attention (https://arxiv.org/abs/1802.04712)."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from .base import Aggregator, split_bags
-
-
-@dataclass(frozen=True)
-class ABMILOptions:
-    """Options of `abmil`.
-
-    Attributes:
-        width: Width of the tile embeddings after the first linear layer, and of the bag's vector.
-        attention_width: Width of the two branches of the attention.
-        dropout: Share of values dropped after the first layer and in the attention.
-    """
-
-    width: int = 512
-    attention_width: int = 256
-    dropout: float = 0.25
+from .options import ABMILOptions
 
 
 class ABMIL(Aggregator):

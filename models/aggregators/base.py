@@ -1,13 +1,12 @@
 """Aggregators: the tile embeddings of a bag in, one vector out; one interface, so that a baseline is one option away."""
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-AggregatorName = Literal["longnet", "gigapath", "abmil", "transmil", "mean", "max", "linear-probe"]
+from .options import PoolOptions
 
 
 class Aggregator(nn.Module):
@@ -48,20 +47,6 @@ def split_bags(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     summation does not depend on the neighbours, and no atomic addition makes two runs differ.
     """
     return torch.split(packed, cu_seqlens.diff().tolist())
-
-
-@dataclass(frozen=True)
-class PoolOptions:
-    """Options of `mean` and `max`.
-
-    Attributes:
-        width: Width that a linear layer with ReLU brings the tile embeddings to before they are pooled; 0 pools them as
-            they are.
-        dropout: Share of values dropped after that layer.
-    """
-
-    width: int = 512
-    dropout: float = 0.25
 
 
 class Pool(Aggregator):

@@ -1,7 +1,6 @@
 """TransMIL: a transformer over the tiles with Nyström attention and convolutions for positions (https://arxiv.org/abs/2106.00908)."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,25 +8,7 @@ from torch.nn.functional import pad, relu
 
 from ...errors import LongslideError
 from .base import Aggregator, split_bags
-
-
-@dataclass(frozen=True)
-class TransMILOptions:
-    """Options of `transmil`; the defaults are the published ones.
-
-    Attributes:
-        width: Width of the tokens; a multiple of `heads`.
-        heads: Attention heads.
-        landmarks: Landmarks of the Nyström attention.
-        pinv_iterations: Iterations that approximate its pseudo-inverse.
-        dropout: Share of values dropped after each attention.
-    """
-
-    width: int = 512
-    heads: int = 8
-    landmarks: int = 256
-    pinv_iterations: int = 6
-    dropout: float = 0.1
+from .options import TransMILOptions
 
 
 class NystromAttention(nn.Module):

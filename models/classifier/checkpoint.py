@@ -8,12 +8,10 @@ from typing import Any
 
 from ...errors import LongslideError
 from ...task import Task
-from ..aggregators.abmil import ABMILOptions
-from ..aggregators.base import PoolOptions
-from ..aggregators.slide_encoder import GigaPathOptions, LongNetOptions
-from ..aggregators.transmil import TransMILOptions
+from ..aggregators.options import ABMILOptions, GigaPathOptions, LongNetOptions, PoolOptions, TransMILOptions
 from ..checkpoint_file import read_description
 from .classifier import SlideClassifier, TrainingFacts
+from .options import ClassifierOptions
 
 _OPTIONS: dict[str, tuple[str, type]] = {
     "longnet": ("longnet", LongNetOptions),
@@ -23,7 +21,7 @@ _OPTIONS: dict[str, tuple[str, type]] = {
     "mean": ("pool", PoolOptions),
     "max": ("pool", PoolOptions),
 }
-"""Aggregator -> the argument of `SlideClassifier` with its options, and their type."""
+"""Aggregator -> the field of `ClassifierOptions` with its options, and their type."""
 
 
 def check_preprocessing(
@@ -93,8 +91,7 @@ def load_classifier(path: str | Path) -> SlideClassifier:
                 preprocessing=description["preprocessing"],
                 architecture=description["aggregator"]["architecture"],
             ),
-            name,
-            **options,
+            ClassifierOptions(name, **options),
         )
         classifier.load_state_dict(description["state_dict"])
     except (KeyError, TypeError, RuntimeError) as error:

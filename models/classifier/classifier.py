@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from ...errors import LongslideError
 from ...task import Task
 from ...version import __version__
-from ..aggregators.abmil import ABMIL, ABMILOptions
-from ..aggregators.base import Aggregator, AggregatorName, LinearProbe, Pool, PoolOptions
-from ..aggregators.slide_encoder import GigaPathOptions, LongNetOptions, create_gigapath, create_longnet
-from ..aggregators.transmil import TransMIL, TransMILOptions
+from ..aggregators.abmil import ABMIL
+from ..aggregators.base import Aggregator, LinearProbe, Pool
+from ..aggregators.slide_encoder import create_gigapath, create_longnet
+from ..aggregators.transmil import TransMIL
 from ..checkpoint_file import SCHEMA
 from .bag_weights import BagWeightedModule
 from .objective import Cox, create_objective
-from .optimisation import OptimiserOptions, configure
+from .optimisation import configure
+from .options import ClassifierOptions
 from .selection import BagOutputs, class_of, selection_metric
 
 
@@ -51,21 +52,7 @@ class SlideClassifier(BagWeightedModule):
 
     Args:
         facts: What must be known of the training data.
-        aggregator: How the tiles of a bag become one vector: `longnet` from scratch, a pretrained `gigapath`, the baselines
-            `abmil`, `transmil`, `mean` and `max`, or a `linear-probe` on the slide embeddings of the feature files.
-        checkpoint: Weights of the slide encoder that `longnet` or `gigapath` begins with: a checkpoint of masked
-            autoencoding, for `gigapath` also a published file, or the word `random`. Default: random weights for `longnet`,
-            the published ones for `gigapath`.
-        longnet: Options of `longnet`.
-        gigapath: Options of `gigapath`.
-        abmil: Options of `abmil`.
-        transmil: Options of `transmil`.
-        pool: Options of `mean` and `max`.
-        head_dropout: Share of the values of a bag's vector that are dropped before the head.
-        class_weights: Weights of the classes in the loss: `none`, `balanced` (inverse to the number of training bags), or a
-            number for each class; for multilabel, of each label's positives.
-        optimiser: Options of the optimiser.
-        compile: Whether the aggregator is compiled by `torch.compile`.
+        options: Everything else.
 
     Attributes:
         temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
@@ -77,25 +64,12 @@ class SlideClassifier(BagWeightedModule):
         bag_unit: Whether it was trained on bags of a `slide`, or of all slides of a `patient`.
     """
 
-    def __init__(
-        self,
-        facts: TrainingFacts,
-        aggregator: AggregatorName = "longnet",
-        checkpoint: str | None = None,
-        longnet: LongNetOptions = LongNetOptions(),
-        gigapath: GigaPathOptions = GigaPathOptions(),
-        abmil: ABMILOptions = ABMILOptions(),
-        transmil: TransMILOptions = TransMILOptions(),
-        pool: PoolOptions = PoolOptions(),
-        head_dropout: float = 0.0,
-        class_weights: Literal["none", "balanced"] | list[float] = "none",
-        optimiser: OptimiserOptions = OptimiserOptions(),
-        compile: bool = False,
-    ) -> None:
+    def __init__(self, facts: TrainingFacts, options: ClassifierOptions = ClassifierOptions()) -> None:
         super().__init__()
         self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
+        aggregator, checkpoint = options.aggregator, options.checkpoint
         self.aggregator_name = aggregator
-        self.optimiser = optimiser
+        self.optimiser = options.optimiser
         self.temperature: float | None = None
         self.thresholds: dict[str, float] | None = None
         self.training_features: dict[str, Any] = {}
@@ -103,30 +77,37 @@ class SlideClassifier(BagWeightedModule):
         self.slide_ids = {"train": 0, "val": 0}
         self.bag_unit: Literal["slide", "patient"] = "slide"
         self.options: Any = {
-            "longnet": longnet, "gigapath": gigapath, "abmil": abmil, "transmil": transmil, "mean": pool, "max": pool,
-        }.get(aggregator)  # fmt: skip
+            "longnet": options.longnet,
+            "gigapath": options.gigapath,
+            "abmil": options.abmil,
+            "transmil": options.transmil,
+            "mean": options.pool,
+            "max": options.pool,
+        }.get(aggregator)
         if checkpoint is not None and aggregator not in ("longnet", "gigapath"):
             raise LongslideError(f"--model.checkpoint {checkpoint}: {aggregator} has no slide encoder to load it into")
         tile_encoder, architecture = facts.preprocessing.get("tile_encoder"), facts.architecture
         self.aggregator: Aggregator
         if aggregator == "longnet":
-            self.aggregator = create_longnet(facts.feature_dim, longnet, checkpoint, tile_encoder, architecture)
+            self.aggregator = create_longnet(facts.feature_dim, options.longnet, checkpoint, tile_encoder, architecture)
         elif aggregator == "gigapath":
-            self.aggregator = create_gigapath(facts.feature_dim, gigapath, checkpoint, tile_encoder, architecture)
+            self.aggregator = create_gigapath(
+                facts.feature_dim, options.gigapath, checkpoint, tile_encoder, architecture
+            )
         elif aggregator == "abmil":
-            self.aggregator = ABMIL(facts.feature_dim, abmil)
+            self.aggregator = ABMIL(facts.feature_dim, options.abmil)
         elif aggregator == "transmil":
-            self.aggregator = TransMIL(facts.feature_dim, transmil)
+            self.aggregator = TransMIL(facts.feature_dim, options.transmil)
         elif aggregator == "linear-probe":
             self.aggregator = LinearProbe(facts.feature_dim)
         else:
-            self.aggregator = Pool(facts.feature_dim, pool, aggregator)
-        self.head_dropout = nn.Dropout(head_dropout)
+            self.aggregator = Pool(facts.feature_dim, options.pool, aggregator)
+        self.head_dropout = nn.Dropout(options.head_dropout)
         self.head = nn.Linear(self.aggregator.width, facts.task.outputs)
         self.objective = create_objective(
-            facts.task, _class_weights(class_weights, facts), facts.target_mean, facts.target_std
+            facts.task, _class_weights(options.class_weights, facts), facts.target_mean, facts.target_std
         )
-        if compile:
+        if options.compile:
             self.aggregator.compile(dynamic=True)  # in place: the names of the weights stay
         self.validation = BagOutputs()
 

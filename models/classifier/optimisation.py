@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from lightning import Trainer
@@ -10,26 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-
-@dataclass(frozen=True)
-class OptimiserOptions:
-    """Options of the optimiser.
-
-    Attributes:
-        learning_rate: The highest learning rate, at the end of the warm-up.
-        min_learning_rate: The one that the cosine ends at.
-        weight_decay: Weight decay of matrices; biases, norms and tokens have none.
-        warmup_epochs: Epochs over which the learning rate rises from 0, fractions too; counted in steps.
-        layer_decay: Factor of the learning rate from each layer of a slide encoder to the one below it; 1 for none.
-        betas: AdamW's two decay rates.
-    """
-
-    learning_rate: float = 2e-4
-    min_learning_rate: float = 0.0
-    weight_decay: float = 0.05
-    warmup_epochs: float = 1.0
-    layer_decay: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
+from .options import OptimiserOptions
 
 
 class WarmupCosine:

@@ -6,9 +6,9 @@ light LongNet decoder tells the hidden embeddings from them and the hidden tiles
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from torchmetrics import MeanMetric
 from ...errors import LongslideError
 from ...version import __version__
 from ..aggregators.base import split_bags
-from ..aggregators.slide_encoder import GigaPathOptions, LongNetOptions, create_gigapath, create_longnet
+from ..aggregators.slide_encoder import create_gigapath, create_longnet
 from ..checkpoint_file import SCHEMA
 from ..classifier.bag_weights import BagWeightedModule
-from ..classifier.optimisation import OptimiserOptions, configure
+from ..classifier.optimisation import configure
 from .longnet import LongNetLayer
+from .mae_options import PretrainingOptions
 from .positions import grid_positions
 
 
@@ -38,71 +39,34 @@ class UnlabelledFacts(NamedTuple):
     preprocessing: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class DecoderOptions:
-    """Options of the decoder, which is thrown away after pretraining.
-
-    Attributes:
-        layers: LongNet layers.
-        width: Width of the tokens; a multiple of 4 and of `heads`.
-        heads: Attention heads.
-        ffn_width: Width of the feed-forward networks.
-    """
-
-    layers: int = 2
-    width: int = 256
-    heads: int = 8
-    ffn_width: int = 1024
-
-
 class MaskedAutoencoder(BagWeightedModule):
     """A slide encoder that learns to tell hidden tiles from the others.
 
     Args:
         facts: What must be known of the training data.
-        encoder: Which slide encoder is pretrained: `longnet` of any size, or `gigapath`.
-        checkpoint: What it begins with; for `gigapath` the published weights by default.
-        longnet: Options of `longnet`.
-        gigapath: Options of `gigapath`.
-        decoder: Options of the decoder.
-        mask_ratio: Share of a slide's tiles that are hidden.
-        normalise_targets: Whether each hidden embedding is standardised before it is compared.
-        horizontal_flip: Whether half of the training slides are mirrored left to right.
-        shift: Training slides are moved right and down by up to so many cells.
-        optimiser: Options of the optimiser.
+        options: Everything else.
     """
 
-    def __init__(
-        self,
-        facts: UnlabelledFacts,
-        encoder: Literal["longnet", "gigapath"] = "longnet",
-        checkpoint: str | None = None,
-        longnet: LongNetOptions = LongNetOptions(),
-        gigapath: GigaPathOptions = GigaPathOptions(),
-        decoder: DecoderOptions = DecoderOptions(),
-        mask_ratio: float = 0.75,
-        normalise_targets: bool = True,
-        horizontal_flip: bool = True,
-        shift: int = 100,
-        optimiser: OptimiserOptions = OptimiserOptions(learning_rate=5e-4),
-    ) -> None:
+    def __init__(self, facts: UnlabelledFacts, options: PretrainingOptions = PretrainingOptions()) -> None:
         super().__init__()
-        if not 0 < mask_ratio < 1:
-            raise LongslideError(f"--model.mask_ratio {mask_ratio} must be above 0 and below 1")
+        if not 0 < options.mask_ratio < 1:
+            raise LongslideError(f"--model.mask-ratio {options.mask_ratio} must be above 0 and below 1")
         self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
         tile_encoder = facts.preprocessing.get("tile_encoder")
-        if encoder == "longnet":
-            self.encoder = create_longnet(facts.feature_dim, longnet, checkpoint, tile_encoder).encoder
+        if options.encoder == "longnet":
+            self.encoder = create_longnet(facts.feature_dim, options.longnet, options.checkpoint, tile_encoder).encoder
         else:
-            self.encoder = create_gigapath(facts.feature_dim, gigapath, checkpoint, tile_encoder).encoder
+            self.encoder = create_gigapath(
+                facts.feature_dim, options.gigapath, options.checkpoint, tile_encoder
+            ).encoder
         # They come after the pooling, which pretraining does not use.
         self.encoder.norm.requires_grad_(False)
-        self.mask_ratio = mask_ratio
-        self.normalise_targets = normalise_targets
-        self.horizontal_flip = horizontal_flip
-        self.shift = shift
-        self.optimiser = optimiser
-        spec = self.encoder.spec
+        self.mask_ratio = options.mask_ratio
+        self.normalise_targets = options.normalise_targets
+        self.horizontal_flip = options.horizontal_flip
+        self.shift = options.shift
+        self.optimiser = options.optimiser
+        spec, decoder = self.encoder.spec, options.decoder
         self.decoder_in = nn.Linear(spec.width, decoder.width)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder.width))
         nn.init.normal_(self.mask_token, std=0.02)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _NAMES = ("patient_id", "slide_id", "level", "part")  # text, also where it looks like numbers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run.
 
@@ -31,6 +31,27 @@ class Run:
     facts: dict[str, Any]
     task: Task
     predictions: "pd.DataFrame"
+
+    @classmethod
+    def without_predictions(cls, folder: Path, task: Task, facts: dict[str, Any]) -> "Run":
+        """A run that predicted nothing: it has neither a validation nor a test part, or another process predicts."""
+        import pandas as pd
+
+        return cls(folder, facts, task, pd.DataFrame(columns=["level", "fold", "part", "patient_id", "slide_id"]))
+
+    @property
+    def ok(self) -> bool:
+        """Whether it does not count against the exit status: a run that has finished never does."""
+        return True
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The best checkpoint; of a cross-validation that of each fold, in their order. None of a test."""
+        folds = sorted(self.folder.glob("fold_*/best.ckpt"), key=lambda path: int(path.parent.name.split("_")[1]))
+        return folds or sorted(self.folder.glob("best.ckpt"))
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.task.kind}, {len(self.predictions)} predictions)"
 
     @property
     def name(self) -> str:

@@ -1,47 +1,87 @@
 """Cross-validation: a model a fold, and the predictions of every patient by the model that has not seen it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
+from ...data.cohort.options import DataOptions
 from ...errors import LongslideError
-from .fit import aggregator_facts, held_out_predictions, train
-from .options import TrainingCLI
-from .run import TrainingRun, tell
+from ...models.classifier.options import ClassifierOptions
+from ..report.run_folder import Run
+from .run import TrainingRun, print_metrics
+from .settings import TRAINER_DEFAULTS, Settings, column_names, settle
 
 
-def crossval(argv: Sequence[str]) -> int:
-    """Run `longslide crossval`.
+def crossval(
+    data: DataOptions,
+    model: ClassifierOptions = ClassifierOptions(),
+    folds: int = 5,
+    run: str | Path | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    monitor: Literal["val_metric", "val_loss"] = "val_metric",
+    patience: int | None = None,
+    ema: float | None = None,
+    checkpoint_every_n_steps: int | None = None,
+    bootstrap: int = 1000,
+    subgroups: list[str] | str = "",
+    seed: int = 0,
+) -> Run:
+    """Train one classifier per fold, and evaluate on the patients that each has not seen.
+
+    A run that was stopped goes on when it is asked for again with the same options.
 
     Args:
-        argv: The words after `crossval`.
+        data: The cohort.
+        model: The classifier.
+        folds: Folds, if the splits are not given.
+        run: Run folder. Default: `runs/<aggregator>`.
+        trainer: Options of Lightning's Trainer, by name.
+        monitor: What `best.ckpt` is best by, on the validation part.
+        patience: Epochs without a better one after which training stops.
+        ema: Decay of an average of the weights, such as 0.999.
+        checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
+        bootstrap: Resamples for the intervals of the metrics.
+        subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
+        seed: Seed of weights, dropout and augmentation.
 
     Returns:
-        The exit status, 0.
+        The finished run: its folder, predictions, metrics and checkpoints.
 
     Raises:
-        LongslideError: Wrong usage or input.
+        LongslideError: Wrong input, options that do not go together, or a run folder that holds another run.
     """
-    cli = TrainingCLI("crossval", argv)
-    if cli.method != "classifier":
-        raise LongslideError("crossval trains classifiers; pretrain with `longslide fit`")
-    run = TrainingRun(cli.run, cli.resolved(), cli.subgroups)
+    settings = Settings(
+        "crossval",
+        settle("crossval", data, slide_embeddings=model.aggregator == "linear-probe", folds=folds),
+        model,
+        Path(run or f"runs/{model.aggregator}"),
+        TRAINER_DEFAULTS | {"devices": 1} | dict(trainer or {}),
+        monitor,
+        patience,
+        ema,
+        checkpoint_every_n_steps,
+        seed,
+        {"folds": folds, "bootstrap": bootstrap, "subgroups": subgroups},
+    )
+    record = TrainingRun(settings.run, settings.configuration, column_names(subgroups))
+    cohort = settings.read_cohort()
+    record.begin(cohort)
+
+    from .training import build, held_out_predictions, open_data, train
+
+    every_fold = open_data(settings, cohort)
     predictions, counts = [], []
-    fold, folds = 0, 1
-    while fold < folds:
-        training = cli.build(fold)
-        data, trainer = training.data, training.trainer
-        if trainer.world_size > 1:
+    for fold in range(every_fold.fold_count):
+        training = build(settings, every_fold.with_fold(fold))
+        if training.trainer.world_size > 1:
             raise LongslideError(
                 "crossval trains on one device; train the folds by `longslide fit --data.fold` on several"
             )
-        folds = data.fold_count
-        counts += [row | {"fold": fold} for row in data.counts()]
-        run.describe(
-            data, data.task, command="crossval", aggregator=aggregator_facts(training), seed=cli.seed, counts=counts
-        )
-        print(f"fold {fold} of {folds}")
-        train(training, run)
+        counts += training.counts
+        record.describe(training.data, command="crossval", aggregator=training.aggregator, seed=seed, counts=counts)
+        print(f"fold {fold} of {every_fold.fold_count}")
+        train(training, record)
         predictions += held_out_predictions(training)
-        fold += 1
-    metrics = run.finish(predictions, data.task, bootstrap=cli.config["bootstrap"], cohort=data.cohort.rows)
-    tell(metrics, cli.run)
-    return 0
+    finished = record.finish(predictions, every_fold.task, bootstrap, every_fold.cohort.rows)
+    print_metrics(finished)
+    return finished

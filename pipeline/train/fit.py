@@ -1,146 +1,79 @@
-"""Train one model: a slide classifier, or the masked autoencoder."""
+"""Train one slide classifier."""
 
-import io
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
-import pandas as pd
-import torch
-from lightning.pytorch.utilities import rank_zero_only
-
-from ...data.cohort.splits import Part
-from ...data.whole_file import write_whole
-from ...errors import LongslideError
-from ...models.aggregators.slide_encoder import use_cuda_graphs
-from ...models.classifier.checkpoint import load_classifier
-from ...models.classifier.classifier import SlideClassifier
-from ...models.classifier.objective import Cox
-from .options import Training, TrainingCLI
-from .prediction_table import Outputs, calibrate, prediction_rows, run_classifier
-from .run import TrainingRun, tell
+from ...data.cohort.options import DataOptions
+from ...models.classifier.options import ClassifierOptions
+from ..report.run_folder import Run
+from .run import TrainingRun, print_metrics
+from .settings import TRAINER_DEFAULTS, Settings, column_names, first_process, settle
 
 
-def fit(argv: Sequence[str]) -> int:
-    """Run `longslide fit`.
+def fit(
+    data: DataOptions,
+    model: ClassifierOptions = ClassifierOptions(),
+    run: str | Path | None = None,
+    trainer: Mapping[str, Any] | None = None,
+    monitor: Literal["val_metric", "val_loss"] = "val_metric",
+    patience: int | None = None,
+    ema: float | None = None,
+    checkpoint_every_n_steps: int | None = None,
+    bootstrap: int = 1000,
+    subgroups: list[str] | str = "",
+    seed: int = 0,
+) -> Run:
+    """Train a slide classifier on feature files, and evaluate it on the test part.
+
+    A run that was stopped goes on when it is asked for again with the same options.
 
     Args:
-        argv: The words after `fit`.
+        data: The cohort.
+        model: The classifier.
+        run: Run folder. Default: `runs/<aggregator>`.
+        trainer: Options of Lightning's Trainer, by name.
+        monitor: What `best.ckpt` is best by, on the validation part.
+        patience: Epochs without a better one after which training stops.
+        ema: Decay of an average of the weights, such as 0.999.
+        checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
+        bootstrap: Resamples for the intervals of the metrics.
+        subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
+        seed: Seed of weights, dropout and augmentation.
 
     Returns:
-        The exit status, 0.
+        The finished run: its folder, predictions, metrics and checkpoints. Where several processes train together, those
+        after the first have no predictions.
 
     Raises:
-        LongslideError: Wrong usage or input.
+        LongslideError: Wrong input, options that do not go together, or a run folder that holds another run.
     """
-    cli = TrainingCLI("fit", argv)
-    run = TrainingRun(cli.run, cli.resolved(), cli.subgroups) if getattr(rank_zero_only, "rank", 0) == 0 else None
-    training = cli.build()
-    classifies = isinstance(training.model, SlideClassifier)
-    if run is not None:
-        run.describe(
-            training.data,
-            training.data.task if classifies else None,
-            command="fit",
-            aggregator=aggregator_facts(training),
-            seed=cli.seed,
-            counts=[row | {"fold": training.data.fold} for row in training.data.counts()],
-        )
-    train(training, run)
-    if run is None or not training.trainer.is_global_zero:
-        return 0
-    if not classifies:
-        run.facts["finished"] = True
-        run.write()
-        print(f"pretrained: use it by --model.checkpoint {cli.run / 'best.ckpt'}")
-        return 0
-    rows = held_out_predictions(training)
-    metrics = run.finish(rows, training.data.task, bootstrap=cli.config["bootstrap"], cohort=training.data.cohort.rows)
-    tell(metrics, cli.run)
-    return 0
+    settings = Settings(
+        "fit",
+        settle("fit", data, slide_embeddings=model.aggregator == "linear-probe"),
+        model,
+        Path(run or f"runs/{model.aggregator}"),
+        TRAINER_DEFAULTS | dict(trainer or {}),
+        monitor,
+        patience,
+        ema,
+        checkpoint_every_n_steps,
+        seed,
+        {"bootstrap": bootstrap, "subgroups": subgroups},
+    )
+    record = TrainingRun(settings.run, settings.configuration, column_names(subgroups)) if first_process() else None
+    cohort = settings.read_cohort()
+    if record is not None:
+        record.begin(cohort)
 
+    from .training import build, held_out_predictions, open_data, train
 
-def train(training: Training, run: TrainingRun | None) -> None:
-    """Train, from the start or from `last.ckpt`; not at all if the run has trained this fold already.
-
-    Args:
-        training: What to train.
-        run: The run folder; None on other ranks than the first.
-
-    Raises:
-        LongslideError: Wrong input.
-        KeyboardInterrupt: Ctrl-C.
-    """
-    fold, trainer = training.data.fold, training.trainer
-    if run is not None and fold in run.trained:
-        return
-    last = training.folder / "last.ckpt"
-    resume = last if last.is_file() else None
-    if resume is not None and run is not None:
-        print(f"going on from {last}", file=sys.stderr)
-    use_cuda_graphs(training.model)
-    try:
-        trainer.fit(
-            training.model, datamodule=training.data, ckpt_path=resume, weights_only=None if resume is None else True
-        )
-    except torch.OutOfMemoryError as error:
-        raise LongslideError(
-            "the GPU has too little memory: lower --data.max_tokens, or set --model.longnet.checkpointing true (or "
-            "--model.gigapath.checkpointing), or --trainer.precision bf16-mixed"
-        ) from error
-    except SystemExit as end:  # Lightning's way to end after Ctrl-C
-        if trainer.interrupted:
-            raise KeyboardInterrupt from end
-        raise
-    if run is not None:
-        run.trained.append(fold)
-        run.write()
-
-
-def held_out_predictions(training: Training) -> list[pd.DataFrame]:
-    """Calibrate the best model on the validation part, and predict the validation and test parts with it.
-
-    The calibration goes into `best.ckpt`.
-    """
-    best = training.folder / "best.ckpt"
-    classifier = load_classifier(best)
-    data = training.data.with_fold(training.data.fold)  # without the trainer: all bags, on this device
-    device = training.trainer.strategy.root_device
-
-    def outputs_of(part: Part) -> Outputs:
-        return run_classifier(
-            classifier, data.in_order(part), device, training.trainer.precision_plugin.forward_context()
-        )
-
-    tables = []
-    if data.bags("val"):
-        validation = outputs_of("val")
-        calibrate(classifier, validation)
-        tables.append(prediction_rows(classifier, validation, data.bags("val"), fold=data.fold, part="val"))
-    elif isinstance(classifier.objective, Cox):  # survival needs a baseline, if need be that of the training part
-        training_outputs = outputs_of("train")
-        classifier.objective.fit_baseline(training_outputs.raw, training_outputs.target)
-    store_calibration(best, classifier)
-    if data.bags("test"):
-        tables.append(prediction_rows(classifier, outputs_of("test"), data.bags("test"), fold=data.fold, part="test"))
-    return tables
-
-
-def store_calibration(path: Path, classifier: SlideClassifier) -> None:
-    """Put temperature, thresholds and baseline hazard into a checkpoint, whole or not at all."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    content["longslide"] |= {"temperature": classifier.temperature, "thresholds": classifier.thresholds}
-    content["state_dict"] |= {f"objective.{name}": value for name, value in classifier.objective.state_dict().items()}
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    write_whole(path, stream.getbuffer(), "--run")
-
-
-def aggregator_facts(training: Training) -> dict[str, object]:
-    """Name, options and size of the model, for `run.json`."""
-    model = training.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if not isinstance(model, SlideClassifier):
-        return {"name": "mae", "parameters": parameters}
-    described = model.describe()["aggregator"]
-    return {"name": described["name"], "options": described["options"], "parameters": parameters}
+    training = build(settings, open_data(settings, cohort))
+    if record is not None:
+        record.describe(training.data, command="fit", aggregator=training.aggregator, seed=seed, counts=training.counts)
+    train(training, record)
+    if record is None or not training.trainer.is_global_zero:
+        return Run.without_predictions(settings.run, training.data.task, {})
+    finished = record.finish(held_out_predictions(training), training.data.task, bootstrap, training.data.cohort.rows)
+    print_metrics(finished)
+    return finished

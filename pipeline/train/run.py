@@ -3,22 +3,26 @@
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
 import yaml
 
-from ...data.cohort.datamodule import BagDataModule
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...task import Task
 from ...version import __version__
 from ..batch.ledger import make_output_folder
+from ..report.run_folder import Run, read_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ...data.cohort.cohort import Cohort
+    from ...data.cohort.datamodule import BagDataModule
 
 _PACKAGES = ("torch", "lightning", "numpy", "pandas", "scikit-learn", "torchmetrics")
 
@@ -28,8 +32,8 @@ class TrainingRun:
 
     Args:
         folder: The run folder.
-        config: The resolved configuration as YAML.
-        subgroups: Columns of the cohort table to evaluate by, separated by commas.
+        configuration: What `config.yaml` holds: every option, in plain types.
+        subgroups: Columns of the cohort table to evaluate by.
 
     Attributes:
         facts: What `run.json` holds.
@@ -40,23 +44,22 @@ class TrainingRun:
             be written to.
     """
 
-    def __init__(self, folder: Path, config: str, subgroups: str = "") -> None:
+    def __init__(self, folder: Path, configuration: Mapping[str, Any], subgroups: Sequence[str] = ()) -> None:
         self.folder = folder
-        self.subgroups = [column.strip() for column in subgroups.split(",") if column.strip()]
+        self.subgroups = list(subgroups)
+        self._configuration = dict(configuration)
         self._began = time.monotonic()
         before = self._read()
         if before.get("finished"):
             raise LongslideError(f"{folder}: a finished run is there; choose another --run, or delete the folder")
         old = folder / "config.yaml"
         if before and old.is_file():  # without run.json its input was refused, and other options are what it needs
-            different = _different(yaml.safe_load(old.read_text("utf-8")), yaml.safe_load(config))
+            different = _different(yaml.safe_load(old.read_text("utf-8")), self._configuration)
             if different:
                 raise LongslideError(
-                    f"{folder}: a run that was stopped is there, with other options ({'; '.join(different[:3])}); give the "
+                    f"{folder}: holds a run that was stopped, with other options ({'; '.join(different[:3])}); give the "
                     "same options to go on with it, choose another --run, or delete the folder"
                 )
-        make_output_folder(folder, "--run")
-        old.write_text(config, "utf-8")
         self.facts: dict[str, Any] = {
             "started": before.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
             "seconds": 0.0,
@@ -75,19 +78,34 @@ class TrainingRun:
             raise LongslideError(f"{path}: not readable ({error}); delete the folder to begin anew") from error
         return content if isinstance(content, dict) else {}
 
-    def describe(self, data: BagDataModule, task: Task | None, **facts: Any) -> None:
-        """Write `run.json`, `splits.csv` and `cohort.csv`.
+    def begin(self, cohort: "Cohort") -> None:
+        """Make the folder, and write `config.yaml` and `cohort.csv`.
+
+        Args:
+            cohort: The cohort, which is known to be sound.
+
+        Raises:
+            LongslideError: The folder cannot be written to.
+        """
+        make_output_folder(self.folder, "--run")
+        self._write("config.yaml", yaml.safe_dump(self._configuration, sort_keys=False, allow_unicode=True))
+        self._write("cohort.csv", cohort.rows.to_csv(index=False))
+
+    def describe(self, data: "BagDataModule", **facts: Any) -> None:
+        """Write `run.json` and `splits.csv`.
 
         Raises:
             LongslideError: A subgroup column is not in the table, or has too many values.
         """
+        import torch
+
         from ...evaluation.scopes import subgroup_of_slide
 
         cohort = data.cohort
         for column in self.subgroups:
             subgroup_of_slide(cohort.rows, column)
         self.facts |= {
-            "task": None if task is None else task.to_dict(),
+            "task": None if cohort.task is None else cohort.task.to_dict(),
             "preprocessing": data.preprocessing,
             "without_features": list(cohort.without_features),
             "without_label": list(cohort.without_label),
@@ -98,7 +116,6 @@ class TrainingRun:
             **facts,
         }
         data.splits.to_csv(self.folder / "splits.csv", index=False)
-        cohort.rows.to_csv(self.folder / "cohort.csv", index=False)
         self.write()
 
     def write(self) -> None:
@@ -107,9 +124,7 @@ class TrainingRun:
         self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._began, 1)
         self._write("run.json", json.dumps(self.facts, indent=2, default=str) + "\n")
 
-    def finish(
-        self, predictions: Sequence[pd.DataFrame], task: Task, *, bootstrap: int, cohort: pd.DataFrame
-    ) -> pd.DataFrame | None:
+    def finish(self, predictions: "Sequence[pd.DataFrame]", task: Task, bootstrap: int, cohort: "pd.DataFrame") -> Run:
         """Write predictions, metrics and report, and mark the run as finished.
 
         Args:
@@ -119,46 +134,49 @@ class TrainingRun:
             cohort: The rows used.
 
         Returns:
-            The metrics; None if nothing was predicted of a test part.
+            The finished run.
         """
+        import pandas as pd
+
         from ...evaluation import evaluate
         from ..report.run_report import write_run_report
 
-        metrics = None
-        if not predictions:
-            self.facts["finished"] = True
-            self.write()
-            return metrics
-        table = pd.concat(predictions, ignore_index=True)
-        self._write("predictions.csv", table.to_csv(index=False))
-        if (table["part"] == "test").any():
-            metrics = evaluate(table, task, bootstrap=bootstrap, cohort=cohort, subgroups=self.subgroups or None)
-            self._write("metrics.csv", metrics.to_csv(index=False))
-            self.write()
-            write_run_report(self.folder)
+        if predictions:
+            table = pd.concat(predictions, ignore_index=True)
+            self._write("predictions.csv", table.to_csv(index=False))
+            if (table["part"] == "test").any():
+                metrics = evaluate(table, task, bootstrap=bootstrap, cohort=cohort, subgroups=self.subgroups or None)
+                self._write("metrics.csv", metrics.to_csv(index=False))
+                self.write()
+                write_run_report(self.folder)
+        self.finish_without_predictions()
+        return read_run(self.folder) if predictions else Run.without_predictions(self.folder, task, self.facts)
+
+    def finish_without_predictions(self) -> None:
+        """Mark the run as finished."""
         self.facts["finished"] = True
         self.write()
-        return metrics
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.folder / name, text.encode(), "--run")
 
 
-def tell(metrics: pd.DataFrame | None, folder: Path) -> None:
+def print_metrics(run: Run) -> None:
     """Print what came out: the pooled metrics of the held-out patients, and where the report is."""
-    if metrics is not None:
-        pooled = metrics[metrics["scope"] == "pooled"] if (metrics["scope"] == "pooled").any() else metrics
-        level = "patient" if (pooled["level"] == "patient").any() else "slide"
-        rows = pooled[(pooled["level"] == level) & ~pooled["metric"].str.contains(":")]
-        for row in rows.itertuples():
-            print(f"{row.metric:>20} {row.value:.3f} (95% {row.low:.3f} to {row.high:.3f}), {row.n} {level}s")
-        print(f"see {folder / 'report.html'}")
-    else:
-        print(f"no test part, so there is nothing to report; the model is {folder / 'best.ckpt'}")
+    metrics = run.metrics
+    if metrics is None:
+        print(f"no test part, so there is nothing to report; the model is {run.folder / 'best.ckpt'}")
+        return
+    pooled = metrics[metrics["scope"] == "pooled"] if (metrics["scope"] == "pooled").any() else metrics
+    level = "patient" if (pooled["level"] == "patient").any() else "slide"
+    rows = pooled[(pooled["level"] == level) & ~pooled["metric"].str.contains(":")]
+    for row in rows.itertuples():
+        print(f"{row.metric:>20} {row.value:.3f} (95% {row.low:.3f} to {row.high:.3f}), {row.n} {level}s")
+    print(f"see {run.folder / 'report.html'}")
 
 
 def _different(old: Any, new: Any, key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = [*old, *(name for name in new if name not in old)]
         return [line for name in names for line in _different(old.get(name), new.get(name), f"{key}.{name}".strip("."))]
-    return [] if old == new else [f"--{key} {old} there, {new} now"]
+    return [] if old == new else [f"--{key.replace('_', '-')} was {old}, is now {new}"]

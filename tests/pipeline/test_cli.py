@@ -9,7 +9,7 @@ from longslide.pipeline.cli import COMMANDS, main
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "longslide.pipeline.cli", *map(str, words)]
+    command = [sys.executable, "-m", "longslide", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -52,8 +52,7 @@ OPTIONS = ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni"]
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ([], "subcommand"),
-        (["embd"], "embd"),
+        (["embd"], "did you mean embed?"),
         (["embed"], "output"),
         (["embed", "--output", "o", "--tile-encoder", "uni"], "needs slides"),
         (["embed", "a.svs", "--tile-encoder", "uni"], "output"),
@@ -86,7 +85,7 @@ def test_wrong_usage_is_one_line_with_status_2(
         ("slides: a.svs\noutput: o\ntile_encoder: uni\n", "`slides: [a.svs]`"),
         ("slides: [a.svs]\noutput: o\ntile_encoder: uni\ntile_pixels: 3\n", "tile_pixels"),
         ("slides: [a.svs]\noutput: o\ntile_encoder: uni\ntile_px: many\n", "--tile-px cannot be many"),
-        ("slides: [", "line 2"),
+        ("slides: [", "job.yaml, line 1, column 10: not YAML: expected the node content"),
     ],
 )
 def test_a_wrong_yaml_file_is_one_line(

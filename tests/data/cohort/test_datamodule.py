@@ -10,18 +10,19 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser
 from longslide.data.cohort.augmentation import Augmentation
 from longslide.data.cohort.datamodule import BagDataModule
+from longslide.data.cohort.options import DataOptions
 from longslide.data.features.feature_file import read_features
 from longslide.data.features.statistics import distance
 from longslide.errors import LongslideError
+from longslide.pipeline.parser import OptionParser
 
 Write = Callable[..., Any]
 
 
 def data(table: Path, features: Path, **options: Any) -> BagDataModule:
-    return BagDataModule(features, table, **({"task": "binary", "workers": 0} | options))
+    return BagDataModule(DataOptions(features, table, **({"task": "binary", "workers": 0} | options)))
 
 
 def refusal(module: BagDataModule) -> str:
@@ -130,7 +131,7 @@ def test_a_whole_cohort_can_be_tested_or_trained_on(cohort: Write) -> None:
     module.setup("test")
     assert len(module.bags("test")) == 6
     assert module.val_dataloader() == []
-    unlabelled = BagDataModule(features, splits="train", workers=0)
+    unlabelled = BagDataModule(DataOptions(features, splits="train", workers=0))
     batch = next(iter(unlabelled.train_dataloader()))
     assert "target" not in batch
     assert len(unlabelled.bags("train")) == 6
@@ -287,8 +288,8 @@ def test_patients_with_different_labels_cannot_be_one_bag(slide: Write, rows: Wr
 
 def test_numbers_out_of_range_are_refused() -> None:
     for name, value in (("max_tokens", 0), ("max_tiles", 0), ("fold", -1), ("cache_gb", -1.0), ("workers", -1)):
-        with pytest.raises(LongslideError, match=f"--data.{name}"):
-            BagDataModule(Path("x"), **{name: value})
+        with pytest.raises(LongslideError, match=f"--data.{name.replace('_', '-')}"):
+            DataOptions("x", **{name: value})
 
 
 class Mean(LightningModule):
@@ -373,14 +374,14 @@ def test_two_processes_take_different_bags_and_validate_them_all(
 def test_every_option_is_one_of_the_command_line(cohort: Write, tmp_path: Path) -> None:
     table, features = cohort(12, grade=lambda p: p % 3)
     (tmp_path / "c.yaml").write_text("data:\n  classes: [2, 1, 0]\n  augment:\n    flip: true\n    noise: 0.1\n")
-    parser = LightningArgumentParser()
+    parser = OptionParser()
     parser.add_argument("--config", action="config")
-    parser.add_lightning_class_args(BagDataModule, "data")
+    parser.add_class_arguments(DataOptions, "data")
     words = [f"--config={tmp_path / 'c.yaml'}", f"--data.table={table}", f"--data.features={features}"]
     words += ["--data.label=grade", "--data.task=ordinal", "--data.augment.crop=0.875", "--data.folds=3"]
     words += ["--data.splits=test"]
-    module = parser.instantiate(parser.parse_args(words)).data
+    module = BagDataModule(parser.instantiate(parser.parse_args(words)).data)
     assert module.task.classes == ("2", "1", "0")
-    assert module.augment == Augmentation(flip=True, crop=0.875, noise=0.1)
-    assert module.label == "grade"
+    assert module.options.augment == Augmentation(flip=True, crop=0.875, noise=0.1)
+    assert module.options.label == "grade"
     assert len(module.bags("test")) == 24

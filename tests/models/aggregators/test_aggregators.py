@@ -5,15 +5,11 @@ import itertools
 import pytest
 import torch
 from longslide.errors import LongslideError
-from longslide.models.aggregators.abmil import ABMIL, ABMILOptions
-from longslide.models.aggregators.base import Aggregator, LinearProbe, Pool, PoolOptions
-from longslide.models.aggregators.slide_encoder import (
-    LongNetOptions,
-    SlideEncoderAggregator,
-    check_features,
-    create_longnet,
-)
-from longslide.models.aggregators.transmil import NystromAttention, TransMIL, TransMILOptions
+from longslide.models.aggregators.abmil import ABMIL
+from longslide.models.aggregators.base import Aggregator, LinearProbe, Pool
+from longslide.models.aggregators.options import ABMILOptions, LongNetOptions, PoolOptions, TransMILOptions
+from longslide.models.aggregators.slide_encoder import SlideEncoderAggregator, check_features, create_longnet
+from longslide.models.aggregators.transmil import NystromAttention, TransMIL
 from longslide.models.slide_encoder.encoder import create_slide_encoder
 from torch import Tensor, nn
 

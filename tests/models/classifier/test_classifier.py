@@ -9,12 +9,11 @@ import lightning
 import pytest
 import torch
 from longslide.errors import LongslideError
-from longslide.models.aggregators.abmil import ABMILOptions
-from longslide.models.aggregators.slide_encoder import LongNetOptions
-from longslide.models.aggregators.transmil import TransMILOptions
+from longslide.models.aggregators.options import ABMILOptions, LongNetOptions, TransMILOptions
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
-from longslide.models.classifier.optimisation import OptimiserOptions, parameter_groups
+from longslide.models.classifier.optimisation import parameter_groups
+from longslide.models.classifier.options import ClassifierOptions, OptimiserOptions
 from longslide.task import Task
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -30,7 +29,7 @@ def classifier(aggregator: Any = "abmil", task: Task = BINARY, **options: Any) -
     facts = TrainingFacts(task, DIM, preprocessing={"tile_encoder": "toy"})
     small = {"abmil": ABMILOptions(8, 4, 0.0), "longnet": LONGNET, "transmil": TransMILOptions(8, 2, landmarks=4)}
     defaults = small | {"optimiser": OPTIMISER}
-    return SlideClassifier(facts, aggregator, **(defaults | options))
+    return SlideClassifier(facts, ClassifierOptions(aggregator, **(defaults | options)))
 
 
 def bag(i: int) -> dict[str, Tensor]:

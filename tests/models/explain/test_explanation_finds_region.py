@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 from longslide import LongslideError
-from longslide.models.aggregators.abmil import ABMILOptions
-from longslide.models.aggregators.base import PoolOptions
-from longslide.models.aggregators.slide_encoder import LongNetOptions
-from longslide.models.aggregators.transmil import TransMILOptions
+from longslide.models.aggregators.options import ABMILOptions, LongNetOptions, PoolOptions, TransMILOptions
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.ensemble import ClassifierEnsemble
+from longslide.models.classifier.options import ClassifierOptions
 from longslide.models.explain.classifier import explain_ensemble, recompute_layers
 from longslide.task import Task
 from sklearn.metrics import roc_auc_score
@@ -41,11 +39,13 @@ def new_model(name: str, seed: int = 0) -> SlideClassifier:
     torch.manual_seed(seed)
     model = SlideClassifier(
         TrainingFacts(Task("binary", ("label",), ("normal", "tumour")), DIM),
-        name,
-        longnet=LongNetOptions(layers=2, width=32, heads=4, ffn_width=64, dilated_ratios=(1, 2), dropout=0.0),
-        abmil=ABMILOptions(width=32, attention_width=16, dropout=0.0),
-        transmil=TransMILOptions(width=32, heads=4, landmarks=16, dropout=0.0),
-        pool=PoolOptions(width=32, dropout=0.0),
+        ClassifierOptions(
+            name,
+            longnet=LongNetOptions(layers=2, width=32, heads=4, ffn_width=64, dilated_ratios=(1, 2), dropout=0.0),
+            abmil=ABMILOptions(width=32, attention_width=16, dropout=0.0),
+            transmil=TransMILOptions(width=32, heads=4, landmarks=16, dropout=0.0),
+            pool=PoolOptions(width=32, dropout=0.0),
+        ),
     )
     model.training_features = {"mean": torch.cat([features for features, _, _ in slides(40, seed=0)]).mean(0)}
     return model.eval()
@@ -151,7 +151,7 @@ def test_an_ensemble_shows_the_mean_of_its_classifiers() -> None:
 def test_every_task_is_explained_by_the_numbers_it_predicts(task: Task, names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     facts = TrainingFacts(task, DIM)
-    model = SlideClassifier(facts, "abmil", abmil=ABMILOptions(width=16, attention_width=8)).eval()
+    model = SlideClassifier(facts, ClassifierOptions("abmil", abmil=ABMILOptions(width=16, attention_width=8))).eval()
     features, cells, _ = slides(1, seed=3)[0]
     found = explain_ensemble(ClassifierEnsemble([model], ["x"]), features, cells, "integrated-gradients")
     assert found.names == names
@@ -169,7 +169,8 @@ def test_every_task_is_explained_by_the_numbers_it_predicts(task: Task, names: t
 
 
 def test_a_classifier_of_slide_embeddings_has_no_tiles_to_explain() -> None:
-    model = SlideClassifier(TrainingFacts(Task("binary", ("y",), ("a", "b")), DIM), "linear-probe").eval()
+    facts = TrainingFacts(Task("binary", ("y",), ("a", "b")), DIM)
+    model = SlideClassifier(facts, ClassifierOptions("linear-probe")).eval()
     features, cells, _ = slides(1, seed=3)[0]
     with pytest.raises(LongslideError, match="x: linear-probe reads slide embeddings, which have no tiles to explain"):
         explain_ensemble(ClassifierEnsemble([model], ["x"]), features, cells, "occlusion")

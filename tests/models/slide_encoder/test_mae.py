@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 import torch
 from longslide.errors import LongslideError
-from longslide.models.aggregators.slide_encoder import LongNetOptions
+from longslide.models.aggregators.options import LongNetOptions
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
-from longslide.models.slide_encoder.mae import DecoderOptions, MaskedAutoencoder, UnlabelledFacts
+from longslide.models.classifier.options import ClassifierOptions
+from longslide.models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
+from longslide.models.slide_encoder.mae_options import DecoderOptions, PretrainingOptions
 from longslide.pipeline.cli import main
 from longslide.task import Task
 from training_cohort import write_cohort
@@ -21,7 +23,7 @@ DECODER = DecoderOptions(layers=1, width=8, heads=2, ffn_width=16)
 def autoencoder(tile_encoder: str = "toy", **options) -> MaskedAutoencoder:
     torch.manual_seed(0)
     facts = UnlabelledFacts(DIM, {"tile_encoder": tile_encoder})
-    return MaskedAutoencoder(facts, longnet=LONGNET, decoder=DECODER, **options)
+    return MaskedAutoencoder(facts, PretrainingOptions(longnet=LONGNET, decoder=DECODER, **options))
 
 
 def slides(*lengths: int) -> dict[str, torch.Tensor]:
@@ -94,7 +96,7 @@ def pretrain(tmp_path: Path, *words: str) -> Path:
     ]
     options = ["--data.features", f"{tmp_path}/cohort/features", "--data.workers", "0", "--run", f"{tmp_path}/mae"]
     options += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    assert main(["fit", "--config", "mae", *small, *options, *words]) == 0
+    assert main(["pretrain", "--config", "mae", *small, *options, *words]) == 0
     return tmp_path / "mae"
 
 
@@ -106,9 +108,8 @@ def test_pretraining_lowers_the_loss_and_a_classifier_begins_with_its_encoder(tm
 
     content = torch.load(run / "best.ckpt", weights_only=True)
     facts = TrainingFacts(Task("binary", ("y",), ("no", "yes")), DIM, preprocessing={"tile_encoder": "toy"})
-    classifier = SlideClassifier(
-        facts, "longnet", checkpoint=str(run / "best.ckpt"), longnet=LongNetOptions(pool="cls")
-    )
+    options = ClassifierOptions("longnet", checkpoint=str(run / "best.ckpt"), longnet=LongNetOptions(pool="cls"))
+    classifier = SlideClassifier(facts, options)
     encoder = classifier.aggregator.encoder
     assert encoder.spec.width == 16, "the size is the checkpoint's"
     assert encoder.pool == "cls"
@@ -118,8 +119,8 @@ def test_pretraining_lowers_the_loss_and_a_classifier_begins_with_its_encoder(tm
     content["longslide"]["schema"] = 99
     torch.save(content, tmp_path / "newer.ckpt")
     with pytest.raises(LongslideError, match="newer Longslide"):
-        SlideClassifier(facts, "longnet", checkpoint=str(tmp_path / "newer.ckpt"))
+        SlideClassifier(facts, ClassifierOptions(checkpoint=str(tmp_path / "newer.ckpt")))
 
     other = TrainingFacts(facts.task, DIM, preprocessing={"tile_encoder": "uni"})
     with pytest.raises(LongslideError, match="trained on features of tile encoder 'toy', but these are of 'uni'"):
-        SlideClassifier(other, "longnet", checkpoint=str(run / "best.ckpt"))
+        SlideClassifier(other, ClassifierOptions(checkpoint=str(run / "best.ckpt")))

@@ -629,13 +629,15 @@ def test_a_classifier_of_slide_embeddings_predicts_and_says_that_it_cannot_be_ex
     from longslide.data.features.cache import FeatureCache
     from longslide.data.features.survey import survey_features
     from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
+    from longslide.models.classifier.options import ClassifierOptions
 
     folder = tmp_path / "features"
     slide = home / "slides" / "a.svs"
     encoders = {"slide_encoder": "gigapath", "slide_checkpoint": "random"}
     embed([slide], folder, str(home / "tiny.yaml"), tile_checkpoint="random", device="cpu", **encoders)
     survey = survey_features([folder / "a.h5"], FeatureCache(slide_embeddings=True), quiet=True)
-    probe = SlideClassifier(TrainingFacts(BINARY, survey.dim, preprocessing=survey.preprocessing), "linear-probe")
+    facts = TrainingFacts(BINARY, survey.dim, preprocessing=survey.preprocessing)
+    probe = SlideClassifier(facts, ClassifierOptions("linear-probe"))
     torch.save({"state_dict": probe.state_dict(), "longslide": probe.describe()}, tmp_path / "probe.ckpt")
     job |= {"checkpoint": str(tmp_path / "probe.ckpt"), "slides": [slide]}
     [one] = predict(**job | {"features": folder})

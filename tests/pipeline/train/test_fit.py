@@ -14,7 +14,7 @@ import torch
 import yaml
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.pipeline.cli import main
-from longslide.pipeline.train.options import list_recipes, recipes
+from longslide.pipeline.train.settings import list_recipes, recipes
 from training_cohort import quick, write_cohort
 
 BINARY = ["--config", "abmil", "--data.task", "binary", "--trainer.max_epochs", "3", "--model.abmil.width", "32"]
@@ -198,7 +198,7 @@ def test_a_stopped_run_does_not_go_on_with_other_options(
     facts = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(facts | {"finished": False}))
     assert main(["fit", *words, "--model.optimiser.learning_rate", "0.5"]) == 2
-    assert "--model.optimiser.learning_rate 0.0002 there, 0.5 now" in capsys.readouterr().err
+    assert "--model.optimiser.learning-rate was 0.0002, is now 0.5" in capsys.readouterr().err
     history = (run / "history.csv").read_text()
     assert main(["fit", *words]) == 0
     assert (run / "history.csv").read_text() == history, "what was trained already is not trained again"
@@ -306,11 +306,8 @@ def test_every_recipe_is_a_yaml_of_known_options() -> None:
         list_recipes()
     )
     for name in list_recipes():
-        if name == "mae":
-            result = main_prints_config("fit", "--config", name, "--data.features", "f")
-        else:
-            result = main_prints_config("fit", "--config", name, "--data.features", "f", "--data.table", "t.csv")
-        recipe = yaml.safe_load((recipes() / f"{name}.yaml").read_text())
+        result = main_prints_config("fit", "--config", name, "--data.features", "f", "--data.table", "t.csv")
+        recipe = yaml.safe_load((recipes("fit") / f"{name}.yaml").read_text())
         assert result["trainer"]["max_epochs"] == recipe["trainer"]["max_epochs"]
 
 
@@ -338,7 +335,7 @@ def main_prints_config(*words: str) -> dict:
         (["--model.checkpoint", "some.ckpt"], "abmil has no slide encoder"),
         (["--model.aggregator", "longnet", "--model.longnet.width", "30"], "width 30 must be a multiple of 4"),
         (["--model.abmil.dropout", "7"], "dropout probability"),
-        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches 0 must be at least 1"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate-grad-batches 0 must be at least 1"),
         (["--subgroups", "site"], "there is no column 'site' in the cohort table"),
         (["--trainer.accelerator", "no-such-device"], "--trainer: "),
         (["--model.class_weights", "[1, 2, 3]"], "3 class weights for a binary task with 2 classes"),
@@ -413,15 +410,15 @@ def test_a_run_folder_that_cannot_be_made_names_its_option(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["fit"], "the following arguments are required: data.features"),
+        (["fit"], "--data.features must be given"),
         (["fit", "--config", "no-such-recipe"], "neither a file nor a recipe; recipes are abmil, binary"),
         (["fit", "--config", "missing.yaml"], "missing.yaml: no such file"),
-        (["fit", "--config", __file__], f"{__file__}: not YAML"),
-        (["fit", "--data.features", "f", "--trainer.max_epochs", "many"], "--trainer.max_epochs cannot be many;"),
+        (["fit", "--config", __file__], f"{__file__}, line 1, column 3: not YAML"),
+        (["fit", "--data.features", "f", "--trainer.max_epochs", "many"], "f: no such folder of feature files"),
         (["fit", "--data.features", "f", "--model.abmil.wdth", "3"], "--model.abmil.wdth"),
         (["fit", "--data.features", "f", "--model.aggregator", "abml"], "cannot be abml, but 'longnet', "),
         (["crossval", "--data.features", "f", "--folds", "many"], "folds"),
-        (["test", "--data.features", "f"], "required: checkpoint"),
+        (["test", "--data.features", "f"], "--checkpoint must be given"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(words: list[str], said: str, capsys) -> None:

@@ -1,0 +1,69 @@
+"""The options of a slide classifier. Nothing here imports torch, so that a command line is parsed without it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..aggregators.options import (
+    ABMILOptions,
+    AggregatorName,
+    GigaPathOptions,
+    LongNetOptions,
+    PoolOptions,
+    TransMILOptions,
+)
+
+
+@dataclass(frozen=True)
+class OptimiserOptions:
+    """Options of the optimiser.
+
+    Attributes:
+        learning_rate: The highest learning rate, at the end of the warm-up.
+        min_learning_rate: The one that the cosine ends at.
+        weight_decay: Weight decay of matrices; biases, norms and tokens have none.
+        warmup_epochs: Epochs over which the learning rate rises from 0, fractions too; counted in steps.
+        layer_decay: Factor of the learning rate from each layer of a slide encoder to the one below it; 1 for none.
+        betas: AdamW's two decay rates.
+    """
+
+    learning_rate: float = 2e-4
+    min_learning_rate: float = 0.0
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    layer_decay: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class ClassifierOptions:
+    """What a slide classifier is, beside what its training data say.
+
+    Attributes:
+        aggregator: How the tiles of a bag become one vector: `longnet` from scratch, a pretrained `gigapath`, the baselines
+            `abmil`, `transmil`, `mean` and `max`, or a `linear-probe` on the slide embeddings of the feature files.
+        checkpoint: Weights of the slide encoder that `longnet` or `gigapath` begins with: a checkpoint of
+            `longslide pretrain`, for `gigapath` also a published file, or the word `random`. Default: random weights for
+            `longnet`, the published ones for `gigapath`.
+        longnet: Options of `longnet`.
+        gigapath: Options of `gigapath`.
+        abmil: Options of `abmil`.
+        transmil: Options of `transmil`.
+        pool: Options of `mean` and `max`.
+        head_dropout: Share of the values of a bag's vector that are dropped before the head.
+        class_weights: Weights of the classes in the loss: `none`, `balanced` (inverse to the number of training bags), or a
+            number for each class; for multilabel, of each label's positives.
+        optimiser: Options of the optimiser.
+        compile: Whether the aggregator is compiled by `torch.compile`.
+    """
+
+    aggregator: AggregatorName = "longnet"
+    checkpoint: str | None = None
+    longnet: LongNetOptions = LongNetOptions()
+    gigapath: GigaPathOptions = GigaPathOptions()
+    abmil: ABMILOptions = ABMILOptions()
+    transmil: TransMILOptions = TransMILOptions()
+    pool: PoolOptions = PoolOptions()
+    head_dropout: float = 0.0
+    class_weights: Literal["none", "balanced"] | list[float] = "none"
+    optimiser: OptimiserOptions = OptimiserOptions()
+    compile: bool = False

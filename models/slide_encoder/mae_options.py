@@ -1,0 +1,53 @@
+"""The options of masked autoencoding. Nothing here imports torch, so that a command line is parsed without it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..aggregators.options import GigaPathOptions, LongNetOptions
+from ..classifier.options import OptimiserOptions
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """Options of the decoder, which is thrown away after pretraining.
+
+    Attributes:
+        layers: LongNet layers.
+        width: Width of the tokens; a multiple of 4 and of `heads`.
+        heads: Attention heads.
+        ffn_width: Width of the feed-forward networks.
+    """
+
+    layers: int = 2
+    width: int = 256
+    heads: int = 8
+    ffn_width: int = 1024
+
+
+@dataclass(frozen=True)
+class PretrainingOptions:
+    """How a slide encoder is pretrained.
+
+    Attributes:
+        encoder: Which slide encoder is pretrained: `longnet` of any size, or `gigapath`.
+        checkpoint: What it begins with; for `gigapath` the published weights by default.
+        longnet: Options of `longnet`.
+        gigapath: Options of `gigapath`.
+        decoder: Options of the decoder.
+        mask_ratio: Share of a slide's tiles that are hidden.
+        normalise_targets: Whether each hidden embedding is standardised before it is compared.
+        horizontal_flip: Whether half of the training slides are mirrored left to right.
+        shift: Training slides are moved right and down by up to so many cells.
+        optimiser: Options of the optimiser.
+    """
+
+    encoder: Literal["longnet", "gigapath"] = "longnet"
+    checkpoint: str | None = None
+    longnet: LongNetOptions = LongNetOptions()
+    gigapath: GigaPathOptions = GigaPathOptions()
+    decoder: DecoderOptions = DecoderOptions()
+    mask_ratio: float = 0.75
+    normalise_targets: bool = True
+    horizontal_flip: bool = True
+    shift: int = 100
+    optimiser: OptimiserOptions = OptimiserOptions(learning_rate=5e-4)

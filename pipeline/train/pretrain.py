@@ -1,0 +1,92 @@
+"""Pretrain a slide encoder on unlabelled slides, by masked autoencoding."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data.cohort.options import DataOptions
+from ...models.slide_encoder.mae_options import PretrainingOptions
+from .run import TrainingRun
+from .settings import TRAINER_DEFAULTS, Settings, first_process, settle
+
+
+@dataclass(frozen=True)
+class PretrainedEncoder:
+    """A slide encoder that was pretrained.
+
+    Attributes:
+        folder: The run folder, with `config.yaml`, `run.json` and `history.csv`.
+        checkpoint: The best checkpoint: `ClassifierOptions(checkpoint=...)` begins with it.
+    """
+
+    folder: Path
+    checkpoint: Path
+
+    @property
+    def ok(self) -> bool:
+        """A run that has finished counts as done."""
+        return True
+
+
+def pretrain(
+    data: DataOptions,
+    model: PretrainingOptions = PretrainingOptions(),
+    run: str | Path = Path("runs/mae"),
+    trainer: Mapping[str, Any] | None = None,
+    patience: int | None = None,
+    ema: float | None = None,
+    checkpoint_every_n_steps: int | None = None,
+    seed: int = 0,
+) -> PretrainedEncoder:
+    """Pretrain a slide encoder on feature files without labels, by masked autoencoding.
+
+    A run that was stopped goes on when it is asked for again with the same options. `best.ckpt` has the lowest loss on the
+    validation part.
+
+    Args:
+        data: The slides.
+        model: The slide encoder, and how it is pretrained.
+        run: Run folder.
+        trainer: Options of Lightning's Trainer, by name.
+        patience: Epochs without a better one after which training stops.
+        ema: Decay of an average of the weights, such as 0.999.
+        checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
+        seed: Seed of weights, masks and augmentation.
+
+    Returns:
+        The checkpoint and its folder.
+
+    Raises:
+        LongslideError: Wrong input, options that do not go together, or a run folder that holds another run.
+    """
+    settings = Settings(
+        "pretrain",
+        settle("pretrain", data),
+        model,
+        Path(run),
+        TRAINER_DEFAULTS | dict(trainer or {}),
+        "val_loss",
+        patience,
+        ema,
+        checkpoint_every_n_steps,
+        seed,
+        {},
+    )
+    record = TrainingRun(settings.run, settings.configuration) if first_process() else None
+    cohort = settings.read_cohort()
+    if record is not None:
+        record.begin(cohort)
+
+    from .training import build, open_data, train
+
+    training = build(settings, open_data(settings, cohort))
+    if record is not None:
+        facts = {"aggregator": training.aggregator, "seed": seed, "counts": training.counts}
+        record.describe(training.data, command="pretrain", **facts)
+    train(training, record)
+    encoder = PretrainedEncoder(settings.run, settings.run / "best.ckpt")
+    if record is not None:
+        record.finish_without_predictions()
+        print(f"pretrained: use it by --model.checkpoint {encoder.checkpoint}")
+    return encoder

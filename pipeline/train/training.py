@@ -1,0 +1,302 @@
+"""Training of one fold: model, data and trainer from the settings, the training itself, and what it predicts."""
+
+import io
+import logging
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning import Trainer, seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+
+from ...data.cohort.cohort import Cohort
+from ...data.cohort.datamodule import BagDataModule
+from ...data.cohort.options import DataOptions
+from ...data.cohort.splits import Part, check_validation
+from ...data.whole_file import write_whole
+from ...errors import LongslideError
+from ...models.aggregators.slide_encoder import use_cuda_graphs
+from ...models.classifier.checkpoint import check_preprocessing, load_classifier
+from ...models.classifier.classifier import SlideClassifier, TrainingFacts
+from ...models.classifier.objective import Cox
+from ...models.classifier.options import ClassifierOptions
+from ...models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
+from ..parser import one_line
+from .callbacks import BestCheckpoint, DefinedMetric, History, StepSeed
+from .prediction_table import Outputs, calibrate, prediction_rows, run_classifier
+from .run import TrainingRun
+from .settings import Settings, settle
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one fold is trained with.
+
+    Attributes:
+        model: The model.
+        data: The data, of this fold.
+        trainer: The trainer.
+        folder: Where its checkpoints go.
+    """
+
+    model: SlideClassifier | MaskedAutoencoder
+    data: BagDataModule
+    trainer: Trainer
+    folder: Path
+
+    @property
+    def counts(self) -> list[dict[str, Any]]:
+        """What is in each part of the fold, for `run.json`."""
+        return [row | {"fold": self.data.fold} for row in self.data.counts()]
+
+    @property
+    def aggregator(self) -> dict[str, Any]:
+        """Name, options and size of the model, for `run.json`."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        if isinstance(self.model, MaskedAutoencoder):
+            return {"name": "mae", "parameters": parameters}
+        described = self.model.describe()["aggregator"]
+        return {"name": described["name"], "options": described["options"], "parameters": parameters}
+
+
+def quieten() -> None:
+    """Leave out what Lightning says of itself and of what is meant to be so."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        "Checkpoint directory .* exists",
+        ".*LeafSpec.*",
+        ".*logging interval.*",
+        ".*in eval mode at the start of training.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def open_data(settings: Settings, cohort: Cohort) -> BagDataModule:
+    """The data of all folds; feature files are not read yet.
+
+    Raises:
+        LongslideError: Splits that cannot be made, or a validation part by which no model can be selected.
+    """
+    quieten()
+    trainer_options(settings.trainer)
+    data = BagDataModule(settings.data, cohort)
+    if settings.monitor == "val_metric":
+        every_fold = settings.command == "crossval"  # the last one too, before the first one is trained
+        check_validation(data.splits, cohort, None if every_fold else data.fold)
+    return data
+
+
+def build(settings: Settings, data: BagDataModule) -> Training:
+    """Model and trainer for the fold of the data, from the seed.
+
+    Raises:
+        LongslideError: Wrong input, or options that do not go together.
+    """
+    seed_everything(settings.seed, workers=True, verbose=False)
+    model: SlideClassifier | MaskedAutoencoder
+    try:
+        if isinstance(settings.model, ClassifierOptions):
+            model = SlideClassifier(facts_of(data), settings.model)
+        else:
+            model = MaskedAutoencoder(UnlabelledFacts(data.feature_dim, data.preprocessing), settings.model)
+    except ValueError as error:  # options that do not go together
+        raise LongslideError(" ".join(str(error).split())) from error
+    data.setup()
+    if isinstance(model, SlideClassifier):
+        model.fold = data.fold
+        model.bag_unit = data.options.bags
+        model.slide_ids = {part: sum(len(bag.slide_ids) for bag in data.bags(part)) for part in ("train", "val")}
+        model.use_training_features(data.training_features.to_dict())
+    folder = settings.run / f"fold_{data.fold}" if settings.command == "crossval" else settings.run
+    options = {"default_root_dir": str(settings.run)} | trainer_options(settings.trainer)
+    given = options.pop("callbacks", None) or []
+    callbacks = [*_callbacks(settings, folder, data), *(given if isinstance(given, list) else [given])]
+    try:
+        trainer = Trainer(**options, callbacks=callbacks)
+    except (MisconfigurationException, ValueError) as error:
+        raise LongslideError(f"--trainer: {' '.join(str(error).split())}") from error
+    return Training(model, data, trainer, folder)
+
+
+def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options of Lightning's Trainer, checked and built anew: objects, or what a YAML file says of them.
+
+    Raises:
+        LongslideError: An unknown option, or one of the wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    try:
+        parsed = parser.parse_object({"trainer": given})
+    except ArgumentError as error:
+        raise LongslideError(one_line(str(error))) from error
+    options = vars(parser.instantiate(parsed).trainer)
+    if options["accumulate_grad_batches"] < 1:
+        raise LongslideError(
+            f"--trainer.accumulate-grad-batches {options['accumulate_grad_batches']} must be at least 1"
+        )
+    return dict(options)
+
+
+def _callbacks(settings: Settings, folder: Path, data: BagDataModule) -> list[Any]:
+    callbacks: list[Any] = [StepSeed(settings.seed), History(settings.run / "history.csv", data.fold)]
+    monitor = settings.monitor if data.bags("val") else None
+    mode = "max" if monitor == "val_metric" else "min"
+    if monitor is not None:
+        callbacks.append(DefinedMetric(monitor))
+        if settings.patience is not None:
+            callbacks.append(EarlyStopping(monitor, patience=settings.patience, mode=mode))
+    if settings.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=settings.ema))
+    options: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False, "auto_insert_metric_name": False}
+    callbacks.append(BestCheckpoint(monitor, mode=mode, **options))
+    every = settings.checkpoint_every_n_steps
+    if every is not None:
+        callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every, **options))
+    callbacks.append(ModelCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **options))
+    return callbacks
+
+
+def facts_of(data: BagDataModule) -> TrainingFacts:
+    """What a classifier must know of its training data.
+
+    Raises:
+        LongslideError: All targets of a regression are the same.
+    """
+    task, weights = data.task, data.class_weights
+    mean, std = 0.0, 1.0
+    if task.kind == "regression":
+        targets = np.array([bag.target for bag in data.bags("train")], np.float64)
+        mean, std = float(targets.mean()), float(targets.std())
+        if not std > 0:
+            raise LongslideError(f"all training slides have the {task.label[0]} {mean:g}; there is nothing to learn")
+    return TrainingFacts(
+        task=task,
+        feature_dim=data.feature_dim,
+        balanced_weights=() if weights is None else tuple(weights.tolist()),
+        target_mean=mean,
+        target_std=std,
+        preprocessing=data.preprocessing,
+    )
+
+
+def train(training: Training, run: TrainingRun | None) -> None:
+    """Train, from the start or from `last.ckpt`; not at all if the run has trained this fold already.
+
+    Args:
+        training: What to train.
+        run: The run folder; None on other ranks than the first.
+
+    Raises:
+        LongslideError: Wrong input.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    fold, trainer = training.data.fold, training.trainer
+    if run is not None and fold in run.trained:
+        return
+    last = training.folder / "last.ckpt"
+    resume = last if last.is_file() else None
+    if resume is not None and run is not None:
+        print(f"going on from {last}", file=sys.stderr)
+    use_cuda_graphs(training.model)
+    try:
+        trainer.fit(
+            training.model, datamodule=training.data, ckpt_path=resume, weights_only=None if resume is None else True
+        )
+    except torch.OutOfMemoryError as error:
+        raise LongslideError(
+            "the GPU has too little memory: lower --data.max-tokens, or set --model.longnet.checkpointing true (or "
+            "--model.gigapath.checkpointing), or --trainer.precision bf16-mixed"
+        ) from error
+    except SystemExit as end:  # Lightning's way to end after Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from end
+        raise
+    if run is not None:
+        run.trained.append(fold)
+        run.write()
+
+
+def held_out_predictions(training: Training) -> list[pd.DataFrame]:
+    """Calibrate the best model on the validation part, and predict the validation and test parts with it.
+
+    The calibration goes into `best.ckpt`.
+    """
+    best = training.folder / "best.ckpt"
+    classifier = load_classifier(best)
+    data = training.data.with_fold(training.data.fold)  # without the trainer: all bags, on this device
+    device = training.trainer.strategy.root_device
+
+    def outputs_of(part: Part) -> Outputs:
+        return run_classifier(
+            classifier, data.in_order(part), device, training.trainer.precision_plugin.forward_context()
+        )
+
+    tables = []
+    if data.bags("val"):
+        validation = outputs_of("val")
+        calibrate(classifier, validation)
+        tables.append(prediction_rows(classifier, validation, data.bags("val"), fold=data.fold, part="val"))
+    elif isinstance(classifier.objective, Cox):  # survival needs a baseline, if need be that of the training part
+        training_outputs = outputs_of("train")
+        classifier.objective.fit_baseline(training_outputs.raw, training_outputs.target)
+    store_calibration(best, classifier)
+    if data.bags("test"):
+        tables.append(prediction_rows(classifier, outputs_of("test"), data.bags("test"), fold=data.fold, part="test"))
+    return tables
+
+
+def store_calibration(path: Path, classifier: SlideClassifier) -> None:
+    """Put temperature, thresholds and baseline hazard into a checkpoint, whole or not at all."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    content["longslide"] |= {"temperature": classifier.temperature, "thresholds": classifier.thresholds}
+    content["state_dict"] |= {f"objective.{name}": value for name, value in classifier.objective.state_dict().items()}
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    write_whole(path, stream.getbuffer(), "--run")
+
+
+def open_test_data(checkpoint: Path, options: DataOptions) -> tuple[SlideClassifier, BagDataModule]:
+    """A classifier, and a whole cohort as a test part with labels as the classifier knows them.
+
+    Raises:
+        LongslideError: Wrong input, or features that the classifier was not trained on.
+    """
+    classifier = load_classifier(checkpoint)
+    task = classifier.task
+    data = BagDataModule(
+        settle(
+            "test",
+            options,
+            label=options.label or list(task.label),
+            task=task.kind,
+            classes=list(task.classes) or None,
+            times=list(task.times) or None,
+            discrete_time=task.discrete_time,
+            splits="test",
+            bags=classifier.bag_unit,
+            slide_embeddings=classifier.aggregator.reads_slide_embedding,
+        )
+    )
+    check_preprocessing(checkpoint, classifier, data.preprocessing, data.feature_dim)
+    data.setup()
+    return classifier, data
+
+
+def predict_test_part(
+    classifier: SlideClassifier, data: BagDataModule, accelerator: str, precision: Any
+) -> pd.DataFrame:
+    """The rows of `predictions.csv` of a test part, predicted on one device."""
+    trainer = Trainer(accelerator=accelerator, devices=1, precision=precision, logger=False, enable_checkpointing=False)
+    context = trainer.precision_plugin.forward_context()
+    outputs = run_classifier(classifier, data.in_order("test"), trainer.strategy.root_device, context)
+    return prediction_rows(classifier, outputs, data.bags("test"), fold=0, part="test")
