@@ -58,7 +58,7 @@ def write_bags(
             chosen, cells = _arranged(rng, digits, half, tiles, left=bool(labels[bag]))
         else:
             chosen, cells = _containing(rng, digits, half, tiles, share=nines if labels[bag] else None)
-        _write(folder / "features" / f"bag{bag}.h5", embeddings[chosen], cells)
+        write_tiles(folder / "features" / f"bag{bag}.h5", embeddings[chosen], cells)
     table = {"slide_id": [f"bag{i}" for i in range(bags)], "label": np.where(shown, "yes", "no"), "split": parts}
     pd.DataFrame(table).to_csv(folder / "cohort.csv", index=False)
 
@@ -89,7 +89,8 @@ def _arranged(
     return chosen, np.stack([column.ravel(), row.ravel()], 1)
 
 
-def _write(path: Path, embeddings: np.ndarray, cells: np.ndarray) -> None:
+def write_tiles(path: Path, embeddings: np.ndarray, cells: np.ndarray) -> None:
+    """Write a feature file of `(N, D)` embeddings whose tiles lie in the `(N, 2)` cells."""
     write_features(
         path,
         Features(
