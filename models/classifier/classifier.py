@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LongslideError
-from ...task import Task
+from ...task import CLASSIFICATION, Task
 from ...version import __version__
 from ..aggregators.abmil import ABMIL
 from ..aggregators.base import Aggregator, LinearProbe, Pool
@@ -235,7 +235,11 @@ class SlideClassifier(BagWeightedModule):
 
 
 def _class_weights(choice: str | Sequence[float], facts: TrainingFacts) -> Sequence[float] | None:
-    """Weights of the classes in the loss."""
-    if not isinstance(choice, str):
+    """Weights of the classes in the loss; of classes, not of labels, with mean 1 over the training bags."""
+    if isinstance(choice, str):
+        return (facts.balanced_weights or None) if choice == "balanced" else None
+    if facts.task.kind not in CLASSIFICATION or len(choice) != len(facts.balanced_weights):
         return choice
-    return (facts.balanced_weights or None) if choice == "balanced" else None
+    shares = [1 / (len(choice) * weight) for weight in facts.balanced_weights]  # of the training bags
+    mean = sum(share * weight for share, weight in zip(shares, choice, strict=True))
+    return [weight / mean for weight in choice]

@@ -52,8 +52,11 @@ class Objective(nn.Module):
 class _Classification(Objective):
     """One class a bag, out of several.
 
+    The sum of the weights that comes with the loss is the number of bags, not that of their weights: divided by its own
+    weight, a bag that is a step of its own would weigh the same whatever its class.
+
     Args:
-        class_weights: `(C,)` weight of the bags of each class; None for 1.
+        class_weights: `(C,)` weight of the bags of each class, 1 on average over the training bags; None for 1.
         classes: C.
     """
 
@@ -67,7 +70,7 @@ class _Classification(Objective):
     def forward(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective.forward`."""
         weights = self.class_weights.to(outputs.dtype)[target]
-        return (weights * self._losses(outputs, target)).sum(), weights.sum()
+        return (weights * self._losses(outputs, target)).sum(), weights.new_tensor(float(len(target)))
 
     def _losses(self, outputs: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(self.logits(outputs), target, reduction="none")

@@ -51,7 +51,7 @@ class ClassifierOptions:
         pool: Options of `mean` and `max`.
         head_dropout: Share of the values of a bag's vector that are dropped before the head.
         class_weights: Weights of the classes in the loss: `none`, `balanced` (inverse to the number of training bags), or a
-            number for each class; for multilabel, of each label's positives.
+            number for each class, of which only the ratios matter; for multilabel, of each label's positives.
         optimiser: Options of the optimiser.
         compile: Whether the aggregator is compiled by `torch.compile`.
     """

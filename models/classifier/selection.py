@@ -6,11 +6,22 @@ import torch
 from sksurv.metrics import concordance_index_censored
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.functional.classification import binary_auroc, multiclass_cohen_kappa
-from torchmetrics.functional.regression import r2_score
+from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.functional.regression import r2_score, spearman_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
 from ...task import Task
+
+
+SELECTION_METRIC: dict[str, str] = {
+    "binary": "AUROC",
+    "multiclass": "mean AUROC over the classes",
+    "multilabel": "mean AUROC over the labels",
+    "ordinal": "Spearman's correlation of expected and true grade",
+    "regression": "R2",
+    "survival": "C-index",
+}
+"""What `val_metric` is, by kind of task."""
 
 
 class BagOutputs(Metric):
@@ -52,8 +63,8 @@ class BagOutputs(Metric):
 def selection_metric(task: Task, predictions: dict[str, Tensor], target: Tensor) -> float:
     """What `val_metric` is, higher being better.
 
-    AUROC for binary, its mean over classes or labels for multiclass and multilabel, quadratic kappa for ordinal, R2 for
-    regression, the c-index for survival.
+    See `SELECTION_METRIC`. All but R2 see the order of the bags only, and none sees decisions: a kappa stays at 0 until the
+    first bag crosses a threshold, and so selects the first epoch of a small run.
 
     Args:
         task: The task.
@@ -75,9 +86,11 @@ def selection_metric(task: Task, predictions: dict[str, Tensor], target: Tensor)
             return math.nan
     probability = predictions["probability"]
     if task.kind == "ordinal":
-        classes = len(task.classes)
-        decided = class_of(task, probability)
-        return float(multiclass_cohen_kappa(decided, target, classes, weights="quadratic", validate_args=False))
+        grades = torch.arange(len(task.classes), dtype=probability.dtype, device=probability.device)
+        expected, target = probability @ grades, target.to(probability.dtype)
+        if len(target) < 2 or target.min() == target.max():
+            return math.nan
+        return 0.0 if expected.min() == expected.max() else float(spearman_corrcoef(expected, target))
     if task.kind == "binary":
         return _auroc(probability[:, 1], target)
     if task.kind == "multiclass":

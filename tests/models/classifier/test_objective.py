@@ -38,7 +38,8 @@ def test_binary_is_binary_cross_entropy_and_balances_classes_as_torch_weighs_the
     outputs, target = randn(6, 1), torch.tensor([0, 1, 1, 0, 1, 1])
     expected = binary_cross_entropy_with_logits(outputs[:, 0], target.double())
     torch.testing.assert_close(loss(create_objective(BINARY), outputs, target), expected)
-    weighted = cross_entropy(torch.cat([0 * outputs, outputs], 1), target, torch.tensor([2.0, 0.5]).double())
+    each = cross_entropy(torch.cat([0 * outputs, outputs], 1), target, reduction="none")
+    weighted = (each * torch.tensor([2.0, 0.5]).double()[target]).mean()
     torch.testing.assert_close(loss(create_objective(BINARY, [2.0, 0.5]), outputs, target), weighted)
 
 
