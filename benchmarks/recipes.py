@@ -199,7 +199,9 @@ def main() -> None:
             except RuntimeError as error:
                 print(error, flush=True)
     table = pd.DataFrame(done, columns=["task", "recipe", "seed", "value", "seconds"])
-    print(f"\n{'task':12} {'metric':16} {'recipe':18} {'mean':>6} {'seconds':>8}  difference to the reference, 95% interval")
+    print(
+        f"\n{'task':12} {'metric':16} {'recipe':18} {'mean':>6} {'seconds':>8}  difference to the reference, 95% interval"
+    )
     for (task, recipe), rows in table.groupby(["task", "recipe"]):
         reference = table[(table["task"] == task) & (table["recipe"] == "reference")].set_index("seed")["value"]
         difference = (rows.set_index("seed")["value"] - reference).to_numpy()

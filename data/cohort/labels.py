@@ -74,6 +74,11 @@ class LabelReader:
         has_label = cells.notna().to_numpy()
         present = list(cells[has_label & self.has_features].unique())
         classes = self.classes or tuple(_in_order(present))
+        if kind == "ordinal" and not self.classes and not all(_is_number(value) for value in classes):
+            raise LongslideError(
+                f"{self.source}: the classes of {name!r} are text, whose order is not known; confirm or correct it, from low "
+                f"to high: --data.classes '[{', '.join(classes)}]'"
+            )
         strange = cells[has_label & ~cells.isin(classes).to_numpy()]
         if len(strange):
             raise LongslideError(
@@ -152,13 +157,39 @@ class LabelReader:
             )
 
 
+_WORDS = (
+    "none",
+    "negative",
+    "benign",
+    "very low",
+    "low",
+    "mild",
+    "medium",
+    "intermediate",
+    "moderate",
+    "high",
+    "severe",
+)
+"""Words of grades, from low to high."""
+
+
 def _in_order(values: Iterable[str]) -> list[str]:
-    """Sorted; as numbers if all are."""
-    values = list(values)
+    """Sorted: words of grades by their meaning, then texts with their numbers as numbers, G2 before G10."""
+
+    def key(value: str) -> tuple[int, list[tuple[int, float, str]]]:
+        word = _WORDS.index(value.lower()) if value.lower() in _WORDS else len(_WORDS)
+        parts = [value] if _is_number(value) else re.findall(r"\d+|\D+", value)
+        return word, [(0, float(part), "") if _is_number(part) else (1, 0.0, part) for part in parts]
+
+    return sorted(values, key=key)
+
+
+def _is_number(text: str) -> bool:
     try:
-        return sorted(values, key=float)
+        float(text)
     except ValueError:
-        return sorted(values)
+        return False
+    return True
 
 
 def _interval_ends(events: np.ndarray, discrete_time: bool) -> tuple[float, ...]:

@@ -70,7 +70,11 @@ def make_splits(
     everyone = np.arange(len(patients.ids))
     rng = np.random.RandomState(seed)  # what scikit-learn takes; its draws are the same everywhere
     result = cohort.rows[["slide_id", "patient_id"]].copy()
-    tests = list(patients.k_fold(everyone, folds, rng)) if folds > 1 else [patients.share(everyone, test_share, rng)]
+    parts_left = 1 + (val_share > 0)
+    if folds > 1:
+        tests = list(patients.k_fold(everyone, folds, rng))
+    else:
+        tests = [patients.share(everyone, test_share, rng, parts_left)]
     for fold, test in enumerate(tests):
         parts = np.full(len(everyone), "train", dtype=object)
         parts[test] = "test"
@@ -183,10 +187,21 @@ class _Patients:
             for _, test in splitter(folds, shuffle=True, random_state=rng).split(chosen, stratum, group):
                 yield chosen[test]
 
-    def share(self, chosen: np.ndarray, share: float, rng: np.random.RandomState) -> np.ndarray:
-        """A share of the patients `chosen`, as patient numbers; at least one if the share is above 0."""
+    def share(self, chosen: np.ndarray, share: float, rng: np.random.RandomState, parts_left: int = 1) -> np.ndarray:
+        """A share of the patients `chosen`, as patient numbers; at least one if the share is above 0.
+
+        Args:
+            chosen: The patients.
+            share: The share.
+            rng: Draws.
+            parts_left: Parts that the other patients make up: each of them needs a patient of each class as well.
+        """
         if share == 0:
             return chosen[:0]
+        picked = self._draw(chosen, share, rng)
+        return picked if self.site is not None else self._with_every_class(picked, chosen, parts_left, rng)
+
+    def _draw(self, chosen: np.ndarray, share: float, rng: np.random.RandomState) -> np.ndarray:
         if self.site is not None or self.several_labels:
             most = len(np.unique(self.site[chosen])) if self.site is not None else len(chosen)
             parts = list(self.k_fold(chosen, min(most, max(2, round(1 / share))), rng))
@@ -202,6 +217,45 @@ class _Patients:
         size = min(max(round(share * len(chosen)), 1), len(ordered))
         picked: np.ndarray = ordered[((np.arange(size) + rng.uniform()) * len(ordered) / size).astype(np.int64)]
         return picked
+
+    def _with_every_class(
+        self, picked: np.ndarray, chosen: np.ndarray, parts_left: int, rng: np.random.RandomState
+    ) -> np.ndarray:
+        """The patients picked, with some exchanged so that they and each part that is left have one of each class.
+
+        Of a class with fewer patients than parts the shares stay as they were drawn.
+        """
+        has = self._needed()[chosen]
+        picked_mask = np.isin(chosen, picked)
+        least = {True: 1, False: parts_left}
+        possible = has.sum(0) >= 1 + parts_left
+
+        def spare(side: bool) -> np.ndarray:
+            """Patients of a side that it can do without."""
+            tight = possible & (has[picked_mask == side].sum(0) <= least[side])
+            return (picked_mask == side) & ~has[:, tight].any(1)
+
+        for column in np.argsort(has.sum(0), kind="stable"):
+            for side in (True, False):
+                while possible[column] and has[picked_mask == side, column].sum() < least[side]:
+                    incoming = np.flatnonzero(spare(not side) & has[:, column])
+                    if not len(incoming):
+                        break
+                    outgoing = np.flatnonzero(spare(side) & ~has[:, column])
+                    picked_mask[rng.choice(incoming)] = side
+                    if len(outgoing):
+                        picked_mask[rng.choice(outgoing)] = not side
+        return np.asarray(chosen[picked_mask])
+
+    def _needed(self) -> np.ndarray:
+        """`(P, G)` bool: what each part should have a patient with."""
+        task = self.cohort.task
+        if task is None or task.kind == "regression":
+            return np.zeros((len(self.ids), 0), bool)
+        if task.kind == "survival":
+            return self.labels[:, _QUANTILES:].any(1, keepdims=True)
+        labels = self.labels > 0
+        return np.concatenate([labels, ~labels], axis=1) if self.several_labels else labels
 
 
 def _quarters(values: np.ndarray) -> np.ndarray:

@@ -12,7 +12,6 @@ from torchmetrics.utilities import dim_zero_cat
 
 from ...task import Task
 
-
 SELECTION_METRIC: dict[str, str] = {
     "binary": "AUROC",
     "multiclass": "mean AUROC over the classes",

@@ -254,6 +254,12 @@ def test_a_column_that_is_not_there_is_answered_with_those_that_look_like_it(fea
         ("multilabel", [0, 0], "has only 0 among the slides"),
         ("survival", [0, 1], "needs two label columns, the time and the event, not label"),
         ("binary", [None, None], "label is empty for all slides that have features"),
+        (
+            "ordinal",
+            ["high", "low", "Medium"],
+            "confirm or correct it, from low to high: --data.classes '[low, Medium, high]'",
+        ),
+        ("ordinal", ["G1", "G10", "G2"], "--data.classes '[G1, G2, G10]'"),
     ],
 )
 def test_labels_of_no_use_are_refused_in_one_line(

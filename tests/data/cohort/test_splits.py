@@ -83,6 +83,36 @@ def test_one_fold_is_a_split_with_the_shares_asked_for() -> None:
     assert set(splits["fold_0"]) == {"train"}
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_six_positives_of_sixty_are_in_every_part_of_five_folds(seed: int) -> None:
+    targets = np.arange(60) < 6
+    splits = make_splits(binary(targets), folds=5, seed=seed)
+    for fold in range(5):
+        parts = splits[f"fold_{fold}"]
+        assert [int((parts == part).sum()) for part in PARTS] == [41, 7, 12]
+        assert all(targets[(parts == part).to_numpy()].any() for part in PARTS)
+    check_validation(check_splits(splits, binary(targets)), binary(targets), None)
+
+
+@given(st.integers(3, 9), st.integers(20, 80), st.sampled_from([0.05, 0.15, 0.5]), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_a_class_with_a_patient_for_each_part_is_in_each(rare: int, common: int, test_share: float, seed: int) -> None:
+    targets = np.arange(rare + common) < rare
+    parts = make_splits(binary(targets), test_share=test_share, seed=seed)["fold_0"]
+    assert all(targets[(parts == part).to_numpy()].any() for part in PARTS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rare_events_and_rare_labels_are_in_every_part_too(seed: int) -> None:
+    event = np.arange(40) < 4
+    survival = np.stack([np.random.default_rng(seed).exponential(10, 40), event], 1).astype(np.float32)
+    parts = make_splits(in_memory(Task("survival", ("time", "event"), times=(5.0,)), survival), seed=seed)["fold_0"]
+    assert all(event[(parts == part).to_numpy()].any() for part in PARTS)
+    labels = np.stack([event, np.arange(40) % 2], 1).astype(np.float32)
+    parts = make_splits(in_memory(Task("multilabel", ("a", "b"), ("a", "b")), labels), seed=seed)["fold_0"]
+    assert all(event[(parts == part).to_numpy()].any() for part in PARTS)
+
+
 def test_the_seed_decides_and_nothing_else() -> None:
     cohort = binary([0, 1] * 20)
     pd.testing.assert_frame_equal(make_splits(cohort, folds=3, seed=1), make_splits(cohort, folds=3, seed=1))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from longslide.errors import LongslideError
+from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.objective import (
     Cox,
     DiscreteHazards,
@@ -41,6 +42,21 @@ def test_binary_is_binary_cross_entropy_and_balances_classes_as_torch_weighs_the
     each = cross_entropy(torch.cat([0 * outputs, outputs], 1), target, reduction="none")
     weighted = (each * torch.tensor([2.0, 0.5]).double()[target]).mean()
     torch.testing.assert_close(loss(create_objective(BINARY, [2.0, 0.5]), outputs, target), weighted)
+
+
+def test_class_weights_count_where_a_bag_is_a_step_of_its_own() -> None:
+    outputs = randn(1, 1)
+    plain, weighted = create_objective(BINARY), create_objective(BINARY, [0.6, 3.0])
+    for target, weight in ((0, 0.6), (1, 3.0)):
+        of = torch.tensor([target])
+        torch.testing.assert_close(loss(weighted, outputs, of), weight * loss(plain, outputs, of))
+
+
+def test_of_weights_that_are_given_only_the_ratio_matters() -> None:
+    balanced = (0.625, 2.5)  # 80 and 20 of 100 bags
+    for choice in ([1.0, 4.0], [10.0, 40.0]):
+        given = SlideClassifier(TrainingFacts(BINARY, 8, balanced), "mean", class_weights=choice)
+        torch.testing.assert_close(given.objective.class_weights, torch.tensor(balanced))
 
 
 def test_a_temperature_divides_the_logit() -> None:
