@@ -76,8 +76,8 @@ class LabelReader:
         classes = self.classes or tuple(_in_order(present))
         if kind == "ordinal" and not self.classes and not all(_is_number(value) for value in classes):
             raise LongslideError(
-                f"{self.source}: the classes of {name!r} are text, whose order is not known; confirm or correct it, from low "
-                f"to high: --data.classes '[{', '.join(classes)}]'"
+                f"{self.source}: the classes of {name!r} are text, whose order is not known; confirm or correct it, from "
+                f"low to high: --data.classes '[{', '.join(classes)}]'"
             )
         strange = cells[has_label & ~cells.isin(classes).to_numpy()]
         if len(strange):

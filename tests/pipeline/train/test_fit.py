@@ -361,7 +361,11 @@ def test_after_a_mistake_the_corrected_command_takes_the_same_run_folder(
 def test_a_validation_part_of_one_class_is_refused_before_training_and_the_advice_works(
     cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), "--data.splits", str(tmp_path / "splits.csv")]
+    table = pd.read_csv(cohort[0] / "cohort.csv")
+    table["site"] = table["label"] + (table["patient_id"].factorize()[0] % 6).astype(str)  # a site has one label
+    table.to_csv(tmp_path / "cohort.csv", index=False)
+    options = [*BINARY, *cohort[1], "--data.table", f"{tmp_path}/cohort.csv", "--data.keep_sites_apart", "true"]
+    words = ["fit", *options, *quick(tmp_path / "run"), "--data.splits", str(tmp_path / "splits.csv")]
     assert main([*words, "--data.val_share", "0.01"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("longslide fit: fold_0: the validation part has slides of class '")
@@ -369,8 +373,8 @@ def test_a_validation_part_of_one_class_is_refused_before_training_and_the_advic
     assert "--monitor val_loss" in line
     assert not (tmp_path / "run" / "history.csv").exists()
     assert not (tmp_path / "splits.csv").exists(), "splits that were refused would be those of the next run"
-    assert main([*words, "--data.val_share", "0.3"]) == 0
-    words = ["fit", *BINARY, *cohort[1], *quick(tmp_path / "other"), "--data.val_share", "0.01"]
+    assert main([*words, "--data.val_share", "0.5"]) == 0
+    words = ["fit", *options, *quick(tmp_path / "other"), "--data.val_share", "0.01"]
     assert main([*words, "--monitor", "val_loss"]) == 0
 
 
