@@ -17,6 +17,7 @@ from longslide.models.classifier.objective import (
     create_objective,
     partial_likelihood,
 )
+from longslide.models.classifier.options import ClassifierOptions
 from longslide.models.classifier.selection import class_of, selection_metric
 from longslide.task import Task
 from torch import Tensor
@@ -55,7 +56,9 @@ def test_class_weights_count_where_a_bag_is_a_step_of_its_own() -> None:
 def test_of_weights_that_are_given_only_the_ratio_matters() -> None:
     balanced = (0.625, 2.5)  # 80 and 20 of 100 bags
     for choice in ([1.0, 4.0], [10.0, 40.0]):
-        given = SlideClassifier(TrainingFacts(BINARY, 8, balanced), "mean", class_weights=choice)
+        given = SlideClassifier(
+            TrainingFacts(BINARY, 8, balanced), ClassifierOptions(aggregator="mean", class_weights=choice)
+        )
         torch.testing.assert_close(given.objective.class_weights, torch.tensor(balanced))
 
 
