@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import cv2
 import numpy as np
+import shapely
 
 FOR_COLOUR = (180, 4, 38)
 AGAINST_COLOUR = (59, 76, 192)
@@ -95,50 +95,14 @@ def _merge(coords: np.ndarray, size: int) -> list[tuple[Polygon, np.ndarray]]:
     """The union of squares as polygons with holes, and the rows of `coords` in each."""
     if not len(coords):
         return []
-    # Between neighbouring edges of squares nothing changes: the union is exact on a raster of these cells.
-    xs, ys = (np.unique([coords[:, axis], coords[:, axis] + size]) for axis in (0, 1))
-    raster = np.zeros((len(ys) - 1, len(xs) - 1), np.uint8)
-    first = np.stack([np.searchsorted(xs, coords[:, 0]), np.searchsorted(ys, coords[:, 1])], axis=1)
-    last = np.stack([np.searchsorted(xs, coords[:, 0] + size), np.searchsorted(ys, coords[:, 1] + size)], axis=1)
-    for (x0, y0), (x1, y1) in zip(first.tolist(), last.tolist(), strict=True):
-        raster[y0:y1, x0:x1] = 1
-    # Pieces that meet in a corner alone are two polygons: one whose outline touches itself is not valid.
-    count, labels = cv2.connectedComponents(raster, connectivity=4)
-    label_of_tile = labels[first[:, 1], first[:, 0]]
-    merged = []
-    for label in range(1, count):
-        rows = np.flatnonzero(label_of_tile == label)
-        left, top = first[rows].min(0)
-        right, bottom = last[rows].max(0)
-        piece = labels[top:bottom, left:right] == label
-        rings = [[[int(xs[left + x]), int(ys[top + y])] for x, y in ring] for ring in _rings(piece)]
-        merged.append((rings, rows))
-    return merged
+    # simplify(0) drops the points along an edge; pieces that meet in a corner alone are polygons of their own.
+    pieces = shapely.get_parts(shapely.union_all(shapely.box(*coords.T, *(coords + size).T)).simplify(0))
+    tiles, piece_of_tile = shapely.STRtree(pieces).query(shapely.points(coords + size / 2), "intersects")
+    merged = [(_rings(piece), tiles[piece_of_tile == number]) for number, piece in enumerate(pieces)]
+    return sorted(merged, key=lambda polygon_and_rows: int(polygon_and_rows[1][0]))
 
 
-def _rings(piece: np.ndarray) -> list[list[list[int]]]:
-    """Outline and holes of one piece of a raster, along the borders of its pixels; closed, outline first."""
-    # In the doubled raster no outline is thinner than two pixels; OpenCV's rings run through the outermost pixels'
-    # centres, half a pixel inside the border: rounding moves them there.
-    doubled = np.pad(np.kron(piece, np.ones((2, 2))).astype(np.uint8), 1)
-    traced, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    rings = []
-    for ring, (_, _, _, parent) in sorted(zip(traced, hierarchy[0].tolist(), strict=True), key=lambda pair: pair[1][3]):
-        points = _corners(np.rint((ring[:, 0] - 0.5) / 2).astype(int))
-        counterclockwise = _signed_area(points) > 0
-        if counterclockwise != (parent < 0):
-            points = points[::-1]
-        rings.append([*points.tolist(), points[0].tolist()])
-    return rings
-
-
-def _corners(points: np.ndarray) -> np.ndarray:
-    """The points at which a ring of horizontal and vertical edges turns."""
-    points = points[(points != np.roll(points, 1, axis=0)).any(1)]
-    turns = (points - np.roll(points, 1, axis=0) != 0) != (np.roll(points, -1, axis=0) - points != 0)
-    return np.asarray(points[turns.any(1)])
-
-
-def _signed_area(points: np.ndarray) -> float:
-    x, y = points.T
-    return float(np.sum(x * np.roll(y, -1) - np.roll(x, -1) * y) / 2)
+def _rings(piece: shapely.Polygon) -> Polygon:
+    """Outline and holes of a polygon of whole pixels, closed, outline first."""
+    oriented = shapely.orient_polygons(piece)
+    return [shapely.get_coordinates(ring).astype(int).tolist() for ring in (oriented.exterior, *oriented.interiors)]
