@@ -45,6 +45,7 @@ def test_the_interval_of_the_difference_is_paired(binary_predictions: Make) -> N
     assert row["high"] - row["low"] < 0.01, "unpaired it would be as wide as that of a Brier score"
 
 
+@pytest.mark.slow
 def test_intervals_and_p_values_are_right_when_two_runs_are_equally_good(binary_predictions: Make) -> None:
     runs, covered, rejected = 100, 0, 0
     for seed in range(runs):

@@ -30,6 +30,7 @@ def test_the_fast_variance_is_the_structural_components_written_out(seed: int) -
     assert auroc[0] == pytest.approx(roc_auc_score(target, scores[0]))
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_auroc_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     runs, truth = 600, norm.cdf(1.5 / np.sqrt(2))  # normal scores, 1.5 apart

@@ -54,6 +54,7 @@ def test_every_fold_the_pool_and_the_mean_have_every_metric_with_an_interval(bin
     assert row["low"] < row["value"] < row["high"]
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_true_auroc_as_often_as_it_says(binary_predictions: Make) -> None:
     runs, truth, covered = 250, norm.cdf(1.2 / np.sqrt(2)), 0
     for seed in range(runs):
@@ -71,6 +72,7 @@ def test_copies_of_a_slide_do_not_make_an_interval_narrower(binary_predictions: 
     assert (slide["low"], slide["high"]) == pytest.approx((patient["low"], patient["high"]))
 
 
+@pytest.mark.slow
 def test_permuted_labels_are_at_chance_with_an_interval_that_covers_it(binary_predictions: Make) -> None:
     predictions = binary_predictions(150, 2.0, folds=5)
     assert only(evaluate(predictions, BINARY, bootstrap=200), "auroc")["low"] > 0.8

@@ -66,6 +66,7 @@ def embed(folder: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=known | more, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_of_a_hub_that_cannot_be_reached_the_user_sees_one_line(tmp_path: Path) -> None:
     done = embed(tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 2
@@ -89,6 +90,7 @@ def test_who_asks_for_the_hubs_own_lines_gets_them_all() -> None:
         hub_logging.set_verbosity(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [whole, cut])
 def test_a_download_has_its_progress_bar_and_one_that_breaks_off_is_one_line(
     answer: Callable[[BaseHTTPRequestHandler], None], tmp_path: Path

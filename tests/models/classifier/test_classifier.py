@@ -116,6 +116,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_process_with_all_their_bags(tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     script.write_text(DISTRIBUTED.format(folder=str(Path(__file__).parent), file=f"{tmp_path}/model.pt"))

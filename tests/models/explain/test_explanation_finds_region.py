@@ -77,6 +77,7 @@ def auroc(ensemble: ClassifierEnsemble, method: str, count: int = 3) -> float:
     return float(np.mean(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method", "at_least"),
     [
@@ -101,6 +102,7 @@ def test_the_planted_region_is_found(name: str, method: str, at_least: float) ->
     assert auroc(trained(name), method) >= at_least
 
 
+@pytest.mark.slow
 def test_random_models_are_at_chance() -> None:
     values = [
         auroc(ClassifierEnsemble([new_model("longnet", seed)], ["random"]), "integrated-gradients", 1)

@@ -148,6 +148,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["fused", "plain"])
 def test_memory_is_linear_in_the_number_of_tokens(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel == "plain":

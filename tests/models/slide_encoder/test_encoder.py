@@ -233,6 +233,7 @@ def without_network(code: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_without_network_and_weights_the_error_says_what_to_do(tmp_path: Path) -> None:
     code = (
         "import longslide\n"
@@ -246,6 +247,7 @@ def test_without_network_and_weights_the_error_says_what_to_do(tmp_path: Path) -
         assert words in done.stdout
 
 
+@pytest.mark.slow
 def test_without_network_the_hubs_cache_is_enough(tmp_path: Path, small: SlideEncoder) -> None:
     repository = tmp_path / "hub" / "models--prov-gigapath--prov-gigapath"
     (repository / "snapshots" / "abc").mkdir(parents=True)

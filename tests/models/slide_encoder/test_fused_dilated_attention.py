@@ -57,6 +57,7 @@ def test_outputs_and_gradients_are_those_of_naive_whatever_the_lengths_and_ratio
     assert max(errors(qkv(*shape, seed=seed), lengths, ratios, rng.random() < 0.3)) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("length", "lengths", "ratios", "head_dim"),
@@ -69,6 +70,7 @@ def test_keys_that_branches_share_count_once_for_each(
     assert max(errors(qkv(1, length, 1, head_dim), lengths, ratios, causal)) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "bound"),
@@ -128,6 +130,7 @@ def test_float32_products_are_as_exact_as_torch_is_set_by_its_older_or_its_newer
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.slow
 def test_two_runs_are_equal_to_the_last_bit() -> None:
     inputs = qkv(1, 100, 2, 16)
     results = []
@@ -146,6 +149,7 @@ def test_what_the_kernels_do_not_take_is_said_or_left_to_plain_pytorch() -> None
     )
 
 
+@pytest.mark.slow
 def test_packed_sequences_are_those_one_at_a_time() -> None:
     lengths = [1, 33, 40, 7]
     cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
@@ -163,6 +167,7 @@ def test_packed_sequences_are_those_one_at_a_time() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [16, 48])
 def test_rows_past_the_last_sequence_are_zero_and_so_are_their_gradients(head_dim: int) -> None:
     """CUDA graphs run a sequence as one a little longer; what its end holds must not reach any gradient."""
@@ -179,6 +184,7 @@ def test_rows_past_the_last_sequence_are_zero_and_so_are_their_gradients(head_di
     assert grad[71:].count_nonzero() == 0
 
 
+@pytest.mark.slow
 def test_one_projection_gives_what_its_three_parts_give() -> None:
     qkv = torch.randn(60, 3, 2, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
     cu_seqlens = torch.tensor([0, 60], dtype=torch.int32, device=DEVICE)
@@ -208,6 +214,7 @@ def one_row(q: Tensor, k: Tensor, v: Tensor, token: int, head: int, lengths: lis
     return torch.cat(logits).softmax(0) @ torch.cat(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tokens",
     [

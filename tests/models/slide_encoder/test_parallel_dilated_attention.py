@@ -29,6 +29,7 @@ def gloo_results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     return results_of(tmp_path_factory.mktemp("gloo"), "gloo", 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize(
     ("dtype", "bound"), [("torch.float64", 1e-10), ("torch.float32", 2e-6), ("torch.bfloat16", 2e-2)]

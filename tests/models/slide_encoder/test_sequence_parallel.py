@@ -12,6 +12,7 @@ from longslide.models.slide_encoder.sequence_parallel import SequenceParallelStr
 RANKS = Path(__file__).parent / "encoder_ranks.py"
 
 
+@pytest.mark.slow
 def test_four_ranks_embed_and_train_as_one_process_does(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(RANKS), str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

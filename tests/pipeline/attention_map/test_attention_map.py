@@ -104,6 +104,7 @@ def test_a_configuration_that_does_not_fit_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_one_line_on_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run("--output", tmp_path / "file" / "map.png", "--tokens", "8")

@@ -147,6 +147,7 @@ def test_the_real_slide_is_embedded_from_the_pixels_openslide_reads(job: dict[st
                     np.testing.assert_array_equal(tile, expected)
 
 
+@pytest.mark.slow
 def test_one_bad_slide_never_ends_the_job(job: dict[str, Any], slides: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.mkdir()
@@ -174,6 +175,7 @@ def test_one_bad_slide_never_ends_the_job(job: dict[str, Any], slides: Path, tmp
     assert sorted(path.stem for path in job["output"].glob("*.h5")) == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again_gives_what_an_undisturbed_run_gives(
     job: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -198,6 +200,7 @@ def test_killed_in_the_middle_and_run_again_gives_what_an_undisturbed_run_gives(
     assert left_behind(job["output"]) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(job: dict[str, Any]) -> None:
     process = subprocess.Popen(
         command(job, "--batch-size", "1", "--threads", "1"), stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -368,6 +371,7 @@ def test_a_slide_encoder_that_runs_out_of_memory_does_not_cost_the_tile_embeddin
     np.testing.assert_array_equal(both.features, tiles.features)
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder_share_the_work(job: dict[str, Any], tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     embed(**job | {"output": alone})

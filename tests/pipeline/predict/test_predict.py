@@ -75,6 +75,7 @@ def expected_probability(home: Path, slide_id: str, checkpoint: str = "best.ckpt
         return classifier.predict(outputs)["probability"][0].numpy()
 
 
+@pytest.mark.slow
 def test_from_slides_alone_to_prediction_picture_and_scores(home: Path, job: dict[str, Any]) -> None:
     del job["features"]
     output = job["output"]
@@ -465,6 +466,7 @@ def test_features_of_another_tool_are_used_and_what_they_do_not_say_is_told(
     np.testing.assert_allclose(list(one.probability.values()), expected_probability(home, "a"), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_bad_slide_never_ends_the_job(home: Path, job: dict[str, Any], tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.mkdir()

@@ -133,6 +133,7 @@ def many(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_500_slides_make_a_page_that_is_still_light(many: Path) -> None:
     started = time.monotonic()
     [written] = report([many])
@@ -220,6 +221,7 @@ def test_a_browser_sorts_the_table_opens_a_slide_and_needs_no_sideways_scrolling
         assert found["overflow"] <= 0
 
 
+@pytest.mark.slow
 def test_a_browser_opens_500_slides(many: Path) -> None:
     [written] = report([many])
     found = in_browser(written.path, LOOK, widths=(390,))["w390"]
