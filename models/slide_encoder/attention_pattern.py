@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...errors import LongslideError
 from .dilated_attention import dilated_attention, has_kernels
+from .spec import Pattern as Pattern
 
-Pattern = Literal["dilated", "dense", "sliding-window", "strided"]
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 _BLOCK = 128
 """Queries and keys of a block of FlexAttention, and the fewest queries of a block of the plain sliding window."""

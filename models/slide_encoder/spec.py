@@ -5,14 +5,12 @@ import math
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import yaml
+from typing import Literal
 
 from ...errors import LongslideError
+from ..spec_file import NonNegativeInt, PositiveInt, Share, read_spec
 
-if TYPE_CHECKING:
-    from .attention_pattern import Pattern
+Pattern = Literal["dilated", "dense", "sliding-window", "strided"]
 
 
 @dataclass(frozen=True)
@@ -47,23 +45,23 @@ class SlideEncoderSpec:
     hub_id: str | None
     hub_file: str | None
     tile_encoder: str
-    tile_dim: int
-    layers: int
-    width: int
-    heads: int
-    ffn_width: int
-    dilated_ratios: tuple[int, ...]
-    max_wsi_size: int
-    tile_size: int
+    tile_dim: PositiveInt
+    layers: PositiveInt
+    width: PositiveInt
+    heads: PositiveInt
+    ffn_width: PositiveInt
+    dilated_ratios: tuple[PositiveInt, ...]
+    max_wsi_size: PositiveInt
+    tile_size: PositiveInt
     licence: str
     gated: bool
     paper: str
-    dropout: float = 0.0
-    drop_path: float = 0.0
+    dropout: Share = 0.0
+    drop_path: Share = 0.0
     checkpointing: bool = False
-    pattern: "Pattern" = "dilated"
-    window: int = 0
-    period: int = 0
+    pattern: Pattern = "dilated"
+    window: NonNegativeInt = 0
+    period: NonNegativeInt = 0
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:
@@ -78,19 +76,29 @@ def list_slide_encoders() -> list[str]:
     return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 
-def load_slide_encoder_spec(name: str) -> SlideEncoderSpec:
-    """The facts of a slide encoder.
+def load_slide_encoder_spec(name: str | Path) -> SlideEncoderSpec:
+    """The facts of a slide encoder of the GigaPath family.
+
+    Args:
+        name: A slide encoder of the package (see `list_slide_encoders`), or the path of a YAML file.
 
     Raises:
-        LongslideError: There is none of this name; near matches are named.
+        LongslideError: There is none of this name (near matches are named), or the YAML file is not right.
     """
     known = list_slide_encoders()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise LongslideError(f"No slide encoder {name!r}: {hint}Known are {', '.join(known)}.")
-    content = yaml.safe_load((_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
-    return SlideEncoderSpec(**content | {"dilated_ratios": tuple(content["dilated_ratios"])})
+    if name in known:
+        return read_spec(_folder() / f"{name}.yaml", SlideEncoderSpec, "slide encoder")
+    if Path(name).suffix in (".yaml", ".yml"):
+        spec = read_spec(Path(name), SlideEncoderSpec, "slide encoder")
+        if spec.name in known:
+            raise LongslideError(f"{name}: the name {spec.name!r} is taken by a slide encoder of the package.")
+        return spec
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    raise LongslideError(
+        f"No slide encoder {str(name)!r}: {hint}Known are {', '.join(known)}. The path of a YAML file or "
+        "package.module:factory works too."
+    )
 
 
 def _folder() -> Path:

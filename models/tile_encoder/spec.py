@@ -4,18 +4,16 @@ This module imports neither torch nor timm, so that `doctor` and the command lin
 """
 
 import difflib
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Literal, get_args
 
 from ...errors import LongslideError
+from ..spec_file import PositiveFloat, PositiveInt, read_spec
 
-_INTERPOLATIONS = ("bilinear", "bicubic")
-_POOLINGS = ("cls", "cls+mean", "mean", "timm")
-_PRECISIONS = ("float32", "float16", "bfloat16")
+Interpolation = Literal["bilinear", "bicubic"]
+Pooling = Literal["cls", "cls+mean", "mean", "timm"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,9 @@ class TileEncoderSpec:
 
     Attributes:
         name: The name users give; for a file of the package also the stem of the file.
-        architecture: Name of the timm model.
-        timm_args: Arguments of `timm.create_model` on top of the architecture's own. `mlp_layer: SwiGLUPacked` and
-            `act_layer: silu` stand for the timm classes.
+        architecture: Name of the timm model, or `package.module:factory` of what makes the network.
+        timm_args: Arguments of `timm.create_model` on top of the architecture's own (`mlp_layer: SwiGLUPacked` and
+            `act_layer: silu` stand for the timm classes), or of the factory.
         dim: Length of the embedding.
         resize: The short side of a tile after resizing, in pixels.
         interpolation: `bilinear` or `bicubic`, both antialiased as Pillow does.
@@ -37,7 +35,7 @@ class TileEncoderSpec:
         mean: Mean of the red, green and blue channel, in 0 to 1.
         std: Standard deviation of the three channels, in 0 to 1.
         pooling: `cls`: the class token; `mean`: the mean of the patch tokens (without class and register tokens);
-            `cls+mean`: both, concatenated; `timm`: what the timm model itself returns.
+            `cls+mean`: both, concatenated; `timm`: what the model itself returns.
         precision: Recommended precision of inference: `float32`, `float16` or `bfloat16`.
         tile_mpp: Recommended microns per pixel of the tiles; null if there is none.
         tile_px: Recommended edge of the tiles, in pixels.
@@ -50,16 +48,16 @@ class TileEncoderSpec:
 
     name: str
     architecture: str
-    dim: int
-    resize: int
-    interpolation: str
-    crop: int
+    dim: PositiveInt
+    resize: PositiveInt
+    interpolation: Interpolation
+    crop: PositiveInt
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    pooling: str
-    precision: str
-    tile_mpp: float | None
-    tile_px: int
+    pooling: Pooling
+    precision: Literal["float32", "float16", "bfloat16"]
+    tile_mpp: PositiveFloat | None
+    tile_px: PositiveInt
     licence: str
     gated: bool
     paper: str
@@ -68,35 +66,10 @@ class TileEncoderSpec:
     norm_eps: float | None = None
 
     def __post_init__(self) -> None:
-        for key, allowed in (("interpolation", _INTERPOLATIONS), ("pooling", _POOLINGS), ("precision", _PRECISIONS)):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"{key} must be one of {', '.join(allowed)}, not {getattr(self, key)!r}")
-        for key in ("dim", "resize", "crop", "tile_px"):
-            value = getattr(self, key)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{key} must be a positive whole number, not {value!r}")
-        for key in ("mean", "std"):
-            value = getattr(self, key)
-            if (
-                not isinstance(value, (list, tuple))
-                or len(value) != 3
-                or not all(type(v) in (int, float) for v in value)
-            ):
-                raise ValueError(f"{key} must be three numbers, not {value!r}")
-            object.__setattr__(self, key, tuple(float(v) for v in value))
-        for key in ("name", "architecture", "licence", "paper"):
-            if not isinstance(getattr(self, key), str):
-                raise ValueError(f"{key} must be text, not {getattr(self, key)!r}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {self.std}")
         if self.crop > self.resize:
             raise ValueError(f"crop ({self.crop}) must not be larger than resize ({self.resize})")
-        if not isinstance(self.gated, bool):
-            raise ValueError(f"gated must be true or false, not {self.gated!r}")
-        if not isinstance(self.timm_args, dict):
-            raise ValueError(f"timm_args must be a mapping, not {self.timm_args!r}")
-        if self.tile_mpp is not None and (type(self.tile_mpp) not in (int, float) or self.tile_mpp <= 0):
-            raise ValueError(f"tile_mpp must be a positive number or null, not {self.tile_mpp!r}")
 
 
 def list_tile_encoders() -> list[str]:
@@ -119,9 +92,9 @@ def load_tile_encoder_spec(name: str | Path) -> TileEncoderSpec:
     """
     packaged = _packaged()
     if str(name) in packaged:
-        return _read(packaged[str(name)])
+        return read_spec(packaged[str(name)], TileEncoderSpec, "tile encoder")
     if Path(name).suffix in (".yaml", ".yml"):
-        spec = _read(Path(name))
+        spec = read_spec(Path(name), TileEncoderSpec, "tile encoder")
         if spec.name in packaged:
             raise LongslideError(
                 f"{name}: the name {spec.name!r} is taken by an encoder of the package; choose another."
@@ -133,27 +106,6 @@ def load_tile_encoder_spec(name: str | Path) -> TileEncoderSpec:
 def _packaged() -> dict[str, Path]:
     folder = Path(str(files("longslide.configs"))) / "tile_encoders"
     return {path.stem: path for path in folder.glob("*.yaml")}
-
-
-def _read(path: Path) -> TileEncoderSpec:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LongslideError(f"{path}: no such tile encoder file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LongslideError(f"{path}: not a readable YAML file ({' '.join(str(error).split())}).") from error
-    known = {f.name: f for f in fields(TileEncoderSpec)}
-    if not isinstance(content, dict):
-        raise LongslideError(f"{path}: a tile encoder is a mapping with the keys {', '.join(known)}.")
-    if unknown := [str(key) for key in content if key not in known]:
-        raise LongslideError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(known)}.")
-    required = {key for key, f in known.items() if f.default is MISSING and f.default_factory is MISSING}
-    if missing := sorted(required - content.keys()):
-        raise LongslideError(f"{path}: missing key {', '.join(missing)}.")
-    try:
-        return TileEncoderSpec(**content)
-    except ValueError as error:
-        raise LongslideError(f"{path}: {error}.") from None
 
 
 def _timm_spec(name: str) -> TileEncoderSpec:
@@ -172,10 +124,10 @@ def _timm_spec(name: str) -> TileEncoderSpec:
     config: Any = model.pretrained_cfg
     transform = resolve_data_config(pretrained_cfg=config)  # type: ignore[no-untyped-call]
     crop = int(transform["input_size"][-1])
-    if transform["interpolation"] not in _INTERPOLATIONS:
+    if transform["interpolation"] not in get_args(Interpolation):
         raise LongslideError(
             f"timm model {name!r} resizes by {transform['interpolation']!r}; write a YAML file for it with "
-            f"one of {', '.join(_INTERPOLATIONS)}."
+            f"one of {', '.join(get_args(Interpolation))}."
         )
     return TileEncoderSpec(
         name=name,
