@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from .evaluation import evaluate as evaluate
     from .models.slide_encoder.dilated_attention import dilated_attention as dilated_attention
     from .models.slide_encoder.encoder import create_slide_encoder as create_slide_encoder
+    from .models.tile_encoder.encoder import TileEncoder as TileEncoder
     from .models.tile_encoder.encoder import create_tile_encoder as create_tile_encoder
+    from .models.tile_encoder.spec import TileEncoderSpec as TileEncoderSpec
     from .pipeline.embed.doctor import doctor as doctor
     from .pipeline.embed.embed import embed as embed
+    from .pipeline.export import export as export
     from .pipeline.predict.explain import explain as explain
     from .pipeline.predict.predict import predict as predict
     from .pipeline.report.compare import compare as compare
@@ -43,6 +46,9 @@ _HOME = {
     "dilated_attention": ".models.slide_encoder.dilated_attention",
     "create_slide_encoder": ".models.slide_encoder.encoder",
     "create_tile_encoder": ".models.tile_encoder.encoder",
+    "TileEncoder": ".models.tile_encoder.encoder",
+    "TileEncoderSpec": ".models.tile_encoder.spec",
+    "export": ".pipeline.export",
     "evaluate": ".evaluation",
     "compare": ".pipeline.report.compare",
     "doctor": ".pipeline.embed.doctor",

@@ -237,6 +237,44 @@ def import_object(path: str, what: str, *, by_stranger: bool = False) -> Any:
     return found
 
 
+def is_factory(choice: object) -> bool:
+    """Whether a choice is `package.module:factory`, and neither a name nor the path of a YAML file."""
+    return isinstance(choice, str) and ":" in choice and not choice.lower().endswith((".yaml", ".yml"))
+
+
+def call_factory(path: str, what: str, given: Mapping[str, Any], *, option: str = "", required: bool = False) -> Any:
+    """Call `package.module:factory`.
+
+    Args:
+        path: The factory.
+        what: What asks for it, for the messages.
+        given: Arguments: the factory gets those that it takes.
+        option: The command line's option for `checkpoint`, which a factory must take if it is given.
+        required: Whether it must take all of them.
+
+    Returns:
+        What it makes.
+
+    Raises:
+        LongslideError: There is no such factory, it needs other arguments, or does not take what was given.
+    """
+    factory = import_object(path, what)
+    if not callable(factory):
+        raise LongslideError(f"{what}: {path} is not callable")
+    parameters = inspect.signature(factory).parameters
+    takes_all = required or any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if given.get("checkpoint") is not None and not takes_all and "checkpoint" not in parameters:
+        raise LongslideError(f"{what}: {path} takes no argument `checkpoint` for {option} {given['checkpoint']}")
+    arguments = {name: value for name, value in given.items() if takes_all or name in parameters}
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise LongslideError(
+            f"{what}: {path} cannot be called with {', '.join(arguments) or 'no arguments'} ({error})"
+        ) from error
+    return factory(**arguments)
+
+
 def _import(module: str, what: str) -> Any:
     try:
         return import_module(module)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LongslideError
 
@@ -129,6 +129,15 @@ def digest(file: Path) -> str:
     """`sha256:` and the first 16 hex digits of the SHA-256 of a file."""
     with file.open("rb") as stream:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+
+
+def digest_of_tensors(module: nn.Module) -> str:
+    """`sha256:` and the first 16 hex digits of the SHA-256 over names, types, shapes and bytes of a module's tensors."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"sha256:{total.hexdigest()[:16]}"
 
 
 def check_tensors(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:

@@ -48,6 +48,7 @@ COMMANDS = {
         ".attention_map.attention_map",
         "Draw which keys each query sees under an attention pattern, and what it costs.",
     ),
+    "export": (".export", "Write a trained slide encoder in the layout in which slide encoders are published."),
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
 }
 

@@ -9,15 +9,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import h5py
 import numpy as np
 import openslide
 import pytest
+import torch
+import yaml
 from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
 from longslide.pipeline.cli import main
 
-PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = (DOCS / "extending.md").read_text(encoding="utf-8")
+PAGE_OF_ENCODERS = (DOCS / "encoders.md").read_text(encoding="utf-8")
 
+TINY = re.search(r"```yaml\n(name: my-encoder\n.*?)```", PAGE_OF_ENCODERS, re.DOTALL)[1]
 ENCODER = ("vit_tiny_patch16_224", "random")
 
 
@@ -163,3 +169,88 @@ def test_what_cannot_be_plugged_in_is_one_line_and_status_2(
     assert message in error
     assert error.count("\n") == 1
     assert not Path("f").exists()
+
+
+def test_a_network_of_ones_own_embeds_tiles_from_the_command_line_from_yaml_and_from_python(
+    outside: Path, tmp_path: Path
+) -> None:
+    done = run(command_with("--tile-encoder small_cnn"), outside)
+    assert done.returncode == 0, done.stderr
+    features = read_features("features/a.h5")
+    from small_cnn import SmallCNN, small_cnn
+
+    encoder = small_cnn()
+    assert (features.encoder, features.weights) == ("small-cnn", encoder.weights)
+    assert (features.tile_px, features.tile_mpp) == (128, 1.0)
+    x, y = features.coords[0]
+    with open_slide("slides/a.svs") as slide, torch.inference_mode():
+        tile = cv2.resize(slide.read_region(x, y, 0, 256, 256), (128, 128), interpolation=cv2.INTER_AREA)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        image = (torch.from_numpy(tile) / 255 - mean) / std
+        expected = encoder.network(image.permute(2, 0, 1)[None])[0]
+    torch.testing.assert_close(torch.from_numpy(features.features[0]), expected, rtol=1e-4, atol=1e-4)
+
+    # The same from Python: known as done by the digest of its tensors; with other weights it is another encoder.
+    [again] = embed(["slides"], "features", encoder, device="cpu")
+    assert (again.status, again.reason) == ("done", "was there already")
+    [other] = embed(["slides"], "features", small_cnn(seed=1), device="cpu")
+    assert other.status == "failed"
+    assert "weights SmallCNN sha256:" in other.reason
+
+    # From YAML: tiles and transform are the file's, the network the factory's.
+    content = yaml.safe_load(TINY) | {"architecture": "small_cnn:SmallCNN", "timm_args": {"dim": 8}, "dim": 8}
+    Path("cnn.yaml").write_text(yaml.safe_dump(content | {"pooling": "timm"}))
+    torch.save(SmallCNN(8).state_dict(), "cnn.pth")
+    [result] = embed(["slides"], "yaml", "cnn.yaml", "cnn.pth", device="cpu")
+    assert result.status == "done", result.reason
+    assert read_features("yaml/a.h5").weights.startswith("cnn.pth sha256:")
+    assert read_features("yaml/a.h5").features.shape[1] == 8
+
+    # A bare module: its dimension is measured.
+    assert embed(["slides"], "bare", SmallCNN(5), device="cpu")[0].status == "done"
+    assert read_features("bare/a.h5").features.shape[1] == 5
+    assert read_features("bare/a.h5").encoder == "SmallCNN"
+
+
+def test_a_slide_encoder_of_ones_own_needs_a_name_weights_what_it_reads_and_a_call(outside: Path) -> None:
+    assert main(command_with("--slide-encoder mean_and_spread")) == 0
+    features = read_features("features/a.h5")
+    assert (features.slide_encoder, features.slide_weights, features.pool) == ("mean-and-spread", "none", None)
+    tiles = torch.from_numpy(features.features)
+    expected = torch.cat([tiles.mean(0), tiles.std(0)])
+    torch.testing.assert_close(torch.from_numpy(features.slide_embedding), expected)
+
+    from mean_and_spread import MeanAndSpread
+
+    class OfUni(MeanAndSpread):
+        tile_encoder = "uni"
+
+    with pytest.raises(LongslideError, match="reads tile embeddings of 'uni', not of 'vit_tiny_patch16_224'"):
+        embed(["slides"], "other", *ENCODER, slide_encoder=OfUni())
+    with pytest.raises(LongslideError, match="function is no slide encoder, which has name, weights and tile_encoder"):
+        embed(["slides"], "other", *ENCODER, slide_encoder=lambda features, cells: features.mean(1))
+    with pytest.raises(LongslideError, match="takes no argument `checkpoint` for --slide-checkpoint random"):
+        embed(["slides"], "other", *ENCODER, "mean_and_spread:MeanAndSpread", "random")
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("small_cnn:large_cnn", "small_cnn has no large_cnn"),
+        ("nowhere:cnn", "no module nowhere"),
+        ("mean_and_spread:MeanAndSpread", "makes a MeanAndSpread, and neither a TileEncoder nor a torch module"),
+        ("small_cnn:torch", "not callable"),
+        ("torch.nn:Linear", r"cannot be called with no arguments \(missing a required argument: 'in_features'\)"),
+        ("torch.nn:Flatten", None),
+        ("torch.nn:Identity", r"does not map \(2, 3, 224, 224\) images to \(2, dim\) embeddings"),
+    ],
+)
+def test_a_factory_that_makes_no_tile_encoder_is_refused_in_one_line(
+    choice: str, message: str | None, outside: Path
+) -> None:
+    if message is None:  # raw pixels are an embedding too
+        assert embed(["slides"], "f", choice, device="cpu")[0].status == "done"
+        return
+    with pytest.raises(LongslideError, match=message) as refusal:
+        embed(["slides"], "f", choice, device="cpu")
+    assert "\n" not in str(refusal.value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LongslideError
-from ..checkpoint_file import digest, read_description
+from ..slide_encoder.base import from_architecture, read_pretrained
 from ..slide_encoder.cuda_graphs import GraphedEncoder
 from ..slide_encoder.encoder import SlideEncoder, create_slide_encoder
 from ..slide_encoder.spec import SlideEncoderSpec
@@ -104,7 +104,7 @@ def create_longnet(
         LongslideError: The checkpoint does not fit the features, or is none.
     """
     if architecture is not None:
-        return SlideEncoderAggregator(_from_architecture(architecture, options.pool))
+        return SlideEncoderAggregator(from_architecture(architecture, options.pool))
     if checkpoint is not None and checkpoint != "random":
         encoder = load_pretrained(Path(checkpoint), options)
         check_features(encoder, checkpoint, feature_dim, tile_encoder)
@@ -145,7 +145,7 @@ def create_gigapath(
         LongslideError: The weights cannot be had, or do not fit the features.
     """
     if architecture is not None:
-        encoder = _from_architecture(architecture, options.pool)
+        encoder = from_architecture(architecture, options.pool)
     elif checkpoint is not None and Path(checkpoint).suffix == ".ckpt":
         encoder = load_pretrained(Path(checkpoint), options)
         check_features(encoder, checkpoint, feature_dim, tile_encoder)
@@ -160,28 +160,9 @@ def create_gigapath(
 
 
 def load_pretrained(file: Path, options: LongNetOptions | GigaPathOptions) -> SlideEncoder:
-    """The slide encoder of a masked autoencoder's checkpoint.
-
-    Args:
-        file: The checkpoint.
-        options: How it is pooled and trained further; its size is the checkpoint's.
-
-    Raises:
-        LongslideError: No such file, a broken one, not one of the masked autoencoder, or one of a newer Longslide.
-    """
-    description = read_description(file)
-    if description is None or description.get("kind") != "mae":
-        raise LongslideError(
-            f"{file}: not a checkpoint of the masked autoencoder (`longslide fit --config mae`); "
-            "published weights go with --model.aggregator gigapath"
-        )
+    """The slide encoder of a masked autoencoder's checkpoint, to train further; see `read_pretrained`."""
     regularisation = {name: getattr(options, name) for name in ("dropout", "drop_path", "checkpointing")}
-    architecture = description["slide_encoder"] | {"weights": f"{file} {digest(file)}"} | regularisation
-    encoder = _from_architecture(architecture, options.pool)
-    prefix = "encoder."
-    state = {key[len(prefix) :]: value for key, value in description["state_dict"].items() if key.startswith(prefix)}
-    encoder.load_state_dict(state)
-    return encoder
+    return read_pretrained(file, options.pool, **regularisation).train()
 
 
 def check_features(encoder: SlideEncoder, checkpoint: str | Path, feature_dim: int, tile_encoder: str | None) -> None:
@@ -206,10 +187,3 @@ def check_features(encoder: SlideEncoder, checkpoint: str | Path, feature_dim: i
         raise LongslideError(
             f"{checkpoint}: reads tile embeddings of length {encoder.spec.tile_dim}, but the features have {feature_dim}"
         )
-
-
-def _from_architecture(architecture: Mapping[str, Any], pool: Literal["mean", "cls"]) -> SlideEncoder:
-    spec = dict(architecture)
-    weights = spec.pop("weights")
-    spec["dilated_ratios"] = tuple(spec["dilated_ratios"])
-    return SlideEncoder(SlideEncoderSpec(**spec), pool, weights)

@@ -71,6 +71,11 @@ class SlideEncoder(nn.Module):
         """The encoder's name."""
         return self.spec.name
 
+    @property
+    def tile_encoder(self) -> str:
+        """The tile encoder whose embeddings it reads; empty if that is not known."""
+        return self.spec.tile_encoder
+
     def shard_sequence(self, group: dist.ProcessGroup | None) -> None:
         """Spread the tokens of a slide over the ranks of a group, or no longer.
 
@@ -370,7 +375,7 @@ def cell_faults(grid_cells: Tensor, slide: Tensor | None) -> Tensor:
 
 
 def create_slide_encoder(
-    name: str,
+    name: str | Path,
     *,
     checkpoint: str | Path | None = None,
     pool: Literal["mean", "cls"] = "mean",
@@ -380,7 +385,7 @@ def create_slide_encoder(
     """Build a slide encoder with its weights, on the CPU, in float32 and in evaluation mode.
 
     Args:
-        name: `gigapath`, `gigapath-24l1024d` or `gigapath-12l1536d`.
+        name: `gigapath`, `gigapath-24l1024d` or `gigapath-12l1536d`, or the path of a YAML file that describes one.
         checkpoint: A weights file as published (or safetensors of the same names), or the word `random` for seeded random
             weights. None takes the published weights from the Hugging Face hub or its cache.
         pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token. GigaPath's cls token was not
@@ -396,14 +401,14 @@ def create_slide_encoder(
     """
     spec = load_slide_encoder_spec(name)
     if unknown := set(overrides) - {field.name for field in fields(spec)}:
-        raise LongslideError(f"slide encoder {name!r} has no {', '.join(sorted(unknown))}")
+        raise LongslideError(f"slide encoder {spec.name!r} has no {', '.join(sorted(unknown))}")
     spec = replace(spec, **overrides)
     if checkpoint == "random":
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would also seed the GPUs
             return SlideEncoder(spec, pool, f"random seed={seed}").eval()
     if checkpoint is None:
-        what = f"Slide encoder {name!r}"
+        what = f"Slide encoder {spec.name!r}"
         file, source = download(what, spec.hub_id, [spec.hub_file or ""], gated=spec.gated, option="--slide-checkpoint")
     else:
         file, source = Path(checkpoint), str(checkpoint)
@@ -411,5 +416,5 @@ def create_slide_encoder(
             raise LongslideError(f"{file}: no such checkpoint; give a file, or the word random.")
     with torch.device("meta"):
         encoder = SlideEncoder(spec, pool, f"{source} {digest(file)}")
-    load_published(encoder, file, f"{source}: does not fit slide encoder {name!r}")
+    load_published(encoder, file, f"{source}: does not fit slide encoder {spec.name!r}")
     return encoder.float().eval()

@@ -65,6 +65,34 @@ class TileEncoderSpec:
     timm_args: dict[str, Any] = field(default_factory=dict)
     norm_eps: float | None = None
 
+    @classmethod
+    def of_network(cls, name: str, dim: int, **facts: Any) -> "TileEncoderSpec":
+        """The facts of a network of your own, for `TileEncoder(spec, network)`.
+
+        Args:
+            name: The name, recorded in feature files.
+            dim: Length of the embedding.
+            **facts: Other attributes. By default tiles of 256 px at 0.5 microns per pixel, resized to 224 and normalised as
+                for ImageNet, and what the network itself returns, in float32.
+        """
+        defaults: dict[str, Any] = {
+            "architecture": name,
+            "resize": facts.get("crop", 224),
+            "interpolation": "bicubic",
+            "crop": 224,
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "pooling": "timm",
+            "precision": "float32",
+            "tile_mpp": 0.5,
+            "tile_px": 256,
+            "licence": "",
+            "gated": False,
+            "paper": "",
+            "hub_id": None,
+        }
+        return cls(name=name, dim=dim, **defaults | facts)
+
     def __post_init__(self) -> None:
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, not {self.std}")

@@ -23,7 +23,15 @@ from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.mask import Mask
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
-from .embed import check_slide_encoder, failed_slide, resolve_tiles, why_no_tiles
+from .embed import (
+    SlideEncoderChoice,
+    TileEncoderChoice,
+    check_slide_encoder,
+    failed_slide,
+    look_at_tile_encoder,
+    resolve_tiles,
+    why_no_tiles,
+)
 
 if TYPE_CHECKING:
     from ...models.tile_encoder.spec import TileEncoderSpec
@@ -132,9 +140,9 @@ class DiskCheck:
 
 def doctor(
     slides: Sequence[str | Path],
-    tile_encoder: str | Path | None = None,
+    tile_encoder: TileEncoderChoice | None = None,
     tile_checkpoint: str | Path | None = None,
-    slide_encoder: str | None = None,
+    slide_encoder: SlideEncoderChoice | None = None,
     slide_checkpoint: str | Path | None = None,
     slide_mpp: float | None = None,
     tile_mpp: float | None = None,
@@ -174,13 +182,13 @@ def doctor(
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.
     """
-    from ...models.tile_encoder.spec import load_tile_encoder_spec
-
     console = Console(soft_wrap=True, highlight=False)
     if not console.is_terminal:
         console = Console(width=160, soft_wrap=True, highlight=False)  # a log is not 80 characters wide
     entries = find_slides(slides, slide_mpp, ask=False)
-    spec = None if tile_encoder is None else load_tile_encoder_spec(tile_encoder)
+    spec = None
+    if tile_encoder is not None:
+        spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, 0)
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if threads < 1:
         raise LongslideError("--threads must be at least 1")
@@ -196,7 +204,7 @@ def doctor(
     checks = _mark_duplicates(checks)
     encoders = []
     if tile_encoder is not None and spec is not None:
-        encoders.append(_check_tile_encoder(tile_encoder, tile_checkpoint, tile_px, device, precision))
+        encoders.append(_check_tile_encoder(spec.name, tile_encoder, tile_checkpoint, tile_px, device, precision))
         if slide_encoder is not None:
             encoders.append(_check_slide_encoder(slide_encoder, slide_checkpoint, spec))
 
@@ -259,7 +267,7 @@ def _mark_duplicates(checks: list[SlideCheck]) -> list[SlideCheck]:
 
 
 def _check_tile_encoder(
-    name: str | Path, checkpoint: str | Path | None, tile_px: int, device: str, precision: str
+    name: str, choice: TileEncoderChoice, checkpoint: str | Path | None, tile_px: int, device: str, precision: str
 ) -> EncoderCheck:
     """Load the weights for real, and time a few batches of noise."""
     from ...models.tile_encoder.encoder import create_tile_encoder
@@ -267,9 +275,9 @@ def _check_tile_encoder(
 
     try:
         torch_device = resolve_device(device)
-        encoder = create_tile_encoder(name, checkpoint=checkpoint).to(torch_device)
+        encoder = create_tile_encoder(choice, checkpoint=checkpoint).to(torch_device)
     except LongslideError as error:
-        return EncoderCheck(str(name), problem=str(error))
+        return EncoderCheck(name, problem=str(error))
     resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
     batch, batches = (64, 8) if torch_device.type == "cuda" else (2, 2)
     rng = np.random.default_rng(0)
@@ -279,18 +287,22 @@ def _check_tile_encoder(
     started = time.perf_counter()
     embedder([noise] * batches)
     speed = batch * batches / (time.perf_counter() - started)
-    return EncoderCheck(str(name), "", encoder.weights, str(torch_device), resolved, speed)
+    return EncoderCheck(name, "", encoder.weights, str(torch_device), resolved, speed)
 
 
-def _check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: "TileEncoderSpec") -> EncoderCheck:
-    from ...models.slide_encoder.encoder import create_slide_encoder
+def _check_slide_encoder(
+    choice: SlideEncoderChoice, checkpoint: str | Path | None, tile_encoder: "TileEncoderSpec"
+) -> EncoderCheck:
+    from ...models.slide_encoder.base import load_slide_encoder
 
     try:
-        check_slide_encoder(name, checkpoint, tile_encoder.name)
-        encoder = create_slide_encoder(name, checkpoint=checkpoint, tile_dim=tile_encoder.dim)
+        check_slide_encoder(choice, checkpoint, tile_encoder.name)
+        encoder = load_slide_encoder(
+            choice, checkpoint=checkpoint, tile_encoder=tile_encoder.name, tile_dim=tile_encoder.dim
+        )
     except LongslideError as error:
-        return EncoderCheck(name, problem=str(error))
-    return EncoderCheck(name, weights=encoder.weights)
+        return EncoderCheck(str(choice), problem=str(error))
+    return EncoderCheck(encoder.name, weights=encoder.weights)
 
 
 def _check_disk(checks: list[SlideCheck], encoders: list[EncoderCheck], dim: int, output: Path) -> DiskCheck:

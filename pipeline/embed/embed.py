@@ -21,14 +21,24 @@ from ...data.tissue.mask import Mask
 from ...data.tissue.optical_density import OpticalDensity
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
+from ...registry import is_factory
 from ..batch.ledger import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
 from ..batch.progress import JobProgress
 from .qc import draw_qc, save_qc
 
 if TYPE_CHECKING:
-    from ...models.slide_encoder.cuda_graphs import GraphedEncoder
+    from typing import TypeAlias
+
+    from torch import nn
+
+    from ...models.slide_encoder.base import AnySlideEncoder
     from ...models.tile_encoder.spec import TileEncoderSpec
     from .tile_embedding import TileEmbedder
+
+    TileEncoderChoice: TypeAlias = str | Path | nn.Module
+    SlideEncoderChoice: TypeAlias = str | Path | AnySlideEncoder
+else:  # what the command line takes, without torch
+    TileEncoderChoice = SlideEncoderChoice = str | Path
 
 T = TypeVar("T")
 
@@ -42,9 +52,9 @@ DEFAULT_TILE_PX = 256
 def embed(
     slides: Sequence[str | Path],
     output: str | Path,
-    tile_encoder: str | Path,
+    tile_encoder: TileEncoderChoice,
     tile_checkpoint: str | Path | None = None,
-    slide_encoder: str | None = None,
+    slide_encoder: SlideEncoderChoice | None = None,
     slide_checkpoint: str | Path | None = None,
     pool: Literal["mean", "cls"] = "mean",
     slide_mpp: float | None = None,
@@ -70,9 +80,11 @@ def embed(
     Args:
         slides: Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`.
         output: Folder for `<slide_id>.h5`, `qc/<slide_id>.jpg` and `summary.csv`.
-        tile_encoder: Name of a tile encoder, path of a YAML file that describes one, or the name of a timm model.
+        tile_encoder: Name of a tile encoder or of a timm model, path of a YAML file that describes one, or
+            `package.module:factory`; in Python also a `TileEncoder` or another torch module.
         tile_checkpoint: Weights of the tile encoder: a file, a folder, or `random`. Default: the published weights.
-        slide_encoder: Name of a slide encoder; without one the feature files hold tile embeddings only.
+        slide_encoder: Name of a slide encoder, path of a YAML file that describes one, or `package.module:factory`; in
+            Python also the encoder itself. Without one the feature files hold tile embeddings only.
         slide_checkpoint: Weights of the slide encoder: a file, or `random`. Default: the published weights.
         pool: What the slide embedding is: the mean over the tiles, or the cls token.
         slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
@@ -96,11 +108,9 @@ def embed(
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.
     """
-    from ...models.tile_encoder.spec import load_tile_encoder_spec
-
     output = Path(output)
     entries = find_slides(slides, slide_mpp, ask=False)
-    spec = load_tile_encoder_spec(tile_encoder)
+    spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, seed)
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if min(batch_size, threads) < 1 or max_bad_tiles < 0:
         raise LongslideError("--batch-size and --threads must be at least 1, and --max-bad-tiles at least 0")
@@ -110,19 +120,22 @@ def embed(
         reader = READERS.name_of(READERS.get(reader))
     make_output_folder(output)
 
-    from ...models.slide_encoder.cuda_graphs import GraphedEncoder
-    from ...models.slide_encoder.encoder import create_slide_encoder
+    from ...models.slide_encoder.base import load_slide_encoder
     from ...models.tile_encoder.encoder import create_tile_encoder
-    from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
+    from .tile_embedding import TileEmbedder, resolve_device, resolve_precision, slide_encoder_on
 
     torch_device = resolve_device(device)
     slide_model = None
     if slide_encoder is not None:  # before the tile encoder, whose weights are far larger
-        slide_model = GraphedEncoder(
-            create_slide_encoder(
-                slide_encoder, checkpoint=slide_checkpoint, pool=pool, seed=seed, tile_dim=spec.dim
-            ).to(torch_device)
+        slide_model = load_slide_encoder(
+            slide_encoder,
+            checkpoint=slide_checkpoint,
+            pool=pool,
+            seed=seed,
+            tile_encoder=spec.name,
+            tile_dim=spec.dim,
         )
+        slide_model = slide_encoder_on(torch_device, slide_model)
     encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed).to(torch_device)
     job = EmbedJob(
         output=output,
@@ -181,14 +194,35 @@ def resolve_tiles(
     return tile_mpp, tile_px
 
 
-def check_slide_encoder(name: str, checkpoint: str | Path | None, tile_encoder: str) -> None:
+def look_at_tile_encoder(
+    choice: TileEncoderChoice, checkpoint: str | Path | None, seed: int
+) -> "tuple[TileEncoderSpec, TileEncoderChoice, str | Path | None]":
+    """The facts of a tile encoder, and what `create_tile_encoder` makes it of.
+
+    Of a name or a file the facts are read without torch; a factory or a module must be made a tile encoder to know them.
+    """
+    if isinstance(choice, str | Path) and not is_factory(choice):
+        from ...models.tile_encoder.spec import load_tile_encoder_spec
+
+        return load_tile_encoder_spec(choice), choice, checkpoint
+    from ...models.tile_encoder.encoder import create_tile_encoder
+
+    encoder = create_tile_encoder(choice, checkpoint=checkpoint, seed=seed)
+    return encoder.spec, encoder, None
+
+
+def check_slide_encoder(name: SlideEncoderChoice, checkpoint: str | Path | None, tile_encoder: str) -> None:
     """Published slide encoders read the embeddings of one tile encoder; those of another may have the same length.
+
+    A factory, an encoder and a checkpoint of masked autoencoding say only when they are loaded what they read.
 
     Raises:
         LongslideError: There is no such slide encoder, or its published weights read those of another tile encoder.
     """
     from ...models.slide_encoder.spec import load_slide_encoder_spec
 
+    if not isinstance(name, str | Path) or is_factory(name) or Path(checkpoint or "").suffix == ".ckpt":
+        return
     spec = load_slide_encoder_spec(name)
     if checkpoint is None and spec.tile_encoder != tile_encoder:
         raise LongslideError(
@@ -229,7 +263,7 @@ class EmbedJob:
 
     output: Path
     embedder: "TileEmbedder"
-    slide_encoder: "GraphedEncoder | None"
+    slide_encoder: "AnySlideEncoder | None"
     tile_mpp: float
     tile_px: int
     overlap: int
@@ -357,7 +391,7 @@ class EmbedJob:
         return {
             "slide_encoder": self.slide_encoder.name,
             "slide_weights": self.slide_encoder.weights,
-            "pool": self.slide_encoder.pool,
+            "pool": getattr(self.slide_encoder, "pool", None),
         }
 
     def _tile(self, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:

@@ -6,10 +6,13 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data.tiles.stream import TileBatch
 from ...errors import LongslideError
+from ...models.slide_encoder.base import AnySlideEncoder
+from ...models.slide_encoder.cuda_graphs import GraphedEncoder
+from ...models.slide_encoder.encoder import SlideEncoder
 from ...models.tile_encoder.encoder import TileEncoder
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -131,9 +134,16 @@ class TileEmbedder:
             torch.cuda.empty_cache()  # outside the handler: the error's traceback keeps the failed batch's tensors
 
 
+def slide_encoder_on(device: torch.device, encoder: AnySlideEncoder) -> AnySlideEncoder:
+    """A slide encoder on a device; one of the package with CUDA graphs for short slides."""
+    if isinstance(encoder, nn.Module):
+        encoder = encoder.to(device)
+    return GraphedEncoder(encoder) if isinstance(encoder, SlideEncoder) else encoder
+
+
 @torch.inference_mode()
 def embed_slide(
-    slide_encoder: Callable[[Tensor, Tensor], Tensor],
+    slide_encoder: AnySlideEncoder,
     features: np.ndarray,
     cells: np.ndarray,
     device: torch.device,
@@ -152,7 +162,7 @@ def embed_slide(
         `(D_slide,)` float32.
 
     Raises:
-        LongslideError: The slide does not fit in the device's memory.
+        LongslideError: The slide does not fit in the device's memory, or what the encoder gives is no embedding.
     """
     try:
         with autocast(device, precision):
@@ -165,5 +175,10 @@ def embed_slide(
             f"the slide encoder runs out of memory on {device} with {len(features):,} tiles; the same command with "
             "--device cpu goes on from the tile embeddings"
         ) from error
+    if not isinstance(embedding, Tensor) or embedding.ndim != 2 or len(embedding) != 1:
+        shape = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
+        raise LongslideError(f"slide encoder {slide_encoder.name!r} gives {shape}, and not one embedding (1, D)")
     result: np.ndarray = embedding[0].float().cpu().numpy()
+    if not np.isfinite(result).all():
+        raise LongslideError(f"the embedding of slide encoder {slide_encoder.name!r} is not finite in {precision}")
     return result

@@ -12,9 +12,17 @@ from ...data.slides.base import READERS, recorded_reader
 from ...data.slides.slide_table import SlideEntry
 from ...data.tissue.base import segmenter_of
 from ...errors import LongslideError
+from ...registry import import_object, is_factory
 from ..batch.ledger import SlideResult, make_output_folder
 from ..batch.progress import JobProgress
-from ..embed.embed import EmbedJob, PreparedSlide, identity
+from ..embed.embed import (
+    EmbedJob,
+    PreparedSlide,
+    SlideEncoderChoice,
+    TileEncoderChoice,
+    identity,
+    look_at_tile_encoder,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +45,8 @@ class FeatureMaker:
         preprocessing: How the training features were made, from the checkpoint.
         folder: Where feature files are looked for, and written.
         reads_slide_embedding: Whether the classifier reads slide embeddings.
-        tile_encoder: The user's YAML file of the tile encoder, if it is one of his own.
+        tile_encoder: The user's own tile encoder, as `embed` takes it.
+        slide_encoder: The user's own slide encoder, as `embed` takes it.
         tile_checkpoint: The user's weights of the tile encoder.
         slide_checkpoint: The user's weights of the slide encoder.
         max_bad_tiles: Unreadable tiles that a slide may have.
@@ -50,7 +59,8 @@ class FeatureMaker:
     preprocessing: Mapping[str, Any]
     folder: Path
     reads_slide_embedding: bool
-    tile_encoder: str | None
+    tile_encoder: TileEncoderChoice | None
+    slide_encoder: SlideEncoderChoice | None
     tile_checkpoint: str | None
     slide_checkpoint: str | None
     max_bad_tiles: int
@@ -129,8 +139,8 @@ class FeatureMaker:
         return self._job
 
     def _make_job(self) -> EmbedJob:
-        from ...models.tile_encoder.encoder import create_tile_encoder, load_tile_encoder_spec
-        from ..embed.tile_embedding import TileEmbedder, resolve_precision
+        from ...models.tile_encoder.encoder import create_tile_encoder
+        from ..embed.tile_embedding import TileEmbedder, resolve_precision, slide_encoder_on
 
         facts = self.preprocessing
         unknown = [name for name in ("mpp", "tile_px", "overlap") if facts.get(name) is None]
@@ -143,19 +153,22 @@ class FeatureMaker:
             )
         make_output_folder(self.folder, "--features")
         checkpoint, seed = _weights_to_load(self.tile_checkpoint, facts.get("tile_weights"))
-        name = self.tile_encoder or facts["tile_encoder"]
+        recorded = facts.get("tile_encoder")
         try:
-            load_tile_encoder_spec(name)
+            if self.tile_encoder is None and is_factory(recorded):
+                import_object(str(recorded), f"tile encoder {recorded!r}", by_stranger=True)
+            choice = str(recorded) if self.tile_encoder is None else self.tile_encoder
+            _, choice, tile_weights = look_at_tile_encoder(choice, checkpoint, seed)
         except LongslideError as error:
             raise LongslideError(
-                f"the classifier's tile encoder: {error} One of your own is given with --tile-encoder my-encoder.yaml."
+                f"the classifier's tile encoder: {error} One of your own is given with --tile-encoder: a YAML file, or "
+                "package.module:factory."
             ) from error
-        encoder = create_tile_encoder(name, checkpoint=checkpoint, seed=seed)
+        encoder = create_tile_encoder(choice, checkpoint=tile_weights, seed=seed)
         _check_weights("tile", encoder.weights, facts.get("tile_weights"))
         slide_encoder = None
         if self.reads_slide_embedding:
-            from ...models.slide_encoder.cuda_graphs import GraphedEncoder
-            from ...models.slide_encoder.encoder import create_slide_encoder
+            from ...models.slide_encoder.base import load_slide_encoder
 
             if facts.get("slide_encoder") is None:
                 raise LongslideError(
@@ -163,11 +176,21 @@ class FeatureMaker:
                     "and give their folder with --features"
                 )
             checkpoint, seed = _weights_to_load(self.slide_checkpoint, facts.get("slide_weights"))
-            slide_encoder = GraphedEncoder(
-                create_slide_encoder(
-                    facts["slide_encoder"], checkpoint=checkpoint, pool=facts["pool"], seed=seed, tile_dim=encoder.dim
-                ).to(self.device)
-            )
+            try:
+                slide_encoder = load_slide_encoder(
+                    facts["slide_encoder"] if self.slide_encoder is None else self.slide_encoder,
+                    checkpoint=checkpoint,
+                    pool=facts.get("pool") or "mean",
+                    seed=seed,
+                    tile_encoder=encoder.spec.name,
+                    tile_dim=encoder.dim,
+                )
+            except LongslideError as error:
+                raise LongslideError(
+                    f"the classifier's slide encoder: {error} One of your own is given with --slide-encoder: a YAML file, "
+                    "or package.module:factory."
+                ) from error
+            slide_encoder = slide_encoder_on(self.device, slide_encoder)
             _check_weights("slide", slide_encoder.weights, facts.get("slide_weights"))
         precision = resolve_precision(self.precision, encoder.spec.precision, self.device)
         reader = recorded_reader(facts.get("reader"))

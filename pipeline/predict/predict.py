@@ -24,7 +24,7 @@ from ...registry import import_plugins
 from ...version import __version__
 from ..batch.ledger import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
 from ..batch.progress import JobProgress
-from ..embed.embed import PreparedSlide, failed_slide, one_ahead
+from ..embed.embed import PreparedSlide, SlideEncoderChoice, TileEncoderChoice, failed_slide, one_ahead
 from .checkpoint_features import FeatureMaker, doubts
 from .explain import explain_features, write_explanation
 from .patients import PatientJob
@@ -48,7 +48,8 @@ def predict(
     output: Path | None = None,
     features: Path | None = None,
     explain: ExplainMethod | None = None,
-    tile_encoder: str | None = None,
+    tile_encoder: TileEncoderChoice | None = None,
+    slide_encoder: SlideEncoderChoice | None = None,
     tile_checkpoint: str | None = None,
     slide_checkpoint: str | None = None,
     plugins: list[str] | str | None = None,
@@ -76,7 +77,9 @@ def predict(
             output folder.
         explain: Also show which tiles speak for and against: `integrated-gradients`, `gradient-x-input`, `occlusion`, or
             `attention` of models that have it.
-        tile_encoder: YAML file of the tile encoder, if it is one of your own. Default: by its name in the checkpoint.
+        tile_encoder: The tile encoder, if it is one of your own: a YAML file, or `package.module:factory`. Default: by its
+            name in the checkpoint.
+        slide_encoder: Likewise the slide encoder, for classifiers of slide embeddings.
         tile_checkpoint: Weights of the tile encoder: a file or a folder. Default: those of training, or the published ones.
         slide_checkpoint: Weights of the slide encoder, for classifiers of slide embeddings. Default: likewise.
         plugins: Modules to import first: those of your own classes that the checkpoint or its feature files name.
@@ -126,6 +129,7 @@ def predict(
             output / "features" if features is None else features,
             reads_slide_embedding=ensemble.reads_slide_embedding,
             tile_encoder=tile_encoder,
+            slide_encoder=slide_encoder,
             tile_checkpoint=tile_checkpoint,
             slide_checkpoint=slide_checkpoint,
             max_bad_tiles=max_bad_tiles,
