@@ -44,7 +44,10 @@ def test_there_are_commands_to_check() -> None:
 def test_links_within_the_documentation_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
-            assert (page.parent / target).is_file(), target
+            file, _, heading = target.partition("#")
+            assert (page.parent / file).is_file(), target
+            headings = re.findall(r"^#+ (.*)$", (page.parent / file).read_text(encoding="utf-8"), re.MULTILINE)
+            assert not heading or heading in [one.lower().replace(" ", "-") for one in headings], target
 
 
 def test_every_public_name_is_in_the_reference() -> None:
