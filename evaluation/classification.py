@@ -1,13 +1,22 @@
 """Metrics of predicted classes: binary, multi-class, ordinal, and multi-label with missing labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from sklearn import metrics
 
 from . import weighted
+from .intervals import (
+    NO_INTERVAL,
+    Interval,
+    Replicates,
+    interval_of_auroc,
+    interval_of_mean,
+    interval_of_precision,
+    interval_of_share,
+    interval_on_scale,
+)
 from .weighted import Floats, Integers
 
 CALIBRATION_BINS = 10
@@ -54,54 +63,18 @@ class Classes:
         return np.unique(self.target)
 
     def scores(self) -> dict[str, Score]:
-        """Every metric of these rows, by scikit-learn."""
-        present, names = self.present, self.names
-        one_hot = np.eye(len(names))[self.target]
-        values: dict[str, float] = {}
-        if len(names) == 2:
-            values |= self._ranking(one_hot[:, 1] == 1, self.probability[:, 1])
-            matrix = metrics.confusion_matrix(self.target, self.prediction, labels=[0, 1])[None].astype(np.float64)
-            found = weighted.recall(matrix)[0]
-            values |= {"balanced_accuracy": found.mean(), "sensitivity": found[1], "specificity": found[0]}
-            called = (self.target == 1).any() or (self.prediction == 1).any()
-            values["f1"] = metrics.f1_score(self.target, self.prediction) if called else np.nan
-        else:
-            each = [self._ranking(one_hot[:, c] == 1, self.probability[:, c]) for c in range(len(names))]
-            values |= {name: _macro([score[name] for score in each]) for name in ("auroc", "auprc")}
-            for class_name, score in zip(names, each, strict=True):
-                values |= {f"{name}:{class_name}": value for name, value in score.items()}
-            values["balanced_accuracy"] = metrics.recall_score(
-                self.target, self.prediction, labels=present, average="macro", zero_division=0
-            )
-            values["f1"] = metrics.f1_score(
-                self.target, self.prediction, labels=present, average="macro", zero_division=0
-            )
-        values["quadratic_kappa"] = float(
-            weighted.quadratic_kappa(
-                weighted.confusion(self.target, self.prediction, len(names), np.ones((1, len(self))))
-            )[0]
-            if len(np.unique(np.r_[self.target, self.prediction])) < 2
-            else metrics.cohen_kappa_score(
-                self.target, self.prediction, labels=np.arange(len(names)), weights="quadratic"
-            )
-        )
-        if self.ordinal:
-            values["mae"] = metrics.mean_absolute_error(self.target, self.prediction)
-        values["brier"] = float(np.mean(self._brier()))
-        values["ece"] = float(
-            weighted.expected_calibration_error(*self.confidence(), np.ones((1, len(self))), CALIBRATION_BINS)[0]
-        )
-        values["log_loss"] = metrics.log_loss(self.target, self.probability, labels=np.arange(len(names)))
-        return {name: Score(float(value), len(self)) for name, value in values.items()}
+        """Every metric of these rows."""
+        values = self.resampled(np.ones((1, len(self))))
+        return {name: Score(float(value[0]), len(self)) for name, value in values.items()}
 
     def resampled(self, weights: Floats) -> dict[str, Floats]:
-        """The same metrics of each resample.
+        """Every metric of weighted rows.
 
         Args:
-            weights: `(R, n)` how often each row was drawn.
+            weights: `(R, n)` how often each row counts.
 
         Returns:
-            `(R,)` for each metric.
+            `(R,)` for each metric, NaN where it is not defined.
         """
         present, names = self.present, self.names
         matrix = weighted.confusion(self.target, self.prediction, len(names), weights)
@@ -120,15 +93,61 @@ class Classes:
                 values |= {f"{name}:{names[c]}": score[index] for c, score in enumerate(each)}
                 defined: list[int] = present.tolist() if len(present) > 1 else []
                 values[name] = _macro_resampled([each[c][index] for c in defined], len(weights))
-            values["balanced_accuracy"] = found[:, present].mean(1)  # NaN where a class that occurs was not drawn
+            values |= {f"sensitivity:{name}": found[:, c] for c, name in enumerate(names)}
+            values["balanced_accuracy"] = found[:, present].mean(1)  # NaN where a class that occurs has no weight
             values["f1"] = np.where(np.isnan(values["balanced_accuracy"]), np.nan, f1[:, present].mean(1))
-        values["quadratic_kappa"] = weighted.quadratic_kappa(matrix)
         if self.ordinal:
+            values["quadratic_kappa"] = weighted.quadratic_kappa(matrix)
             values["mae"] = weighted.mean(np.abs(self.target - self.prediction).astype(np.float64), weights)
         values["brier"] = weighted.mean(self._brier(), weights)
         values["ece"] = weighted.expected_calibration_error(*self.confidence(), weights, CALIBRATION_BINS)
         values["log_loss"] = weighted.mean(self._log_loss(), weights)
         return values
+
+    def interval(
+        self, metric: str, replicates: Mapping[str, Replicates], patients: "np.ndarray", inflation: float = 1.0
+    ) -> Interval:
+        """The 95% interval of a metric.
+
+        Args:
+            metric: A metric of `scores`.
+            replicates: Every metric with each group of patients left out.
+            patients: `(n,)` the patient of each row.
+            inflation: What variances are multiplied by.
+        """
+        name, _, of = metric.partition(":")
+        own = replicates[metric]
+        if name == "balanced_accuracy" or (name in ("auroc", "auprc") and not of and len(self.names) > 2):
+            parts = self._parts(name)
+            return interval_of_mean(
+                own.value,
+                [self.interval(part, replicates, patients, inflation) for part in parts],
+                [replicates[part] for part in parts],
+                independent=name == "balanced_accuracy",
+            )
+        of_class = self.target == (0 if name == "specificity" else self.names.index(of) if of else 1)
+        positives, negatives = len(np.unique(patients[of_class])), len(np.unique(patients[~of_class]))
+        if name == "auroc":
+            return interval_of_auroc(own, positives, negatives, inflation)
+        if name == "auprc":
+            return interval_of_precision(own, positives, inflation)
+        if name in ("sensitivity", "specificity"):
+            return interval_of_share(own, int(of_class.sum()), positives, inflation)
+        if name == "f1":
+            n = positives if len(self.names) == 2 else positives + negatives
+            return interval_on_scale(own, "logit", n, inflation)
+        if name == "quadratic_kappa":
+            return interval_on_scale(own, "fisher", len(np.unique(patients)), inflation)
+        if name == "ece":  # so biased upwards in small samples that an interval around it would mislead
+            return NO_INTERVAL
+        return interval_on_scale(own, "log", len(np.unique(patients)), inflation)
+
+    def _parts(self, name: str) -> list[str]:
+        """The metrics that another is the mean of."""
+        if len(self.names) == 2:
+            return ["sensitivity", "specificity"]
+        of = "sensitivity" if name == "balanced_accuracy" else name
+        return [f"{of}:{self.names[c]}" for c in self.present]
 
     def confidence(self) -> tuple[Floats, Floats]:
         """`(n,)` what is held against what for calibration: the probability of the positive class and whether it is so; for
@@ -147,15 +166,6 @@ class Classes:
     def _log_loss(self) -> Floats:
         given = self.probability[np.arange(len(self)), self.target]
         return -np.log(np.clip(given, _TINY, 1 - _TINY))
-
-    @staticmethod
-    def _ranking(target: "np.ndarray", score: Floats) -> dict[str, float]:
-        if target.all() or not target.any():
-            return {"auroc": np.nan, "auprc": np.nan}
-        return {
-            "auroc": float(metrics.roc_auc_score(target, score)),
-            "auprc": float(metrics.average_precision_score(target, score)),
-        }
 
 
 @dataclass(frozen=True)
@@ -194,40 +204,45 @@ class Labels:
 
     def scores(self) -> dict[str, Score]:
         """Every metric for each label, over the rows that have it, and its mean over the labels where it is defined."""
-        each = {}
-        for index, name in enumerate(self.names):
-            _, rows = self.label(index)
-            if len(rows):
-                each[name] = rows.scores()
-        result: dict[str, Score] = {}
-        for metric in next(iter(each.values()), {}):
-            values = [scores[metric].value for scores in each.values()]
-            result[metric] = Score(_macro(values), len(self))
-        for name, scores in each.items():
-            result |= {f"{metric}:{name}": score for metric, score in scores.items()}
-        return result
+        n = {name: len(self.label(index)[0]) for index, name in enumerate(self.names)}
+        values = self.resampled(np.ones((1, len(self))))
+        return {
+            name: Score(float(value[0]), n.get(name.partition(":")[2], len(self))) for name, value in values.items()
+        }
 
     def resampled(self, weights: Floats) -> dict[str, Floats]:
-        """The same metrics of each resample, `(R,)`; weights: `(R, n)`."""
+        """The same metrics of weighted rows, `(R,)`; weights: `(R, n)`."""
         each: dict[str, dict[str, Floats]] = {}
-        defined: dict[str, set[str]] = {}
+        used: dict[str, list[Floats]] = {}
         for index, name in enumerate(self.names):
             present, rows = self.label(index)
             if len(rows):
                 each[name] = rows.resampled(weights[:, present])
-                defined[name] = {metric for metric, score in rows.scores().items() if np.isfinite(score.value)}
-        result: dict[str, Floats] = {}
-        for metric in next(iter(each.values()), {}):
-            used = [values[metric] for name, values in each.items() if metric in defined[name]]
-            result[metric] = _macro_resampled(used, len(weights))
-        for name, values in each.items():
-            result |= {f"{metric}:{name}": value for metric, value in values.items()}
+                defined = rows.scores()
+                for metric, values in each[name].items():
+                    used.setdefault(metric, []).extend([values] if np.isfinite(defined[metric].value) else [])
+        result = {metric: _macro_resampled(values, len(weights)) for metric, values in used.items()}
+        for name, of_label in each.items():
+            result |= {f"{metric}:{name}": values for metric, values in of_label.items()}
         return result
 
-
-def _macro(values: Sequence[float]) -> float:
-    finite = [value for value in values if np.isfinite(value)]
-    return float(np.mean(finite)) if finite else np.nan
+    def interval(
+        self, metric: str, replicates: Mapping[str, Replicates], patients: "np.ndarray", inflation: float = 1.0
+    ) -> Interval:
+        """See `Classes.interval`."""
+        name, _, of = metric.partition(":")
+        if not of:
+            parts = [f"{name}:{label}" for label in self.names]
+            parts = [part for part in parts if part in replicates and np.isfinite(replicates[part].value)]
+            return interval_of_mean(
+                replicates[metric].value,
+                [self.interval(part, replicates, patients, inflation) for part in parts],
+                [replicates[part] for part in parts],
+                independent=False,
+            )
+        rows, classes = self.label(self.names.index(of))
+        of_label = {key.partition(":")[0]: values for key, values in replicates.items() if key.partition(":")[2] == of}
+        return classes.interval(name, of_label, patients[rows], inflation)
 
 
 def _macro_resampled(values: Sequence[Floats], resamples: int) -> Floats:

@@ -8,14 +8,14 @@ import pandas as pd
 
 from ..errors import LongslideError
 from ..task import CLASSIFICATION, Task
-from .bootstrap import percentile_interval, sign_p_value
 from .classification import Classes, Labels
-from .delong import delong_p_value
+from .delong import delong_difference
+from .intervals import FEWEST_PATIENTS, Difference, difference_of
 from .outcomes import read_outcomes
 from .scopes import score_scopes, select
 from .weighted import Floats, Integers
 
-COLUMNS = ["scope", "metric", "run_a", "run_b", "difference", "low", "high", "p", "test", "p_holm", "n", "resamples"]
+COLUMNS = ["scope", "metric", "run_a", "run_b", "difference", "low", "high", "p", "test", "p_holm", "n"]
 
 
 def check_same_patients(predictions: Mapping[str, pd.DataFrame], task: Task, level: str) -> None:
@@ -58,29 +58,27 @@ def compare_predictions(
     predictions: Mapping[str, pd.DataFrame],
     task: Task,
     *,
-    bootstrap: int = 1000,
-    seed: int = 0,
     cohort: pd.DataFrame | None = None,
     subgroups: Sequence[str] = (),
     level: str = "patient",
 ) -> pd.DataFrame:
     """Differences of every metric between all pairs of runs.
 
-    All runs are evaluated on the same resamples of patients: the interval is that of the difference. p-values: DeLong's
-    test for AUROC of one class, where each patient is tested once; else the bootstrap's. `p_holm` is corrected (Holm 1979)
-    over the pairs of runs, and over the values of a subgroup column, for each metric.
+    Paired: the same patients are left out of all runs. Interval and p-value are of one method: DeLong's for AUROC of one
+    class where each patient is tested once, else the jackknife's with Student's distribution. The difference in the mean
+    over folds (scope `mean`), where there is one, is the one to believe: it varies with training too (Nadeau & Bengio
+    2003), the pooled one with the patients only. `p_holm` is corrected (Holm 1979) over the pairs of runs, and over the
+    values of a subgroup column, for each metric.
 
     Args:
         predictions: The content of `predictions.csv` of each run, by its name.
         task: The task they share.
-        bootstrap: Number of resamples.
-        seed: Their seed.
         cohort: The cohort table, for the subgroups.
         subgroups: Columns of the cohort table.
-        level: `patient` or `slide`; the resamples are of patients in both cases.
+        level: `patient` or `slide`; patients are what varies in both cases.
 
     Returns:
-        A row for each scope (`pooled`, `mean`, `subgroup:<column>=<value>`), metric and pair; `difference` is run a minus
+        A row for each scope (`mean`, `pooled`, `subgroup:<column>=<value>`), metric and pair; `difference` is run a minus
         run b.
 
     Raises:
@@ -88,10 +86,7 @@ def compare_predictions(
     """
     rows = {name: select(table, level) for name, table in predictions.items()}
     check_same_patients(rows, task, level)
-    scored = {
-        name: score_scopes(part, task, bootstrap=bootstrap, seed=seed, cohort=cohort, subgroups=subgroups)
-        for name, part in rows.items()
-    }
+    scored = {name: score_scopes(part, task, cohort=cohort, subgroups=subgroups) for name, part in rows.items()}
     result = []
     for a, b in combinations(rows, 2):
         for scope in scored[a]:
@@ -101,16 +96,16 @@ def compare_predictions(
                 second = scored[b][scope].get(metric)
                 if second is None:
                     continue
-                differences = first.samples - second.samples
-                p, test = sign_p_value(differences), "bootstrap"
+                test = "jackknife" if first.inflation == 1 else "nadeau-bengio"
+                found = difference_of(first.replicates, second.replicates, first.inflation)
                 if metric.split(":")[0] == "auroc" and scope == "pooled":
                     exact = _delong(rows[a], rows[b], task, metric)
                     if exact is not None:
-                        p, test = exact, "delong"
-                low, high = percentile_interval(differences)
+                        found, test = exact, "delong"
+                if len(first.replicates.values) < FEWEST_PATIENTS:
+                    found = Difference(np.nan, np.nan, np.nan)
                 value = first.score.value - second.score.value
-                defined = int(np.isfinite(differences).sum())
-                result.append((scope, metric, a, b, value, low, high, p, test, np.nan, first.score.n, defined))
+                result.append((scope, metric, a, b, value, *found, test, np.nan, first.score.n))
     table = pd.DataFrame(result, columns=COLUMNS)
     family = table["scope"].str.replace(r"=.*$", "", regex=True)
     table["p_holm"] = table.groupby([family, table["metric"]])["p"].transform(lambda p: holm(p.to_numpy()))
@@ -127,14 +122,14 @@ def holm(p: Floats) -> Floats:
     return corrected
 
 
-def _delong(rows_a: pd.DataFrame, rows_b: pd.DataFrame, task: Task, metric: str) -> float | None:
-    """DeLong's p-value; None where the metric is not one AUROC, or patients have several rows."""
+def _delong(rows_a: pd.DataFrame, rows_b: pd.DataFrame, task: Task, metric: str) -> Difference | None:
+    """DeLong's test; None where the metric is not one AUROC, or patients have several rows."""
     if rows_a["patient_id"].duplicated().any() or rows_b["patient_id"].duplicated().any():
         return None
     a, b = _one_against_rest(rows_a, task, metric), _one_against_rest(rows_b, task, metric)
     if a is None or b is None:
         return None
-    return delong_p_value(a[0] == 1, a[1], b[1])
+    return delong_difference(a[0] == 1, a[1], b[1])
 
 
 def _one_against_rest(rows: pd.DataFrame, task: Task, metric: str) -> tuple[Integers, Floats] | None:

@@ -1,10 +1,9 @@
-"""DeLong's variance of AUROC, its interval, and the test that two AUROCs on the same patients are equal."""
+"""DeLong's variance of AUROC, and the test that two AUROCs on the same patients are equal."""
 
 import numpy as np
-from scipy.special import expit, logit
 from scipy.stats import norm, rankdata
 
-from .bootstrap import LEVEL
+from .intervals import Difference, Z
 from .weighted import Booleans, Floats
 
 
@@ -34,24 +33,8 @@ def delong(target: Booleans, scores: Floats) -> tuple[Floats, Floats]:
     return below.mean(1), covariance
 
 
-def delong_interval(target: Booleans, score: Floats) -> tuple[float, float]:
-    """95% interval of AUROC from DeLong's variance on the logit scale, which keeps it within 0 to 1.
-
-    NaN where the variance is zero or unknown: perfect separation says nothing about its own uncertainty.
-
-    Args:
-        target: `(n,)` whether each row is positive.
-        score: `(n,)` higher for the positive class.
-    """
-    (auroc,), ((variance,),) = delong(target, score[None])
-    if not 0 < auroc < 1 or not variance > 0:
-        return np.nan, np.nan
-    half = norm.ppf((1 + LEVEL) / 2) * np.sqrt(variance) / (auroc * (1 - auroc))
-    return float(expit(logit(auroc) - half)), float(expit(logit(auroc) + half))
-
-
-def delong_p_value(target: Booleans, score_a: Floats, score_b: Floats) -> float:
-    """Two-sided p-value that two scores of the same rows have the same AUROC.
+def delong_difference(target: Booleans, score_a: Floats, score_b: Floats) -> Difference:
+    """DeLong's test that two scores of the same rows have the same AUROC, and the 95% interval of the difference.
 
     Args:
         target: `(n,)` whether each row is positive.
@@ -59,12 +42,11 @@ def delong_p_value(target: Booleans, score_a: Floats, score_b: Floats) -> float:
         score_b: `(n,)`.
 
     Returns:
-        The p-value; 1 for scores that rank alike; NaN where the variance is unknown.
+        Of a minus b. p is 1, without an interval, for scores that rank alike; NaN where the variance is unknown.
     """
     (a, b), covariance = delong(target, np.stack([score_a, score_b]))
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-    if np.isnan(variance):
-        return np.nan
-    if variance <= 1e-15:  # rounding; nothing that differs between rows
-        return 1.0 if np.isclose(a, b) else np.nan
-    return float(2 * norm.sf(abs(a - b) / np.sqrt(variance)))
+    if not variance > 1e-15:  # rounding; nothing that differs between rows
+        return Difference(np.nan, np.nan, 1.0 if variance <= 1e-15 and np.isclose(a, b) else np.nan)
+    half = Z * np.sqrt(variance)
+    return Difference(float(a - b - half), float(a - b + half), float(2 * norm.sf(abs(a - b) / np.sqrt(variance))))

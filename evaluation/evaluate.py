@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from ..errors import LongslideError
 from ..task import Task, TaskKind
-from .bootstrap import basic_interval, percentile_interval
 from .scopes import MOST_GROUPS, Scored, score_scopes, select
 
-COLUMNS = ["scope", "level", "metric", "value", "low", "high", "n", "resamples"]
+COLUMNS = ["scope", "level", "metric", "value", "low", "high", "method", "n"]
 """Columns of `metrics.csv`."""
 
 PRIMARY_METRIC: dict[TaskKind, str] = {
@@ -23,37 +21,39 @@ PRIMARY_METRIC: dict[TaskKind, str] = {
 }
 """The metric that a task is first judged by."""
 
-LOWER_IS_BETTER = frozenset({"brier", "ece", "log_loss", "mae", "integrated_brier"})
+LOWER_IS_BETTER = frozenset({"brier", "ece", "log_loss", "mae", "integrated_brier", "integrated_brier_km"})
+
+
+def headline_scope(metrics: pd.DataFrame) -> str:
+    """The scope to believe first, of a table with a column `scope`: the mean over folds where there are several, since each
+    fold has a model and a scale of its own; else all test patients."""
+    return "mean" if (metrics["scope"] == "mean").any() else "pooled"
 
 
 def evaluate(
     predictions: pd.DataFrame,
     task: Task,
     *,
-    bootstrap: int = 1000,
-    seed: int = 0,
     cohort: pd.DataFrame | None = None,
     subgroups: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """Every metric of the test predictions, for each fold, pooled, and by subgroups, with 95% intervals.
+    """Every metric of the test predictions, for the mean over folds, pooled, each fold and by subgroups, with 95% intervals.
 
-    Intervals are percentiles over resamples of patients, each with all its slides (for `ece`, which is biased, the basic
-    interval). Resamples for which a metric is not defined (one class only, a class not drawn) are left out and counted;
-    where they are more than half there is no interval.
+    Patients are what varies, each with all its slides. There is no interval of fewer than five patients, and none of `ece`,
+    which small samples bias more than they blur. The mean over folds also varies with training (Nadeau & Bengio 2003).
 
     Args:
         predictions: The content of `predictions.csv`; rows of other parts than `test` are not looked at.
         task: What was predicted.
-        bootstrap: Number of resamples; 0 for no intervals.
-        seed: Their seed.
         cohort: The cohort table, for the subgroups.
         subgroups: Columns of the cohort table; numbers are cut at their quartiles. Default: `site`, if there are several.
 
     Returns:
-        The rows of `metrics.csv`: `scope` (`fold_<k>`, `pooled`, `mean` over the folds, `subgroup:<column>=<value>`),
+        The rows of `metrics.csv`: `scope` (`mean` over the folds, `pooled`, `fold_<k>`, `subgroup:<column>=<value>`),
         `level` (`patient`, `slide`), `metric` (`auroc`; `auroc:<class>` is one class against the rest; plain names are means
-        over the classes or labels), `value`, `low` and `high` (empty where not defined), `n` (patients or slides; once for
-        each fold that tests them), `resamples` (in which the metric is defined).
+        over the classes or labels), `value`, `low` and `high` (empty where there is no interval), `method` (`newcombe`,
+        `wilson`, `mover`, `jackknife`, see `intervals`; followed by `, nadeau-bengio` where training is part of the
+        variance), `n` (patients or slides; once for each fold that tests them).
 
     Raises:
         LongslideError: There are no test predictions, or they do not fit the task.
@@ -65,7 +65,7 @@ def evaluate(
     for level in ("patient", "slide"):
         rows = select(predictions, level)
         if len(rows):
-            scored = score_scopes(rows, task, bootstrap=bootstrap, seed=seed, cohort=cohort, subgroups=subgroups)
+            scored = score_scopes(rows, task, cohort=cohort, subgroups=subgroups)
             tables += [
                 _row(scope, level, metric, item) for scope, part in scored.items() for metric, item in part.items()
             ]
@@ -75,8 +75,4 @@ def evaluate(
 
 
 def _row(scope: str, level: str, metric: str, scored: Scored) -> tuple[object, ...]:
-    if metric.split(":")[0] == "ece":
-        low, high = basic_interval(scored.score.value, scored.samples)
-    else:
-        low, high = percentile_interval(scored.samples)
-    return scope, level, metric, scored.score.value, low, high, scored.score.n, int(np.isfinite(scored.samples).sum())
+    return scope, level, metric, scored.score.value, *scored.interval, scored.score.n

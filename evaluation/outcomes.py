@@ -13,7 +13,8 @@ from .survival import Survival
 from .weighted import Floats, Integers
 
 Outcomes = Classes | Labels | Values | Survival
-"""What was true and what was predicted, for n rows: `scores()`, `resampled(weights)`, `take(rows)`, `len()`."""
+"""What was true and what was predicted, for n rows: `scores()`, `resampled(weights)`, `interval(metric, ...)`, `take(rows)`,
+`len()`."""
 
 
 def read_outcomes(predictions: pd.DataFrame, task: Task) -> Outcomes:
@@ -48,7 +49,11 @@ def read_outcomes(predictions: pd.DataFrame, task: Task) -> Outcomes:
         float(name.removeprefix("survival_")): name for name in map(str, predictions) if name.startswith("survival_")
     }
     times = np.array(sorted(named), dtype=np.float64)
-    survival = _numbers(predictions, [named[moment] for moment in times]).reshape(len(predictions), len(times))
+    survival = _numbers(predictions, [named[moment] for moment in times], missing=True)
+    for fold in predictions["fold"].unique():  # each fold may have times of its own; other gaps are no numbers
+        of_fold = predictions["fold"] == fold
+        known = [named[moment] for moment in times if predictions.loc[of_fold, named[moment]].notna().any()]
+        _numbers(predictions[of_fold], known)
     return Survival(time, event == 1, risk, survival, times)
 
 

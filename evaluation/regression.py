@@ -1,13 +1,13 @@
 """Metrics of predicted numbers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import spearmanr
-from sklearn import metrics
 
 from . import weighted
 from .classification import Score
+from .intervals import Interval, Replicates, interval_on_scale
 from .weighted import Floats, Integers
 
 
@@ -31,20 +31,21 @@ class Values:
         return Values(self.target[rows], self.prediction[rows])
 
     def scores(self) -> dict[str, Score]:
-        """Every metric of these rows, by scikit-learn and scipy."""
-        varied = len(np.unique(self.target)) > 1
-        ranked = varied and len(np.unique(self.prediction)) > 1
-        values = {
-            "r2": metrics.r2_score(self.target, self.prediction) if varied else np.nan,
-            "mae": metrics.mean_absolute_error(self.target, self.prediction),
-            "spearman": spearmanr(self.target, self.prediction).statistic if ranked else np.nan,
-        }
-        return {name: Score(float(value), len(self)) for name, value in values.items()}
+        """Every metric of these rows."""
+        values = self.resampled(np.ones((1, len(self))))
+        return {name: Score(float(value[0]), len(self)) for name, value in values.items()}
 
     def resampled(self, weights: Floats) -> dict[str, Floats]:
-        """The same metrics of each resample, `(R,)`; weights: `(R, n)`."""
+        """The same metrics of weighted rows, `(R,)`; weights: `(R, n)`."""
         return {
             "r2": weighted.r2(self.target, self.prediction, weights),
             "mae": weighted.mean(np.abs(self.target - self.prediction), weights),
             "spearman": weighted.spearman(self.target, self.prediction, weights),
         }
+
+    def interval(
+        self, metric: str, replicates: Mapping[str, Replicates], patients: "np.ndarray", inflation: float = 1.0
+    ) -> Interval:
+        """See `Classes.interval`."""
+        scale = {"r2": "log1m", "mae": "log", "spearman": "fisher"}[metric]
+        return interval_on_scale(replicates[metric], scale, len(np.unique(patients)), inflation)

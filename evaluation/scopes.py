@@ -9,8 +9,8 @@ import pandas as pd
 
 from ..errors import LongslideError
 from ..task import Task
-from .bootstrap import resample_weights
 from .classification import Score
+from .intervals import FEWEST_PATIENTS, NO_INTERVAL, Interval, Jackknife, Replicates
 from .outcomes import Outcomes, read_outcomes
 from .weighted import Floats, Integers
 
@@ -27,11 +27,15 @@ class Scored:
 
     Attributes:
         score: Its value and the rows it rests on.
-        samples: `(R,)` value in each bootstrap resample, NaN where it is not defined.
+        interval: Its 95% interval.
+        replicates: Its value without each group of patients, the same groups for all runs on the same patients.
+        inflation: What the variance between patients is multiplied by, for the share that training has.
     """
 
     score: Score
-    samples: Floats
+    interval: Interval
+    replicates: Replicates
+    inflation: float = 1.0
 
 
 def select(predictions: pd.DataFrame, level: str, part: str = "test") -> pd.DataFrame:
@@ -59,67 +63,98 @@ def score_scopes(
     rows: pd.DataFrame,
     task: Task,
     *,
-    bootstrap: int,
-    seed: int,
     cohort: pd.DataFrame | None = None,
     subgroups: Sequence[str] = (),
 ) -> dict[str, dict[str, Scored]]:
-    """Every metric of every scope, with its bootstrap resamples.
-
-    Each resample draws from all patients; folds and subgroups see the part of it that is theirs.
+    """Every metric of every scope, with its interval.
 
     Args:
         rows: Test predictions of one level, as `select` gives them; not empty.
         task: What was predicted.
-        bootstrap: Number of resamples.
-        seed: Their seed.
         cohort: The cohort table, for the subgroups.
         subgroups: Columns of it.
 
     Returns:
-        scope -> metric -> value and resamples. Scopes: `fold_<k>`; `pooled` (all folds together); `mean` (the mean over the
-        folds, if there are several: the fair number where models of different folds do not share a scale); and
+        scope -> metric -> what it is. Scopes: `mean` (the mean over the folds, if there are several: what a model trained
+        like these is worth); `pooled` (all folds together, though each has a model of its own); `fold_<k>`; and
         `subgroup:<column>=<value>`, pooled.
     """
     outcomes = read_outcomes(rows, task)
+    patients = rows["patient_id"].to_numpy()
     folds = {f"fold_{fold}": np.flatnonzero(rows["fold"] == fold) for fold in sorted(rows["fold"].unique())}
     members: dict[str, Integers] = dict(folds) if len(folds) > 1 else {}
     members["pooled"] = np.arange(len(rows))
     for column in subgroups:
         members |= {f"subgroup:{column}={value}": index for value, index in _groups(rows, cohort, column).items()}
     parts: dict[str, Outcomes] = {scope: outcomes.take(index) for scope, index in members.items()}
-    samples: dict[str, list[dict[str, Floats]]] = {scope: [] for scope in parts}
-    for weights in resample_weights(rows["patient_id"].to_numpy(), bootstrap, seed):
+    jackknife = Jackknife(patients)
+    values: dict[str, list[dict[str, Floats]]] = {scope: [] for scope in parts}
+    for weights in jackknife.weights():
         for scope, part in parts.items():
-            samples[scope].append(part.resampled(weights[:, members[scope]]))
-    scored = {
-        scope: {
-            metric: Scored(
-                score, np.concatenate([chunk[metric] for chunk in samples[scope]]) if bootstrap else np.empty(0)
-            )
-            for metric, score in part.scores().items()
-        }
-        for scope, part in parts.items()
+            values[scope].append(part.resampled(weights[:, members[scope]]))
+    scores = {scope: part.scores() for scope, part in parts.items()}
+    # Of all groups of patients, also those that a scope has none of: the mean over folds needs them.
+    replicates = {
+        scope: {metric: np.concatenate([chunk[metric] for chunk in values[scope]]) for metric in scores[scope]}
+        for scope in parts
     }
+    scored = {}
     if len(folds) > 1:
-        scored["mean"] = _mean([scored[fold] for fold in folds])
-    else:
-        scored = {next(iter(folds)): scored["pooled"], **scored}
-    return scored
+        means, of_means = _mean([scores[fold] for fold in folds], [replicates[fold] for fold in folds])
+        inflation = _inflation(patients, list(folds.values()))
+        scored["mean"] = _with_intervals(outcomes, patients, means, of_means, inflation)
+    for scope, part in parts.items():
+        index = members[scope]
+        own = jackknife.groups_of(index)
+        of_own = {metric: every[own] for metric, every in replicates[scope].items()}
+        scored[scope] = _with_intervals(part, patients[index], scores[scope], of_own)
+    return scored if len(folds) > 1 else {next(iter(folds)): scored["pooled"], **scored}
 
 
-def _mean(folds: list[dict[str, Scored]]) -> dict[str, Scored]:
-    """The mean over the folds in which a metric is defined."""
+def _with_intervals(
+    outcomes: Outcomes,
+    patients: "np.ndarray",
+    scores: dict[str, Score],
+    values: dict[str, Floats],
+    inflation: float = 1.0,
+) -> dict[str, Scored]:
+    replicates = {metric: Replicates(values[metric], score.value) for metric, score in scores.items()}
     result = {}
-    for metric in folds[0]:
+    for metric, score in scores.items():
+        found = NO_INTERVAL
+        if len(np.unique(patients)) >= FEWEST_PATIENTS:
+            found = outcomes.interval(metric, replicates, patients, inflation)
+        if inflation > 1 and found.method:
+            found = found._replace(method=f"{found.method}, nadeau-bengio")
+        result[metric] = Scored(score, found, replicates[metric], inflation)
+    return result
+
+
+def _mean(folds: list[dict[str, Score]], values: list[dict[str, Floats]]) -> tuple[dict[str, Score], dict[str, Floats]]:
+    """The mean over the folds in which a metric is defined, and its replicates."""
+    means, replicates = {}, {}
+    for metric in dict.fromkeys(metric for fold in folds for metric in fold):
         if metric.split(":")[0] == "ece":
             continue  # grows as the parts get smaller: its mean says more of the number of folds than of the model
-        used = [fold[metric] for fold in folds if metric in fold and np.isfinite(fold[metric].score.value)]
+        used = [i for i, fold in enumerate(folds) if metric in fold and np.isfinite(fold[metric].value)]
         if used:
-            value = float(np.mean([scored.score.value for scored in used]))
-            n = sum(scored.score.n for scored in used)
-            result[metric] = Scored(Score(value, n), np.mean([scored.samples for scored in used], 0))
-    return result
+            n = sum(folds[i][metric].n for i in used)
+            means[metric] = Score(float(np.mean([folds[i][metric].value for i in used])), n)
+            replicates[metric] = np.mean([values[i][metric] for i in used], 0)
+    return means, replicates
+
+
+def _inflation(patients: "np.ndarray", folds: Sequence[Integers]) -> float:
+    """How much more a mean over folds varies than the patients tested make it, since each training part is another draw too.
+
+    Nadeau & Bengio 2003: the variance of the mean over K folds is (1/K + n_test / n_train) times that between folds, which
+    stands K-fold for the variance between patients. 1 where folds test the same patients: nothing is then known of it.
+    """
+    tested = [np.unique(patients[rows]) for rows in folds]
+    total, mean = len(np.unique(patients)), float(np.mean([len(part) for part in tested]))
+    if sum(map(len, tested)) > total:
+        return 1.0
+    return 1 + len(folds) * mean / (total - mean)
 
 
 def subgroup_of_slide(cohort: pd.DataFrame | None, column: str) -> tuple[pd.Series, list[str]]:

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from sksurv.metrics import concordance_index_censored
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
@@ -76,13 +75,7 @@ def selection_metric(task: Task, predictions: dict[str, Tensor], target: Tensor)
     if task.kind == "regression":
         return float(r2_score(predictions["value"], target)) if len(target) > 1 else math.nan
     if task.kind == "survival":
-        time, event = target.double().cpu().unbind(1)
-        try:
-            return float(
-                concordance_index_censored(event.numpy() > 0, time.numpy(), predictions["risk"].cpu().numpy())[0]
-            )
-        except ValueError:  # no event, or no comparable pair
-            return math.nan
+        return _c_index(predictions["risk"].double(), *target.double().unbind(1))
     probability = predictions["probability"]
     if task.kind == "ordinal":
         grades = torch.arange(len(task.classes), dtype=probability.dtype, device=probability.device)
@@ -121,6 +114,15 @@ def class_of(task: Task, probability: Tensor, thresholds: dict[str, float] | Non
         above = 1 - probability.cumsum(1)[:, :-1]
         return (above > 0.5).sum(1)
     return probability.argmax(1)
+
+
+def _c_index(risk: Tensor, time: Tensor, event: Tensor) -> float:
+    """Harrell's: of the pairs whose earlier time is an event, the share in which it had the higher risk."""
+    seen = event[:, None] > 0
+    comparable = seen & ((time[:, None] < time) | ((time[:, None] == time) & (event == 0)))
+    difference = risk[:, None] - risk
+    won = (difference > 0).double() + 0.5 * (difference == 0)
+    return float((won * comparable).sum() / comparable.sum()) if comparable.any() else math.nan
 
 
 def _auroc(probability: Tensor, target: Tensor) -> float:

@@ -24,7 +24,7 @@ class ComparedRun:
     Attributes:
         name: Its name there.
         metric: The first metric of the task.
-        value: Its value, pooled over the test patients.
+        value: Its value: the mean over the folds, or that of the test patients if there is one fold.
         low: Lower end of the 95% interval; NaN if there is none.
         high: Upper end.
         n: Test patients.
@@ -48,8 +48,6 @@ def compare(
     output: Path = Path("comparison"),
     subgroups: str = "",
     common_patients: bool = False,
-    bootstrap: int = 1000,
-    seed: int = 0,
 ) -> list[ComparedRun]:
     """Compare runs on the same test patients: every metric with its interval, and the paired differences.
 
@@ -58,8 +56,6 @@ def compare(
         output: Folder for `comparison.csv` and `comparison.html`.
         subgroups: Columns of the cohort table to compare by, separated by commas; numbers are cut at their quartiles.
         common_patients: Compare on the patients that all runs were tested on, where they differ.
-        bootstrap: Resamples of the patients.
-        seed: Seed of the resamples.
 
     Returns:
         One result a run, in their order.
@@ -67,8 +63,6 @@ def compare(
     Raises:
         LongslideError: Fewer than two runs, no run folders, other tasks, other patients or other targets.
     """
-    if bootstrap < 100:
-        raise LongslideError(f"--bootstrap {bootstrap} is too few for an interval of 95% (at least 100; 1000 is usual)")
     named = _named([read_run(folder) for folder in runs])
     task = _shared_task(named)
     predictions = {name: run.predictions for name, run in named.items()}
@@ -81,17 +75,13 @@ def compare(
     make_output_folder(output)
 
     from ...evaluation import compare_predictions, evaluate
-    from ...evaluation.evaluate import PRIMARY_METRIC
+    from ...evaluation.evaluate import PRIMARY_METRIC, headline_scope
     from .compare_report import print_comparison, write_comparison_page
 
     groups = [column.strip() for column in subgroups.split(",") if column.strip()]
-    differences = compare_predictions(
-        predictions, task, bootstrap=bootstrap, seed=seed, cohort=cohort, subgroups=groups, level=level
-    )
+    differences = compare_predictions(predictions, task, cohort=cohort, subgroups=groups, level=level)
     values = {
-        name: evaluate(
-            table[table["level"] == level], task, bootstrap=bootstrap, seed=seed, cohort=cohort, subgroups=groups
-        )
+        name: evaluate(table[table["level"] == level], task, cohort=cohort, subgroups=groups)
         for name, table in predictions.items()
     }
     write_whole(output / TABLE, _one_table(values, differences).to_csv(index=False).encode())
@@ -100,7 +90,9 @@ def compare(
     print(f"see {page} and {output / TABLE}")
     results = []
     for name, metrics in values.items():
-        first = metrics[(metrics["scope"] == "pooled") & (metrics["metric"] == PRIMARY_METRIC[task.kind])].iloc[0]
+        first = metrics[
+            (metrics["scope"] == headline_scope(metrics)) & (metrics["metric"] == PRIMARY_METRIC[task.kind])
+        ].iloc[0]
         results.append(
             ComparedRun(
                 name, first["metric"], float(first["value"]), float(first["low"]), float(first["high"]), int(first["n"])
@@ -173,9 +165,9 @@ def _one_table(values: "Mapping[str, pd.DataFrame]", differences: "pd.DataFrame"
     """`comparison.csv`: the metrics of each run, then the differences; `against` is empty for the former."""
     import pandas as pd
 
-    of_runs = [metrics.assign(run=name, against="", p=None, test="", p_holm=None) for name, metrics in values.items()]
-    pairs = differences.rename(columns={"run_a": "run", "run_b": "against", "difference": "value"})
-    columns = ["scope", "metric", "run", "against", "value", "low", "high", "p", "test", "p_holm", "n", "resamples"]
+    of_runs = [metrics.assign(run=name, against="", p=None, p_holm=None) for name, metrics in values.items()]
+    pairs = differences.rename(columns={"run_a": "run", "run_b": "against", "difference": "value", "test": "method"})
+    columns = ["scope", "metric", "run", "against", "value", "low", "high", "method", "p", "p_holm", "n"]
     return pd.DataFrame(
         [row for table in (*of_runs, pairs) for row in table[columns].to_dict("records")], columns=columns
     )

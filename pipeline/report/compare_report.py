@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table as TerminalTable
 
 from ...evaluation.classification import Classes
-from ...evaluation.evaluate import LOWER_IS_BETTER, PRIMARY_METRIC
+from ...evaluation.evaluate import LOWER_IS_BETTER, PRIMARY_METRIC, headline_scope
 from ...evaluation.outcomes import read_outcomes
 from ...evaluation.scopes import select
 from ...task import Task
@@ -82,29 +82,33 @@ def write_comparison_page(
         `path`.
     """
     primary = PRIMARY_METRIC[task.kind]
-    pooled = differences[differences["scope"] == "pooled"]
+    scope = headline_scope(differences)
+    headline = differences[differences["scope"] == scope]
     several = len(runs) > 2
     facts = []
     for name, metrics in values.items():
-        first = metrics[(metrics["scope"] == "pooled") & (metrics["metric"] == primary)].iloc[0]
+        first = metrics[(metrics["scope"] == scope) & (metrics["metric"] == primary)].iloc[0]
         small = interval(first["low"], first["high"]) if np.isfinite(first["low"]) else ""
         facts.append((name, number(first["value"]), f"{metric_name(primary)} {small}"))
     return write_page(
         path,
         "comparison.html",
         title=" vs. ".join(runs) if len(runs) < 4 else f"{len(runs)} runs compared",
-        description=f"{task_text(task)}, on the same {int(pooled['n'].max()):,} test {level}s.",
+        description=f"{task_text(task)}, on the same {int(headline['n'].max()):,} test {level}s.",
         facts=facts,
         left_out=left_out,
         primary=metric_name(primary),
-        values=_values_table(values, primary),
+        mean_first=scope == "mean",
+        values=_values_table(values, primary, scope),
         lower=", ".join(metric_name(m) for m in _metrics(values, primary) if m in LOWER_IS_BETTER),
-        differences=_differences_table(pooled[pooled["metric"] == primary], with_metric=False, corrected=several),
-        delong=(pooled["test"] == "delong").any(),
+        differences=_differences_table(headline[headline["metric"] == primary], with_metric=False, corrected=several),
+        delong=(headline["test"] == "delong").any(),
         several=several,
-        pictures=_pictures(predictions, level, task, values, pooled, primary),
-        others=_differences_table(pooled[pooled["metric"] != primary], with_metric=True, corrected=several),
-        mean=_differences_table(differences[differences["scope"] == "mean"], with_metric=True, corrected=several),
+        pictures=_pictures(predictions, level, task, values, headline, primary),
+        others=_differences_table(headline[headline["metric"] != primary], with_metric=True, corrected=several),
+        pooled=_differences_table(differences[differences["scope"] == "pooled"], with_metric=True, corrected=several)
+        if scope == "mean"
+        else None,
         subgroups=_subgroups(values, differences, primary),
         folders=[(name, str(run.folder), task_text(run.task), run.aggregator) for name, run in runs.items()],
     )
@@ -124,23 +128,23 @@ def _metrics(values: "Mapping[str, pd.DataFrame]", primary: str) -> list[str]:
 
 
 def _terminal_cell(metrics: "pd.DataFrame", metric: str) -> str:
-    cell = narrow_cell(metrics, "pooled", metric)
+    cell = narrow_cell(metrics, headline_scope(metrics), metric)
     return cell if isinstance(cell, str) else f"{cell[0]}\n[dim]{cell[1]}[/]"
 
 
 def _scopes(differences: "pd.DataFrame") -> list[str]:
-    return sorted(dict.fromkeys(differences["scope"]), key=lambda scope: (scope != "pooled", scope != "mean"))
+    return sorted(dict.fromkeys(differences["scope"]), key=lambda scope: (scope != "mean", scope != "pooled"))
 
 
 def _scope_name(scope: str) -> str:
     if scope.startswith("subgroup:"):
         return scope.removeprefix("subgroup:").replace("=", " = ", 1)
-    return {"mean": "mean over folds"}.get(scope, scope)
+    return {"mean": "mean over folds", "pooled": "all test patients"}.get(scope, scope)
 
 
-def _values_table(values: "Mapping[str, pd.DataFrame]", primary: str) -> Table:
+def _values_table(values: "Mapping[str, pd.DataFrame]", primary: str, scope: str) -> Table:
     rows: list[list[Cell]] = [
-        [metric_name(metric), *(narrow_cell(metrics, "pooled", metric) for metrics in values.values())]
+        [metric_name(metric), *(narrow_cell(metrics, scope, metric) for metrics in values.values())]
         for metric in _metrics(values, primary)
     ]
     return Table(["Metric", *values], rows, list(values))
@@ -160,7 +164,7 @@ def _differences_table(differences: "pd.DataFrame", *, with_metric: bool, correc
             p_text(row["p"]),
         ]
         cells += [p_text(row["p_holm"])] if corrected else []
-        rows.append([*cells, {"delong": "DeLong", "bootstrap": "bootstrap"}[row["test"]]])
+        rows.append([*cells, {"delong": "DeLong", "nadeau-bengio": "Nadeau-Bengio"}.get(row["test"], row["test"])])
     return Table(columns, rows, numeric)
 
 
@@ -169,18 +173,18 @@ def _pictures(
     level: str,
     task: Task,
     values: "Mapping[str, pd.DataFrame]",
-    pooled: "pd.DataFrame",
+    headline: "pd.DataFrame",
     primary: str,
 ) -> list[Picture]:
     name = metric_name(primary)
     bars = []
     for run, metrics in values.items():
-        first = metrics[(metrics["scope"] == "pooled") & (metrics["metric"] == primary)].iloc[0]
+        first = metrics[(metrics["scope"] == headline_scope(metrics)) & (metrics["metric"] == primary)].iloc[0]
         bars.append((run, first["value"], first["low"], first["high"]))
     pictures = [picture(run_figures.forest(bars, name), f"{name} of each run", f"{name} with 95% intervals.")]
     pairs = [
         (f"{row['run_a']} − {row['run_b']}", row["difference"], row["low"], row["high"])
-        for row in pooled[pooled["metric"] == primary].head(MOST_BARS).to_dict("records")
+        for row in headline[headline["metric"] == primary].head(MOST_BARS).to_dict("records")
     ]
     caption = "Paired differences with 95% intervals: an interval that holds 0 does not tell the two runs apart."
     pictures.append(picture(run_figures.forest(pairs, f"Difference in {name}", 0.0), f"Differences in {name}", caption))

@@ -7,8 +7,7 @@ import numpy as np
 
 from ...errors import LongslideError
 from ...evaluation.classification import Classes, Labels
-from ...evaluation.delong import delong_interval
-from ...evaluation.evaluate import PRIMARY_METRIC, evaluate
+from ...evaluation.evaluate import PRIMARY_METRIC, evaluate, headline_scope
 from ...evaluation.outcomes import Outcomes, read_outcomes
 from ...evaluation.regression import Values
 from ...evaluation.scopes import select
@@ -79,7 +78,6 @@ def write_run_report(run: Path) -> Path:
         folds=folds_table(here),
         slides=metrics_table(metrics[metrics["level"] == "slide"], read.task) if level == "patient" else None,
         subgroups=_subgroups(here, read.task),
-        delong=_delong(outcomes, rows),
         pictures=pictures,
         notes=notes,
         learning=_learning(read),
@@ -119,13 +117,6 @@ def _subgroups(metrics: "pd.DataFrame", task: Task) -> "list[tuple[str, Picture,
     return result
 
 
-def _delong(outcomes: Outcomes, rows: "pd.DataFrame") -> str | None:
-    if not isinstance(outcomes, Classes) or len(outcomes.names) != 2 or rows["patient_id"].duplicated().any():
-        return None
-    low, high = delong_interval(outcomes.target == 1, outcomes.probability[:, 1])
-    return interval(low, high) if np.isfinite(low) else None
-
-
 def _description(run: Run) -> str:
     folds = run.predictions.loc[run.predictions["part"] == "test", "fold"].nunique()
     text = task_text(run.task) + (f" with {run.aggregator}" if run.aggregator else "")
@@ -133,12 +124,14 @@ def _description(run: Run) -> str:
 
 
 def _facts(run: Run, metrics: "pd.DataFrame", rows: "pd.DataFrame") -> list[tuple[str, str, str]]:
-    pooled = metrics[metrics["scope"] == "pooled"].set_index("metric")
+    scope = headline_scope(metrics)
+    first = metrics[metrics["scope"] == scope].set_index("metric")
     primary = PRIMARY_METRIC[run.task.kind]
     facts = []
-    if primary in pooled.index:
-        value, low, high = (float(pooled[column][primary]) for column in ("value", "low", "high"))
+    if primary in first.index:
+        value, low, high = (float(first[column][primary]) for column in ("value", "low", "high"))
         small = f"95% interval {interval(low, high)}" if np.isfinite(low) else "no interval"
+        small += "; mean over the folds" if scope == "mean" else ""
         facts.append((metric_name(primary), number(value), small))
     facts.append(("Test patients", f"{rows['patient_id'].nunique():,}", ""))
     slides = run.predictions[(run.predictions["level"] == "slide") & (run.predictions["part"] == "test")]
@@ -245,9 +238,16 @@ def _survival_pictures(
             name: (outcomes.event[chosen], outcomes.time[chosen])
             for name, chosen in (("low risk", ~high), ("high risk", high))
         }
-        p = log_rank(outcomes.time, outcomes.event, high.astype(np.int64))
         caption = "Kaplan-Meier curves; risk groups split at the median risk of the validation patients of each fold. "
-        caption += f"Log-rank test: p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}." if np.isfinite(p) else ""
+        if rows["fold"].nunique() > 1:
+            # A patient's group hangs on the outcomes of the others, so the test rejects too often (Simon et al. 2011).
+            notes.append(
+                "There is no log-rank test of risk groups from cross-validation: the models that make the groups have been "
+                "trained on the other patients tested, and the p-value would be too small."
+            )
+        else:
+            p = log_rank(outcomes.time, outcomes.event, high.astype(np.int64))
+            caption += f"Log-rank test: p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}." if np.isfinite(p) else ""
     else:
         notes.append(f"All test patients fall into one risk group ({'high' if high.all() else 'low'}).")
     figure = run_figures.survival_curves(groups, unit)

@@ -9,6 +9,7 @@ from ...evaluation.evaluate import PRIMARY_METRIC
 from ...evaluation.outcomes import Outcomes, read_outcomes
 from ...evaluation.regression import Values
 from ...evaluation.scopes import select
+from ...evaluation.survival import Survival
 from ...task import CLASSIFICATION, Task
 from .run_folder import Run
 
@@ -33,7 +34,17 @@ METRIC_NAMES = {
     "r2": "R²",
     "spearman": "Spearman correlation",
     "c_index": "Concordance (c-index)",
+    "c_index_uno": "Concordance, censoring weighted (Uno)",
+    "time_auc": "Time-dependent AUC",
     "integrated_brier": "Integrated Brier score",
+    "integrated_brier_km": "Integrated Brier score, Kaplan-Meier",
+}
+
+METHOD_NAMES = {
+    "newcombe": "Newcombe",
+    "wilson": "Wilson",
+    "mover": "MOVER",
+    "jackknife": "jackknife",
 }
 
 TASK_NAMES = {
@@ -92,8 +103,8 @@ def task_text(task: Task) -> str:
 
 
 def metrics_table(metrics: "pd.DataFrame", task: Task) -> Table | None:
-    """The metrics over classes or labels together, pooled and as the mean over folds."""
-    scopes = {"pooled": "Pooled", "mean": "Mean over folds"}
+    """The metrics over classes or labels together, as the mean over folds and pooled, and what made the first interval."""
+    scopes = {"mean": "Mean over folds", "pooled": "Pooled"}
     plain = metrics[metrics["scope"].isin(scopes) & ~metrics["metric"].str.contains(":")]
     if not len(plain):
         return None
@@ -104,9 +115,17 @@ def metrics_table(metrics: "pd.DataFrame", task: Task) -> Table | None:
     ]
     order = sorted(dict.fromkeys(plain["metric"]), key=lambda name: name != PRIMARY_METRIC[task.kind])
     rows: list[list[Cell]] = [
-        [metric_name(metric), *(narrow_cell(plain, scope, metric) for scope in used)] for metric in order
+        [metric_name(metric), *(narrow_cell(plain, scope, metric) for scope in used), _method(plain, used[0], metric)]
+        for metric in order
     ]
-    return Table(columns, rows, columns[1:])
+    return Table([*columns, "Interval by"], rows, columns[1:])
+
+
+def _method(metrics: "pd.DataFrame", scope: str, metric: str) -> str:
+    """What made the interval of a metric, as `Newcombe`; training's share is told below the table."""
+    chosen = metrics[(metrics["scope"] == scope) & (metrics["metric"] == metric)]
+    method = str(chosen["method"].iloc[0]) if len(chosen) and isinstance(chosen["method"].iloc[0], str) else ""
+    return METHOD_NAMES.get(method.partition(",")[0], "–")
 
 
 def narrow_cell(metrics: "pd.DataFrame", scope: str, metric: str) -> Cell:
@@ -121,7 +140,7 @@ def narrow_cell(metrics: "pd.DataFrame", scope: str, metric: str) -> Cell:
 def per_class_table(metrics: "pd.DataFrame", outcomes: Outcomes) -> Table | None:
     """Classes or labels down, with how many patients are of each; metrics across, pooled."""
     rows = metrics[(metrics["scope"] == "pooled") & metrics["metric"].str.contains(":")]
-    if not len(rows):
+    if not len(rows) or isinstance(outcomes, Survival):
         return None
     parts = rows["metric"].str.partition(":")
     names, of = list(dict.fromkeys(parts[0])), list(dict.fromkeys(parts[2]))

@@ -22,7 +22,6 @@ def crossval(
     patience: int | None = None,
     ema: float | None = None,
     checkpoint_every_n_steps: int | None = None,
-    bootstrap: int = 1000,
     subgroups: list[str] | str = "",
     seed: int = 0,
 ) -> Run:
@@ -40,7 +39,6 @@ def crossval(
         patience: Epochs without a better one after which training stops.
         ema: Decay of an average of the weights, such as 0.999.
         checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
-        bootstrap: Resamples for the intervals of the metrics.
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
         seed: Seed of weights, dropout and augmentation.
 
@@ -61,7 +59,7 @@ def crossval(
         ema,
         checkpoint_every_n_steps,
         seed,
-        {"folds": folds, "bootstrap": bootstrap, "subgroups": subgroups},
+        {"folds": folds, "subgroups": subgroups},
     )
     record = TrainingRun(settings.run, settings.configuration, column_names(subgroups))
     cohort = settings.read_cohort()
@@ -82,6 +80,6 @@ def crossval(
         print(f"fold {fold} of {every_fold.fold_count}")
         train(training, record)
         predictions += held_out_predictions(training)
-    finished = record.finish(predictions, every_fold.task, bootstrap, every_fold.cohort.rows)
+    finished = record.finish(predictions, every_fold.task, every_fold.cohort.rows)
     print_metrics(finished)
     return finished

@@ -20,7 +20,6 @@ def fit(
     patience: int | None = None,
     ema: float | None = None,
     checkpoint_every_n_steps: int | None = None,
-    bootstrap: int = 1000,
     subgroups: list[str] | str = "",
     seed: int = 0,
 ) -> Run:
@@ -37,7 +36,6 @@ def fit(
         patience: Epochs without a better one after which training stops.
         ema: Decay of an average of the weights, such as 0.999.
         checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
-        bootstrap: Resamples for the intervals of the metrics.
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
         seed: Seed of weights, dropout and augmentation.
 
@@ -59,7 +57,7 @@ def fit(
         ema,
         checkpoint_every_n_steps,
         seed,
-        {"bootstrap": bootstrap, "subgroups": subgroups},
+        {"subgroups": subgroups},
     )
     record = TrainingRun(settings.run, settings.configuration, column_names(subgroups)) if first_process() else None
     cohort = settings.read_cohort()
@@ -74,6 +72,6 @@ def fit(
     train(training, record)
     if record is None or not training.trainer.is_global_zero:
         return Run.without_predictions(settings.run, training.data.task, {})
-    finished = record.finish(held_out_predictions(training), training.data.task, bootstrap, training.data.cohort.rows)
+    finished = record.finish(held_out_predictions(training), training.data.task, training.data.cohort.rows)
     print_metrics(finished)
     return finished

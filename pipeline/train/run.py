@@ -124,13 +124,12 @@ class TrainingRun:
         self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._began, 1)
         self._write("run.json", json.dumps(self.facts, indent=2, default=str) + "\n")
 
-    def finish(self, predictions: "Sequence[pd.DataFrame]", task: Task, bootstrap: int, cohort: "pd.DataFrame") -> Run:
+    def finish(self, predictions: "Sequence[pd.DataFrame]", task: Task, cohort: "pd.DataFrame") -> Run:
         """Write predictions, metrics and report, and mark the run as finished.
 
         Args:
             predictions: Rows of `predictions.csv`, of all folds and parts.
             task: The task.
-            bootstrap: Resamples for the intervals.
             cohort: The rows used.
 
         Returns:
@@ -145,7 +144,7 @@ class TrainingRun:
             table = pd.concat(predictions, ignore_index=True)
             self._write("predictions.csv", table.to_csv(index=False))
             if (table["part"] == "test").any():
-                metrics = evaluate(table, task, bootstrap=bootstrap, cohort=cohort, subgroups=self.subgroups or None)
+                metrics = evaluate(table, task, cohort=cohort, subgroups=self.subgroups or None)
                 self._write("metrics.csv", metrics.to_csv(index=False))
                 self.write()
                 write_run_report(self.folder)
@@ -162,16 +161,20 @@ class TrainingRun:
 
 
 def print_metrics(run: Run) -> None:
-    """Print what came out: the pooled metrics of the held-out patients, and where the report is."""
+    """Print what came out: the metrics of the held-out patients (the mean over folds), and where the report is."""
+    from ...evaluation.evaluate import headline_scope
+
     metrics = run.metrics
     if metrics is None:
         print(f"no test part, so there is nothing to report; the model is {run.folder / 'best.ckpt'}")
         return
-    pooled = metrics[metrics["scope"] == "pooled"] if (metrics["scope"] == "pooled").any() else metrics
-    level = "patient" if (pooled["level"] == "patient").any() else "slide"
-    rows = pooled[(pooled["level"] == level) & ~pooled["metric"].str.contains(":")]
+    scope = headline_scope(metrics)
+    first = metrics[metrics["scope"] == scope]
+    level = "patient" if (first["level"] == "patient").any() else "slide"
+    rows = first[(first["level"] == level) & ~first["metric"].str.contains(":")]
     for row in rows.itertuples():
-        print(f"{row.metric:>20} {row.value:.3f} (95% {row.low:.3f} to {row.high:.3f}), {row.n} {level}s")
+        ends = f" (95% {row.low:.3f} to {row.high:.3f})" if np.isfinite(row.low) else ""
+        print(f"{row.metric:>20} {row.value:.3f}{ends}, {row.n} {level}s{', mean over folds' if scope == 'mean' else ''}")
     print(f"see {run.folder / 'report.html'}")
 
 

@@ -14,7 +14,6 @@ def test(
     checkpoint: str | Path,
     data: DataOptions,
     run: str | Path | None = None,
-    bootstrap: int = 1000,
     subgroups: list[str] | str = "",
     accelerator: str = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
@@ -25,7 +24,6 @@ def test(
         checkpoint: A checkpoint of `longslide fit` or `crossval`.
         data: The cohort, all of which is tested on.
         run: Run folder. Default: `runs/<run>-test`.
-        bootstrap: Resamples for the intervals of the metrics.
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
         accelerator: Device, as Lightning names it.
         precision: Lightning's precision.
@@ -43,7 +41,7 @@ def test(
         raise LongslideError("longslide test needs labels: give --data.table; `longslide predict` does without")
     settle("test", data)
     folder = Path(run or f"runs/{checkpoint.resolve().parent.name}-test")
-    options = {"checkpoint": checkpoint, "data": data, "run": folder, "bootstrap": bootstrap, "subgroups": subgroups}
+    options = {"checkpoint": checkpoint, "data": data, "run": folder, "subgroups": subgroups}
     options |= {"accelerator": accelerator, "precision": precision}
     record = TrainingRun(folder, configuration("test", options), column_names(subgroups))
 
@@ -61,6 +59,6 @@ def test(
         risk_threshold=(classifier.thresholds or {}).get("risk"),
     )
     rows = predict_test_part(classifier, tested, accelerator, precision)
-    finished = record.finish([rows], classifier.task, bootstrap, tested.cohort.rows)
+    finished = record.finish([rows], classifier.task, tested.cohort.rows)
     print_metrics(finished)
     return finished

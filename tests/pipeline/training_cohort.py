@@ -72,6 +72,6 @@ def quick(folder: Path, *words: str) -> Sequence[str]:
     """Options of a run of a second or two in `folder`."""
     return [
         *("--run", str(folder)),
-        *("--bootstrap", "20", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
         *words,
     ]

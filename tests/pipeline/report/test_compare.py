@@ -61,7 +61,7 @@ def test_compare_prints_a_table_and_writes_a_table_and_a_page(runs: Path, tmp_pa
 @pytest.mark.parametrize("kind", ["multilabel", "regression", "survival"])
 def test_other_tasks_are_compared_by_their_own_metric(tmp_path: Path, write_run: WriteRun, kind: str) -> None:
     folders = [write_run(tmp_path / name, kind, skill=skill) for name, skill in (("good", 2.0), ("bad", 0.5))]
-    good, bad = compare(folders, tmp_path / "out", bootstrap=100)
+    good, bad = compare(folders, tmp_path / "out")
     assert good.metric == bad.metric == {"multilabel": "auroc", "regression": "r2", "survival": "c_index"}[kind]
     assert good.value > bad.value
     assert good.low < good.value < good.high
@@ -81,7 +81,7 @@ def test_runs_tested_on_other_patients_are_compared_on_the_common_ones_only_if_a
     assert "20 only in the first, 0 only in the second, 100 in both" in result.stderr
     assert not (tmp_path / "out" / "comparison.csv").exists()
 
-    compared = compare([runs / "abmil", small], tmp_path / "out", common_patients=True, bootstrap=100)
+    compared = compare([runs / "abmil", small], tmp_path / "out", common_patients=True)
     assert [run.n for run in compared] == [100, 100]
     assert "20 patients that not all runs" in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
 
@@ -91,7 +91,7 @@ def test_brier_scores_are_compared_over_the_times_that_both_runs_predict(tmp_pat
     second = write_run(tmp_path / "second", "survival")
     predictions = pd.read_csv(second / "predictions.csv")
     predictions.rename(columns={"survival_24": "survival_30"}).to_csv(second / "predictions.csv", index=False)
-    compare([first, second], tmp_path / "out", bootstrap=100)
+    compare([first, second], tmp_path / "out")
     table = pd.read_csv(tmp_path / "out" / "comparison.csv")
     brier = table[(table["metric"] == "integrated_brier") & (table["scope"] == "pooled")]
     assert brier["value"].nunique() == 2, "the same score twice, and their difference"
@@ -103,17 +103,17 @@ def test_runs_without_predictions_of_patients_are_compared_by_slides(tmp_path: P
     for folder in folders:
         predictions = pd.read_csv(folder / "predictions.csv")
         predictions[predictions["level"] == "slide"].to_csv(folder / "predictions.csv", index=False)
-    first, _ = compare(folders, tmp_path / "out", bootstrap=100)
+    first, _ = compare(folders, tmp_path / "out")
     assert first.n == predictions[(predictions["level"] == "slide") & (predictions["part"] == "test")].shape[0]
     assert "test slides" in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     table = pd.read_csv(tmp_path / "out" / "comparison.csv")
-    assert set(table["test"].dropna()) == {"bootstrap"}, "slides of one patient are not independent"
+    assert "delong" not in set(table["method"]), "slides of one patient are not independent"
 
 
 def test_runs_of_the_same_name_go_by_more_of_their_path(runs: Path, tmp_path: Path) -> None:
     for seed in ("seed-0", "seed-1"):
         shutil.copytree(runs / "abmil", tmp_path / seed / "abmil")
-    compared = compare([tmp_path / "seed-0" / "abmil", tmp_path / "seed-1" / "abmil"], tmp_path / "out", bootstrap=100)
+    compared = compare([tmp_path / "seed-0" / "abmil", tmp_path / "seed-1" / "abmil"], tmp_path / "out")
     assert [run.name for run in compared] == ["seed-0/abmil", "seed-1/abmil"]
 
 
@@ -141,13 +141,11 @@ def test_what_cannot_be_compared_is_one_clear_line(runs: Path, tmp_path: Path, w
         assert "\n" not in str(error.value)
     with pytest.raises(LongslideError, match="no column 'age' in the cohort table"):
         compare([longnet, runs / "abmil"], tmp_path / "out", subgroups="age")
-    with pytest.raises(LongslideError, match="at least 100"):
-        compare([longnet, runs / "abmil"], tmp_path / "out", bootstrap=10)
 
 
 def test_a_table_that_cannot_be_written_is_one_line(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "comparison.csv").mkdir()
-    result = run_cli(runs / "longnet", runs / "abmil", "--output", tmp_path, "--bootstrap", "100")
+    result = run_cli(runs / "longnet", runs / "abmil", "--output", tmp_path)
     assert result.returncode == 2
     assert "comparison.csv: cannot write it" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -175,8 +173,8 @@ def test_tables_that_a_spreadsheet_has_saved_again_give_the_same_comparison(
     tmp_path: Path, write_run: WriteRun, kind: str
 ) -> None:
     runs = [write_run(tmp_path / name, kind, patients=40, model_seed=seed) for seed, name in enumerate(("a", "b"))]
-    first = compare(runs, tmp_path / "first", subgroups="site", bootstrap=100)
+    first = compare(runs, tmp_path / "first", subgroups="site")
     for name in ("predictions.csv", "cohort.csv"):
         table = pd.read_csv(runs[0] / name, dtype={"slide_id": str, "patient_id": str})
         table.to_csv(runs[0] / name, index=False, sep=";", decimal=",", encoding="utf-16")
-    assert compare(runs, tmp_path / "second", subgroups="site", bootstrap=100) == first
+    assert compare(runs, tmp_path / "second", subgroups="site") == first

@@ -100,7 +100,7 @@ def test_the_report_of_every_task_stands_alone_and_has_its_figures(report, kind:
 def test_the_numbers_are_those_of_metrics_csv_with_subgroups(tmp_path: Path, write_run: WriteRun) -> None:
     folder = write_run(tmp_path / "run")
     run = read_run(folder)
-    metrics = evaluate(run.predictions, run.task, bootstrap=200, cohort=run.cohort, subgroups=["site"])
+    metrics = evaluate(run.predictions, run.task, cohort=run.cohort, subgroups=["site"])
     metrics.to_csv(folder / "metrics.csv", index=False)
     page = assert_stands_alone(write_run_report(folder).read_text(encoding="utf-8"))
     for scope in ("pooled", "mean", "fold_2", "subgroup:site=Turin"):
@@ -194,4 +194,4 @@ def test_class_names_that_look_like_missing_values_or_numbers_are_names(tmp_path
     run = read_run(folder)
     assert run.task.classes == ("NA", "2", "3")
     assert "NA" in set(run.predictions["target"])
-    assert np.isfinite(evaluate(run.predictions, run.task, bootstrap=0)["value"]).any()
+    assert np.isfinite(evaluate(run.predictions, run.task)["value"]).any()

@@ -125,7 +125,7 @@ def test_a_run_is_repeated_by_its_own_configuration(finished: Path, tmp_path: Pa
 
 def test_fit_then_test_on_another_cohort_from_the_command_line(finished: Path, tmp_path: Path) -> None:
     options = write_cohort(tmp_path / "external", 18, seed=5)
-    words = ["--checkpoint", finished / "best.ckpt", "--run", tmp_path / "run", "--bootstrap", "20"]
+    words = ["--checkpoint", finished / "best.ckpt", "--run", tmp_path / "run"]
     result = cli("test", *words, *options)
     assert result.returncode == 0, result.stderr
     assert "auroc" in result.stdout
@@ -293,10 +293,7 @@ def test_patients_of_another_cohort_are_at_high_risk_above_the_median_of_validat
     threshold = load_classifier(run / "best.ckpt").thresholds["risk"]
     assert threshold == pytest.approx(predictions["risk"].median(), rel=1e-5)
     options = write_cohort(tmp_path / "others", 18, seed=5)
-    assert (
-        main(["test", "--checkpoint", str(run / "best.ckpt"), "--run", str(external), "--bootstrap", "20", *options])
-        == 0
-    )
+    assert main(["test", "--checkpoint", str(run / "best.ckpt"), "--run", str(external), *options]) == 0
     assert json.loads((external / "run.json").read_text())["risk_threshold"] == threshold
     assert "Kaplan-Meier" in (external / "report.html").read_text()
 
@@ -446,7 +443,7 @@ def test_a_patient_of_several_slides_is_one_bag_from_training_to_prediction(tmp_
 
     checkpoint = str(run / "best.ckpt")
     tested = ["--checkpoint", checkpoint, *options, "--run", str(tmp_path / "test"), "--accelerator", "cpu"]
-    assert main(["test", *tested, "--bootstrap", "20"]) == 0
+    assert main(["test", *tested]) == 0
     again = pd.read_csv(tmp_path / "test" / "predictions.csv")
     assert set(again["level"]) == {"patient"}
     again = again.set_index("patient_id")["probability_positive"]
