@@ -217,8 +217,8 @@ def interval_on_scale(
         if share <= 1e-12 or share >= 1 - 1e-12:
             if not (extremes and patients):
                 return NO_INTERVAL
-            ends = wilson(round(share), patients / inflation)
-            return Interval(*((1 - lowest) * end + lowest for end in ends), "wilson")
+            low, high = wilson(round(share), patients / inflation)
+            return Interval((1 - lowest) * low + lowest, (1 - lowest) * high + lowest, "wilson")
         if not variance > 1e-24:
             return NO_INTERVAL
         half = replicates.quantile * np.sqrt(variance * inflation) / ((1 - lowest) * share * (1 - share))
