@@ -173,8 +173,10 @@ def print_metrics(run: Run) -> None:
     level = "patient" if (first["level"] == "patient").any() else "slide"
     rows = first[(first["level"] == level) & ~first["metric"].str.contains(":")]
     for row in rows.itertuples():
-        ends = f" (95% {row.low:.3f} to {row.high:.3f})" if np.isfinite(row.low) else ""
-        print(f"{row.metric:>20} {row.value:.3f}{ends}, {row.n} {level}s{', mean over folds' if scope == 'mean' else ''}")
+        ends = f" (95% {row.low:.3f} to {row.high:.3f})" if isinstance(row.method, str) and row.method else ""
+        print(
+            f"{row.metric:>20} {row.value:.3f}{ends}, {row.n} {level}s{', mean over folds' if scope == 'mean' else ''}"
+        )
     print(f"see {run.folder / 'report.html'}")
 
 
