@@ -149,7 +149,7 @@ def train_recipe(folder: Path, kind: str, recipe: str, seed: int, run: Path, dev
     words = ["fit", "--config", name, "--data.task", kind, "--data.label", "label", "--run", str(run)]
     words += ["--data.table", f"{folder}/cohort.csv", "--data.features", f"{folder}/features"]
     words += ["--data.workers", "0", "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]
-    words += ["--trainer.accelerator", device.replace("cuda", "gpu"), "--bootstrap", "20"]
+    words += ["--trainer.accelerator", device.replace("cuda", "gpu")]
     words += ["--model.aggregator", aggregator] if aggregator else []
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
