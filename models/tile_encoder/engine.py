@@ -160,8 +160,11 @@ class TileEngine:
             LongslideError: One tile does not fit in the device's memory; float8 is too coarse for these tiles.
         """
         if self.device.type != "cuda":
-            for tiles in batches:
-                yield self(torch.from_numpy(tiles)).numpy()
+            for batch in batches:
+                tiles = torch.from_numpy(batch)
+                embeddings = self(tiles)
+                self._check_fidelity(tiles, embeddings)
+                yield embeddings.numpy()
             return
         pending: deque[_Slot] = deque()
         try:
@@ -320,8 +323,7 @@ class TileEngine:
             slot.uploaded.record(self._copies)
         main.wait_event(slot.uploaded)
         embeddings = self(slot.device[:count])
-        if self.precision == "float8" and (self.fidelity is None or self.fidelity.tiles < min(count, FIDELITY_TILES)):
-            self._check_fidelity(slot.device[:count], embeddings)
+        self._check_fidelity(slot.device[:count], embeddings)
         if slot.embeddings is None:
             slot.embeddings = torch.empty(len(slot.host), embeddings.shape[1], dtype=embeddings.dtype, pin_memory=True)
         slot.embeddings[:count].copy_(embeddings, non_blocking=True)
@@ -335,20 +337,24 @@ class TileEngine:
         return embeddings
 
     def _check_fidelity(self, tiles: Tensor, embeddings: Tensor) -> None:
-        """Measure the first tiles against float32.
+        """Measure the first tiles in float8 against float32, again when a later batch has more of them.
 
         Raises:
             LongslideError: The embeddings are too far from those in float32.
         """
-        if len(tiles) < 2:
+        if self.precision != "float8":
             return
-        tiles, embeddings = tiles[:FIDELITY_TILES], embeddings[:FIDELITY_TILES]
-        self.fidelity = fidelity(embeddings, self.exact(tiles))
-        logger.info("%s: %s", self.precision, self.fidelity)
-        if self.fidelity.mean_cosine < LEAST_MEAN_COSINE or self.fidelity.least_cosine < LEAST_COSINE:
+        count = min(len(tiles), FIDELITY_TILES)
+        if count > max(1, self.fidelity.tiles if self.fidelity else 0):
+            self.fidelity = fidelity(embeddings[:count], self.exact(tiles[:count]))
+            logger.info("float8: %s", self.fidelity)
+        coarse = self.fidelity is not None and (
+            self.fidelity.mean_cosine < LEAST_MEAN_COSINE or self.fidelity.least_cosine < LEAST_COSINE
+        )
+        if coarse:
             raise LongslideError(
-                f"--precision float8 is too coarse for this tile encoder and these tiles: {self.fidelity}; at least "
-                f"{LEAST_MEAN_COSINE} and {LEAST_COSINE} are asked for. Use float16"
+                f"float8 is too coarse for this tile encoder and these tiles: {self.fidelity}; at least "
+                f"{LEAST_MEAN_COSINE} and {LEAST_COSINE} are asked for. Use --precision float16"
             )
 
     @torch.inference_mode()

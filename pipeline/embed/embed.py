@@ -65,10 +65,10 @@ def embed(
     tissue: TissueSegmenter | None = None,
     reader: str | None = None,
     max_bad_tiles: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     threads: int = 4,
     device: str = "auto",
-    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     seed: int = 0,
     overwrite: bool = False,
 ) -> list[SlideResult]:
@@ -95,7 +95,7 @@ def embed(
         tissue: Tissue segmenter, with its options: `optical-density` by default.
         reader: Slide reader, by name or dotted path. Default: the first one that takes the file.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
-        batch_size: Tiles a batch; halved when the GPU runs out of memory.
+        batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads that read tiles.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the encoders. `auto`: the tile encoder's own on a GPU, float32 on a CPU.
@@ -112,7 +112,7 @@ def embed(
     entries = find_slides(slides, slide_mpp, ask=False)
     spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, seed)
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
-    if min(batch_size, threads) < 1 or max_bad_tiles < 0:
+    if (batch_size is not None and batch_size < 1) or threads < 1 or max_bad_tiles < 0:
         raise LongslideError("--batch-size and --threads must be at least 1, and --max-bad-tiles at least 0")
     if slide_encoder is not None:
         check_slide_encoder(slide_encoder, slide_checkpoint, spec.name)
@@ -136,10 +136,12 @@ def embed(
             tile_dim=spec.dim,
         )
         slide_model = slide_encoder_on(torch_device, slide_model)
-    encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed).to(torch_device)
+    encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed)
     job = EmbedJob(
         output=output,
-        embedder=TileEmbedder(encoder, torch_device, resolve_precision(precision, spec.precision, torch_device)),
+        embedder=TileEmbedder(
+            encoder, torch_device, resolve_precision(precision, spec.precision, torch_device), batch_size
+        ),
         slide_encoder=slide_model,
         tile_mpp=tile_mpp,
         tile_px=tile_px,
@@ -148,7 +150,6 @@ def embed(
         tissue=tissue or OpticalDensity(),
         reader=reader,
         max_bad_tiles=max_bad_tiles,
-        batch_size=batch_size,
         threads=threads,
         overwrite=overwrite,
     )
@@ -271,7 +272,6 @@ class EmbedJob:
     tissue: TissueSegmenter
     reader: str | None
     max_bad_tiles: int
-    batch_size: int
     threads: int
     overwrite: bool
 
@@ -421,7 +421,7 @@ class EmbedJob:
     ) -> Features:
         progress.slide_started(entry.slide_id, len(grid.coords))
         stream = TileStream(
-            slide, grid, batch_size=self.batch_size, threads=self.threads, max_bad_tiles=self.max_bad_tiles
+            slide, grid, batch_size=self.embedder.reading_batch, threads=self.threads, max_bad_tiles=self.max_bad_tiles
         )
         embeddings, index = self.embedder(stream, progress.tiles_done)
         if not len(index):
@@ -445,6 +445,7 @@ class EmbedJob:
                 "level": grid.level,
                 "tissue_mm2": tissue.area_mm2(slide.mpp.value),
                 "bad_tiles": len(stream.bad_tiles),
+                **self.embedder.fidelity,
             }
             | settings_of(self._segmenter(entry)),
         )

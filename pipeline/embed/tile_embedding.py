@@ -1,8 +1,8 @@
-"""Tiles to embeddings on one device, kept busy: uploads, the encoder and downloads overlap."""
+"""Tiles to embeddings on one device."""
 
-from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Literal, cast
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,12 +14,10 @@ from ...models.slide_encoder.base import AnySlideEncoder
 from ...models.slide_encoder.cuda_graphs import GraphedEncoder
 from ...models.slide_encoder.encoder import SlideEncoder
 from ...models.tile_encoder.encoder import TileEncoder
+from ...models.tile_encoder.engine import Precision, TileEngine, weights_dtype
 
-Precision = Literal["float32", "float16", "bfloat16"]
-
-# Batches launched on the device before the oldest one's result is fetched: enough to hide the copies, few enough to
-# bound the memory.
-IN_FLIGHT = 3
+READING_BATCH = 64
+"""Tiles that a reader hands over at a time; the encoder's batches are made of these."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -51,26 +49,41 @@ def resolve_precision(precision: str, recommended: str, device: torch.device) ->
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """Mixed precision on a device; none for float32."""
-    dtype = getattr(torch, precision)
-    return torch.autocast(device.type, dtype=dtype if precision != "float32" else None, enabled=precision != "float32")
+    half = precision != "float32"
+    return torch.autocast(device.type, dtype=weights_dtype(precision) if half else None, enabled=half)
 
 
 class TileEmbedder:
     """Runs a tile encoder over streams of tiles.
 
-    When the GPU runs out of memory the batch is halved, for this and all later batches, and the work goes on.
-
     Args:
-        encoder: Maps `(B, H, W, 3)` uint8 tiles to `(B, D)` embeddings; already on `device`.
-        device: Where the encoder is.
-        precision: Autocast precision; float32 for none.
+        encoder: Maps `(B, H, W, 3)` uint8 tiles to `(B, D)` embeddings; float32, on any device.
+        device: Where to run.
+        precision: What it runs in; see `TileEngine`.
+        batch_size: Tiles a batch; None for what is fastest. Halved when the GPU runs out of memory.
+
+    Raises:
+        LongslideError: The device or the encoder has no float8.
     """
 
-    def __init__(self, encoder: TileEncoder, device: torch.device, precision: Precision) -> None:
+    def __init__(
+        self, encoder: TileEncoder, device: torch.device, precision: Precision, batch_size: int | None = None
+    ) -> None:
         self.encoder = encoder
         self.device = device
         self.precision = precision
-        self.max_batch: int | None = None  # known once the memory ran out
+        self.engine = TileEngine(encoder, device, precision, batch_size)
+
+    @property
+    def reading_batch(self) -> int:
+        """Tiles that a reader should hand over at a time."""
+        return min(READING_BATCH, self.engine.batch_size)
+
+    @property
+    def fidelity(self) -> dict[str, float]:
+        """How far the first tiles were from float32, for the feature file; empty where it was not measured."""
+        measured = self.engine.fidelity
+        return {} if measured is None else {f"fidelity_{name}": value for name, value in asdict(measured).items()}
 
     def __call__(
         self, batches: Iterable[TileBatch], on_batch: Callable[[int], None] = lambda tiles: None
@@ -79,31 +92,27 @@ class TileEmbedder:
 
         Args:
             batches: The tiles, in order.
-            on_batch: Called with the number of tiles after each finished batch.
+            on_batch: Called with a number of tiles whenever so many more are embedded.
 
         Returns:
             `(N, D)` embeddings, float32 for that precision and float16 otherwise, and the `(N,)` int64 rows of the
             grid they belong to. `(0, 0)` when the stream was empty.
 
         Raises:
-            LongslideError: An embedding is not finite, or a single tile does not fit in the device's memory.
+            LongslideError: An embedding is not finite, a single tile does not fit in the device's memory, or float8 is too
+                coarse for these tiles.
         """
-        pending: deque[tuple[Tensor, np.ndarray]] = deque()
-        features: list[np.ndarray] = []
         index: list[np.ndarray] = []
 
-        def fetch() -> None:
-            embedding, rows = pending.popleft()
-            features.append(embedding.cpu().numpy())
-            index.append(rows)
-            on_batch(len(rows))
+        def tiles() -> Iterator[np.ndarray]:
+            for batch in batches:
+                index.append(batch.index)
+                yield batch.tiles
 
-        for batch in batches:
-            pending.append((self._embed(torch.from_numpy(batch.tiles)), batch.index))
-            if len(pending) > IN_FLIGHT:
-                fetch()
-        while pending:
-            fetch()
+        features: list[np.ndarray] = []
+        for part in self.engine.stream(tiles()):
+            features.append(part)
+            on_batch(len(part))
         if not features:
             return np.zeros((0, 0), np.float16), np.zeros(0, np.int64)
         embeddings = np.concatenate(features)
@@ -113,25 +122,6 @@ class TileEmbedder:
                 f"{'bfloat16' if self.precision == 'float16' else 'float32'}"
             )
         return embeddings, np.concatenate(index)
-
-    @torch.inference_mode()
-    def _embed(self, tiles: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            tiles = tiles.pin_memory().to(self.device, non_blocking=True)
-        dtype = torch.float32 if self.precision == "float32" else torch.float16
-        while True:
-            try:
-                with autocast(self.device, self.precision):
-                    parts = [self.encoder(part) for part in torch.split(tiles, self.max_batch or len(tiles))]
-                return torch.cat(parts).to(dtype)
-            except torch.OutOfMemoryError as error:
-                smallest = min(self.max_batch or len(tiles), len(tiles))
-                if smallest == 1:
-                    raise LongslideError(
-                        f"one tile does not fit in the memory of {self.device}; use --device cpu, or free the GPU"
-                    ) from error
-                self.max_batch = smallest // 2
-            torch.cuda.empty_cache()  # outside the handler: the error's traceback keeps the failed batch's tensors
 
 
 def slide_encoder_on(device: torch.device, encoder: AnySlideEncoder) -> AnySlideEncoder:

@@ -50,7 +50,7 @@ class FeatureMaker:
         tile_checkpoint: The user's weights of the tile encoder.
         slide_checkpoint: The user's weights of the slide encoder.
         max_bad_tiles: Unreadable tiles that a slide may have.
-        batch_size: Tiles a batch.
+        batch_size: Tiles a batch; None for what is fastest on the device.
         threads: Threads that read tiles.
         device: Where the encoders run.
         precision: Precision of the encoders, or `auto`.
@@ -64,7 +64,7 @@ class FeatureMaker:
     tile_checkpoint: str | None
     slide_checkpoint: str | None
     max_bad_tiles: int
-    batch_size: int
+    batch_size: int | None
     threads: int
     device: "torch.device"
     precision: str
@@ -196,7 +196,7 @@ class FeatureMaker:
         reader = recorded_reader(facts.get("reader"))
         return EmbedJob(
             output=self.folder,
-            embedder=TileEmbedder(encoder.to(self.device), self.device, precision),
+            embedder=TileEmbedder(encoder, self.device, precision, self.batch_size),
             slide_encoder=slide_encoder,
             tile_mpp=facts["mpp"],
             tile_px=facts["tile_px"],
@@ -205,7 +205,6 @@ class FeatureMaker:
             tissue=segmenter_of(facts.get("tissue_segmenter"), facts.get("tissue_settings")),
             reader=None if reader is None else READERS.name_of(reader),
             max_bad_tiles=self.max_bad_tiles,
-            batch_size=self.batch_size,
             threads=self.threads,
             overwrite=False,
         )

@@ -56,10 +56,10 @@ def predict(
     slide_mpp: float | None = None,
     patient_column: str | None = None,
     max_bad_tiles: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     threads: int = 4,
     device: str = "auto",
-    precision: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     overwrite: bool = False,
 ) -> list[Prediction]:
     """Predict new slides: embed them as the training slides were, classify them, and show why.
@@ -86,7 +86,7 @@ def predict(
         slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
         patient_column: Column of the tables that names the patient, if it has another name; `none` for no patients.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
-        batch_size: Tiles a batch; halved when the GPU runs out of memory.
+        batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads that read tiles.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the tile encoder. `auto`: its own on a GPU, float32 on a CPU.
@@ -105,7 +105,7 @@ def predict(
         entries = [SlideEntry(slides.path, slides.slide_id, given)]
     else:
         entries = find_slides([slides] if isinstance(slides, str | Path) else slides, slide_mpp, patient_column)
-    if max_bad_tiles < 0 or batch_size < 1 or threads < 1:
+    if max_bad_tiles < 0 or (batch_size is not None and batch_size < 1) or threads < 1:
         raise LongslideError("--max-bad-tiles must not be negative; --batch-size and --threads must be at least 1")
     with ExitStack() as resources:
         kept = output is not None
