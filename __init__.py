@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .data.tissue.base import TissueSegmenter as TissueSegmenter
     from .errors import LongslideError as LongslideError
     from .evaluation import evaluate as evaluate
+    from .models.aggregators.base import Aggregator as Aggregator
+    from .models.aggregators.registry import AggregatorChoice as AggregatorChoice
     from .models.slide_encoder.dilated_attention import dilated_attention as dilated_attention
     from .models.slide_encoder.encoder import create_slide_encoder as create_slide_encoder
     from .models.tile_encoder.encoder import TileEncoder as TileEncoder
@@ -39,6 +41,8 @@ _HOME = {
     "SlideReader": ".data.slides.base",
     "Tissue": ".data.tissue.base",
     "TissueSegmenter": ".data.tissue.base",
+    "Aggregator": ".models.aggregators.base",
+    "AggregatorChoice": ".models.aggregators.registry",
     "register": ".registry",
     "open_slide": ".data.slides.slide",
     "write_synthetic_slide": ".data.synthetic",

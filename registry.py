@@ -8,11 +8,11 @@ registered here, by `longslide.register`, or by an installed package's entry poi
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from .errors import LongslideError
 
@@ -40,7 +40,17 @@ class Plugin:
         """The options this was made with, by the names of the constructor's arguments, defaults included."""
         if is_dataclass(self):
             return {field.name: getattr(self, field.name) for field in fields(self) if field.init}
-        return dict(vars(self).get("_options", {}))
+        return dict(plain_numbers(vars(self).get("_options", {})))
+
+
+def plain_numbers(value: Any) -> Any:
+    """A value without subclasses of int and float, such as jsonargparse's: files of weights and YAML do not know them."""
+    if isinstance(value, dict):
+        return {key: plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain_numbers, value))
+    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return value if kind is None else kind(value)
 
 
 def _remembering(init: Callable[..., None]) -> Callable[..., None]:
@@ -66,27 +76,54 @@ def _remembering(init: Callable[..., None]) -> Callable[..., None]:
     return remember
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A plug-in that is chosen by name and not made yet.
+
+    Attributes:
+        class_path: Its registered name or dotted path.
+        init_args: Its options, by the names of its constructor's arguments.
+    """
+
+    class_path: str
+    init_args: Mapping[str, Any] = field(default_factory=dict)
+
+    registry: "ClassVar[Registry[Any]]"
+
+    @classmethod
+    def of(cls, choice: "str | Self") -> Self:
+        """The choice of a name alone, or the choice as it is."""
+        return cls(choice) if isinstance(choice, str) else choice
+
+
 class Registry(Generic[T]):
     """The classes that may stand at one place.
 
     Args:
         what: What they are, such as `slide reader`; an installed package declares its own under the entry point group
             `longslide.slide_readers`.
-        base: Their base class.
+        base: Their base class, or `module:Class` where it is imported when first used.
         builtin: Name -> `module:Class` of those of the package, imported when first used, in the order they are tried.
 
     Attributes:
         builtin: Names of those of the package.
     """
 
-    def __init__(self, what: str, base: type[T], builtin: Mapping[str, str]) -> None:
+    def __init__(self, what: str, base: type[T] | str, builtin: Mapping[str, str]) -> None:
         self.what = what
-        self.base = base
+        self._base = base
         self.builtin = frozenset(builtin)
         self._paths = dict(builtin)
         self._classes: dict[str, type[T]] = {}
         self._read_entry_points = False
         _registries.append(self)
+
+    @property
+    def base(self) -> type[T]:
+        """The base class."""
+        if isinstance(self._base, str):
+            self._base = import_object(self._base, self.what)
+        return self._base  # type: ignore[return-value]
 
     def names(self) -> list[str]:
         """The registered names: those of the package first, then in the order of registration."""
@@ -138,17 +175,20 @@ class Registry(Generic[T]):
             choice: As for `get`.
             *args: What every constructor of this kind gets.
             by_stranger: As for `get`.
-            **options: Options of this one.
+            **options: Options of this one, of the types of its constructor or as text that says them.
 
         Raises:
             LongslideError: As for `get`; or the constructor does not take these options.
         """
         cls = self.get(choice, by_stranger=by_stranger)
+        what = f"{self.what} {self.name_of(cls)}"
         try:
             inspect.signature(cls).bind(*args, **options)
         except TypeError as error:
-            raise LongslideError(f"{self.what} {self.name_of(cls)}: {error}") from error
-        return cls(*args, **options)
+            known = ", ".join(name for name in inspect.signature(cls).parameters if name not in cls.GIVEN)
+            raise LongslideError(f"{what}: {error}; its options are {known or 'none'}") from error
+        given = {name: options.pop(name) for name in cls.GIVEN & options.keys()}
+        return cls(*args, **given, **_typed(cls, options, what))
 
     def name_of(self, plugin: T | type[T]) -> str:
         """How a class is recorded: by its registered name, else by its dotted path."""
@@ -175,9 +215,24 @@ class Registry(Generic[T]):
                 )
 
 
+def _typed(cls: type[Plugin], options: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Options in the types that the constructor's arguments have."""
+    if not options:
+        return {}
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, skip=set(cls.GIVEN), fail_untyped=False)
+    try:
+        typed = vars(parser.instantiate(parser.parse_object(dict(options), defaults=True)))
+    except ArgumentError as error:
+        raise LongslideError(f"{what}: {' '.join(str(error).replace('Parser key', 'option').split())}") from error
+    return {name: typed.get(name, value) for name, value in options.items()}
+
+
 def registry_of(base: Any) -> Registry[Any] | None:
-    """The registry of a base class."""
-    return next((registry for registry in _registries if registry.base is base), None)
+    """The registry of a base class that is imported."""
+    return next((registry for registry in _registries if registry._base is base), None)
 
 
 def register(name: str, cls: type[Plugin]) -> None:

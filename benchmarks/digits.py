@@ -112,8 +112,12 @@ def write_tiles(path: Path, embeddings: np.ndarray, cells: np.ndarray) -> None:
 
 def train(folder: Path, aggregator: str, run: Path, *words: str) -> pd.DataFrame:
     """Train on the bags and return `metrics.csv`."""
-    small = ["--model.longnet", "{layers: 2, width: 64, heads: 4, ffn_width: 128, dropout: 0.1}"]
-    small += ["--model.transmil.width", "64", "--model.transmil.landmarks", "32"]
+    options_of: dict[str, dict[str, float]] = {
+        "longnet": {"layers": 2, "width": 64, "heads": 4, "ffn_width": 128, "dropout": 0.1},
+        "transmil": {"width": 64, "landmarks": 32},
+    }
+    chosen = options_of.get(aggregator, {})
+    small = [word for name, value in chosen.items() for word in (f"--model.aggregator.{name}", str(value))]
     options = ["--model.aggregator", aggregator, "--data.task", "binary", "--data.workers", "0", "--data.max_bags", "8"]
     options += ["--data.table", f"{folder}/cohort.csv", "--data.features", f"{folder}/features", "--run", str(run)]
     options += ["--trainer.enable_progress_bar", "false", "--model.optimiser.learning_rate", "0.001"]

@@ -25,7 +25,7 @@ DIM = 1536
 def classifier(name: str) -> SlideClassifier:
     facts = TrainingFacts(Task("binary", ("label",), ("normal", "tumour")), DIM)
     checkpoint = "random" if name == "gigapath" else None
-    return SlideClassifier(facts, ClassifierOptions(name, checkpoint=checkpoint))  # type: ignore[arg-type]
+    return SlideClassifier(facts, ClassifierOptions(name, checkpoint=checkpoint))
 
 
 def measure(run: Callable[[], object], device: torch.device) -> tuple[float, float]:

@@ -17,13 +17,13 @@ from longslide.pipeline.cli import main as longslide
 TEST_BAGS = 300
 """Bags of the labelled sets; all but the few are for test."""
 
-SIZE = "{layers: 2, width: 64, heads: 4, ffn_width: 128, dropout: 0.0}"
+SIZE = "{class_path: longnet, init_args: {layers: 2, width: 64, heads: 4, ffn_width: 128, dropout: 0.0}}"
 
 
 def pretrain(features: Path, run: Path, epochs: int, learning_rate: float) -> pd.DataFrame:
     """Pretrain on a folder of feature files and return `history.csv`."""
     options = ["--config", "mae", "--data.features", str(features), "--data.workers", "0", "--data.max_bags", "8"]
-    options += ["--model.longnet", SIZE, "--model.decoder", "{layers: 1, width: 64, heads: 4, ffn_width: 128}"]
+    options += ["--model.encoder", SIZE, "--model.decoder", "{layers: 1, width: 64, heads: 4, ffn_width: 128}"]
     options += ["--run", str(run), "--trainer.max_epochs", str(epochs), "--trainer.enable_progress_bar", "false"]
     options += ["--model.optimiser.learning_rate", str(learning_rate), "--model.shift", "0"]
     if longslide(["pretrain", *options]):
@@ -56,7 +56,7 @@ def main() -> None:
                 words = ["--trainer.max_epochs", "30"]
                 if name != "from scratch":
                     words += ["--model.checkpoint", str(work / f"{name.split()[0]}-{question}" / "best.ckpt")]
-                    words += ["--model.gigapath.frozen", str("frozen" in name).lower()]
+                    words += ["--model.aggregator.frozen", str("frozen" in name).lower()]
                 run = work / "runs" / f"{question}-{labelled}-{name}".replace(" ", "-")
                 metrics = train(few, "longnet" if name == "from scratch" else "gigapath", run, *words)
                 row = metrics[(metrics["metric"] == "auroc") & (metrics["level"] == "patient")].iloc[0]

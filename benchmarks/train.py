@@ -22,7 +22,7 @@ import torch
 from longslide.data.cohort.datamodule import BagDataModule
 from longslide.data.cohort.options import DataOptions
 from longslide.data.features.feature_file import Features, write_features
-from longslide.models.aggregators.options import GigaPathOptions
+from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.options import ClassifierOptions
 from torch.profiler import ProfilerActivity, profile
@@ -87,7 +87,7 @@ def row(folder: Path, options: argparse.Namespace, max_tokens: int, checkpointin
     data.setup()
     model = SlideClassifier(
         TrainingFacts(data.task, data.feature_dim, preprocessing=data.preprocessing),
-        ClassifierOptions("gigapath", checkpoint="random", gigapath=GigaPathOptions(checkpointing=checkpointing)),
+        ClassifierOptions(AggregatorChoice("gigapath", {"checkpointing": checkpointing}), checkpoint="random"),
     )
     epochs = Epochs()
     trainer = lightning.Trainer(

@@ -7,6 +7,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..errors import LongslideError
+from ..registry import plain_numbers
 
 if TYPE_CHECKING:  # where jsonargparse's types are Any
     PositiveInt = int
@@ -46,7 +47,8 @@ def read_spec(path: Path, spec: type[Spec], what: str) -> Spec:
     if missing := sorted({action.dest for action in parser._actions if action.required} - content.keys()):
         raise LongslideError(f"{path}: missing key {', '.join(missing)}.")
     try:
-        return spec(**vars(parser.instantiate(parser.parse_object(content))))
+        values = vars(parser.instantiate(parser.parse_object(content)))
+        return spec(**{key: plain_numbers(value) for key, value in values.items()})
     except ArgumentError as error:
         reason = " ".join(str(error).replace('Parser key "', "").replace('":', ":").split())
         raise LongslideError(f"{path}: {reason}.") from error

@@ -10,7 +10,7 @@ from rich.markup import escape
 from ..data.cohort.options import DataOptions
 from ..data.synthetic import TEXTURES, Texture, write_synthetic_slide
 from ..errors import LongslideError
-from ..models.aggregators.options import AggregatorName, LongNetOptions
+from ..models.aggregators.registry import AggregatorChoice
 from ..models.classifier.options import ClassifierOptions, OptimiserOptions
 from .batch.ledger import make_output_folder
 from .embed.embed import embed
@@ -21,7 +21,10 @@ ENCODERS = {
     "slide_encoder": "gigapath",
     "slide_checkpoint": "random",
 }
-MODELS: tuple[AggregatorName, ...] = ("longnet", "abmil")
+MODELS = {
+    "longnet": AggregatorChoice("longnet", {"layers": 2, "width": 64, "heads": 4, "ffn_width": 128}),
+    "abmil": AggregatorChoice("abmil"),
+}
 
 
 def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: int = 24) -> list[Any]:
@@ -64,21 +67,17 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
     runs = [output / "runs" / model for model in MODELS]
     data = DataOptions(features, table, "binary", max_tokens=64, val_share=0.3, workers=0)
     trainer = {"max_epochs": 8, "enable_progress_bar": False, **_trainer_device(device)}
-    for name, run in zip(MODELS, runs, strict=True):
+    for (name, aggregator), run in zip(MODELS.items(), runs, strict=True):
         if (run / "metrics.csv").exists():
             continue
-        model = ClassifierOptions(
-            name,
-            class_weights="balanced",
-            longnet=LongNetOptions(layers=2, width=64, heads=4, ffn_width=128),
-            optimiser=OptimiserOptions(learning_rate=1e-3),
-        )
+        model = ClassifierOptions(aggregator, class_weights="balanced", optimiser=OptimiserOptions(learning_rate=1e-3))
+        options = "".join(f" --model.aggregator.{key} {value}" for key, value in aggregator.init_args.items())
         _say(
             console,
             f"longslide crossval --data.table {table} --data.features {features} --data.task binary "
             "--data.max-tokens 64 --data.val-share 0.3 --data.workers 0\\\n"
-            f"    --model.aggregator {name} --model.class-weights balanced --model.optimiser.learning-rate 1e-3 "
-            "--model.longnet '{layers: 2, width: 64, heads: 4, ffn_width: 128}'\\\n"
+            f"    --model.aggregator {name}{options}\\\n"
+            "    --model.class-weights balanced --model.optimiser.learning-rate 1e-3\\\n"
             f"    --run {run} --folds 3 --monitor val_loss "
             + " ".join(f"--trainer.{option.replace('_', '-')} {value}" for option, value in trainer.items()),
         )

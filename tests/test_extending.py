@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,8 +17,15 @@ import openslide
 import pytest
 import torch
 import yaml
-from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
+from classifier_files import write_classifier
+from longslide import AggregatorChoice, LongslideError, embed, export, open_slide, read_features, write_synthetic_slide
+from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
+from longslide.models.classifier.options import ClassifierOptions
+from longslide.models.slide_encoder.base import load_slide_encoder
+from longslide.models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
+from longslide.models.slide_encoder.mae_options import PretrainingOptions
 from longslide.pipeline.cli import main
+from longslide.task import Task
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "extending.md").read_text(encoding="utf-8")
@@ -64,6 +72,7 @@ def run(words: list[str], outside: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_reader_of_ones_own_gives_the_features_that_openslide_gives(outside: Path, tmp_path: Path) -> None:
     with openslide.OpenSlide(tmp_path / "slides" / "a.svs") as slide:
         np.save(tmp_path / "slide.npy", np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB")))
@@ -113,6 +122,7 @@ def test_a_reader_is_chosen_by_name_or_path_or_tried_when_registered(
         longslide.register("openslide", NumpyReader)
 
 
+@pytest.mark.slow
 def test_a_segmenter_of_ones_own_takes_its_options_and_is_recorded(outside: Path, tmp_path: Path) -> None:
     words = command_with("--tissue ")
     assert main(words) == 0
@@ -128,6 +138,7 @@ def test_a_segmenter_of_ones_own_takes_its_options_and_is_recorded(outside: Path
     assert read_features("more/a.h5").settings["tissue_mm2"] > area
 
 
+@pytest.mark.slow
 def test_the_default_segmenter_takes_options_without_being_named(outside: Path) -> None:
     words = ["embed", "slides", "--tile-encoder", ENCODER[0], "--tile-checkpoint", "random"]
     assert main([*words, "--output", "one", "--tissue.min-area", "1e9"]) == 0
@@ -171,6 +182,7 @@ def test_what_cannot_be_plugged_in_is_one_line_and_status_2(
     assert not Path("f").exists()
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own_embeds_tiles_from_the_command_line_from_yaml_and_from_python(
     outside: Path, tmp_path: Path
 ) -> None:
@@ -212,6 +224,7 @@ def test_a_network_of_ones_own_embeds_tiles_from_the_command_line_from_yaml_and_
     assert read_features("bare/a.h5").encoder == "SmallCNN"
 
 
+@pytest.mark.slow
 def test_a_slide_encoder_of_ones_own_needs_a_name_weights_what_it_reads_and_a_call(outside: Path) -> None:
     assert main(command_with("--slide-encoder mean_and_spread")) == 0
     features = read_features("features/a.h5")
@@ -254,3 +267,123 @@ def test_a_factory_that_makes_no_tile_encoder_is_refused_in_one_line(
     with pytest.raises(LongslideError, match=message) as refusal:
         embed(["slides"], "f", choice, device="cpu")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.slow
+def test_an_aggregator_of_ones_own_is_trained_tested_and_predicts(
+    outside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_synthetic_slide(tmp_path / "slides" / "b.svs", size=(1024, 768), mpp=0.5, seed=5)
+    embed(["slides"], "features", *ENCODER, device="cpu", tile_px=64)
+    rows = ["slide_id,patient_id,label,split"]
+    for number in range(12):
+        shutil.copy(f"features/{'ab'[number % 2]}.h5", f"features/s{number}.h5")
+        part = ("train", "train", "val", "val", "test", "test")[number % 6]
+        rows.append(f"s{number},p{number},{'yes' if number % 2 else 'no'},{part}")
+    Path("cohort.csv").write_text("\n".join(rows) + "\n")
+    quick = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    words = [*command_with("--model.aggregator.tiles"), "--data.task", "binary", "--data.workers", "0", *quick]
+    done = run(words, outside)
+    assert done.returncode == 0, done.stderr
+    checkpoint = "runs/top_tiles.TopTiles/best.ckpt"
+    made = torch.load(checkpoint, weights_only=True)["longslide"]["aggregator"]
+    assert made == {"name": "top_tiles.TopTiles", "options": {"tiles": 4, "width": 64}, "architecture": None}
+
+    # A file never causes an import: without --plugins nothing of it is run.
+    predict = ["predict", "slides/a.svs", "--checkpoint", checkpoint, "--device", "cpu"]
+    refused = run(predict, outside)
+    assert refused.returncode == 2
+    assert "'top_tiles.TopTiles' is code outside Longslide" in refused.stderr
+    assert "--plugins top_tiles" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+    tested = run([*command_with("--plugins top_tiles"), "--data.workers", "0", "--accelerator", "cpu"], outside)
+    assert tested.returncode == 0, tested.stderr
+    predicted = run([*predict, "--output", "results", "--plugins", "top_tiles", "--explain", "occlusion"], outside)
+    assert predicted.returncode == 0, predicted.stderr
+    assert Path("results/slides/a/overlay.png").exists()
+    missing = run([*predict, "--plugins", "gone"], outside)
+    assert missing.returncode == 2
+    assert "--plugins gone: no module gone" in missing.stderr
+
+    # In Python its module is imported as any other.
+    import longslide
+    import top_tiles
+
+    [prediction] = longslide.predict("slides/a.svs", checkpoint, device="cpu")
+    assert prediction.status == "done"
+    assert issubclass(top_tiles.TopTiles, longslide.Aggregator)
+
+
+@pytest.mark.slow
+def test_a_segmenter_and_a_reader_that_made_the_training_features_are_used_by_predict(
+    outside: Path, tmp_path: Path
+) -> None:
+    with openslide.OpenSlide(tmp_path / "slides" / "a.svs") as slide:
+        np.save(tmp_path / "slide.npy", np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB")))
+    own = ["--tissue", "dark_tissue.DarkTissue", "--tissue.threshold", "0.7", "--reader", "numpy_reader.NumpyReader"]
+    words = ["embed", "slide.npy", "--output", "features", "--tile-encoder", ENCODER[0], "--tile-checkpoint", "random"]
+    assert main([*words, *own]) == 0
+    write_classifier(Path("model.ckpt"), Path("features"))
+    (tmp_path / "new.npy").write_bytes((tmp_path / "slide.npy").read_bytes())
+    predict = ["predict", "new.npy", "--checkpoint", "model.ckpt", "--output", "results", "--device", "cpu"]
+    refused = run(predict, outside)
+    assert refused.returncode == 2
+    assert "is code outside Longslide, which a file alone may not run" in refused.stderr
+    done = run([*predict, "--plugins", "dark_tissue,numpy_reader"], outside)
+    assert done.returncode == 0, done.stderr
+    trained, made = read_features("features/slide.h5"), read_features("results/features/new.h5")
+    for name in ("reader", "tissue_segmenter", "tissue_settings"):
+        assert made.settings[name] == trained.settings[name]
+    np.testing.assert_array_equal(made.coords, trained.coords)
+
+
+def test_a_pretrained_slide_encoder_is_used_as_it_is_and_exported_in_the_published_layout(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"layers": 2, "width": 16, "heads": 2, "ffn_width": 32, "dilated_ratios": (1, 2)}
+    facts = UnlabelledFacts(48, {"tile_encoder": "my-encoder"})
+    autoencoder = MaskedAutoencoder(facts, PretrainingOptions(AggregatorChoice("longnet", size)))
+    torch.save({"state_dict": autoencoder.state_dict(), "longslide": autoencoder.describe()}, tmp_path / "best.ckpt")
+    features = torch.randn(1, 20, 48)
+    cells = torch.stack([torch.arange(20) % 5, torch.arange(20) // 5], 1)[None]
+    with torch.inference_mode():
+        expected = autoencoder.encoder.eval()(features, cells)
+    [exported] = export(tmp_path / "best.ckpt", tmp_path / "ours.pth")
+    published = torch.load(exported.weights, weights_only=True)["model"]
+    assert {
+        "cls_token",
+        "patch_embed.proj.weight",
+        "encoder.layers.1.self_attn.q_proj.weight",
+        "norm.bias",
+    } <= published.keys()
+    reads = {"tile_encoder": "my-encoder", "tile_dim": 48}
+    for choice, checkpoint in (("longnet", tmp_path / "best.ckpt"), (exported.spec, exported.weights)):
+        encoder = load_slide_encoder(choice, checkpoint=checkpoint, **reads)
+        with torch.inference_mode():
+            torch.testing.assert_close(encoder(features, cells), expected, rtol=0, atol=0)
+    with pytest.raises(LongslideError, match=r"best\.ckpt: a checkpoint of slide encoder 'longnet', not of 'gigapath'"):
+        load_slide_encoder("gigapath", checkpoint=tmp_path / "best.ckpt", **reads)
+    with pytest.raises(LongslideError, match="reads tile embeddings of 'my-encoder', not of 'uni'"):
+        load_slide_encoder("longnet", checkpoint=tmp_path / "best.ckpt", tile_encoder="uni", tile_dim=48)
+
+    # Of a classifier that was trained with a slide encoder, too; of others there is none.
+    task = Task("binary", ("y",), ("no", "yes"))
+    for name in ("longnet", "abmil"):
+        options = AggregatorChoice("longnet", size) if name == "longnet" else AggregatorChoice(name)
+        classifier = SlideClassifier(TrainingFacts(task, 48), ClassifierOptions(options))
+        torch.save(
+            {"state_dict": classifier.state_dict(), "longslide": classifier.describe()}, tmp_path / f"{name}.ckpt"
+        )
+    [of_classifier] = export(str(tmp_path / "longnet.ckpt"), str(tmp_path / "from-classifier.pth"))
+    assert torch.load(of_classifier.weights, weights_only=True)["model"].keys() == published.keys()
+    with pytest.raises(LongslideError, match="a classifier without slide encoder"):
+        export(tmp_path / "abmil.ckpt", tmp_path / "none.pth")
+
+
+def test_the_hooks_into_jsonargparse_are_there() -> None:
+    """Private names that `plugin_options` builds on: an upgrade that moves them is told here by name."""
+    from jsonargparse._typehints import ActionTypeHint
+    from jsonargparse._util import NestedArg
+
+    assert {"_check_type", "instantiate_classes", "serialize"} <= vars(ActionTypeHint).keys()
+    assert NestedArg._fields == ("key", "val")

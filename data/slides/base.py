@@ -75,7 +75,7 @@ class SlideReader(Plugin, ABC):
 
 READERS: Registry[SlideReader] = Registry(
     "slide reader",
-    SlideReader,  # type: ignore[type-abstract]
+    SlideReader,
     {
         "openslide": "longslide.data.slides.openslide:OpenSlideReader",
         "image": "longslide.data.slides.image:ImageReader",

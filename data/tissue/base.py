@@ -97,7 +97,7 @@ class TissueSegmenter(Plugin, ABC):
 
 SEGMENTERS: Registry[TissueSegmenter] = Registry(
     "tissue segmenter",
-    TissueSegmenter,  # type: ignore[type-abstract]
+    TissueSegmenter,
     {"optical-density": "longslide.data.tissue.optical_density:OpticalDensity"},
 )
 """The tissue segmenters; the first one is the default."""

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from .base import Aggregator, split_bags
-from .options import ABMILOptions
 
 
 class ABMIL(Aggregator):
@@ -13,17 +12,19 @@ class ABMIL(Aggregator):
 
     Args:
         feature_dim: Length of a tile embedding.
-        options: Its options.
+        width: Width of the tile embeddings after the first linear layer, and of the bag's vector.
+        attention_width: Width of the two branches of the attention.
+        dropout: Share of values dropped after the first layer and in the attention.
     """
 
-    def __init__(self, feature_dim: int, options: ABMILOptions) -> None:
+    def __init__(self, feature_dim: int, width: int = 512, attention_width: int = 256, dropout: float = 0.25) -> None:
         super().__init__()
-        self.width = options.width
-        self.projection = nn.Linear(feature_dim, options.width)
-        self.value = nn.Linear(options.width, options.attention_width)
-        self.gate = nn.Linear(options.width, options.attention_width)
-        self.score = nn.Linear(options.attention_width, 1)
-        self.dropout = nn.Dropout(options.dropout)
+        self.width = width
+        self.projection = nn.Linear(feature_dim, width)
+        self.value = nn.Linear(width, attention_width)
+        self.gate = nn.Linear(width, attention_width)
+        self.score = nn.Linear(attention_width, 1)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Aggregator.forward`."""

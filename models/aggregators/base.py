@@ -1,16 +1,18 @@
 """Aggregators: the tile embeddings of a bag in, one vector out; one interface, so that a baseline is one option away."""
 
-from typing import Any, Literal
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
-from .options import PoolOptions
+from ...errors import LongslideError
+from ...registry import Plugin
+from .registry import AGGREGATORS, AggregatorChoice
 
 
-class Aggregator(nn.Module):
-    """What every aggregator is.
+class Aggregator(Plugin, nn.Module):
+    """What every aggregator is: a module that is made by `cls(feature_dim, **options)`, with options of plain types.
 
     Bags are packed end to end, without padding: bag b has the tiles `cu_seqlens[b]` to `cu_seqlens[b + 1]`.
 
@@ -18,6 +20,8 @@ class Aggregator(nn.Module):
         width: Length of the vector of a bag.
         reads_slide_embedding: Whether each bag's only tile is the slide embedding of the feature file.
     """
+
+    GIVEN = frozenset({"feature_dim", "architecture"})
 
     width: int
     reads_slide_embedding: bool = False
@@ -35,9 +39,71 @@ class Aggregator(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def name(self) -> str:
+        """How it is recorded: its registered name, or the dotted path of its class."""
+        return AGGREGATORS.name_of(self)
+
     def architecture(self) -> dict[str, Any]:
-        """What is needed beside the options to build the module again without its weights, in plain types."""
+        """What is needed beside the options to build the module again without its weights, in plain types.
+
+        Where it is not empty, the constructor takes it as `architecture`.
+        """
         return {}
+
+    def use_features_of(self, tile_encoder: str) -> None:
+        """Learn which tile encoder made the training features.
+
+        Raises:
+            LongslideError: It was pretrained on those of another.
+        """
+
+    def use_training_features(self, statistics: dict[str, Any]) -> None:
+        """Learn the statistics of the training features: `mean` `(D,)` and `std` `(D,)` float32."""
+
+
+def create_aggregator(
+    choice: str | AggregatorChoice, checkpoint: str | None, feature_dim: int, tile_encoder: str | None
+) -> Aggregator:
+    """A new aggregator, for training.
+
+    Args:
+        choice: Its name or dotted path, with options or without.
+        checkpoint: Weights that its slide encoder begins with.
+        feature_dim: Length of a tile embedding.
+        tile_encoder: The tile encoder that made the features, if known.
+
+    Raises:
+        LongslideError: There is none, it does not take these options or this checkpoint, or was pretrained on features of
+            another tile encoder.
+    """
+    chosen = AggregatorChoice.of(choice)
+    options = dict(chosen.init_args)
+    if checkpoint is not None:
+        if "checkpoint" not in inspect.signature(AGGREGATORS.get(chosen.class_path)).parameters:
+            raise LongslideError(
+                f"--model.checkpoint {checkpoint}: {chosen.class_path} has no slide encoder to load it into"
+            )
+        options["checkpoint"] = checkpoint
+    aggregator = AGGREGATORS.create(chosen.class_path, feature_dim, **options)
+    if not isinstance(getattr(aggregator, "width", None), int):
+        raise LongslideError(f"aggregator {aggregator.name}: sets no `width`, the length of a bag's vector")
+    if not _is_plain(aggregator.options):
+        raise LongslideError(
+            f"aggregator {aggregator.name}: its options must be of plain types (numbers, text, lists), which a checkpoint "
+            f"holds, and not {aggregator.options}"
+        )
+    if tile_encoder:
+        aggregator.use_features_of(tile_encoder)
+    return aggregator
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def split_bags(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
@@ -47,51 +113,3 @@ def split_bags(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     summation does not depend on the neighbours, and no atomic addition makes two runs differ.
     """
     return torch.split(packed, cu_seqlens.diff().tolist())
-
-
-class Pool(Aggregator):
-    """The mean or the maximum over the tiles.
-
-    Args:
-        feature_dim: Length of a tile embedding.
-        options: Its options.
-        pool: Which of the two.
-    """
-
-    def __init__(self, feature_dim: int, options: PoolOptions, pool: Literal["mean", "max"]) -> None:
-        super().__init__()
-        self.pool = pool
-        self.width = options.width or feature_dim
-        self.projection = nn.Linear(feature_dim, options.width) if options.width else None
-        self.dropout = nn.Dropout(options.dropout)
-
-    def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `Aggregator.forward`."""
-        x = tile_features.float() if tile_features.element_size() < 4 else tile_features
-        if self.projection is not None:
-            x = self.dropout(relu(self.projection(x)))
-        bags = split_bags(x, cu_seqlens)
-        return torch.stack([bag.mean(0) if self.pool == "mean" else bag.amax(0) for bag in bags])
-
-
-class LinearProbe(Aggregator):
-    """The slide embedding itself, standardised by the training slides' mean and standard deviation: a linear head follows.
-
-    Args:
-        feature_dim: Length of a slide embedding.
-    """
-
-    reads_slide_embedding = True
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, feature_dim: int) -> None:
-        super().__init__()
-        self.width = feature_dim
-        self.register_buffer("mean", torch.zeros(feature_dim))
-        self.register_buffer("std", torch.ones(feature_dim))
-
-    def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """See `Aggregator.forward`; several slide embeddings in a bag are averaged."""
-        x = (tile_features.to(self.mean.dtype) - self.mean) / self.std
-        return torch.stack([bag.mean(0) for bag in split_bags(x, cu_seqlens)])

@@ -1,9 +1,9 @@
 """A slide encoder as an aggregator: LongNet from scratch, or a pretrained checkpoint to fine-tune."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from ..slide_encoder.cuda_graphs import GraphedEncoder
 from ..slide_encoder.encoder import SlideEncoder, create_slide_encoder
 from ..slide_encoder.spec import SlideEncoderSpec
 from .base import Aggregator
-from .options import GigaPathOptions, LongNetOptions
 
 
 class SlideEncoderAggregator(Aggregator):
@@ -62,6 +61,18 @@ class SlideEncoderAggregator(Aggregator):
         """The spec of the encoder, and where its first weights came from."""
         return dict(self.spec)
 
+    def use_features_of(self, tile_encoder: str) -> None:
+        """See `Aggregator.use_features_of`; one from scratch remembers it."""
+        wanted = self.encoder.spec.tile_encoder
+        if wanted and wanted != tile_encoder:
+            raise LongslideError(
+                f"{self.encoder.weights}: trained on features of tile encoder {wanted!r}, but these are of "
+                f"{tile_encoder!r}; embed the slides with the same encoder, or train from scratch"
+            )
+        if not wanted:
+            self.encoder.spec = replace(self.encoder.spec, tile_encoder=tile_encoder)
+            self.spec["tile_encoder"] = tile_encoder
+
     def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Aggregator.forward`."""
         if not self.layers:
@@ -84,106 +95,141 @@ def use_cuda_graphs(model: nn.Module) -> None:
             module.use_cuda_graphs()
 
 
-def create_longnet(
-    feature_dim: int,
-    options: LongNetOptions,
-    checkpoint: str | Path | None,
-    tile_encoder: str | None,
-    architecture: Mapping[str, Any] | None = None,
-) -> SlideEncoderAggregator:
-    """LongNet from scratch, of any size, or from a checkpoint of masked autoencoding.
+class LongNetAggregator(SlideEncoderAggregator):
+    """LongNet from scratch, of any size, or from a checkpoint of masked autoencoding, which brings its own size.
 
     Args:
         feature_dim: Length of a tile embedding.
-        options: Its options.
-        checkpoint: A checkpoint that `longslide fit` wrote with the masked autoencoder; None for random weights.
-        tile_encoder: The tile encoder that made the features, if known.
+        layers: LongNet layers.
+        width: Width of the tokens and of the bag's vector; a multiple of 4 and of `heads`.
+        heads: Attention heads.
+        ffn_width: Width of the feed-forward networks.
+        dilated_ratios: Dilated ratio of each branch of the attention.
+        max_wsi_size: Edge of the largest slide in pixels of the tiles; with `tile_size` it sets the longest segment.
+        tile_size: Edge of a tile in pixels.
+        pool: What the bag's vector is: the `mean` over the tiles, or the `cls` token.
+        dropout: Share of values dropped in training.
+        drop_path: Share of bags for which the last layer's halves are left out in training; less before it.
+        checkpointing: Whether layers are computed again in the backward, for memory.
+        checkpoint: A checkpoint of `longslide pretrain` to begin with; none or `random` for random weights.
         architecture: What `architecture()` of the trained module said: to build it again, without weights.
 
     Raises:
         LongslideError: The checkpoint does not fit the features, or is none.
     """
-    if architecture is not None:
-        return SlideEncoderAggregator(from_architecture(architecture, options.pool))
-    if checkpoint is not None and checkpoint != "random":
-        encoder = load_pretrained(Path(checkpoint), options)
-        check_features(encoder, checkpoint, feature_dim, tile_encoder)
-        return SlideEncoderAggregator(encoder)
-    size = {key: value for key, value in asdict(options).items() if key != "pool"}
-    spec = SlideEncoderSpec(
-        name="longnet",
-        hub_id=None,
-        hub_file=None,
-        tile_encoder=tile_encoder or "",
-        tile_dim=feature_dim,
-        licence="",
-        gated=False,
-        paper="https://arxiv.org/abs/2307.02486",
-        **size,
-    )
-    return SlideEncoderAggregator(SlideEncoder(spec, options.pool, "random"))
+
+    def __init__(
+        self,
+        feature_dim: int,
+        layers: int = 4,
+        width: int = 256,
+        heads: int = 8,
+        ffn_width: int = 1024,
+        dilated_ratios: tuple[int, ...] = (1, 2, 4, 8, 16),
+        max_wsi_size: int = 262144,
+        tile_size: int = 256,
+        pool: Literal["mean", "cls"] = "mean",
+        dropout: float = 0.1,
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+        checkpoint: str | None = None,
+        architecture: Mapping[str, Any] | None = None,
+    ) -> None:
+        regularisation: dict[str, Any] = {
+            "dropout": dropout,
+            "drop_path": drop_path,
+            "checkpointing": checkpointing,
+        }
+        if architecture is not None:
+            encoder = from_architecture(architecture, pool)
+        elif checkpoint is not None and checkpoint != "random":
+            encoder = _pretrained(Path(checkpoint), feature_dim, pool, regularisation)
+        else:
+            spec = SlideEncoderSpec(
+                name="longnet",
+                hub_id=None,
+                hub_file=None,
+                tile_encoder="",
+                tile_dim=feature_dim,
+                layers=layers,
+                width=width,
+                heads=heads,
+                ffn_width=ffn_width,
+                dilated_ratios=tuple(dilated_ratios),
+                max_wsi_size=max_wsi_size,
+                tile_size=tile_size,
+                licence="",
+                gated=False,
+                paper="https://arxiv.org/abs/2307.02486",
+                **regularisation,
+            )
+            encoder = SlideEncoder(spec, pool, "random")
+        super().__init__(encoder)
 
 
-def create_gigapath(
-    feature_dim: int,
-    options: GigaPathOptions,
-    checkpoint: str | Path | None,
-    tile_encoder: str | None,
-    architecture: Mapping[str, Any] | None = None,
-) -> SlideEncoderAggregator:
+class GigaPathAggregator(SlideEncoderAggregator):
     """A pretrained slide encoder, frozen or to fine-tune.
 
     Args:
         feature_dim: Length of a tile embedding.
-        options: Its options.
-        checkpoint: Weights as published, a checkpoint of masked autoencoding, or the word `random`; None takes the published
-            weights from the hub or its cache.
-        tile_encoder: The tile encoder that made the features, if known.
+        slide_encoder: Name of the slide encoder, or path of its YAML file.
+        pool: What a layer's vector is: the `mean` over the tiles, or the `cls` token.
+        layers: Layers whose vectors are concatenated, 0 being the projected tiles; none for the encoder's final output.
+            GigaPath's fine-tuning uses 11 alone, or 5 and 11.
+        frozen: Whether the encoder stays as it is and only the head is trained.
+        dropout: Share of values dropped in training.
+        drop_path: Share of bags for which the last layer's halves are left out in training; less before it.
+        checkpointing: Whether layers are computed again in the backward, for memory.
+        checkpoint: Weights as published, a checkpoint of `longslide pretrain`, or the word `random`; none takes the
+            published weights from the hub or its cache.
         architecture: What `architecture()` of the trained module said: to build it again, without weights.
 
     Raises:
-        LongslideError: The weights cannot be had, or do not fit the features.
+        LongslideError: The weights are unavailable, or do not fit the features.
     """
-    if architecture is not None:
-        encoder = from_architecture(architecture, options.pool)
-    elif checkpoint is not None and Path(checkpoint).suffix == ".ckpt":
-        encoder = load_pretrained(Path(checkpoint), options)
-        check_features(encoder, checkpoint, feature_dim, tile_encoder)
-    else:
-        overrides: dict[str, Any] = {name: getattr(options, name) for name in ("dropout", "drop_path", "checkpointing")}
-        if checkpoint == "random":
-            overrides["tile_dim"] = feature_dim
-        encoder = create_slide_encoder(options.slide_encoder, checkpoint=checkpoint, pool=options.pool, **overrides)
-        if checkpoint != "random":
-            check_features(encoder, checkpoint or encoder.weights, feature_dim, tile_encoder)
-    return SlideEncoderAggregator(encoder, options.layers, options.frozen)
+
+    def __init__(
+        self,
+        feature_dim: int,
+        slide_encoder: str = "gigapath",
+        pool: Literal["mean", "cls"] = "mean",
+        layers: tuple[int, ...] = (),
+        frozen: bool = False,
+        dropout: float = 0.1,
+        drop_path: float = 0.0,
+        checkpointing: bool = False,
+        checkpoint: str | None = None,
+        architecture: Mapping[str, Any] | None = None,
+    ) -> None:
+        regularisation: dict[str, Any] = {
+            "dropout": dropout,
+            "drop_path": drop_path,
+            "checkpointing": checkpointing,
+        }
+        if architecture is not None:
+            encoder = from_architecture(architecture, pool)
+        elif checkpoint is not None and Path(checkpoint).suffix == ".ckpt":
+            encoder = _pretrained(Path(checkpoint), feature_dim, pool, regularisation)
+        else:
+            if checkpoint == "random":
+                regularisation |= {"tile_dim": feature_dim, "tile_encoder": ""}
+            encoder = create_slide_encoder(slide_encoder, checkpoint=checkpoint, pool=pool, **regularisation)
+            _check_length(encoder, feature_dim)
+        super().__init__(encoder, tuple(layers), frozen)
 
 
-def load_pretrained(file: Path, options: LongNetOptions | GigaPathOptions) -> SlideEncoder:
-    """The slide encoder of a masked autoencoder's checkpoint, to train further; see `read_pretrained`."""
-    regularisation = {name: getattr(options, name) for name in ("dropout", "drop_path", "checkpointing")}
-    return read_pretrained(file, options.pool, **regularisation).train()
+def _pretrained(
+    file: Path, feature_dim: int, pool: Literal["mean", "cls"], regularisation: Mapping[str, Any]
+) -> SlideEncoder:
+    """The slide encoder of a masked autoencoder's checkpoint, to train further."""
+    encoder = read_pretrained(file, pool, **regularisation).train()
+    _check_length(encoder, feature_dim)
+    return encoder
 
 
-def check_features(encoder: SlideEncoder, checkpoint: str | Path, feature_dim: int, tile_encoder: str | None) -> None:
-    """Refuse features that the checkpoint was not trained on.
-
-    Args:
-        encoder: The slide encoder with the checkpoint's weights.
-        checkpoint: The checkpoint, for the message.
-        feature_dim: Length of a tile embedding.
-        tile_encoder: The tile encoder that made the features, if known.
-
-    Raises:
-        LongslideError: They are of another tile encoder, or of another length.
-    """
-    wanted = encoder.spec.tile_encoder
-    if wanted and tile_encoder and wanted != tile_encoder:
-        raise LongslideError(
-            f"{checkpoint}: trained on features of tile encoder {wanted!r}, but these are of {tile_encoder!r}; "
-            "embed the slides with the same encoder, or train from scratch"
-        )
+def _check_length(encoder: SlideEncoder, feature_dim: int) -> None:
     if encoder.spec.tile_dim != feature_dim:
         raise LongslideError(
-            f"{checkpoint}: reads tile embeddings of length {encoder.spec.tile_dim}, but the features have {feature_dim}"
+            f"{encoder.weights}: reads tile embeddings of length {encoder.spec.tile_dim}, but the features have "
+            f"{feature_dim}"
         )

@@ -8,7 +8,6 @@ from torch.nn.functional import pad, relu
 
 from ...errors import LongslideError
 from .base import Aggregator, split_bags
-from .options import TransMILOptions
 
 
 class NystromAttention(nn.Module):
@@ -16,17 +15,23 @@ class NystromAttention(nn.Module):
     (https://arxiv.org/abs/2102.03902).
 
     Args:
-        options: Width, heads, landmarks, iterations and dropout.
+        width: Width of the tokens; a multiple of `heads`.
+        heads: Attention heads.
+        landmarks: Landmarks.
+        pinv_iterations: Iterations that approximate the pseudo-inverse.
+        dropout: Share of values dropped after the attention.
     """
 
-    def __init__(self, options: TransMILOptions) -> None:
+    def __init__(
+        self, width: int, heads: int = 8, landmarks: int = 256, pinv_iterations: int = 6, dropout: float = 0.1
+    ) -> None:
         super().__init__()
-        self.heads = options.heads
-        self.landmarks = options.landmarks
-        self.iterations = options.pinv_iterations
-        self.qkv = nn.Linear(options.width, 3 * options.width, bias=False)
-        self.out = nn.Sequential(nn.Linear(options.width, options.width), nn.Dropout(options.dropout))
-        self.values = nn.Conv1d(options.heads, options.heads, 33, padding=16, groups=options.heads, bias=False)
+        self.heads = heads
+        self.landmarks = landmarks
+        self.iterations = pinv_iterations
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Sequential(nn.Linear(width, width), nn.Dropout(dropout))
+        self.values = nn.Conv1d(heads, heads, 33, padding=16, groups=heads, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width) -> (N, width): the tokens of one bag."""
@@ -85,20 +90,34 @@ class TransMIL(Aggregator):
 
     Args:
         feature_dim: Length of a tile embedding.
-        options: Its options.
+        width: Width of the tokens; a multiple of `heads`.
+        heads: Attention heads.
+        landmarks: Landmarks of the Nyström attention.
+        pinv_iterations: Iterations that approximate its pseudo-inverse.
+        dropout: Share of values dropped after each attention.
     """
 
-    def __init__(self, feature_dim: int, options: TransMILOptions) -> None:
+    def __init__(
+        self,
+        feature_dim: int,
+        width: int = 512,
+        heads: int = 8,
+        landmarks: int = 256,
+        pinv_iterations: int = 6,
+        dropout: float = 0.1,
+    ) -> None:
         super().__init__()
-        if options.width % options.heads:
-            raise LongslideError(f"width {options.width} must be a multiple of heads {options.heads}")
-        self.width = options.width
-        self.projection = nn.Linear(feature_dim, options.width)
-        self.cls_token = nn.Parameter(torch.randn(1, options.width))
-        self.norms = nn.ModuleList(nn.LayerNorm(options.width) for _ in range(2))
-        self.attentions = nn.ModuleList(NystromAttention(options) for _ in range(2))
-        self.positions = PositionEncoding(options.width)
-        self.norm = nn.LayerNorm(options.width)
+        if width % heads:
+            raise LongslideError(f"width {width} must be a multiple of heads {heads}")
+        self.width = width
+        self.projection = nn.Linear(feature_dim, width)
+        self.cls_token = nn.Parameter(torch.randn(1, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            NystromAttention(width, heads, landmarks, pinv_iterations, dropout) for _ in range(2)
+        )
+        self.positions = PositionEncoding(width)
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         """See `Aggregator.forward`."""

@@ -2,26 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ...errors import LongslideError
 from ...task import Task
-from ..aggregators.options import ABMILOptions, GigaPathOptions, LongNetOptions, PoolOptions, TransMILOptions
+from ..aggregators.registry import AGGREGATORS
 from ..checkpoint_file import read_description
 from .classifier import SlideClassifier, TrainingFacts
-from .options import ClassifierOptions
-
-_OPTIONS: dict[str, tuple[str, type]] = {
-    "longnet": ("longnet", LongNetOptions),
-    "gigapath": ("gigapath", GigaPathOptions),
-    "abmil": ("abmil", ABMILOptions),
-    "transmil": ("transmil", TransMILOptions),
-    "mean": ("pool", PoolOptions),
-    "max": ("pool", PoolOptions),
-}
-"""Aggregator -> the field of `ClassifierOptions` with its options, and their type."""
 
 
 def check_preprocessing(
@@ -65,7 +53,8 @@ def load_classifier(path: str | Path) -> SlideClassifier:
         The classifier, on the CPU and in evaluation mode.
 
     Raises:
-        LongslideError: No such file, a truncated one, one with pickled code, one of a newer Longslide, or no classifier.
+        LongslideError: No such file, a truncated one, one with pickled code, one of a newer Longslide, or no classifier; or
+            one whose aggregator is code outside Longslide that is not imported.
     """
     description = read_description(Path(path))
     if description is None:
@@ -75,13 +64,10 @@ def load_classifier(path: str | Path) -> SlideClassifier:
             f"{path}: a checkpoint of {description.get('kind')!r}, not of a classifier; `longslide fit "
             "--model.checkpoint` trains a classifier from it"
         )
-    name = description["aggregator"]["name"]
-    options: dict[str, Any] = {}
-    if name in _OPTIONS:
-        argument, kind = _OPTIONS[name]
-        known = {option.name for option in fields(kind)}
-        options[argument] = kind(**{k: v for k, v in description["aggregator"]["options"].items() if k in known})
+    made = description["aggregator"]
     try:
+        architecture = {"architecture": made["architecture"]} if made["architecture"] else {}
+        options = made["options"] | architecture
         classifier = SlideClassifier(
             TrainingFacts(
                 task=Task.from_dict(description["task"]),
@@ -89,11 +75,12 @@ def load_classifier(path: str | Path) -> SlideClassifier:
                 target_mean=description["target"]["mean"],
                 target_std=description["target"]["std"],
                 preprocessing=description["preprocessing"],
-                architecture=description["aggregator"]["architecture"],
             ),
-            ClassifierOptions(name, **options),
+            aggregator=AGGREGATORS.create(made["name"], description["feature_dim"], by_stranger=True, **options),
         )
         classifier.load_state_dict(description["state_dict"])
+    except LongslideError as error:
+        raise LongslideError(f"{path}: {error}") from error
     except (KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise LongslideError(f"{path}: does not fit this version of Longslide: {reason}") from error

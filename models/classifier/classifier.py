@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -12,10 +11,7 @@ from torch import Tensor, nn
 from ...errors import LongslideError
 from ...task import CLASSIFICATION, Task
 from ...version import __version__
-from ..aggregators.abmil import ABMIL
-from ..aggregators.base import Aggregator, LinearProbe, Pool
-from ..aggregators.slide_encoder import create_gigapath, create_longnet
-from ..aggregators.transmil import TransMIL
+from ..aggregators.base import Aggregator, create_aggregator
 from ..checkpoint_file import SCHEMA
 from .bag_weights import BagWeightedModule
 from .objective import Cox, create_objective
@@ -35,7 +31,6 @@ class TrainingFacts(NamedTuple):
         target_std: Their standard deviation.
         preprocessing: `tile_encoder`, `tile_weights`, `mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`; None for
             what the feature files do not say.
-        architecture: How to build the aggregator without weights, as a checkpoint says it; None for a new one.
     """
 
     task: Task
@@ -44,7 +39,6 @@ class TrainingFacts(NamedTuple):
     target_mean: float = 0.0
     target_std: float = 1.0
     preprocessing: Mapping[str, Any] = MappingProxyType({})
-    architecture: dict[str, Any] | None = None
 
 
 class SlideClassifier(BagWeightedModule):
@@ -53,6 +47,7 @@ class SlideClassifier(BagWeightedModule):
     Args:
         facts: What must be known of the training data.
         options: Everything else.
+        aggregator: The aggregator, if it is not to be made anew by the options.
 
     Attributes:
         temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
@@ -64,11 +59,14 @@ class SlideClassifier(BagWeightedModule):
         bag_unit: Whether it was trained on bags of a `slide`, or of all slides of a `patient`.
     """
 
-    def __init__(self, facts: TrainingFacts, options: ClassifierOptions = ClassifierOptions()) -> None:
+    def __init__(
+        self,
+        facts: TrainingFacts,
+        options: ClassifierOptions = ClassifierOptions(),
+        aggregator: Aggregator | None = None,
+    ) -> None:
         super().__init__()
         self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
-        aggregator, checkpoint = options.aggregator, options.checkpoint
-        self.aggregator_name = aggregator
         self.optimiser = options.optimiser
         self.temperature: float | None = None
         self.thresholds: dict[str, float] | None = None
@@ -76,32 +74,9 @@ class SlideClassifier(BagWeightedModule):
         self.fold = 0
         self.slide_ids = {"train": 0, "val": 0}
         self.bag_unit: Literal["slide", "patient"] = "slide"
-        self.options: Any = {
-            "longnet": options.longnet,
-            "gigapath": options.gigapath,
-            "abmil": options.abmil,
-            "transmil": options.transmil,
-            "mean": options.pool,
-            "max": options.pool,
-        }.get(aggregator)
-        if checkpoint is not None and aggregator not in ("longnet", "gigapath"):
-            raise LongslideError(f"--model.checkpoint {checkpoint}: {aggregator} has no slide encoder to load it into")
-        tile_encoder, architecture = facts.preprocessing.get("tile_encoder"), facts.architecture
-        self.aggregator: Aggregator
-        if aggregator == "longnet":
-            self.aggregator = create_longnet(facts.feature_dim, options.longnet, checkpoint, tile_encoder, architecture)
-        elif aggregator == "gigapath":
-            self.aggregator = create_gigapath(
-                facts.feature_dim, options.gigapath, checkpoint, tile_encoder, architecture
-            )
-        elif aggregator == "abmil":
-            self.aggregator = ABMIL(facts.feature_dim, options.abmil)
-        elif aggregator == "transmil":
-            self.aggregator = TransMIL(facts.feature_dim, options.transmil)
-        elif aggregator == "linear-probe":
-            self.aggregator = LinearProbe(facts.feature_dim)
-        else:
-            self.aggregator = Pool(facts.feature_dim, options.pool, aggregator)
+        self.aggregator = aggregator or create_aggregator(
+            options.aggregator, options.checkpoint, facts.feature_dim, facts.preprocessing.get("tile_encoder")
+        )
         self.head_dropout = nn.Dropout(options.head_dropout)
         self.head = nn.Linear(self.aggregator.width, facts.task.outputs)
         self.objective = create_objective(
@@ -110,6 +85,11 @@ class SlideClassifier(BagWeightedModule):
         if options.compile:
             self.aggregator.compile(dynamic=True)  # in place: the names of the weights stay
         self.validation = BagOutputs()
+
+    @property
+    def aggregator_name(self) -> str:
+        """The aggregator's registered name, or its dotted path."""
+        return self.aggregator.name
 
     @property
     def task(self) -> Task:
@@ -149,9 +129,7 @@ class SlideClassifier(BagWeightedModule):
             statistics: `mean` `(D,)` and `std` `(D,)` float32, and what else is known, in plain types and tensors.
         """
         self.training_features = statistics
-        if isinstance(self.aggregator, LinearProbe):
-            self.aggregator.mean.copy_(statistics["mean"])
-            self.aggregator.std.copy_(statistics["std"].clamp(min=1e-6))
+        self.aggregator.use_training_features(statistics)
 
     def predict(self, outputs: Tensor) -> dict[str, Tensor]:
         """Predictions of raw outputs, calibrated.
@@ -211,16 +189,15 @@ class SlideClassifier(BagWeightedModule):
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint holds under `longslide`: all that inference needs beside the weights, in plain types."""
-        architecture = self.aggregator.architecture()
         return {
             "schema": SCHEMA,
             "kind": "classifier",
             "software": f"longslide {__version__}",
             "task": self.task.to_dict(),
             "aggregator": {
-                "name": self.aggregator_name,
-                "options": {} if self.options is None else asdict(self.options),
-                "architecture": architecture or None,
+                "name": self.aggregator.name,
+                "options": self.aggregator.options,
+                "architecture": self.aggregator.architecture() or None,
             },
             "target": {"mean": self.facts.target_mean, "std": self.facts.target_std},
             "feature_dim": self.facts.feature_dim,

@@ -3,14 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ..aggregators.options import (
-    ABMILOptions,
-    AggregatorName,
-    GigaPathOptions,
-    LongNetOptions,
-    PoolOptions,
-    TransMILOptions,
-)
+from ..aggregators.registry import AggregatorChoice
 
 
 @dataclass(frozen=True)
@@ -40,15 +33,11 @@ class ClassifierOptions:
 
     Attributes:
         aggregator: How the tiles of a bag become one vector: `longnet` from scratch, a pretrained `gigapath`, the baselines
-            `abmil`, `transmil`, `mean` and `max`, or a `linear-probe` on the slide embeddings of the feature files.
+            `abmil`, `transmil`, `mean` and `max`, a `linear-probe` on the slide embeddings of the feature files, or the
+            dotted path of a class of your own; with options, an `AggregatorChoice`.
         checkpoint: Weights of the slide encoder that `longnet` or `gigapath` begins with: a checkpoint of
             `longslide pretrain`, for `gigapath` also a published file, or the word `random`. Default: random weights for
             `longnet`, the published ones for `gigapath`.
-        longnet: Options of `longnet`.
-        gigapath: Options of `gigapath`.
-        abmil: Options of `abmil`.
-        transmil: Options of `transmil`.
-        pool: Options of `mean` and `max`.
         head_dropout: Share of the values of a bag's vector that are dropped before the head.
         class_weights: Weights of the classes in the loss: `none`, `balanced` (inverse to the number of training bags), or a
             number for each class, of which only the ratios matter; for multilabel, of each label's positives.
@@ -56,14 +45,14 @@ class ClassifierOptions:
         compile: Whether the aggregator is compiled by `torch.compile`.
     """
 
-    aggregator: AggregatorName = "longnet"
+    aggregator: str | AggregatorChoice = "longnet"
     checkpoint: str | None = None
-    longnet: LongNetOptions = LongNetOptions()
-    gigapath: GigaPathOptions = GigaPathOptions()
-    abmil: ABMILOptions = ABMILOptions()
-    transmil: TransMILOptions = TransMILOptions()
-    pool: PoolOptions = PoolOptions()
     head_dropout: float = 0.0
     class_weights: Literal["none", "balanced"] | list[float] = "none"
     optimiser: OptimiserOptions = OptimiserOptions()
     compile: bool = False
+
+    @property
+    def chosen(self) -> AggregatorChoice:
+        """The aggregator and its options."""
+        return AggregatorChoice.of(self.aggregator)

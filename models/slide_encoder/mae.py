@@ -17,8 +17,8 @@ from torchmetrics import MeanMetric
 
 from ...errors import LongslideError
 from ...version import __version__
-from ..aggregators.base import split_bags
-from ..aggregators.slide_encoder import create_gigapath, create_longnet
+from ..aggregators.base import create_aggregator, split_bags
+from ..aggregators.slide_encoder import SlideEncoderAggregator
 from ..checkpoint_file import SCHEMA
 from ..classifier.bag_weights import BagWeightedModule
 from ..classifier.optimisation import configure
@@ -53,12 +53,10 @@ class MaskedAutoencoder(BagWeightedModule):
             raise LongslideError(f"--model.mask-ratio {options.mask_ratio} must be above 0 and below 1")
         self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
         tile_encoder = facts.preprocessing.get("tile_encoder")
-        if options.encoder == "longnet":
-            self.encoder = create_longnet(facts.feature_dim, options.longnet, options.checkpoint, tile_encoder).encoder
-        else:
-            self.encoder = create_gigapath(
-                facts.feature_dim, options.gigapath, options.checkpoint, tile_encoder
-            ).encoder
+        aggregator = create_aggregator(options.encoder, options.checkpoint, facts.feature_dim, tile_encoder)
+        if not isinstance(aggregator, SlideEncoderAggregator):
+            raise LongslideError(f"--model.encoder {aggregator.name}: only longnet and gigapath have a slide encoder")
+        self.encoder = aggregator.encoder
         # They come after the pooling, which pretraining does not use.
         self.encoder.norm.requires_grad_(False)
         self.mask_ratio = options.mask_ratio

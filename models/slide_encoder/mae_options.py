@@ -1,9 +1,8 @@
 """The options of masked autoencoding. Nothing here imports torch, so that a command line is parsed without it."""
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ..aggregators.options import GigaPathOptions, LongNetOptions
+from ..aggregators.registry import AggregatorChoice
 from ..classifier.options import OptimiserOptions
 
 
@@ -29,10 +28,9 @@ class PretrainingOptions:
     """How a slide encoder is pretrained.
 
     Attributes:
-        encoder: Which slide encoder is pretrained: `longnet` of any size, or `gigapath`.
+        encoder: Which slide encoder is pretrained: `longnet` of any size, or `gigapath`; with options, an
+            `AggregatorChoice`.
         checkpoint: What it begins with; for `gigapath` the published weights by default.
-        longnet: Options of `longnet`.
-        gigapath: Options of `gigapath`.
         decoder: Options of the decoder.
         mask_ratio: Share of a slide's tiles that are hidden.
         normalise_targets: Whether each hidden embedding is standardised before it is compared.
@@ -41,10 +39,8 @@ class PretrainingOptions:
         optimiser: Options of the optimiser.
     """
 
-    encoder: Literal["longnet", "gigapath"] = "longnet"
+    encoder: str | AggregatorChoice = "longnet"
     checkpoint: str | None = None
-    longnet: LongNetOptions = LongNetOptions()
-    gigapath: GigaPathOptions = GigaPathOptions()
     decoder: DecoderOptions = DecoderOptions()
     mask_ratio: float = 0.75
     normalise_targets: bool = True

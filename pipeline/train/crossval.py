@@ -50,9 +50,9 @@ def crossval(
     """
     settings = Settings(
         "crossval",
-        settle("crossval", data, slide_embeddings=model.aggregator == "linear-probe", folds=folds),
+        settle("crossval", data, slide_embeddings=model.chosen.reads_slide_embedding, folds=folds),
         model,
-        Path(run or f"runs/{model.aggregator}"),
+        Path(run or f"runs/{model.chosen.class_path}"),
         TRAINER_DEFAULTS | {"devices": 1} | dict(trainer or {}),
         monitor,
         patience,

@@ -48,9 +48,9 @@ def fit(
     """
     settings = Settings(
         "fit",
-        settle("fit", data, slide_embeddings=model.aggregator == "linear-probe"),
+        settle("fit", data, slide_embeddings=model.chosen.reads_slide_embedding),
         model,
-        Path(run or f"runs/{model.aggregator}"),
+        Path(run or f"runs/{model.chosen.class_path}"),
         TRAINER_DEFAULTS | dict(trainer or {}),
         monitor,
         patience,

@@ -5,6 +5,7 @@ from typing import Literal
 
 from ...data.cohort.options import DataOptions
 from ...errors import LongslideError
+from ...registry import import_plugins
 from ..report.run_folder import Run
 from .run import TrainingRun, print_metrics
 from .settings import column_names, configuration, settle
@@ -14,6 +15,7 @@ def test(
     checkpoint: str | Path,
     data: DataOptions,
     run: str | Path | None = None,
+    plugins: list[str] | str | None = None,
     subgroups: list[str] | str = "",
     accelerator: str = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
@@ -24,6 +26,7 @@ def test(
         checkpoint: A checkpoint of `longslide fit` or `crossval`.
         data: The cohort, all of which is tested on.
         run: Run folder. Default: `runs/<run>-test`.
+        plugins: Modules to import first: those of your own classes that the checkpoint names.
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
         accelerator: Device, as Lightning names it.
         precision: Lightning's precision.
@@ -34,6 +37,7 @@ def test(
     Raises:
         LongslideError: Wrong usage or input, or features that the classifier was not trained on.
     """
+    import_plugins(plugins)
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
         raise LongslideError(f"{checkpoint}: no such checkpoint")

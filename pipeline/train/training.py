@@ -214,8 +214,8 @@ def train(training: Training, run: TrainingRun | None) -> None:
         )
     except torch.OutOfMemoryError as error:
         raise LongslideError(
-            "the GPU has too little memory: lower --data.max-tokens, or set --model.longnet.checkpointing true (or "
-            "--model.gigapath.checkpointing), or --trainer.precision bf16-mixed"
+            "the GPU has too little memory: lower --data.max-tokens, or set "
+            "--model.aggregator.checkpointing true, or --trainer.precision bf16-mixed"
         ) from error
     except SystemExit as end:  # Lightning's way to end after Ctrl-C
         if trainer.interrupted:

@@ -7,7 +7,7 @@ import torch
 from longslide.data.features.cache import FeatureCache
 from longslide.data.features.statistics import FeatureStatistics
 from longslide.data.features.survey import survey_features
-from longslide.models.aggregators.options import ABMILOptions
+from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.options import ClassifierOptions
 from longslide.task import Task
@@ -42,7 +42,8 @@ def write_classifier(
     survey = survey_features(sorted(features.glob("*.h5")), FeatureCache(), quiet=True)
     torch.manual_seed(seed)
     facts = TrainingFacts(task, survey.dim, preprocessing=survey.preprocessing | preprocessing)
-    options = ClassifierOptions(aggregator, abmil=ABMILOptions(width=16, attention_width=8))  # type: ignore[arg-type]
+    small = {"width": 16, "attention_width": 8} if aggregator == "abmil" else {}
+    options = ClassifierOptions(AggregatorChoice(aggregator, small))
     classifier = SlideClassifier(facts, options).eval()
     classifier.use_training_features(FeatureStatistics.of(survey.moments).to_dict())
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,34 +1,39 @@
 """Every aggregator on packed bags, against the same bags one at a time."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from longslide.errors import LongslideError
 from longslide.models.aggregators.abmil import ABMIL
-from longslide.models.aggregators.base import Aggregator, LinearProbe, Pool
-from longslide.models.aggregators.options import ABMILOptions, LongNetOptions, PoolOptions, TransMILOptions
-from longslide.models.aggregators.slide_encoder import SlideEncoderAggregator, check_features, create_longnet
+from longslide.models.aggregators.base import Aggregator, create_aggregator
+from longslide.models.aggregators.linear_probe import LinearProbe
+from longslide.models.aggregators.pool import MaxPool, MeanPool
+from longslide.models.aggregators.registry import AggregatorChoice
+from longslide.models.aggregators.slide_encoder import LongNetAggregator, SlideEncoderAggregator
 from longslide.models.aggregators.transmil import NystromAttention, TransMIL
+from longslide.models.slide_encoder.checkpoint import to_published
 from longslide.models.slide_encoder.encoder import create_slide_encoder
 from torch import Tensor, nn
 
 DIM = 6
 LENGTHS = [7, 1, 12, 30]
-LONGNET = LongNetOptions(layers=2, width=8, heads=2, ffn_width=16, dilated_ratios=(1, 2), dropout=0.0)
+LONGNET = {"layers": 2, "width": 8, "heads": 2, "ffn_width": 16, "dilated_ratios": (1, 2), "dropout": 0.0}
 
 
 def gigapath(layers: tuple[int, ...] = (), frozen: bool = False) -> SlideEncoderAggregator:
-    encoder = create_longnet(DIM, LONGNET, None, None).encoder
+    encoder = LongNetAggregator(DIM, **LONGNET).encoder
     return SlideEncoderAggregator(encoder, layers, frozen)
 
 
 AGGREGATORS = {
-    "abmil": lambda: ABMIL(DIM, ABMILOptions(8, 4, 0.0)),
-    "transmil": lambda: TransMIL(DIM, TransMILOptions(8, 2, landmarks=4, dropout=0.0)),
-    "mean": lambda: Pool(DIM, PoolOptions(8, 0.0), "mean"),
-    "max": lambda: Pool(DIM, PoolOptions(0), "max"),
-    "longnet": lambda: create_longnet(DIM, LONGNET, None, None),
+    "abmil": lambda: ABMIL(DIM, 8, 4, 0.0),
+    "transmil": lambda: TransMIL(DIM, 8, 2, landmarks=4, dropout=0.0),
+    "mean": lambda: MeanPool(DIM, 8, 0.0),
+    "max": lambda: MaxPool(DIM, 0),
+    "longnet": lambda: LongNetAggregator(DIM, **LONGNET),
     "layers": lambda: gigapath((0, 2)),
     "frozen": lambda: gigapath(frozen=True),
     "linear-probe": lambda: LinearProbe(DIM),
@@ -93,7 +98,7 @@ def test_longnet_sees_where_the_tiles_are() -> None:
 
 def test_the_attention_weights_of_a_bag_add_up_to_one_and_make_its_vector() -> None:
     torch.manual_seed(0)
-    abmil = ABMIL(DIM, ABMILOptions(8, 4, 0.0)).double()
+    abmil = ABMIL(DIM, 8, 4, 0.0).double()
     features, cells, cu_seqlens = bags()
     weights = abmil.attention_weights(features, cells, cu_seqlens)
     assert weights.shape == (sum(LENGTHS),)
@@ -106,8 +111,8 @@ def test_the_attention_weights_of_a_bag_add_up_to_one_and_make_its_vector() -> N
 
 def test_nystrom_attention_with_a_landmark_a_token_is_softmax_attention() -> None:
     torch.manual_seed(0)
-    options = TransMILOptions(width=8, heads=2, landmarks=12, pinv_iterations=20, dropout=0.0)
-    attention = NystromAttention(options).double()
+    options = {"width": 8, "heads": 2, "landmarks": 12, "pinv_iterations": 20, "dropout": 0.0}
+    attention = NystromAttention(**options).double()
     nn.init.zeros_(attention.values.weight)
     x = torch.randn(12, 8, dtype=torch.float64)
     q, k, v = attention.qkv(x).unflatten(1, (3, 2, 4)).permute(1, 2, 0, 3)
@@ -117,7 +122,7 @@ def test_nystrom_attention_with_a_landmark_a_token_is_softmax_attention() -> Non
 
 def test_the_chosen_layers_are_those_of_the_slide_encoder_and_the_rest_is_cut_off() -> None:
     torch.manual_seed(0)
-    encoder = create_longnet(DIM, LONGNET, None, None).encoder.double()
+    encoder = LongNetAggregator(DIM, **LONGNET).encoder.double()
     features, cells, cu_seqlens = bags([9])
     every = encoder.layer_embeddings(features[None], cells[None])
     aggregator = SlideEncoderAggregator(encoder, (0, 1))
@@ -132,8 +137,8 @@ def test_the_chosen_layers_are_those_of_the_slide_encoder_and_the_rest_is_cut_of
 
 
 def test_a_frozen_encoder_does_not_train_and_drops_nothing() -> None:
-    options = LongNetOptions(layers=1, width=8, heads=2, ffn_width=16, dropout=0.5)
-    aggregator = SlideEncoderAggregator(create_longnet(DIM, options, None, None).encoder, frozen=True).double().train()
+    options = {"layers": 1, "width": 8, "heads": 2, "ffn_width": 16, "dropout": 0.5}
+    aggregator = SlideEncoderAggregator(LongNetAggregator(DIM, **options).encoder, frozen=True).double().train()
     assert not any(parameter.requires_grad for parameter in aggregator.parameters())
     features, cells, cu_seqlens = bags()
     torch.testing.assert_close(
@@ -141,13 +146,18 @@ def test_a_frozen_encoder_does_not_train_and_drops_nothing() -> None:
     )
 
 
-def test_a_checkpoint_refuses_features_that_it_was_not_trained_on() -> None:
+def test_a_checkpoint_refuses_features_that_it_was_not_trained_on(tmp_path: Path) -> None:
     encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1, width=16, heads=2, ffn_width=16)
+    torch.save({"model": to_published(encoder)}, tmp_path / "ours.pth")
+    spec = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(encoder.spec).items()}
+    (tmp_path / "ours.yaml").write_text(yaml.safe_dump(spec | {"name": "ours"}))
+    choice = AggregatorChoice("gigapath", {"slide_encoder": str(tmp_path / "ours.yaml")})
+    checkpoint = str(tmp_path / "ours.pth")
     with pytest.raises(LongslideError, match="trained on features of tile encoder 'gigapath', but these are of 'uni'"):
-        check_features(encoder, "slide_encoder.pth", 1536, "uni")
+        create_aggregator(choice, checkpoint, 1536, "uni")
     with pytest.raises(LongslideError, match="of length 1536, but the features have 1024"):
-        check_features(encoder, "slide_encoder.pth", 1024, "gigapath")
-    check_features(encoder, "slide_encoder.pth", 1536, None)  # files of other tools do not say
+        create_aggregator(choice, checkpoint, 1024, "gigapath")
+    create_aggregator(choice, checkpoint, 1536, None)  # files of other tools do not say
 
 
 def test_layers_that_the_encoder_does_not_have_are_refused() -> None:

@@ -9,7 +9,7 @@ import lightning
 import pytest
 import torch
 from longslide.errors import LongslideError
-from longslide.models.aggregators.options import ABMILOptions, LongNetOptions, TransMILOptions
+from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.optimisation import parameter_groups
@@ -20,16 +20,19 @@ from torch.utils.data import DataLoader
 
 DIM = 6
 BINARY = Task("binary", ("y",), ("no", "yes"))
-LONGNET = LongNetOptions(layers=2, width=8, heads=2, ffn_width=16, dilated_ratios=(1, 2), dropout=0.0)
+SMALL: dict[str, dict[str, Any]] = {
+    "longnet": {"layers": 2, "width": 8, "heads": 2, "ffn_width": 16, "dilated_ratios": (1, 2), "dropout": 0.0},
+    "abmil": {"width": 8, "attention_width": 4, "dropout": 0.0},
+    "transmil": {"width": 8, "heads": 2, "landmarks": 4},
+}
 OPTIMISER = OptimiserOptions(learning_rate=0.05, warmup_epochs=0, weight_decay=0.01)
 
 
 def classifier(aggregator: Any = "abmil", task: Task = BINARY, **options: Any) -> SlideClassifier:
     torch.manual_seed(0)
     facts = TrainingFacts(task, DIM, preprocessing={"tile_encoder": "toy"})
-    small = {"abmil": ABMILOptions(8, 4, 0.0), "longnet": LONGNET, "transmil": TransMILOptions(8, 2, landmarks=4)}
-    defaults = small | {"optimiser": OPTIMISER}
-    return SlideClassifier(facts, ClassifierOptions(aggregator, **(defaults | options)))
+    choice = AggregatorChoice(aggregator, SMALL.get(aggregator, {}))
+    return SlideClassifier(facts, ClassifierOptions(choice, **({"optimiser": OPTIMISER} | options)))
 
 
 def bag(i: int) -> dict[str, Tensor]:

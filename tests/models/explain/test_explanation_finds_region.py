@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from longslide import LongslideError
-from longslide.models.aggregators.options import ABMILOptions, LongNetOptions, PoolOptions, TransMILOptions
+from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.ensemble import ClassifierEnsemble
 from longslide.models.classifier.options import ClassifierOptions
@@ -35,17 +35,19 @@ def slides(count: int, seed: int) -> list[tuple[Tensor, Tensor, np.ndarray]]:
     return [plant(rng, number % 2 == 1) for number in range(count)]
 
 
+SMALL = {
+    "longnet": {"layers": 2, "width": 32, "heads": 4, "ffn_width": 64, "dilated_ratios": (1, 2), "dropout": 0.0},
+    "abmil": {"width": 32, "attention_width": 16, "dropout": 0.0},
+    "transmil": {"width": 32, "heads": 4, "landmarks": 16, "dropout": 0.0},
+    "mean": {"width": 32, "dropout": 0.0},
+}
+
+
 def new_model(name: str, seed: int = 0) -> SlideClassifier:
     torch.manual_seed(seed)
     model = SlideClassifier(
         TrainingFacts(Task("binary", ("label",), ("normal", "tumour")), DIM),
-        ClassifierOptions(
-            name,
-            longnet=LongNetOptions(layers=2, width=32, heads=4, ffn_width=64, dilated_ratios=(1, 2), dropout=0.0),
-            abmil=ABMILOptions(width=32, attention_width=16, dropout=0.0),
-            transmil=TransMILOptions(width=32, heads=4, landmarks=16, dropout=0.0),
-            pool=PoolOptions(width=32, dropout=0.0),
-        ),
+        ClassifierOptions(AggregatorChoice(name, SMALL[name])),
     )
     model.training_features = {"mean": torch.cat([features for features, _, _ in slides(40, seed=0)]).mean(0)}
     return model.eval()
@@ -153,7 +155,9 @@ def test_an_ensemble_shows_the_mean_of_its_classifiers() -> None:
 def test_every_task_is_explained_by_the_numbers_it_predicts(task: Task, names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     facts = TrainingFacts(task, DIM)
-    model = SlideClassifier(facts, ClassifierOptions("abmil", abmil=ABMILOptions(width=16, attention_width=8))).eval()
+    model = SlideClassifier(
+        facts, ClassifierOptions(AggregatorChoice("abmil", {"width": 16, "attention_width": 8}))
+    ).eval()
     features, cells, _ = slides(1, seed=3)[0]
     found = explain_ensemble(ClassifierEnsemble([model], ["x"]), features, cells, "integrated-gradients")
     assert found.names == names

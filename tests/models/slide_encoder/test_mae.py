@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from longslide.errors import LongslideError
-from longslide.models.aggregators.options import LongNetOptions
+from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.options import ClassifierOptions
 from longslide.models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
@@ -16,14 +16,16 @@ from longslide.task import Task
 from training_cohort import write_cohort
 
 DIM = 6
-LONGNET = LongNetOptions(layers=1, width=16, heads=2, ffn_width=16, dilated_ratios=(1, 2), dropout=0.0)
+LONGNET = AggregatorChoice(
+    "longnet", {"layers": 1, "width": 16, "heads": 2, "ffn_width": 16, "dilated_ratios": (1, 2), "dropout": 0.0}
+)
 DECODER = DecoderOptions(layers=1, width=8, heads=2, ffn_width=16)
 
 
 def autoencoder(tile_encoder: str = "toy", **options) -> MaskedAutoencoder:
     torch.manual_seed(0)
     facts = UnlabelledFacts(DIM, {"tile_encoder": tile_encoder})
-    return MaskedAutoencoder(facts, PretrainingOptions(longnet=LONGNET, decoder=DECODER, **options))
+    return MaskedAutoencoder(facts, PretrainingOptions(LONGNET, decoder=DECODER, **options))
 
 
 def slides(*lengths: int) -> dict[str, torch.Tensor]:
@@ -89,8 +91,8 @@ def test_flipped_and_shifted_slides_stay_row_by_row_and_keep_their_neighbours() 
 def pretrain(tmp_path: Path, *words: str) -> Path:
     write_cohort(tmp_path / "cohort", 24)
     small = [
-        "--model.longnet",
-        "{layers: 1, width: 16, heads: 2, ffn_width: 16}",
+        "--model.encoder",
+        "{class_path: longnet, init_args: {layers: 1, width: 16, heads: 2, ffn_width: 16}}",
         "--model.decoder",
         "{layers: 1, width: 16, heads: 2}",
     ]
@@ -108,7 +110,7 @@ def test_pretraining_lowers_the_loss_and_a_classifier_begins_with_its_encoder(tm
 
     content = torch.load(run / "best.ckpt", weights_only=True)
     facts = TrainingFacts(Task("binary", ("y",), ("no", "yes")), DIM, preprocessing={"tile_encoder": "toy"})
-    options = ClassifierOptions("longnet", checkpoint=str(run / "best.ckpt"), longnet=LongNetOptions(pool="cls"))
+    options = ClassifierOptions(AggregatorChoice("longnet", {"pool": "cls"}), checkpoint=str(run / "best.ckpt"))
     classifier = SlideClassifier(facts, options)
     encoder = classifier.aggregator.encoder
     assert encoder.spec.width == 16, "the size is the checkpoint's"

@@ -141,7 +141,7 @@ def test_existing_features_are_used_and_the_tile_encoder_is_not_needed(home: Pat
 def test_what_test_gave_for_a_feature_file_predict_gives_for_its_slide(tmp_path: Path) -> None:
     options = write_cohort(tmp_path)
     run = tmp_path / "run"
-    words = ["--config", "abmil", "--data.task", "binary", "--model.abmil.width", "32", "--folds", "2"]
+    words = ["--config", "abmil", "--data.task", "binary", "--model.aggregator.width", "32", "--folds", "2"]
     assert main(["crossval", *words, *options, *quick(run, "--trainer.max_epochs", "2")]) == 0
     tested = [row for row in rows(run / "predictions.csv") if (row["part"], row["level"]) == ("test", "slide")]
     assert len(tested) == 40

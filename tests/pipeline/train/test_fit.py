@@ -17,7 +17,7 @@ from longslide.pipeline.cli import main
 from longslide.pipeline.train.settings import list_recipes, recipes
 from training_cohort import quick, write_cohort
 
-BINARY = ["--config", "abmil", "--data.task", "binary", "--trainer.max_epochs", "3", "--model.abmil.width", "32"]
+BINARY = ["--config", "abmil", "--data.task", "binary", "--trainer.max_epochs", "3", "--model.aggregator.width", "32"]
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(cohort: tuple[Path
 def test_crossval_predicts_every_patient_once_by_a_model_that_has_not_seen_it(
     cohort: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    words = ["--config", "mean", "--data.task", "ordinal", "--data.label", "grade", "--model.pool.width", "16"]
+    words = ["--config", "mean", "--data.task", "ordinal", "--data.label", "grade", "--model.aggregator.width", "16"]
     words += ["--data.classes", "[low, middle, high]", "--folds", "3", "--trainer.max_epochs", "2"]
     assert main(["crossval", *words, *cohort[1], *quick(tmp_path / "cv")]) == 0
     predictions = pd.read_csv(tmp_path / "cv" / "predictions.csv")
@@ -273,8 +273,13 @@ def test_every_task_and_every_aggregator_trains_from_its_recipe(
             slide_encoder, "load_slide_encoder_spec", lambda name: type(s := published(name))(**vars(s) | small)
         )
     options = write_cohort(tmp_path / "cohort", 36, slides_a_patient=2)
-    small_words = ["--model.longnet", "{layers: 1, width: 16, heads: 2, ffn_width: 16}", "--model.transmil.width", "16"]
-    small_words += ["--model.transmil.landmarks", "8", "--trainer.max_epochs", "1", "--data.test_share", "0.3"]
+    small_words = ["--trainer.max_epochs", "1", "--data.test_share", "0.3"]
+    aggregator = words[words.index("--model.aggregator") + 1] if "--model.aggregator" in words else recipe
+    if aggregator == "transmil":
+        words = [*words, "--model.aggregator.width", "16", "--model.aggregator.landmarks", "8"]
+    elif aggregator not in ("gigapath", "mean", "max", "abmil", "linear-probe"):
+        words = [*words, "--model.aggregator.layers", "1", "--model.aggregator.width", "16"]
+        words += ["--model.aggregator.heads", "2", "--model.aggregator.ffn_width", "16"]
     run = tmp_path / "run"
     assert main(["fit", "--config", recipe, *small_words, *words, *options, *quick(run)]) == 0
     metrics = pd.read_csv(run / "metrics.csv")
@@ -311,7 +316,7 @@ def test_every_recipe_is_a_yaml_of_known_options() -> None:
 def test_a_recipe_is_found_by_its_path_in_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = main_prints_config("fit", "--config", "configs/fit/transmil.yaml", "--data.features", "f")
-    assert config["model"]["aggregator"] == "transmil"
+    assert config["model"]["aggregator"]["class_path"] == "transmil"
 
 
 def main_prints_config(*words: str) -> dict:
@@ -330,8 +335,14 @@ def main_prints_config(*words: str) -> dict:
         (["--data.label", "no_such_column"], "no_such_column"),
         (["--model.aggregator", "longnet", "--model.checkpoint", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
         (["--model.checkpoint", "some.ckpt"], "abmil has no slide encoder"),
-        (["--model.aggregator", "longnet", "--model.longnet.width", "30"], "width 30 must be a multiple of 4"),
-        (["--model.abmil.dropout", "7"], "dropout probability"),
+        (["--model.aggregator", "longnet", "--model.aggregator.width", "30"], "width 30 must be a multiple of 4"),
+        (["--model.aggregator.dropout", "7"], "dropout probability"),
+        (["--model.aggregator.dropout", "much"], 'aggregator abmil: option "dropout": '),
+        (
+            ["--model.aggregator.wdth", "3"],
+            "unexpected keyword argument 'wdth'; its options are width, attention_width",
+        ),
+        (["--model.aggregator", "mypkg.MyMIL"], "aggregator 'mypkg.MyMIL': no module mypkg"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate-grad-batches 0 must be at least 1"),
         (["--subgroups", "site"], "there is no column 'site' in the cohort table"),
         (["--trainer.accelerator", "no-such-device"], "--trainer: "),
@@ -417,7 +428,7 @@ def test_a_run_folder_that_cannot_be_made_names_its_option(
         (["fit", "--config", __file__], f"{__file__}, line 1, column 3: not YAML"),
         (["fit", "--data.features", "f", "--trainer.max_epochs", "many"], "f: no such folder of feature files"),
         (["fit", "--data.features", "f", "--model.abmil.wdth", "3"], "--model.abmil.wdth"),
-        (["fit", "--data.features", "f", "--model.aggregator", "abml"], "cannot be abml, but 'longnet', "),
+        (["fit", "--data.features", "f", "--model.aggregator", "abml"], "no aggregator 'abml': there are longnet, "),
         (["crossval", "--data.features", "f", "--folds", "many"], "folds"),
         (["test", "--data.features", "f"], "--checkpoint must be given"),
     ],
