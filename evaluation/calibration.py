@@ -1,42 +1,51 @@
 """What is fitted on validation predictions after training: the temperature and the decision threshold."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
 from sklearn.metrics import roc_curve
 
 from ..errors import LongslideError
 from .classification import CALIBRATION_BINS
 from .weighted import Booleans, Floats, Integers
 
-TEMPERATURES = (0.05, 20.0)
+TEMPERATURES = (0.5, 5.0)
 """Range of the temperature: a validation part that is perfectly separated would ask for 0."""
 
+FEWEST_CALIBRATED = 50
+"""With fewer validation patients there is no temperature: it would follow their noise."""
 
-def fit_temperature(logits: Floats, target: Integers) -> float:
-    """The temperature T for which `logits / T` have the least log-loss (Guo et al. 2017); it leaves the order of scores.
+PRIOR_SPREAD = 0.5
+"""Standard deviation of the normal prior of log T around 0, that is around no temperature."""
+
+
+def fit_temperature(probability: Callable[[float], Floats], target: Integers, patients: int) -> float | None:
+    """The most probable temperature T (Guo et al. 2017), given a prior around 1 that few rows do not outweigh.
 
     Args:
-        logits: `(N, C)` logits or log-probabilities of the classes; or `(N,)` or `(N, 1)` of the positive class of two.
+        probability: The `(N, C)` probabilities of the classes at a temperature, float64.
         target: `(N,)` class numbers.
+        patients: How many patients the rows are of.
 
     Returns:
-        T; above 1 makes predictions less sure.
+        T, above 1 where predictions become less sure; None of fewer than `FEWEST_CALIBRATED` patients.
 
     Raises:
-        LongslideError: No rows, or logits that are not finite.
+        LongslideError: No rows, or probabilities that are not finite.
     """
-    logits, target = np.asarray(logits, np.float64), np.asarray(target)
-    if not len(target) or not np.isfinite(logits).all():
-        raise LongslideError("cannot fit the temperature: there are no validation logits, or some are not finite")
-    logits = logits.reshape(len(target), -1)
-    if logits.shape[1] == 1:
-        logits = np.concatenate([np.zeros_like(logits), logits], 1)
+    target = np.asarray(target)
+    if not len(target) or not np.isfinite(probability(1.0)).all():
+        raise LongslideError("cannot fit the temperature: there are no validation outputs, or some are not finite")
+    if patients < FEWEST_CALIBRATED:
+        return None
+    share = patients / len(target)  # slides of one patient are not so many patients
 
     def loss(log_temperature: float) -> float:
-        return float(-log_softmax(logits / np.exp(log_temperature), 1)[np.arange(len(target)), target].mean())
+        given = probability(float(np.exp(log_temperature)))[np.arange(len(target)), target]
+        likelihood = float(np.log(np.clip(given, 1e-300, None)).sum())
+        return (log_temperature / PRIOR_SPREAD) ** 2 / 2 - share * likelihood
 
     return float(np.exp(minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded").x))
 

@@ -154,7 +154,7 @@ def read_cohort(
     if without_label:
         notes.append(f"{len(without_label)} feature files have no label: {listed(without_label)}")
     if problem is not None and not names:
-        notes += _choices(problem, times)
+        notes += _choices(problem)
     rows = frame[keep].reset_index(drop=True)
     return Cohort(
         rows=rows,
@@ -178,16 +178,12 @@ def _asked(task: TaskKind | None, task_file: Path | None) -> TaskFile | None:
     return replace(asked, kind=task or asked.kind)
 
 
-def _choices(task: Task, times: Sequence[float] | None) -> list[str]:
+def _choices(task: Task) -> list[str]:
     """What was settled for the user, who may want it otherwise."""
     if task.kind in CLASSIFICATION:
         what = f"classes of {task.label[0]}, in this order: {', '.join(task.classes)}"
         positive = f"; the positive one is {task.classes[-1]}" if task.kind == "binary" else ""
         return [f"{what}{positive} (--data.classes for another order)"]
-    if task.kind == "survival" and times is None:
-        return [
-            f"survival is reported at the times {', '.join(f'{time:g}' for time in task.times)} (--data.times for others)"
-        ]
     return []
 
 

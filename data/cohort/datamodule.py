@@ -4,6 +4,7 @@ import copy
 import logging
 import multiprocessing
 import sys
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from ..features.survey import FeatureSurvey, survey_features
 from ..table import listed
 from .bags import Bag, BagDataset, make_bags
 from .cohort import Cohort
+from .labels import interval_ends
 from .options import DataOptions
 from .sampler import BagLoader, TokenBudgetBatchSampler
 from .split_folder import FOLD_COLUMN
@@ -66,7 +68,15 @@ class BagDataModule(lightning.LightningDataModule):
         Raises:
             LongslideError: There are no labels.
         """
-        return self.cohort.labelled_task
+        task = self.cohort.labelled_task
+        if task.kind != "survival" or self.options.times or self.options.only_part == "test":
+            return task
+        # Of the training part: test times must not change the model, nor at which times it is tested.
+        assert self.cohort.targets is not None
+        time, event = self.cohort.targets[self._rows["train"]].astype(np.float64).T
+        if not event.any():
+            raise LongslideError(f"fold {self.fold} has no event in its training part; see --data.splits")
+        return replace(task, times=interval_ends(time[event == 1], task.discrete_time))
 
     @cached_property
     def _splits_and_notes(self) -> tuple[pd.DataFrame, list[str]]:
@@ -204,6 +214,9 @@ class BagDataModule(lightning.LightningDataModule):
     def notes(self) -> list[str]:
         """What the user should be told, a line each."""
         notes = [*self.cohort.notes, *self._splits_and_notes[1], *self.survey.notes]
+        if self.cohort.task is not None and self.cohort.task.kind == "survival" and not self.options.times:
+            times = ", ".join(f"{time:g}" for time in self.task.times)
+            notes.append(f"fold {self.fold} reports survival at the times {times} (--data.times for others)")
         if self.cohort.mixed_patients:
             notes.append(f"{len(self.cohort.mixed_patients)} patients have slides with different labels")
         if self.truncated["bags"]:

@@ -122,7 +122,7 @@ class LabelReader:
                 )
             self._varies(self.label[0], time[used])
         if times is None:
-            times = _interval_ends(events, discrete_time) if len(events) else ()
+            times = interval_ends(events, discrete_time) if len(events) else ()
         if list(times) != sorted(set(times)) or (len(times) and times[0] <= 0):
             raise LongslideError(f"--data.times {', '.join(map(str, times))} must be above 0 and ascend")
         targets = np.stack([time, event], axis=1).astype(np.float32)
@@ -192,7 +192,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _interval_ends(events: np.ndarray, discrete_time: bool) -> tuple[float, ...]:
+def interval_ends(events: np.ndarray, discrete_time: bool) -> tuple[float, ...]:
     """Quarters of the event times to two digits; with discrete time up to the last event, which must lie inside."""
     ends = [float(f"{value:.2g}") for value in np.quantile(events, (0.25, 0.5, 0.75))]
     if discrete_time:

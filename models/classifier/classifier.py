@@ -80,7 +80,11 @@ class SlideClassifier(BagWeightedModule):
         self.head_dropout = nn.Dropout(options.head_dropout)
         self.head = nn.Linear(self.aggregator.width, facts.task.outputs)
         self.objective = create_objective(
-            facts.task, _class_weights(options.class_weights, facts), facts.target_mean, facts.target_std
+            facts.task,
+            _class_weights(options.class_weights, facts),
+            facts.target_mean,
+            facts.target_std,
+            options.cox_ties,
         )
         if options.compile:
             self.aggregator.compile(dynamic=True)  # in place: the names of the weights stay

@@ -13,6 +13,7 @@ from ...task import Task
 from ..checkpoint_file import digest
 from .checkpoint import load_classifier
 from .classifier import SlideClassifier
+from .objective import survival_at
 from .selection import class_of
 
 
@@ -106,6 +107,9 @@ class ClassifierEnsemble(nn.Module):
         for classifier in self.classifiers:
             of_bags = [classifier.predict(classifier.outputs_of(bag)) for bag in bags]
             for name in of_bags[0]:
+                if name == "survival":  # folds may have times of their own
+                    for one in of_bags:
+                        one[name] = survival_at(one[name].double(), classifier.task.times, self.task.times)
                 if name != "prediction":
                     found.setdefault(name, []).append(torch.stack([one[name][0].float().cpu() for one in of_bags]))
         means = {name: torch.stack(values).mean(1) for name, values in found.items()}
@@ -163,7 +167,7 @@ def _facts(classifier: SlideClassifier) -> dict[str, Any]:
         "classes": classifier.task.classes,
         "label": classifier.task.label,
     }
-    facts |= {"times": classifier.task.times, "embedding length": classifier.facts.feature_dim}
+    facts |= {"embedding length": classifier.facts.feature_dim}
     facts["reads slide embeddings"] = classifier.aggregator.reads_slide_embedding
     facts["trained on bags of a"] = classifier.bag_unit
     return facts | dict(classifier.facts.preprocessing)

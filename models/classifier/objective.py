@@ -1,6 +1,7 @@
 """What each kind of task trains on, and what it predicts from the raw outputs of a model."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from ...errors import LongslideError
 from ...task import Task
+
+Ties = Literal["breslow", "efron"]
 
 
 class Objective(nn.Module):
@@ -44,8 +47,8 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def logits(self, outputs: Tensor) -> Tensor:
-        """`(B, C)` numbers whose softmax over the classes is the probability: what a temperature divides."""
+    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
+        """`(B, C)` numbers whose softmax over the classes is the probability at a temperature, which changes no decision."""
         raise NotImplementedError
 
 
@@ -77,23 +80,23 @@ class _Classification(Objective):
 
     def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
         """See `Objective.predict`."""
-        return {"probability": (self.logits(outputs) / (temperature or 1.0)).softmax(1)}
+        return {"probability": self.logits(outputs, temperature).softmax(1)}
 
 
 class Multiclass(_Classification):
     """Cross-entropy over a logit a class."""
 
-    def logits(self, outputs: Tensor) -> Tensor:
+    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
         """See `Objective.logits`."""
-        return outputs
+        return outputs / (temperature or 1.0)
 
 
 class Binary(_Classification):
     """Cross-entropy of one logit, that of the second class against the first."""
 
-    def logits(self, outputs: Tensor) -> Tensor:
+    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
         """See `Objective.logits`."""
-        return torch.cat([torch.zeros_like(outputs), outputs], dim=1)
+        return torch.cat([torch.zeros_like(outputs), outputs], dim=1) / (temperature or 1.0)
 
 
 class Ordinal(_Classification):
@@ -104,9 +107,18 @@ class Ordinal(_Classification):
     than thresholds weighing the same.
     """
 
-    def logits(self, outputs: Tensor) -> Tensor:
-        """See `Objective.logits`: the log-probabilities of the classes."""
+    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
+        """See `Objective.logits`: the log-probabilities of the classes.
+
+        The temperature divides the log-odds of "above class k", so that the class reached with more than half stays.
+        """
         nothing = torch.zeros_like(outputs[:, :1])
+        if temperature is not None:
+            above = logsigmoid(outputs).cumsum(1)
+            below = torch.log(-torch.expm1(above.clamp(max=-torch.finfo(above.dtype).tiny)))
+            above = ((above - below) / temperature).sigmoid()
+            above = torch.cat([torch.ones_like(nothing), above, nothing], dim=1)
+            return (above[:, :-1] - above[:, 1:]).clamp(min=torch.finfo(above.dtype).tiny).log()
         reached = torch.cat([nothing, logsigmoid(outputs).cumsum(1)], dim=1)
         return reached + torch.cat([logsigmoid(-outputs), nothing], dim=1)
 
@@ -141,9 +153,9 @@ class Multilabel(Objective):
         """See `Objective.predict`: the probability of each label."""
         return {"probability": (outputs / (temperature or 1.0)).sigmoid()}
 
-    def logits(self, outputs: Tensor) -> Tensor:
+    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
         """`(B, C)`: here the sigmoid of each is the probability of its label."""
-        return outputs
+        return outputs / (temperature or 1.0)
 
 
 class Regression(Objective):
@@ -173,7 +185,7 @@ class Regression(Objective):
 
 
 class Cox(Objective):
-    """Cox's partial likelihood with Breslow's handling of ties; the output is the log-risk.
+    """Cox's partial likelihood, ties by Efron's or Breslow's method; the output is the log-risk.
 
     An event is compared with the bags that are still at risk at its time, so bags must be seen together: those at risk are
     the bags of the batch and, in training, those of the earlier batches whose gradients are accumulated with it
@@ -183,6 +195,7 @@ class Cox(Objective):
 
     Args:
         times: `(n_times,)` times at which survival is predicted, in the units of the table.
+        ties: `efron`, closer to the exact likelihood where many times are equal, or `breslow`.
 
     Attributes:
         baseline: `(n_times,)` cumulative baseline hazard at these times; NaN until `fit_baseline`.
@@ -190,9 +203,10 @@ class Cox(Objective):
 
     baseline: Tensor
 
-    def __init__(self, times: Sequence[float]) -> None:
+    def __init__(self, times: Sequence[float], ties: Ties = "breslow") -> None:
         super().__init__()
         self.times = tuple(times)
+        self.ties: Ties = ties
         self.register_buffer("baseline", torch.full((len(self.times),), torch.nan))
         self._seen: list[tuple[Tensor, Tensor]] = []
 
@@ -207,11 +221,11 @@ class Cox(Objective):
         if self.training:
             if self._seen:
                 before = [torch.cat(parts) for parts in zip(*self._seen, strict=True)]
-                earlier = partial_likelihood(before[0][:, 0], before[1][:, 0], before[1][:, 1])
+                earlier = partial_likelihood(before[0][:, 0], before[1][:, 0], before[1][:, 1], self.ties)
                 risk, together = torch.cat([before[0], outputs]), torch.cat([before[1], target])
             self._seen.append((outputs.detach(), target))
         # With the sum over the earlier bags taken off, the losses of a group's batches add up to that of the group.
-        loss = partial_likelihood(risk[:, 0], together[:, 0], together[:, 1]) - earlier
+        loss = partial_likelihood(risk[:, 0], together[:, 0], together[:, 1], self.ties) - earlier
         return loss, target[:, 1].to(outputs.dtype).sum()
 
     def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
@@ -220,27 +234,43 @@ class Cox(Objective):
         return {"risk": risk, "survival": (-self.baseline * risk.exp()[:, None]).exp()}
 
     def fit_baseline(self, outputs: Tensor, target: Tensor) -> None:
-        """Breslow's estimate of the cumulative baseline hazard, from outputs `(B, 1)` and targets `(B, 2)`."""
+        """The cumulative baseline hazard, ties as in the loss, from outputs `(B, 1)` and targets `(B, 2)`."""
         time, event = target.unbind(1)
-        at_risk = (time[None] >= time[:, None]).to(outputs.dtype) @ outputs[:, 0].exp()
-        steps = event / at_risk
+        steps = event / _at_risk(outputs[:, 0], time, event, self.ties).exp()
         self.baseline = torch.stack([steps[time <= t].sum() for t in self.times]).to(self.baseline)
 
 
-def partial_likelihood(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
-    """The negative log partial likelihood of Cox's model, ties as Breslow has them: a sum over the events.
+def partial_likelihood(risk: Tensor, time: Tensor, event: Tensor, ties: Ties = "breslow") -> Tensor:
+    """The negative log partial likelihood of Cox's model: a sum over the events.
 
     Args:
         risk: `(B,)` log-risks.
         time: `(B,)` time of the event or of censoring.
         event: `(B,)` 1 for an event, 0 for censoring.
+        ties: How events of one time are compared: `breslow` with all at risk then, `efron` (1977) with those and a growing
+            share less of one another.
     """
-    order = time.argsort(descending=True)
-    risk, time, event = risk[order], time[order], event[order].to(risk.dtype)
-    at_risk = risk.logcumsumexp(0)
+    return (event.to(risk.dtype) * (_at_risk(risk, time, event, ties) - risk)).sum()
+
+
+def _at_risk(risk: Tensor, time: Tensor, event: Tensor, ties: Ties) -> Tensor:
+    """`(B,)` log of the sum of risks that each row, if it is an event, is compared with."""
+    order = time.argsort(descending=True, stable=True)
+    sorted_time = time[order]
+    cumulative = risk[order].logcumsumexp(0)
     # Bags of one time are all at risk at that time: the sum that ends with the last of them.
-    last = torch.searchsorted(-time.contiguous(), -time.contiguous(), right=True) - 1
-    return (event * (at_risk[last] - risk)).sum()
+    last = torch.searchsorted(-sorted_time.contiguous(), -time.contiguous(), right=True) - 1
+    at_risk = cumulative[last]
+    if ties == "breslow":
+        return at_risk
+    events = (event > 0).nonzero()[:, 0]
+    together = time[events][:, None] == time[events]
+    number = torch.tril(together, -1).sum(1)  # 0, 1, ... among the events of one time
+    share = number.to(risk.dtype) / together.sum(1)
+    tied = risk[events].expand(len(events), -1).masked_fill(~together, -torch.inf).logsumexp(1)
+    # log(exp(at_risk) - share * exp(tied)), whose share is below 1
+    less = torch.log1p(-share * (tied - at_risk[events]).exp())
+    return at_risk.index_add(0, events, less.to(at_risk.dtype))
 
 
 class DiscreteHazards(Objective):
@@ -275,11 +305,34 @@ class DiscreteHazards(Objective):
         return {"risk": -(survival * lengths).sum(1), "survival": survival}
 
 
+def survival_at(survival: Tensor, times: Sequence[float], wanted: Sequence[float]) -> Tensor:
+    """Survival at other times, the hazard being constant between those known and, after the last, what it was before.
+
+    Args:
+        survival: `(B, n_times)` at `times`.
+        times: Ascending, above 0.
+        wanted: Times.
+
+    Returns:
+        `(B, n_wanted)`.
+    """
+    if tuple(times) == tuple(wanted):
+        return survival
+    known = survival.new_tensor([0.0, *times])
+    at = survival.new_tensor(list(wanted))
+    cumulative = -survival.clamp(min=1e-12).log()
+    cumulative = torch.cat([torch.zeros_like(cumulative[:, :1]), cumulative], dim=1)
+    after = torch.searchsorted(known, at).clamp(1, len(times))
+    share = (at - known[after - 1]) / (known[after] - known[after - 1])
+    return (-(cumulative[:, after - 1] + share * (cumulative[:, after] - cumulative[:, after - 1]))).exp()
+
+
 def create_objective(
     task: Task,
     class_weights: Sequence[float] | None = None,
     target_mean: float = 0.0,
     target_std: float = 1.0,
+    cox_ties: Ties = "breslow",
 ) -> Objective:
     """The objective of a task.
 
@@ -288,6 +341,7 @@ def create_objective(
         class_weights: For classes, `(C,)` weight of each class's bags; for labels, of each label's positives.
         target_mean: Mean of the training targets of a regression.
         target_std: Their standard deviation.
+        cox_ties: How Cox's likelihood takes events of one time.
 
     Raises:
         LongslideError: Class weights for a task without classes, or not one a class.
@@ -301,6 +355,6 @@ def create_objective(
     if task.kind == "regression":
         return Regression(target_mean, target_std)
     if task.kind == "survival":
-        return DiscreteHazards(task.times) if task.discrete_time else Cox(task.times)
+        return DiscreteHazards(task.times) if task.discrete_time else Cox(task.times, cox_ties)
     kinds = {"binary": Binary, "multiclass": Multiclass, "ordinal": Ordinal}
     return kinds[task.kind](len(task.classes), class_weights)

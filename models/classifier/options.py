@@ -41,6 +41,7 @@ class ClassifierOptions:
         head_dropout: Share of the values of a bag's vector that are dropped before the head.
         class_weights: Weights of the classes in the loss: `none`, `balanced` (inverse to the number of training bags), or a
             number for each class, of which only the ratios matter; for multilabel, of each label's positives.
+        cox_ties: How Cox's likelihood takes events of one time: `breslow`, or `efron`, better where many are.
         optimiser: Options of the optimiser.
         compile: Whether the aggregator is compiled by `torch.compile`.
     """
@@ -49,6 +50,7 @@ class ClassifierOptions:
     checkpoint: str | None = None
     head_dropout: float = 0.0
     class_weights: Literal["none", "balanced"] | list[float] = "none"
+    cox_ties: Literal["breslow", "efron"] = "breslow"
     optimiser: OptimiserOptions = OptimiserOptions()
     compile: bool = False
 

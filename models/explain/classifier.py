@@ -143,7 +143,7 @@ def explained_numbers(classifier: SlideClassifier) -> PackedModel:
         if kind in ("binary", "multilabel"):
             return outputs / temperature
         if kind in ("multiclass", "ordinal"):
-            return class_log_odds(classifier.objective.logits(outputs) / temperature)
+            return class_log_odds(classifier.objective.logits(outputs, classifier.temperature))
         predictions = classifier.objective.predict(outputs)
         return predictions["value" if kind == "regression" else "risk"][:, None]
 

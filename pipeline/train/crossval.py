@@ -79,7 +79,7 @@ def crossval(
         record.describe(training.data, command="crossval", aggregator=training.aggregator, seed=seed, counts=counts)
         print(f"fold {fold} of {every_fold.fold_count}")
         train(training, record)
-        predictions += held_out_predictions(training)
+        predictions += held_out_predictions(training, record)
     finished = record.finish(predictions, every_fold.task, every_fold.cohort.rows)
     print_metrics(finished)
     return finished

@@ -72,6 +72,6 @@ def fit(
     train(training, record)
     if record is None or not training.trainer.is_global_zero:
         return Run.without_predictions(settings.run, training.data.task, {})
-    finished = record.finish(held_out_predictions(training), training.data.task, training.data.cohort.rows)
+    finished = record.finish(held_out_predictions(training, record), training.data.task, training.data.cohort.rows)
     print_metrics(finished)
     return finished

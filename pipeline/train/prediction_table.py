@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import expit, logit
 from torch import Tensor
 
 from ...data.cohort.bags import Bag
-from ...evaluation.calibration import best_threshold, fit_temperature
+from ...evaluation.calibration import FEWEST_CALIBRATED, best_threshold, fit_temperature
 from ...models.aggregators.slide_encoder import use_cuda_graphs
 from ...models.classifier.classifier import SlideClassifier
-from ...models.classifier.objective import Cox
 from ...models.classifier.selection import class_of
 from ...task import CLASSIFICATION, Task
 
@@ -60,27 +60,48 @@ def run_classifier(
     return Outputs(raw, target, index)
 
 
-def calibrate(classifier: SlideClassifier, validation: Outputs) -> None:
-    """Fit temperature, thresholds (of survival the median risk) and baseline hazard on validation bags, on nothing else."""
+def calibrate(classifier: SlideClassifier, validation: Outputs, patients: int) -> str:
+    """Fit thresholds (of survival the median risk) and, where there are enough patients, the temperature on validation bags.
+
+    Thresholds are fitted before the temperature and carried along: a temperature changes no decision.
+
+    Args:
+        classifier: The classifier, which keeps them.
+        validation: Its outputs for the validation bags.
+        patients: How many patients these are of.
+
+    Returns:
+        What was done about the probabilities, in a sentence; nothing for tasks without.
+    """
+    classifier.temperature = None
+    raw = validation.raw.double()
     task, target = classifier.task, validation.target.numpy()
-    if task.kind in CLASSIFICATION:
-        # Of an ordinal task these are log-probabilities of the classes, so it is calibrated like the others.
-        classifier.temperature = fit_temperature(classifier.objective.logits(validation.raw).numpy(), target)
-    if isinstance(classifier.objective, Cox):
-        classifier.objective.fit_baseline(validation.raw, validation.target)
     if task.kind == "survival":
-        risk = classifier.predict(validation.raw)["risk"].double()
+        risk = classifier.predict(raw)["risk"]
         classifier.thresholds = {"risk": float(risk.quantile(0.5))}
-    if task.kind == "binary":
-        probability = classifier.predict(validation.raw)["probability"].numpy()
-        classifier.thresholds = {task.classes[1]: float(best_threshold(target == 1, probability[:, 1]))}
     if task.kind == "multilabel":
-        probability = classifier.predict(validation.raw)["probability"].numpy()
+        probability = classifier.predict(raw)["probability"].numpy()
         classifier.thresholds = {}
         for i, name in enumerate(task.classes):
             known = ~np.isnan(target[:, i])
             if known.any():
                 classifier.thresholds[name] = float(best_threshold(target[known, i] == 1, probability[known, i]))
+    if task.kind not in CLASSIFICATION:
+        return ""
+    threshold = 0.5
+    if task.kind == "binary":
+        threshold = best_threshold(target == 1, classifier.predict(raw)["probability"].numpy()[:, 1])
+
+    def probability_at(temperature: float) -> np.ndarray:
+        return np.asarray(classifier.objective.predict(raw, temperature)["probability"].numpy())
+
+    temperature = fit_temperature(probability_at, target, patients)
+    classifier.temperature = temperature
+    if task.kind == "binary":
+        classifier.thresholds = {task.classes[1]: float(expit(logit(threshold) / (temperature or 1.0)))}
+    if temperature is None:
+        return f"none: {patients} validation patients, fewer than {FEWEST_CALIBRATED}"
+    return f"temperature {temperature:.2f} from {patients} validation patients"
 
 
 def prediction_rows(
@@ -99,7 +120,9 @@ def prediction_rows(
         part: `val` or `test`.
     """
     task = classifier.task
-    values = _values(task, {name: value.double().numpy() for name, value in classifier.predict(outputs.raw).items()})
+    values = _values(
+        task, {name: value.double().numpy() for name, value in classifier.predict(outputs.raw.double()).items()}
+    )
     target = _targets(task, outputs.target.double().numpy())
     of_rows = [bags[i] for i in outputs.index.tolist()]
     table = pd.DataFrame({"fold": fold, "part": part, "patient_id": [bag.patient_id for bag in of_rows]})

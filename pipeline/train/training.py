@@ -226,10 +226,10 @@ def train(training: Training, run: TrainingRun | None) -> None:
         run.write()
 
 
-def held_out_predictions(training: Training) -> list[pd.DataFrame]:
+def held_out_predictions(training: Training, record: TrainingRun | None = None) -> list[pd.DataFrame]:
     """Calibrate the best model on the validation part, and predict the validation and test parts with it.
 
-    The calibration goes into `best.ckpt`.
+    The calibration goes into `best.ckpt`, and what it was into `run.json`. Cox's baseline hazard is of the training part.
     """
     best = training.folder / "best.ckpt"
     classifier = load_classifier(best)
@@ -242,13 +242,16 @@ def held_out_predictions(training: Training) -> list[pd.DataFrame]:
         )
 
     tables = []
+    if isinstance(classifier.objective, Cox):
+        fitted = outputs_of("train")
+        classifier.objective.fit_baseline(fitted.raw.double(), fitted.target)
     if data.bags("val"):
         validation = outputs_of("val")
-        calibrate(classifier, validation)
+        patients = {bag.patient_id for bag in data.bags("val")}
+        calibrated = calibrate(classifier, validation, len(patients))
+        if calibrated and record is not None:
+            record.facts.setdefault("calibration", {})[f"fold {data.fold}"] = calibrated
         tables.append(prediction_rows(classifier, validation, data.bags("val"), fold=data.fold, part="val"))
-    elif isinstance(classifier.objective, Cox):  # survival needs a baseline, if need be that of the training part
-        training_outputs = outputs_of("train")
-        classifier.objective.fit_baseline(training_outputs.raw, training_outputs.target)
     store_calibration(best, classifier)
     if data.bags("test"):
         tables.append(prediction_rows(classifier, outputs_of("test"), data.bags("test"), fold=data.fold, part="test"))

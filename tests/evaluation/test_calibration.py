@@ -1,39 +1,56 @@
 """Temperature and threshold, as fitted on validation predictions."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from longslide.errors import LongslideError
-from longslide.evaluation.calibration import TEMPERATURES, best_threshold, calibration_curve, fit_temperature
-from scipy.special import expit, softmax
+from longslide.evaluation.calibration import (
+    FEWEST_CALIBRATED,
+    TEMPERATURES,
+    best_threshold,
+    calibration_curve,
+    fit_temperature,
+)
+from scipy.special import softmax
 
 
-@pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
+def tempered(logits: np.ndarray) -> Callable[[float], np.ndarray]:
+    return lambda temperature: softmax(logits / temperature, 1)
+
+
+@pytest.mark.parametrize("true", [0.6, 1.0, 3.0])
 def test_the_temperature_that_made_the_logits_too_sure_is_found(true: float) -> None:
     random = np.random.default_rng(0)
     honest = random.normal(size=(6000, 3)) * 2
     target = np.array([random.choice(3, p=p) for p in softmax(honest, 1)])
-    assert fit_temperature(honest * true, target) == pytest.approx(true, rel=0.1)
+    assert fit_temperature(tempered(honest * true), target, 6000) == pytest.approx(true, rel=0.1)
 
 
-def test_a_binary_logit_is_a_pair_of_logits() -> None:
+def test_few_validation_patients_have_no_temperature() -> None:
+    target = np.arange(120) % 2
+    assert fit_temperature(tempered(np.eye(2)[target]), target, FEWEST_CALIBRATED - 1) is None
+    assert fit_temperature(tempered(np.eye(2)[target]), target, FEWEST_CALIBRATED) is not None
+
+
+def test_perfect_separation_gives_a_temperature_within_its_bounds() -> None:
+    target = np.arange(60) % 2
+    for scale in (0.01, 1.0, 100.0):
+        temperature = fit_temperature(tempered(scale * np.eye(2)[target]), target, 60)
+        assert TEMPERATURES[0] <= temperature <= TEMPERATURES[1]
+
+
+def test_the_temperature_is_closer_to_1_the_fewer_patients_there_are() -> None:
     random = np.random.default_rng(1)
-    logit = random.normal(size=300)
-    target = (random.random(300) < expit(logit / 2)).astype(np.int64)
-    one = fit_temperature(logit[:, None], target)
-    assert one == pytest.approx(fit_temperature(logit, target))
-    assert one == pytest.approx(fit_temperature(np.stack([-logit, logit], 1) / 2, target), rel=1e-4)
-    assert one == pytest.approx(2, rel=0.5)
-
-
-def test_perfect_separation_gives_a_bounded_temperature() -> None:
-    target = np.array([0, 0, 1, 1])
-    temperature = fit_temperature(np.array([-1.0, -2.0, 1.0, 2.0]), target)
-    assert TEMPERATURES[0] <= temperature <= TEMPERATURES[0] * 1.1
+    logits = random.normal(size=(4000, 2))
+    target = np.array([random.choice(2, p=p) for p in softmax(logits / 4, 1)])
+    few, many = (fit_temperature(tempered(logits[:n]), target[:n], n) for n in (50, 4000))
+    assert 1 < few < many
 
 
 def test_no_validation_rows_is_an_error() -> None:
-    with pytest.raises(LongslideError, match="no validation logits"):
-        fit_temperature(np.empty((0, 2)), np.empty(0, np.int64))
+    with pytest.raises(LongslideError, match="no validation outputs"):
+        fit_temperature(tempered(np.empty((0, 2))), np.empty(0, np.int64), 0)
 
 
 def test_the_threshold_maximises_sensitivity_plus_specificity() -> None:

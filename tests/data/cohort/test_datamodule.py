@@ -385,3 +385,18 @@ def test_every_option_is_one_of_the_command_line(cohort: Write, tmp_path: Path) 
     assert module.options.augment == Augmentation(flip=True, crop=0.875, noise=0.1)
     assert module.options.label == "grade"
     assert len(module.bags("test")) == 24
+
+
+def test_the_times_of_survival_are_those_of_the_training_part(slide: Write, rows: Write, tmp_path: Path) -> None:
+    for number in range(12):
+        slide(f"s{number}", tiles=3, seed=number)
+
+    def module(test_time: float) -> BagDataModule:
+        table = [
+            {"slide_id": f"s{n}", "time": 10 * (n + 1) if n < 6 else test_time + n, "event": 1, "fold_0": part}
+            for n, part in enumerate(6 * ["train"] + 3 * ["val"] + 3 * ["test"])
+        ]
+        options = {"task": "survival", "label": ["time", "event"]}
+        return data(rows(table, f"{test_time}.csv"), tmp_path / "features", **options)
+
+    assert module(1.0).task.times == module(5000.0).task.times == (22, 35, 48)

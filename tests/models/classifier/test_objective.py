@@ -1,13 +1,16 @@
 """The losses against formulas written out by hand, and against other packages."""
 
 import math
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from longslide.errors import LongslideError
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.objective import (
+    Binary,
     Cox,
     DiscreteHazards,
     Multilabel,
@@ -16,6 +19,7 @@ from longslide.models.classifier.objective import (
     Regression,
     create_objective,
     partial_likelihood,
+    survival_at,
 )
 from longslide.models.classifier.options import ClassifierOptions
 from longslide.models.classifier.selection import class_of, selection_metric
@@ -110,6 +114,33 @@ def test_the_partial_likelihood_is_breslows_written_out() -> None:
     event = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     expected = sum(torch.logsumexp(risk[time >= time[i]], 0) - risk[i] for i in range(7) if event[i])
     torch.testing.assert_close(partial_likelihood(risk, time, event), expected)
+
+
+@pytest.mark.parametrize("ties", ["breslow", "efron"])
+def test_the_partial_likelihood_and_the_baseline_are_those_of_r(ties: str) -> None:
+    reference = Path(__file__).parents[2] / "evaluation" / "reference"
+    expected = pd.read_csv(reference / "expected.csv").set_index("name")["value"]
+    table = pd.read_csv(reference / "survival.csv")
+    risk, target = torch.tensor(table["risk"]), torch.tensor(table[["time", "event"]].to_numpy(float))
+    value = float(partial_likelihood(risk, *target.unbind(1), ties))
+    assert -value == pytest.approx(expected[f"partial_likelihood_{ties}"], rel=1e-9)
+    objective = Cox((2.0, 4.0, 8.0), ties).double()
+    objective.fit_baseline(risk[:, None], target)
+    assert objective.baseline.tolist() == pytest.approx([expected[f"baseline_{ties}_{t}"] for t in (2, 4, 8)], rel=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 5.0])
+def test_a_temperature_changes_no_decision(temperature: float) -> None:
+    outputs = 3 * randn(500, 2)
+    for objective, task in ((Ordinal(3, None), GRADES), (Binary(2, None), None)):
+        raw = outputs if task else outputs[:, :1]
+        before, after = (objective.predict(raw, t)["probability"] for t in (None, temperature))
+        torch.testing.assert_close(after.sum(1), torch.ones_like(after.sum(1)))
+        assert ((before - after).abs().amax() > 0.01).item()
+        decide = (lambda p: class_of(GRADES, p)) if task else (lambda p: p[:, 1] > 0.5)
+        assert (decide(before) == decide(after)).all()
+    same = Ordinal(3, None).predict(outputs, 1.0)["probability"]
+    torch.testing.assert_close(same, Ordinal(3, None).predict(outputs)["probability"])
 
 
 def test_cox_finds_the_coefficients_that_scikit_survival_finds() -> None:
@@ -221,3 +252,10 @@ def test_a_metric_without_two_classes_is_undefined() -> None:
 def test_class_weights_must_be_one_a_class() -> None:
     with pytest.raises(LongslideError, match="3 class weights for a binary task with 2"):
         create_objective(BINARY, [1.0, 2.0, 3.0])
+
+
+def test_survival_at_other_times_has_a_constant_hazard_between_those_known() -> None:
+    rate = torch.tensor([[0.1], [0.5]]).double()
+    known, wanted = torch.tensor([1.0, 4.0]).double(), torch.tensor([0.5, 1.0, 3.0, 6.0]).double()
+    found = survival_at((-rate * known).exp(), (1.0, 4.0), (0.5, 1.0, 3.0, 6.0))
+    torch.testing.assert_close(found, (-rate * wanted).exp())
