@@ -12,8 +12,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from types import FunctionType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import LongslideError
+from .compilation import compile_blocks, compile_transform
 from .float8 import Fidelity, Float8Linear, fidelity, fits_float8, has_float8
 
 logger = logging.getLogger(__name__)
@@ -114,11 +113,19 @@ class TileEngine:
             raise LongslideError(
                 f"--precision float8 needs an NVIDIA GPU of compute capability 8.9 or more, not {self.device}; use float16"
             )
-        network = placed(self.encoder, self.device, weights_dtype(self.precision))
+        try:
+            network = placed(self.encoder, self.device, weights_dtype(self.precision))
+        except (TypeError, AttributeError, NotImplementedError) as error:  # of copy.deepcopy
+            if self.precision == "float8":
+                raise LongslideError(f"float8: the tile encoder cannot be copied ({error}); use float16") from error
+            self._compiles, self._autocast = False, self.precision != "float32"
+            self._remark(f"the tile encoder cannot be copied: it runs as it is, with autocast ({error})")
+            return self.encoder.to(self.device)
         if self.precision == "float8":
             replace_linears(network, self.encoder, self.device)
         if self._compiles:
             compile_blocks(network)
+            compile_transform(network, weights_dtype(self.precision))
         return network
 
     @torch.inference_mode()
@@ -235,17 +242,20 @@ class TileEngine:
         reason = " ".join(str(error).split())[:200]
         if self._compiles:
             self._compiles = False
-            self.remarks.append(f"the tile encoder cannot be compiled and runs as it is ({reason})")
+            self._remark(f"the tile encoder cannot be compiled and runs as it is ({reason})")
         elif self.precision in ("float16", "bfloat16") and not self._autocast:
             self._autocast = True
-            self.remarks.append(
+            self._remark(
                 f"the tile encoder runs by autocast, which is slower than weights in {self.precision} ({reason})"
             )
         else:
             return False
-        logger.warning("%s", self.remarks[-1])
         self._run = placed(self.encoder, self.device, torch.float32) if self._autocast else self._prepare()
         return True
+
+    def _remark(self, remark: str) -> None:
+        self.remarks.append(remark)
+        logger.warning("%s", remark)
 
     def _graph(self, size: int, like: Tensor) -> _Graph | None:
         """The graph of a number of tiles; None if the encoder has none."""
@@ -271,8 +281,7 @@ class TileEngine:
             raise
         except RuntimeError as error:
             torch.cuda.synchronize(self.device)
-            self.remarks.append(f"the tile encoder runs without CUDA graphs ({' '.join(str(error).split())[:200]})")
-            logger.warning("%s", self.remarks[-1])
+            self._remark(f"the tile encoder runs without CUDA graphs ({' '.join(str(error).split())[:200]})")
             self._graphs = None
             return None
         self._graphs[key] = _Graph(graph, tiles, embeddings)
@@ -397,32 +406,3 @@ def replace_linears(network: nn.Module, original: nn.Module, device: torch.devic
     for name in names:
         linear: Any = original.get_submodule(name)
         network.set_submodule(name, Float8Linear(linear, torch.float16).to(device))
-
-
-def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The longest row of modules of one class: the blocks of a transformer; none if there are fewer than four."""
-    longest: list[nn.Module] = []
-    for module in network.modules():
-        if isinstance(module, nn.Sequential | nn.ModuleList):
-            for kind in {type(child) for child in module}:
-                row = [child for child in module if type(child) is kind]
-                longest = row if len(row) > len(longest) else longest
-    return longest if len(longest) >= 4 else []
-
-
-def compile_blocks(network: nn.Module) -> None:
-    """Compile the forward of a network's blocks in place: one graph for all of them, kept on disk for later runs."""
-    blocks = repeated_blocks(network)
-    if not blocks:
-        return
-    forward: Any = type(blocks[0]).forward
-    if isinstance(forward, FunctionType):  # a code of its own: what is compiled is kept, and counted, by code
-        own = FunctionType(
-            forward.__code__.replace(co_name=forward.__name__), forward.__globals__, forward.__name__,
-            forward.__defaults__, forward.__closure__,
-        )  # fmt: skip
-        own.__kwdefaults__ = forward.__kwdefaults__
-        forward = own
-    compiled = torch.compile(forward, dynamic=False, fullgraph=True)
-    for block in blocks:
-        block.forward = partial(compiled, block)

@@ -9,11 +9,11 @@ tensors instead of PIL images (kaiko, midnight) differ by one grey level at most
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import center_crop
 
 _FRACTION_BITS = 22
 """Pillow keeps its weights as integers with this many fractional bits (`PRECISION_BITS` of its Resample.c)."""
@@ -46,19 +46,66 @@ class TileTransform:
         Returns:
             (B, 3, crop, crop) float32 on the same device.
         """
+        return apply_transform(tiles, *self.constants(tiles))
+
+    def constants(self, tiles: Tensor) -> "TransformConstants":
+        """What the arithmetic for tiles of a size needs on their device, found once for each.
+
+        Args:
+            tiles: (B, H, W, 3) uint8.
+        """
         if tiles.dtype != torch.uint8 or tiles.ndim != 4 or tiles.shape[-1] != 3:
             raise ValueError(f"tiles must be (B, H, W, 3) uint8, not {tuple(tiles.shape)} {tiles.dtype}")
-        images = tiles.permute(0, 3, 1, 2)
-        height, width = images.shape[-2:]
-        short = min(height, width)
-        if short != self.resize:
-            images = _resample(images, int(self.resize * width / short), -1, self.interpolation)
-            images = _resample(images, int(self.resize * height / short), -2, self.interpolation)
-        images = center_crop(images, [self.crop, self.crop])
+        size, device = tuple(tiles.shape[1:3]), tiles.device
+        short = min(size)
+        height, width = (int(self.resize * edge / short) for edge in size)
+        taps = [
+            None if short == self.resize or edge == target else _taps(edge, target, self.interpolation, device)
+            for edge, target in ((size[1], width), (size[0], height))
+        ]
+        if short == self.resize:
+            height, width = size
+        corner = (round((height - self.crop) / 2), round((width - self.crop) / 2))
         # Dividing by tensors: CUDA divides by a Python number as a product with its reciprocal, which is less exact.
-        white, mean, std = (_per_channel(v, tiles.device) for v in ((255.0, 255.0, 255.0), self.mean, self.std))
-        normalised: Tensor = images.float().div(white).sub(mean).div(std).contiguous()
-        return normalised
+        white, mean, std = (_per_channel(values, device) for values in ((255.0, 255.0, 255.0), self.mean, self.std))
+        return TransformConstants(taps[0], taps[1], corner, self.crop, white, mean, std)
+
+
+class TransformConstants(NamedTuple):
+    """Taps of the horizontal and the vertical pass, or None; the crop's corner (row, column) and edge; colours."""
+
+    horizontal: tuple[Tensor, Tensor] | None
+    vertical: tuple[Tensor, Tensor] | None
+    corner: tuple[int, int]
+    crop: int
+    white: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+def apply_transform(
+    tiles: Tensor,
+    horizontal: tuple[Tensor, Tensor] | None,
+    vertical: tuple[Tensor, Tensor] | None,
+    corner: tuple[int, int],
+    crop: int,
+    white: Tensor,
+    mean: Tensor,
+    std: Tensor,
+) -> Tensor:
+    """The arithmetic of a transform, on tensors alone; see `TransformConstants`.
+
+    Returns:
+        (B, 3, crop, crop) float32.
+    """
+    images = tiles.permute(0, 3, 1, 2)
+    if horizontal is not None:
+        images = _resample(images, *horizontal, -1)
+    if vertical is not None:
+        images = _resample(images, *vertical, -2)
+    row, column = corner
+    images = images[..., row : row + crop, column : column + crop]
+    return images.float().div(white).sub(mean).div(std).contiguous()
 
 
 @cache
@@ -67,12 +114,8 @@ def _per_channel(values: tuple[float, float, float], device: torch.device) -> Te
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def _resample(images: Tensor, target: int, axis: int, interpolation: str) -> Tensor:
+def _resample(images: Tensor, indices: Tensor, weights: Tensor, axis: int) -> Tensor:
     """One pass of Pillow's `resize` along an axis of (B, 3, H, W) uint8 images."""
-    source = images.shape[axis]
-    if source == target:
-        return images
-    indices, weights = _taps(source, target, interpolation, images.device)
     total = None
     for index, weight in zip(indices, weights, strict=True):
         term = images.index_select(axis, index).to(torch.int32).mul_(weight if axis == -1 else weight[:, None])

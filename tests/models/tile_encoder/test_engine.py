@@ -1,5 +1,6 @@
 """The engine gives what the plain encoder gives, of any encoder, in any batches; and says what an encoder does not stand."""
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 import torch
 from longslide import LongslideError, create_tile_encoder
 from longslide.models.tile_encoder import engine as engine_file
+from longslide.models.tile_encoder.compilation import compile_transform, repeated_blocks
 from longslide.models.tile_encoder.encoder import TileEncoder, build_network
-from longslide.models.tile_encoder.engine import TileEngine, placed, repeated_blocks
+from longslide.models.tile_encoder.engine import TileEngine, placed
 from longslide.models.tile_encoder.float8 import Float8Linear, fidelity, quantise
 from longslide.models.tile_encoder.spec import list_tile_encoders, load_tile_encoder_spec
 from torch import Tensor, nn
@@ -119,6 +121,14 @@ def test_a_module_that_sets_its_dtypes_runs_by_autocast_and_that_is_said() -> No
     assert len(engine.remarks) == 1
 
 
+def test_a_module_that_cannot_be_copied_runs_as_it_is_and_that_is_said() -> None:
+    module = SetsDtypes().eval()
+    module.lock = threading.Lock()
+    engine = TileEngine(module, CPU, "bfloat16")
+    assert torch.cosine_similarity(engine(TILES).float(), plain(module)).min() > 0.999
+    assert ["cannot be copied" in remark for remark in engine.remarks] == [True]
+
+
 class Breaks(nn.Module):
     """A block that no graph holds: what it computes depends on a value."""
 
@@ -152,6 +162,16 @@ def test_an_error_of_the_encoder_itself_is_not_taken_for_one_of_the_way_it_runs(
 
 
 @pytest.mark.slow
+def test_a_compiled_transform_gives_the_same_images_with_and_without_resampling() -> None:
+    for resize in (64, 40):
+        spec = replace(small("lunit-vits8").spec, resize=resize, crop=32)
+        network = TileEncoder(spec, nn.Identity(), "")
+        wanted = network.transform(TILES)
+        compile_transform(network, torch.float32)
+        torch.testing.assert_close(network.transform(TILES), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_one_graph_serves_the_blocks_of_all_depths(encoder: TileEncoder) -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
@@ -159,7 +179,7 @@ def test_one_graph_serves_the_blocks_of_all_depths(encoder: TileEncoder) -> None
     engine = TileEngine(encoder, CPU, "float32", 8, compiles=True, pads=True)
     torch.testing.assert_close(engine(TILES[:8]), plain(encoder, TILES[:8]), rtol=1e-4, atol=1e-4)
     assert engine.remarks == []
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 2, "the transform is the other one"
     assert len(repeated_blocks(encoder)) == 5
     assert "forward" not in vars(repeated_blocks(encoder)[0]), "the encoder itself is not compiled"
 
@@ -244,3 +264,76 @@ def test_an_encoder_without_linear_layers_has_no_float8(monkeypatch: pytest.Monk
     encoder = create_tile_encoder("resnet10t", checkpoint="random")
     with pytest.raises(LongslideError, match="no linear layers"):
         TileEngine(encoder, CPU, "float8")
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs, float8")
+GPU = torch.device("cuda")
+
+
+@needs_gpu
+@pytest.mark.parametrize(("precision", "cosine"), [("float32", 0.9999999), ("float16", 0.99999), ("bfloat16", 0.999)])
+def test_on_a_gpu_graphs_of_compiled_blocks_give_the_embeddings_of_any_number_of_tiles(
+    encoder: TileEncoder, precision: Any, cosine: float
+) -> None:
+    engine = TileEngine(encoder, GPU, precision, 8)
+    wanted = plain(encoder)
+    for count in (11, 8, 3, 11):
+        found = engine(TILES[:count])
+        assert found.device.type == "cuda"
+        assert torch.cosine_similarity(found.float().cpu(), wanted[:count]).min() > cosine
+    parts = [TILES[:5].numpy(), TILES[5:6].numpy(), TILES[6:].numpy()]
+    for _ in range(3):
+        streamed = np.concatenate(list(engine.stream(parts * 4)))
+        assert torch.cosine_similarity(torch.from_numpy(streamed).float(), wanted.repeat(4, 1)).min() > cosine
+    assert engine.remarks == []
+
+
+@needs_gpu
+def test_on_a_gpu_a_stream_that_is_given_up_leaves_the_engine_as_it_was(encoder: TileEncoder) -> None:
+    engine = TileEngine(encoder, GPU, "float16", 4)
+    wanted = engine(TILES).cpu()
+    stream = engine.stream([TILES.numpy()] * 20)
+    next(stream)
+    stream.close()
+    assert torch.equal(torch.from_numpy(np.concatenate(list(engine.stream([TILES.numpy()])))), wanted)
+
+
+@needs_gpu
+def test_on_a_gpu_an_encoder_that_asks_the_host_runs_without_graphs_and_that_is_said() -> None:
+    module = Broken().eval()
+    engine = TileEngine(module, GPU, "float32", 4)
+    torch.testing.assert_close(engine(TILES).cpu(), plain(module), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(engine(TILES).cpu(), plain(module), rtol=1e-5, atol=1e-4)
+    assert len(engine.remarks) == 1
+    assert "without CUDA graphs" in engine.remarks[0]
+
+
+@needs_gpu
+def test_on_a_gpu_running_out_of_memory_halves_the_batch(encoder: TileEncoder) -> None:
+    def small_memory(module: nn.Module, tiles: tuple[Tensor]) -> None:
+        if len(tiles[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    wanted = plain(encoder)
+    hook = encoder.register_forward_pre_hook(small_memory)
+    engine = TileEngine(encoder, GPU, "float16", 8)
+    hook.remove()
+    streamed = np.concatenate(list(engine.stream([TILES.numpy()])))
+    assert engine.batch_size == 2
+    assert torch.cosine_similarity(torch.from_numpy(streamed).float(), wanted).min() > 0.99999
+
+
+@needs_gpu
+def test_on_a_gpu_float8_is_near_float32_and_says_how_near(
+    encoder: TileEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not engine_file.has_float8(GPU):
+        pytest.skip("needs a GPU with float8")
+    monkeypatch.setattr(engine_file, "LEAST_COSINE", 0.99)
+    monkeypatch.setattr(engine_file, "LEAST_MEAN_COSINE", 0.99)
+    engine = TileEngine(encoder, GPU, "float8", 8)
+    streamed = np.concatenate(list(engine.stream([TILES.numpy()])))
+    assert streamed.dtype == np.float16
+    assert engine.fidelity is not None
+    assert 0.99 < engine.fidelity.least_cosine < 0.999999
+    assert engine.remarks == []
