@@ -89,7 +89,7 @@ def main() -> None:
         embedder([first] * 4)
         repeats = max(4, tiles // options.batch_size)
         started = time.perf_counter()
-        embedder([TileBatch(first.tiles, first.index)] * repeats)
+        embedder([TileBatch(first.tiles, first.index, first.coords)] * repeats)
         alone = repeats * len(first.index) / (time.perf_counter() - started)
 
         print(f"{'threads':>8} {'encoder':>9} {'reading':>9} {'job':>9}  tiles/s   job / slower part   device waits")

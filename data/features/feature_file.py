@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
 import numpy as np
@@ -13,13 +13,17 @@ from ...errors import LongslideError
 from ...version import __version__
 from ..whole_file import write_whole
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
 SCHEMA = 1
 """Version of the layout, in the file attribute `schema`."""
 
 Layout = Literal["longslide", "trident", "clam", "prov-gigapath", "stamp"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Features:
     """The tile embeddings of a slide, where the tiles are, and the slide embedding.
 
@@ -75,6 +79,57 @@ class Features:
     quickhash: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     layout: Layout = "longslide"
+
+    def __repr__(self) -> str:
+        tiles, width = self.features.shape
+        made = "" if self.encoder is None else f", {self.encoder}"
+        slide = "" if self.slide_embedding is None else f", slide embedding of {len(self.slide_embedding)}"
+        return f"Features({self.slide_id!r}, {tiles:,} tiles x {width}{made}{slide})"
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row per tile: `x`, `y` (as `coords`), `column`, `row` (the grid cell), then `feature_0`, `feature_1`, ..."""
+        import pandas as pd
+
+        places = pd.DataFrame(np.hstack([self.coords, self.cells]), columns=["x", "y", "column", "row"])
+        names = [f"feature_{number}" for number in range(self.features.shape[1])]
+        return pd.concat([places, pd.DataFrame(self.features, columns=names)], axis=1)
+
+    def to_anndata(self) -> "AnnData":
+        """The tiles as observations of an AnnData, as scanpy, squidpy and spatialdata read it.
+
+        Returns:
+            `X` the embeddings, float32; `obs` with `slide_id`, `x`, `y`, `column`, `row`; `obsm["spatial"]` the centres of
+            the tiles in the units of `coords`; `uns["longslide"]` what the features were made with, and
+            `uns["slide_embedding"]` if there is one.
+
+        Raises:
+            LongslideError: The package anndata is not installed.
+        """
+        try:
+            from anndata import AnnData
+        except ModuleNotFoundError as error:
+            raise LongslideError("to_anndata needs the package anndata: pip install 'longslide[anndata]'") from error
+
+        places = self.to_pandas()[["x", "y", "column", "row"]]
+        places.insert(0, "slide_id", self.slide_id)
+        places.index = places.index.astype(str)
+        names = (
+            "encoder",
+            "weights",
+            "precision",
+            "tile_px",
+            "overlap",
+            "tile_mpp",
+            "slide_mpp",
+            "slide_encoder",
+            "pool",
+        )
+        made = {name: getattr(self, name) for name in names}
+        content: dict[str, Any] = {"longslide": {name: value for name, value in made.items() if value is not None}}
+        if self.slide_embedding is not None:
+            content["slide_embedding"] = self.slide_embedding
+        centres = self.coords + (self.tile_size_level0 or self.step_level0) / 2
+        return AnnData(self.features.astype(np.float32), obs=places, obsm={"spatial": centres}, uns=content)
 
     @property
     def cells(self) -> np.ndarray:

@@ -1,17 +1,25 @@
 """Whole-slide images: opening, reading regions as RGB, microns per pixel."""
 
+import base64
 import hashlib
+import html
+import io
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from ...errors import LongslideError
 from .base import READERS, SlideReader, open_reader
 from .mpp import Mpp, resolve_mpp
+
+if TYPE_CHECKING:
+    from ..tiles.stream import TileStream
+    from ..tissue.base import Tissue, TissueSegmenter
 
 _BLOCK = 2048  # pixels of a level read at once for a thumbnail
 _MAX_UNREADABLE = 256  # failed reads after which a slide has no thumbnail: each one reopens the file
@@ -44,6 +52,21 @@ class Slide:
         self.properties = reader.properties
         self.vendor = reader.vendor
         self.background = reader.background
+
+    def __repr__(self) -> str:
+        width, height = self.dimensions
+        try:
+            mpp = f"{self.mpp.value:g} um/px"
+        except LongslideError:
+            mpp = "no microns per pixel"
+        return f"Slide({self.slide_id!r}, {width:,} x {height:,} px, {mpp}, {self.vendor})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the thumbnail, and the line of `repr`."""
+        picture = io.BytesIO()
+        Image.fromarray(self.thumbnail(256)).save(picture, format="JPEG")
+        encoded = base64.b64encode(picture.getvalue()).decode()
+        return f'<img src="data:image/jpeg;base64,{encoded}" alt=""><br>{html.escape(repr(self))}'
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +146,60 @@ class Slide:
         if small.shape[:2] == (height, width):
             return small
         return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_AREA))
+
+    def tissue(self, segmenter: "TissueSegmenter | None" = None) -> "Tissue":
+        """Find the tissue.
+
+        Args:
+            segmenter: The tissue segmenter: `optical-density` by default.
+
+        Returns:
+            Its mask, and its contours in level-0 pixels.
+
+        Raises:
+            LongslideError: Hardly anything of the slide can be read, or it has no microns per pixel.
+        """
+        from ..tissue.optical_density import OpticalDensity
+
+        return (segmenter or OpticalDensity())(self)
+
+    def tiles(
+        self,
+        mpp: float = 0.5,
+        px: int = 256,
+        *,
+        overlap: int = 0,
+        min_tissue: float = 0.1,
+        tissue: "Tissue | None" = None,
+        batch_size: int = 64,
+        threads: int = 4,
+        max_bad_tiles: int = 0,
+    ) -> "TileStream":
+        """The tiles on tissue, row by row, as batches that threads read ahead.
+
+        Args:
+            mpp: Microns per pixel of the tiles.
+            px: Edge of a tile in pixels.
+            overlap: Pixels that neighbouring tiles share.
+            min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
+            tissue: The tissue, if it is known already.
+            batch_size: Tiles of a batch.
+            threads: Threads that read.
+            max_bad_tiles: Unreadable tiles that are left out; with more of them reading ends in an error.
+
+        Returns:
+            Batches with `.tiles` `(B, px, px, 3)` uint8 RGB and `.coords` `(B, 2)` int64 (x, y) in level-0 pixels. It may be
+            gone through more than once, while the slide is open.
+
+        Raises:
+            LongslideError: The slide has no microns per pixel, is smaller than a tile, or coarser than `mpp`.
+        """
+        from ..tiles.grid import make_grid
+        from ..tiles.stream import TileStream
+
+        found = self.tissue() if tissue is None else tissue
+        grid = make_grid(self, found, tile_mpp=mpp, tile_px=px, overlap=overlap, min_tissue=min_tissue)
+        return TileStream(self, grid, batch_size=batch_size, threads=threads, max_bad_tiles=max_bad_tiles)
 
     def _read_what_can_be_read(
         self, left: int, top: int, level: int, width: int, height: int, unreadable: list[LongslideError]

@@ -15,17 +15,22 @@ from .grid import Grid
 _RUN = 8  # tiles a thread reads before it asks for more: handing them over one by one costs a twentieth
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TileBatch:
     """Some tiles of a slide.
 
     Attributes:
         tiles: `(B, tile_px, tile_px, 3)` uint8 RGB.
         index: `(B,)` int64 rows of the grid's `coords`.
+        coords: `(B, 2)` int64 top-left corners (x, y) in level-0 pixels.
     """
 
     tiles: np.ndarray
     index: np.ndarray
+    coords: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"TileBatch({len(self.tiles)} tiles of {self.tiles.shape[1]} px)"
 
 
 class TileStream:
@@ -63,6 +68,9 @@ class TileStream:
         self.max_bad_tiles = max_bad_tiles
         self.bad_tiles: list[tuple[int, int]] = []
 
+    def __repr__(self) -> str:
+        return f"TileStream({self.slide.slide_id!r}, {len(self):,} tiles of {self.grid.tile_px} px)"
+
     def __len__(self) -> int:
         """Tiles of the grid."""
         return len(self.grid.coords)
@@ -89,7 +97,8 @@ class TileStream:
                     self._count_bad(start + np.flatnonzero(~good))
                     tiles = tiles[good]
                 if len(tiles):
-                    yield TileBatch(tiles, start + np.flatnonzero(good))
+                    index = start + np.flatnonzero(good)
+                    yield TileBatch(tiles, index, self.grid.coords[index])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -103,15 +112,10 @@ class TileStream:
         return [self._read(x, y, tile) for (x, y), tile in zip(coords.tolist(), out, strict=True)]
 
     def _read(self, x: int, y: int, out: np.ndarray) -> bool:
-        grid = self.grid
         try:
-            region = self.slide.read_region(x, y, grid.level, grid.read_px, grid.read_px)
+            read_tile(self.slide, self.grid, x, y, out)
         except LongslideError:
             return False
-        if grid.read_px == grid.tile_px:
-            out[...] = region
-        else:  # the mean over each pixel's area: no aliasing, no shift of half a pixel
-            cv2.resize(region, (grid.tile_px, grid.tile_px), dst=out, interpolation=cv2.INTER_AREA)
         return True
 
     def _count_bad(self, rows: np.ndarray) -> None:
@@ -122,3 +126,23 @@ class TileStream:
                 f"{self.slide.path}: {len(self.bad_tiles)} unreadable tiles (first at {first}, level-0 pixels), more "
                 f"than --max-bad-tiles {self.max_bad_tiles}; copy the slide again, or allow more"
             )
+
+
+def read_tile(slide: Slide, grid: Grid, x: int, y: int, out: np.ndarray) -> None:
+    """Read one tile of a grid.
+
+    Args:
+        slide: The slide.
+        grid: The grid: it says from which level.
+        x: Left edge in level-0 pixels.
+        y: Top edge in level-0 pixels.
+        out: `(tile_px, tile_px, 3)` uint8, where the pixels go.
+
+    Raises:
+        LongslideError: It cannot be read.
+    """
+    region = slide.read_region(x, y, grid.level, grid.read_px, grid.read_px)
+    if grid.read_px == grid.tile_px:
+        out[...] = region
+    else:  # the mean over each pixel's area: no aliasing, no shift of half a pixel
+        cv2.resize(region, (grid.tile_px, grid.tile_px), dst=out, interpolation=cv2.INTER_AREA)

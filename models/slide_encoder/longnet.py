@@ -5,10 +5,71 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...errors import LongslideError
 from .attention_pattern import Pattern, attention
 from .dilated_attention import dilated_self_attention
 from .dilated_attention.parallel import SequenceShards, parallel_dilated_attention
 from .norm_linear import norm_linear
+
+
+class LongNet(nn.Module):
+    """A LongNet encoder over sequences of one length: a plain module in the place of a transformer encoder.
+
+    It has no embedding and no positions: give it tokens that know their places.
+
+    Args:
+        width: Width of the tokens; a multiple of `heads`.
+        layers: Layers.
+        heads: Attention heads.
+        segment_lengths: Tokens of a segment, for each branch of the attention.
+        dilated_ratios: Every how many-th token takes part, for each branch.
+        ffn_width: Width of the feed-forward networks; four times `width` by default.
+        dropout: Share of values dropped after each half of a layer.
+        drop_path: Share of sequences for which the last layer's halves are left out in training; less before it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int = 4,
+        heads: int = 8,
+        segment_lengths: Sequence[int] = (1024, 4096, 16384, 65536),
+        dilated_ratios: Sequence[int] = (1, 2, 4, 8),
+        ffn_width: int | None = None,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if width % heads or len(segment_lengths) != len(dilated_ratios):
+            raise LongslideError(
+                f"width {width} must be a multiple of heads {heads}, and {list(segment_lengths)} and {list(dilated_ratios)} "
+                "be one segment length and one ratio for each branch"
+            )
+        rates = [drop_path * i / max(1, layers - 1) for i in range(layers)]
+        self.layers = nn.ModuleList(
+            LongNetLayer(width, heads, ffn_width or 4 * width, segment_lengths, dilated_ratios, dropout, rate)
+            for rate in rates
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode sequences.
+
+        Args:
+            x: `(B, L, width)` tokens.
+
+        Returns:
+            `(B, L, width)`.
+        """
+        batch, length, width = x.shape
+        cu_seqlens = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=x.device)
+        tokens, update = x.reshape(batch * length, width), None
+        for layer in self.layers:
+            tokens, update = layer(tokens, cu_seqlens, update=update)
+        if update is not None:
+            tokens = tokens + update
+        normed: Tensor = self.norm(tokens)
+        return normed.view(batch, length, width)
 
 
 class LongNetLayer(nn.Module):

@@ -4,8 +4,12 @@ This module imports neither torch nor timm, so that `doctor` and the command lin
 """
 
 import difflib
+import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -138,15 +142,15 @@ def _packaged() -> dict[str, Path]:
 
 def _timm_spec(name: str) -> TileEncoderSpec:
     """The spec of any timm model: dimension from the model, transform from its `pretrained_cfg`."""
+    if "timm" not in sys.modules and name.partition(".")[0] not in timm_architectures():
+        raise _no_such_encoder(name, timm_architectures())
+
     import timm
     import torch
     from timm.data.config import resolve_data_config
 
     if not timm.is_model(name):
-        known = [*_packaged(), *timm.list_models(), *timm.list_pretrained()]
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"the package has {', '.join(list_tile_encoders())}."
-        raise LongslideError(f"No tile encoder {name!r}: {hint} The path of a YAML file or any timm model works too.")
+        raise _no_such_encoder(name, [*timm.list_models(), *timm.list_pretrained()])
     with torch.device("meta"):
         model: Any = timm.create_model(name, pretrained=False, num_classes=0)
     config: Any = model.pretrained_cfg
@@ -175,6 +179,22 @@ def _timm_spec(name: str) -> TileEncoderSpec:
         paper=_paper_link(config),
         hub_id=config.get("hf_hub_id"),
     )
+
+
+def timm_architectures() -> list[str]:
+    """Names of timm's architectures, read from its files: importing timm, and torch with it, takes many seconds."""
+    package = find_spec("timm")
+    if package is None or package.origin is None:
+        return []
+    sources = sorted((Path(package.origin).parent / "models").glob("*.py"))
+    pattern = re.compile(r"^@register_model\ndef (\w+)\(", re.MULTILINE)
+    return [name for source in sources for name in pattern.findall(source.read_text(encoding="utf-8"))]
+
+
+def _no_such_encoder(name: str, of_timm: Iterable[str]) -> LongslideError:
+    near = difflib.get_close_matches(name, [*_packaged(), *of_timm], n=5, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"the package has {', '.join(list_tile_encoders())}."
+    return LongslideError(f"No tile encoder {name!r}: {hint} The path of a YAML file or any timm model works too.")
 
 
 def _paper_link(config: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ class AttentionMap:
 
 
 def attention_map(
-    output: Path = Path("attention-map.png"),
+    output: str | Path = Path("attention-map.png"),
     pattern: Literal["dilated", "dense", "sliding-window", "strided"] = "dilated",
     tokens: int = 64,
     heads: int = 4,
@@ -48,7 +48,7 @@ def attention_map(
     window: int = 0,
     period: int = 0,
     causal: bool = False,
-) -> list[AttentionMap]:
+) -> AttentionMap:
     """Draw which keys each query sees: for each head, for all heads together, and what it costs beside dense attention.
 
     Args:
@@ -69,6 +69,8 @@ def attention_map(
         LongslideError: The configuration does not fit, or the picture cannot be written.
     """
     from .figure import MAX_BRANCHES, draw_attention_map
+
+    output = Path(output)
 
     branches = tuple(zip(segment_lengths, dilated_ratios, strict=False)) if pattern == "dilated" else ()
     if pattern == "dilated" and (
@@ -110,7 +112,7 @@ def attention_map(
         f"{output}: each head scores {result.share:.1%} of dense attention's query-key pairs; all heads together see "
         f"{result.seen:.1%} of them"
     )
-    return [result]
+    return result
 
 
 def visible_keys(

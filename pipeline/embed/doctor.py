@@ -139,7 +139,7 @@ class DiskCheck:
 
 
 def doctor(
-    slides: Sequence[str | Path],
+    slides: str | Path | Sequence[str | Path],
     tile_encoder: TileEncoderChoice | None = None,
     tile_checkpoint: str | Path | None = None,
     slide_encoder: SlideEncoderChoice | None = None,
@@ -281,7 +281,9 @@ def _check_tile_encoder(
     resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
     batch, batches = (64, 16) if torch_device.type == "cuda" else (2, 2)
     rng = np.random.default_rng(0)
-    noise = TileBatch(rng.integers(0, 256, (batch, tile_px, tile_px, 3), np.uint8), np.arange(batch))
+    noise = TileBatch(
+        rng.integers(0, 256, (batch, tile_px, tile_px, 3), np.uint8), np.arange(batch), np.zeros((batch, 2), np.int64)
+    )
     embedder = TileEmbedder(encoder, torch_device, resolved)
     embedder([noise] * batches)  # compiled, and kernels chosen
     started = time.perf_counter()

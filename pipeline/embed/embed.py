@@ -50,7 +50,7 @@ DEFAULT_TILE_PX = 256
 
 
 def embed(
-    slides: Sequence[str | Path],
+    slides: str | Path | Sequence[str | Path],
     output: str | Path,
     tile_encoder: TileEncoderChoice,
     tile_checkpoint: str | Path | None = None,

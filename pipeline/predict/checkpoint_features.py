@@ -1,6 +1,6 @@
 """Features of new slides as a classifier was trained on them: existing files held against its checkpoint, others made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,8 +61,8 @@ class FeatureMaker:
     reads_slide_embedding: bool
     tile_encoder: TileEncoderChoice | None
     slide_encoder: SlideEncoderChoice | None
-    tile_checkpoint: str | None
-    slide_checkpoint: str | None
+    tile_checkpoint: str | Path | None
+    slide_checkpoint: str | Path | None
     max_bad_tiles: int
     batch_size: int | None
     threads: int
@@ -245,7 +245,7 @@ def _same(name: str, there: Any, wanted: Any) -> bool:
     return bool(np.isclose(there, wanted, rtol=0.01)) if name == "mpp" else identity(there) == identity(wanted)
 
 
-def _weights_to_load(given: str | None, trained: str | None) -> tuple[str | None, int]:
+def _weights_to_load(given: str | Path | None, trained: str | None) -> tuple[str | Path | None, int]:
     """The file or word to load weights from, and the seed of random ones: as given, else as in training."""
     if given is None and trained is not None:
         if trained.startswith("random seed="):
@@ -262,3 +262,14 @@ def _check_weights(kind: str, loaded: str, trained: str | None) -> None:
             f"the classifier was trained on features of {trained}, but the {kind} encoder's weights are {loaded}; give "
             f"those of training with --{kind}-checkpoint"
         )
+
+
+def check_exist(checkpoints: Sequence[Path]) -> None:
+    """Refuse checkpoints that are not there, before torch is imported to read the others.
+
+    Raises:
+        LongslideError: One is neither a file nor a folder.
+    """
+    for path in checkpoints:
+        if not path.exists():
+            raise LongslideError(f"{path}: no such checkpoint; give a .ckpt file or a run folder")

@@ -11,6 +11,7 @@ import numpy as np
 from ...data.features.feature_file import Features, read_features
 from ...data.slides.slide import Slide
 from ...errors import LongslideError
+from .checkpoint_features import check_exist
 from .gallery import write_gallery
 from .geojson import AGAINST_COLOUR, FOR_COLOUR, regions_to_geojson, tiles_to_geojson, to_geojson
 from .overlay import draw_overlay, score_limit, tile_raster
@@ -77,14 +78,16 @@ def explain(
     Raises:
         LongslideError: The features or a checkpoint cannot be used, or the model has no attention.
     """
+    paths = [Path(path) for path in ([checkpoint] if isinstance(checkpoint, str | Path) else checkpoint)]
+    check_exist(paths)
+    if not isinstance(features, Features):
+        features = read_features(features)
+
     from ...models.classifier.ensemble import load_ensemble
     from ..embed.tile_embedding import resolve_device
 
-    if not isinstance(features, Features):
-        features = read_features(features)
     torch_device = resolve_device(device)
-    paths = [checkpoint] if isinstance(checkpoint, str | Path) else list(checkpoint)
-    ensemble = load_ensemble([Path(path) for path in paths]).to(torch_device)
+    ensemble = load_ensemble(paths).to(torch_device)
     return explain_features(ensemble, features, method, torch_device)
 
 

@@ -25,7 +25,7 @@ from ...version import __version__
 from ..batch.ledger import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
 from ..batch.progress import JobProgress
 from ..embed.embed import PreparedSlide, SlideEncoderChoice, TileEncoderChoice, failed_slide, one_ahead
-from .checkpoint_features import FeatureMaker, doubts
+from .checkpoint_features import FeatureMaker, check_exist, doubts
 from .explain import explain_features, write_explanation
 from .patients import PatientJob
 from .prediction import PREDICTIONS, SCHEMA, Prediction, read_json, with_numbers, write_json, write_predictions
@@ -44,14 +44,14 @@ ExplainMethod = Literal["integrated-gradients", "gradient-x-input", "occlusion",
 
 def predict(
     slides: str | Path | Slide | Sequence[str | Path],
-    checkpoint: list[str] | str,
-    output: Path | None = None,
-    features: Path | None = None,
+    checkpoint: list[str | Path] | str | Path,
+    output: str | Path | None = None,
+    features: str | Path | None = None,
     explain: ExplainMethod | None = None,
     tile_encoder: TileEncoderChoice | None = None,
     slide_encoder: SlideEncoderChoice | None = None,
-    tile_checkpoint: str | None = None,
-    slide_checkpoint: str | None = None,
+    tile_checkpoint: str | Path | None = None,
+    slide_checkpoint: str | Path | None = None,
     plugins: list[str] | str | None = None,
     slide_mpp: float | None = None,
     patient_column: str | None = None,
@@ -107,10 +107,11 @@ def predict(
         entries = find_slides([slides] if isinstance(slides, str | Path) else slides, slide_mpp, patient_column)
     if max_bad_tiles < 0 or (batch_size is not None and batch_size < 1) or threads < 1:
         raise LongslideError("--max-bad-tiles must not be negative; --batch-size and --threads must be at least 1")
+    paths = [Path(path) for path in ([checkpoint] if isinstance(checkpoint, str | Path) else checkpoint)]
+    check_exist(paths)
     with ExitStack() as resources:
         kept = output is not None
-        if output is None:
-            output = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="longslide-")))
+        output = Path(output or resources.enter_context(tempfile.TemporaryDirectory(prefix="longslide-")))
         make_output_folder(output)
 
         from ...models.aggregators.slide_encoder import use_cuda_graphs
@@ -119,14 +120,13 @@ def predict(
         from ..embed.tile_embedding import resolve_device
 
         torch_device = resolve_device(device)
-        paths = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
-        ensemble = load_ensemble([Path(path) for path in paths]).to(torch_device)
+        ensemble = load_ensemble(paths).to(torch_device)
         use_cuda_graphs(ensemble)
         if explain is not None:
             check_method(ensemble, explain)
         maker = FeatureMaker(
             ensemble.preprocessing,
-            output / "features" if features is None else features,
+            output / "features" if features is None else Path(features),
             reads_slide_embedding=ensemble.reads_slide_embedding,
             tile_encoder=tile_encoder,
             slide_encoder=slide_encoder,

@@ -45,7 +45,7 @@ class ComparedRun:
 
 def compare(
     runs: Sequence[str | Path],
-    output: Path = Path("comparison"),
+    output: str | Path = Path("comparison"),
     subgroups: str = "",
     common_patients: bool = False,
 ) -> list[ComparedRun]:
@@ -63,6 +63,7 @@ def compare(
     Raises:
         LongslideError: Fewer than two runs, no run folders, other tasks, other patients or other targets.
     """
+    output = Path(output)
     named = _named([read_run(folder) for folder in runs])
     task = _shared_task(named)
     predictions = {name: run.predictions for name, run in named.items()}

@@ -50,7 +50,7 @@ class ReportResult:
         return True
 
 
-def report(results: Sequence[str | Path], embed_mb: float = EMBED_MB) -> list[ReportResult]:
+def report(results: str | Path | Sequence[str | Path], embed_mb: float = EMBED_MB) -> list[ReportResult]:
     """Write `report.html` into folders of results: a table of the slides, and for each what it was predicted from.
 
     Args:

@@ -6,6 +6,7 @@ from typing import Literal
 from ...data.cohort.options import DataOptions
 from ...errors import LongslideError
 from ...registry import import_plugins
+from ..predict.checkpoint_features import check_exist
 from ..report.run_folder import Run
 from .run import TrainingRun, print_metrics
 from .settings import column_names, configuration, settle
@@ -39,8 +40,7 @@ def test(
     """
     import_plugins(plugins)
     checkpoint = Path(checkpoint)
-    if not checkpoint.is_file():
-        raise LongslideError(f"{checkpoint}: no such checkpoint")
+    check_exist([checkpoint])
     if data.table is None:
         raise LongslideError("longslide test needs labels: give --data.table; `longslide predict` does without")
     settle("test", data)

@@ -76,7 +76,7 @@ def test_the_command_draws_every_branch_and_states_the_share(tmp_path: Path) -> 
     ],
 )
 def test_every_pattern_can_be_drawn(settings: dict[str, object], tmp_path: Path) -> None:
-    (drawn,) = attention_map(tmp_path / "map.png", **settings)  # type: ignore[arg-type]
+    drawn = attention_map(tmp_path / "map.png", **settings)  # type: ignore[arg-type]
     assert drawn.share > 0
     assert 0 < drawn.seen <= 1
     assert drawn.output.stat().st_size > 20_000

@@ -409,7 +409,8 @@ def test_out_of_memory_halves_the_batch_and_goes_on(job: dict[str, Any], slides:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     tiles = np.random.default_rng(0).integers(0, 256, (50, 64, 64, 3), np.uint8)
-    batches = [TileBatch(tiles[:32], np.arange(32)), TileBatch(tiles[32:], np.arange(32, 50))]
+    at = np.zeros((50, 2), np.int64)
+    batches = [TileBatch(tiles[:32], np.arange(32), at[:32]), TileBatch(tiles[32:], np.arange(32, 50), at[32:])]
     expected, _ = TileEmbedder(model, torch.device("cpu"), "float32")(batches)
     model.register_forward_pre_hook(small_memory)
     embedded, index = TileEmbedder(model, torch.device("cpu"), "float32")(batches)
@@ -430,7 +431,7 @@ def test_embeddings_that_are_not_finite_fail_the_slide(encoder: Path) -> None:
 
     model = create_tile_encoder(encoder, checkpoint="random")
     model.register_forward_hook(lambda module, tiles, output: output * 1e30)
-    tiles = TileBatch(np.full((2, 64, 64, 3), 200, np.uint8), np.arange(2))
+    tiles = TileBatch(np.full((2, 64, 64, 3), 200, np.uint8), np.arange(2), np.zeros((2, 2), np.int64))
     with pytest.raises(LongslideError, match=r"not finite in bfloat16; try --precision float32"):
         TileEmbedder(model, torch.device("cpu"), "bfloat16")([tiles])
 

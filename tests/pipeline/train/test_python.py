@@ -1,0 +1,59 @@
+"""Training from Python: functions with results, paths as text or Path."""
+
+from pathlib import Path
+
+import longslide
+import pytest
+from training_cohort import write_cohort
+
+CPU = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
+
+
+@pytest.mark.slow
+def test_pretrain_fit_test_compare_and_explain_hand_over_their_results(tmp_path: Path) -> None:
+    write_cohort(tmp_path / "cohort", 40)
+    features, table = str(tmp_path / "cohort" / "features"), str(tmp_path / "cohort" / "cohort.csv")
+    small = longslide.LongNetOptions(layers=1, width=16, heads=2, ffn_width=16)
+    pretrained = longslide.pretrain(
+        longslide.DataOptions(features, workers=0),
+        longslide.PretrainingOptions(longnet=small),
+        run=str(tmp_path / "mae"),
+        trainer=CPU,
+    )
+    assert pretrained.checkpoint.is_file()
+
+    data = longslide.DataOptions(features, table, "binary", workers=0)
+    model = longslide.ClassifierOptions(checkpoint=str(pretrained.checkpoint))
+    run = longslide.fit(data, model, run=str(tmp_path / "fit"), trainer=CPU, bootstrap=100, monitor="val_loss")
+    assert run.folder == tmp_path / "fit"
+    assert run.checkpoints == [tmp_path / "fit" / "best.ckpt"]
+    assert "auroc" in set(run.metrics["metric"])
+    assert repr(run).startswith("Run(")
+
+    mean = longslide.ClassifierOptions("mean")
+    folds = longslide.crossval(
+        data, mean, folds=2, run=str(tmp_path / "cv"), trainer=CPU, bootstrap=100, monitor="val_loss"
+    )
+    assert [path.parent.name for path in folds.checkpoints] == ["fold_0", "fold_1"]
+
+    tested = longslide.test(
+        str(run.checkpoints[0]),
+        longslide.DataOptions(features, table, workers=0),
+        run=str(tmp_path / "test"),
+        bootstrap=100,
+        accelerator="cpu",
+    )
+    assert set(tested.predictions["part"]) == {"test"}
+    assert tested.checkpoints == []
+
+    compared = longslide.compare(
+        [str(tested.folder), str(folds.folder)], output=str(tmp_path / "compared"), bootstrap=100, common_patients=True
+    )
+    assert {one.name for one in compared} == {"test", "cv"}
+    found = longslide.explain(features + "/s0.h5", str(run.checkpoints[0]), device="cpu")
+    assert len(found.scores) == len(found.coords)
+
+
+def test_an_option_that_the_command_settles_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(longslide.LongslideError, match=r"crossval settles --data\.fold by itself"):
+        longslide.crossval(longslide.DataOptions(tmp_path, fold=1))
