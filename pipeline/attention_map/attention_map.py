@@ -1,7 +1,5 @@
 """The attention map: a picture of which keys each query sees, made by asking the attention function itself."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Sequence
@@ -118,7 +116,7 @@ def attention_map(
 def visible_keys(
     tokens: int,
     heads: int,
-    pattern: Pattern,
+    pattern: "Pattern",
     is_causal: bool,
     *,
     branches: Sequence[tuple[int, int]] = (),
@@ -167,7 +165,7 @@ def visible_keys(
 def scored_pairs(
     tokens: int,
     heads: int,
-    pattern: Pattern,
+    pattern: "Pattern",
     is_causal: bool,
     *,
     branches: Sequence[tuple[int, int]] = (),
