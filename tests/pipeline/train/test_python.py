@@ -24,30 +24,27 @@ def test_pretrain_fit_test_compare_and_explain_hand_over_their_results(tmp_path:
 
     data = longslide.DataOptions(features, table, "binary", workers=0)
     model = longslide.ClassifierOptions(checkpoint=str(pretrained.checkpoint))
-    run = longslide.fit(data, model, run=str(tmp_path / "fit"), trainer=CPU, bootstrap=100, monitor="val_loss")
+    run = longslide.fit(data, model, run=str(tmp_path / "fit"), trainer=CPU, monitor="val_loss")
     assert run.folder == tmp_path / "fit"
     assert run.checkpoints == [tmp_path / "fit" / "best.ckpt"]
     assert "auroc" in set(run.metrics["metric"])
     assert repr(run).startswith("Run(")
 
     mean = longslide.ClassifierOptions("mean")
-    folds = longslide.crossval(
-        data, mean, folds=2, run=str(tmp_path / "cv"), trainer=CPU, bootstrap=100, monitor="val_loss"
-    )
+    folds = longslide.crossval(data, mean, folds=2, run=str(tmp_path / "cv"), trainer=CPU, monitor="val_loss")
     assert [path.parent.name for path in folds.checkpoints] == ["fold_0", "fold_1"]
 
     tested = longslide.test(
         str(run.checkpoints[0]),
         longslide.DataOptions(features, table, workers=0),
         run=str(tmp_path / "test"),
-        bootstrap=100,
         accelerator="cpu",
     )
     assert set(tested.predictions["part"]) == {"test"}
     assert tested.checkpoints == []
 
     compared = longslide.compare(
-        [str(tested.folder), str(folds.folder)], output=str(tmp_path / "compared"), bootstrap=100, common_patients=True
+        [str(tested.folder), str(folds.folder)], output=str(tmp_path / "compared"), common_patients=True
     )
     assert {one.name for one in compared} == {"test", "cv"}
     found = longslide.explain(features + "/s0.h5", str(run.checkpoints[0]), device="cpu")
