@@ -55,7 +55,10 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ],
             "lable",
         ),
-        (["fit", "--data.features", "{}/features", "--model.aggregator", "abml"], "cannot be abml"),
+        (
+            ["fit", "--data.features", "{}/features", "--model.aggregator", "abml"],
+            "no aggregator 'abml': there are longnet",
+        ),
         (["crossval", "--data.features", "{}/features"], "no labels"),
         (["pretrain"], "--data.features must be given"),
         (["test", "--checkpoint", "none.ckpt", "--data.features", "{}/features"], "none.ckpt: no such checkpoint"),
@@ -97,7 +100,7 @@ def test_longslide_alone_lists_the_commands_in_the_order_of_the_work() -> None:
 def test_dashes_and_underscores_are_one_dialect(cohort: Path) -> None:
     same = [
         run("fit", "--data.features", "f", f"--data.max{mark}tokens=7", f"--checkpoint{mark}every{mark}n{mark}steps", "5",
-            f"--model.longnet.ffn{mark}width", "9", f"--print{mark}config").stdout
+            f"--model.aggregator.ffn{mark}width", "9", f"--print{mark}config").stdout
         for mark in "-_"
     ]  # fmt: skip
     assert same[0] == same[1]
@@ -107,7 +110,7 @@ def test_dashes_and_underscores_are_one_dialect(cohort: Path) -> None:
 
 def test_the_help_of_fit_has_the_data_first_and_the_trainer_on_demand() -> None:
     text = run("fit", "--help").stdout
-    assert text.index("--data.features FEATURES\n") < text.index("--model.aggregator {")
+    assert text.index("--data.features FEATURES\n") < text.index("--model.aggregator AGGREGATOR")
     assert "--help-trainer" in text
     assert "--trainer.max-epochs" not in text
     command = [sys.executable, "-m", "longslide", "fit", "--help-trainer"]

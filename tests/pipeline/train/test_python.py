@@ -13,10 +13,10 @@ CPU = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
 def test_pretrain_fit_test_compare_and_explain_hand_over_their_results(tmp_path: Path) -> None:
     write_cohort(tmp_path / "cohort", 40)
     features, table = str(tmp_path / "cohort" / "features"), str(tmp_path / "cohort" / "cohort.csv")
-    small = longslide.LongNetOptions(layers=1, width=16, heads=2, ffn_width=16)
+    small = longslide.AggregatorChoice("longnet", {"layers": 1, "width": 16, "heads": 2, "ffn_width": 16})
     pretrained = longslide.pretrain(
         longslide.DataOptions(features, workers=0),
-        longslide.PretrainingOptions(longnet=small),
+        longslide.PretrainingOptions(small),
         run=str(tmp_path / "mae"),
         trainer=CPU,
     )
