@@ -10,6 +10,7 @@ from longslide import LongslideError, read_features
 from longslide.pipeline.demo import demo
 
 
+@pytest.mark.slow
 def test_the_demo_embeds_trains_and_predicts_and_can_be_run_again(tmp_path: Path) -> None:
     words = ["demo", "--output", str(tmp_path / "demo"), "--device", "cpu", "--patients", "12"]
     command = [sys.executable, "-m", "longslide.pipeline.cli", *words]

@@ -29,6 +29,7 @@ def bags(digits: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("question", "model", "least", "most"),
     [

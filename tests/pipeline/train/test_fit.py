@@ -40,6 +40,7 @@ def cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_comparison_report_and_inference_need(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *("config.yaml", "run.json", "splits.csv", "cohort.csv", "history.csv", "predictions.csv", "metrics.csv"),
@@ -123,6 +124,7 @@ def test_a_run_is_repeated_by_its_own_configuration(finished: Path, tmp_path: Pa
         assert (tmp_path / "again" / name).read_text() == (finished / name).read_text()
 
 
+@pytest.mark.slow
 def test_fit_then_test_on_another_cohort_from_the_command_line(finished: Path, tmp_path: Path) -> None:
     options = write_cohort(tmp_path / "external", 18, seed=5)
     words = ["--checkpoint", finished / "best.ckpt", "--run", tmp_path / "run"]
@@ -159,6 +161,7 @@ class StopOnce(Callback):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", [False, True], ids=["between epochs", "within an epoch"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     within: bool, cohort: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
@@ -189,6 +192,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
             assert torch.equal(tensor, other[state][name]), name
 
 
+@pytest.mark.slow
 def test_a_stopped_run_does_not_go_on_with_other_options(
     cohort: tuple[Path, list[str]], tmp_path: Path, capsys
 ) -> None:
@@ -204,6 +208,7 @@ def test_a_stopped_run_does_not_go_on_with_other_options(
     assert (run / "history.csv").read_text() == history, "what was trained already is not trained again"
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
     words = [
         "fit",
