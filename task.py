@@ -9,7 +9,7 @@ from .errors import LongslideError
 TaskKind = Literal["binary", "multiclass", "multilabel", "ordinal", "regression", "survival"]
 
 CLASSIFICATION: tuple[TaskKind, ...] = ("binary", "multiclass", "ordinal")
-"""Kinds with one class a patient, out of `classes`."""
+"""Kinds with one class per patient, out of `classes`."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Task:
 
     Attributes:
         kind: What kind of target it is.
-        label: Columns of the cohort table that hold the target: one; for `multilabel` one a label; for `survival` the time
+        label: Columns of the cohort table that hold the target: one; for `multilabel` one per label; for `survival` the time
             and the event (1 or 0).
         classes: Class names in their order: the negative class first for `binary`, from low to high for `ordinal`; the
             label names for `multilabel`; empty for `regression` and `survival`.
@@ -41,8 +41,8 @@ class Task:
 
     @property
     def outputs(self) -> int:
-        """Numbers that a model gives for each bag: one logit for `binary`, a logit a class or label, a logit a threshold
-        between classes for `ordinal`, the value, the log-risk, or a logit a time interval."""
+        """Numbers that a model gives for each bag: one logit for `binary`, one per class or label, one per threshold
+        between classes for `ordinal`, the value, the log-risk, or one logit per time interval."""
         if self.kind in ("multiclass", "multilabel"):
             return len(self.classes)
         if self.kind == "ordinal":

@@ -161,7 +161,7 @@ def engine_row(
     try:
         for part in engine.stream(batches(options.seconds)):
             done += len(part)
-    except Exception as error:  # float8 too coarse for these weights: its rate is told all the same
+    except Exception as error:  # float8 too coarse for these weights: its rate is reported all the same
         print(f"  stream: {' '.join(str(error).split())[:200]}", flush=True)
     streamed = done / (time.perf_counter() - started) if done else float("nan")
     found = engine(tiles).float()

@@ -246,7 +246,7 @@ def _decoded(content: bytes) -> str:
 
 def _delimited(text: str) -> list[list[str]]:
     """The records of a text, parted by the separator that parts them most alike."""
-    said = re.match(r'"?sep=(.)"?\r?\n', text)  # the line by which Excel is told
+    said = re.match(r'"?sep=(.)"?\r?\n', text)  # the line by which Excel learns the separator
     if said:
         return _records(text[said.end() :], said[1])
     beginning = "".join(text.splitlines(keepends=True)[:_SNIFFED])

@@ -30,7 +30,7 @@ def download(what: str, hub_id: str | None, names: Sequence[str], *, gated: bool
         The file, and `hf:<repository>@<revision>`.
 
     Raises:
-        LongslideError: The weights cannot be had; says which page to accept, what to set, or what to give instead.
+        LongslideError: The weights are unavailable; says which page to accept, what to set, or what to give instead.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -47,7 +47,7 @@ def make_bags(cohort: Cohort, rows: np.ndarray, tiles: np.ndarray, unit: Literal
         cohort: The cohort.
         rows: Row numbers of the slides.
         tiles: `(N,)` tiles of each slide of the cohort.
-        unit: A bag a slide, or a bag a patient.
+        unit: One bag per slide, or one bag per patient.
 
     Returns:
         The bags in the order of the rows; a patient comes where the first of its slides is.

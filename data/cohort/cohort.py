@@ -31,7 +31,7 @@ class Cohort:
     """The slides that have both features and a label.
 
     Attributes:
-        rows: One row a slide, all columns of the table as text, numbered from 0; `slide_id` is the name of the feature
+        rows: One row per slide, all columns of the table as text, numbered from 0; `slide_id` is the name of the feature
             file, `patient_id` is there whatever the table calls it.
         task: What is to be predicted; None without labels (for self-supervised training).
         targets: Of each row: `(N,)` int64 class for `binary`, `multiclass`, `ordinal`; `(N, C)` float32 with NaN for
@@ -41,7 +41,7 @@ class Cohort:
         without_features: Slides of the table that have no feature file.
         without_label: Feature files without a row in the table, and rows without a label.
         max_tiles: The limit that a task file sets.
-        notes: What the user should be told.
+        notes: What the user should know.
     """
 
     rows: pd.DataFrame

@@ -212,7 +212,7 @@ class BagDataModule(lightning.LightningDataModule):
 
     @property
     def notes(self) -> list[str]:
-        """What the user should be told, a line each."""
+        """What the user should know, one line each."""
         notes = [*self.cohort.notes, *self._splits_and_notes[1], *self.survey.notes]
         if self.cohort.task is not None and self.cohort.task.kind == "survival" and not self.options.times:
             times = ", ".join(f"{time:g}" for time in self.task.times)

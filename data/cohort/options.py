@@ -37,7 +37,7 @@ class DataOptions:
         val_share: Share of the patients outside the test part that validate.
         test_share: Share of the patients that test, if folds is 1.
         keep_sites_apart: No site (column `site`) is in two parts of a fold.
-        bags: A bag a slide, or a bag a patient: all slides of the patient as one sequence, their grids side by side.
+        bags: One bag per slide, or one bag per patient: all slides of the patient as one sequence, their grids side by side.
         max_tokens: Tiles in a batch at most; a bag that has more is a batch of its own. None for no limit.
         max_bags: Bags in a batch at most. None for no limit.
         max_tiles: Tiles of a bag at most in training, drawn at random anew in each epoch. None, the default, cuts nothing.

@@ -134,7 +134,7 @@ class TokenBudgetBatchSampler(DistributedSampler[list[BagKey]]):
 
     def _pack(self, order: np.ndarray) -> list[list[int]]:
         """First fit: each bag goes to the first batch that has room for it."""
-        tokens = np.zeros(len(order), np.int64)  # of each batch; at most one batch a bag
+        tokens = np.zeros(len(order), np.int64)  # of each batch; at most one batch per bag
         room = np.full(len(order), self.max_bags)
         batches: list[list[int]] = []
         first = 0  # batches before it are full

@@ -56,7 +56,7 @@ def make_splits(
         seed: Same seed, same splits.
 
     Returns:
-        One row a slide: `slide_id`, `patient_id`, `fold_0`, `fold_1`, ... with train, val or test.
+        One row per slide: `slide_id`, `patient_id`, `fold_0`, `fold_1`, ... with train, val or test.
 
     Raises:
         LongslideError: A class with fewer patients (or the cohort with fewer sites) than the folds need.
@@ -307,7 +307,7 @@ def read_splits(path: Path, cohort: Cohort, patients: str | None = None) -> tupl
         patients: The column that names the patient, by the user's word.
 
     Returns:
-        The splits of the cohort's slides, as `make_splits` gives them, and what the user should be told.
+        The splits of the cohort's slides, as `make_splits` gives them, and what the user should know.
 
     Raises:
         LongslideError: It cannot be read or has no folds, or none of the slides is in it.
@@ -352,7 +352,7 @@ def check_splits(splits: pd.DataFrame, cohort: Cohort, *, keep_sites_apart: bool
     """Check splits before they are used, whoever made them.
 
     Args:
-        splits: One row a slide of the cohort, in its order: `slide_id`, `patient_id`, `fold_0`, ...
+        splits: One row per slide of the cohort, in its order: `slide_id`, `patient_id`, `fold_0`, ...
         cohort: The cohort.
         keep_sites_apart: Whether a site may be in one part only.
 

@@ -32,7 +32,7 @@ class FeatureSurvey:
         preprocessing: `tile_encoder`, `tile_weights`, `tile_mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`,
             `tissue_segmenter`, `tissue_settings`, `reader`; with
             slide embeddings also `slide_encoder`, `slide_weights`, `pool`. None where no file says.
-        notes: What the user should be told.
+        notes: What the user should know.
     """
 
     tiles: np.ndarray

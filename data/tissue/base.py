@@ -32,7 +32,7 @@ class Tissue:
 
     @cached_property
     def contours(self) -> list[list[np.ndarray]]:
-        """One polygon a region: its outline first, then its holes, each an `(n, 2)` array of (x, y) in level-0 pixels."""
+        """One polygon per region: its outline first, then its holes, each an `(n, 2)` array of (x, y) in level-0 pixels."""
         # Traced at the corners of the pixels, not at their centres: an upscaled mask's border is the pixels' border.
         doubled = cv2.resize(self.mask.astype(np.uint8), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
         padded = cv2.copyMakeBorder(doubled, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)

@@ -1,1 +1,1 @@
-"""Bags of tile embeddings to one vector a bag."""
+"""Bags of tile embeddings to one vector per bag."""

@@ -53,7 +53,7 @@ class Objective(nn.Module):
 
 
 class _Classification(Objective):
-    """One class a bag, out of several.
+    """One class per bag, out of several.
 
     The sum of the weights that comes with the loss is the number of bags, not that of their weights: divided by its own
     weight, a bag that is a step of its own would weigh the same whatever its class.
@@ -84,7 +84,7 @@ class _Classification(Objective):
 
 
 class Multiclass(_Classification):
-    """Cross-entropy over a logit a class."""
+    """Cross-entropy over one logit per class."""
 
     def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
         """See `Objective.logits`."""

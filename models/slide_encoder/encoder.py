@@ -397,7 +397,7 @@ def create_slide_encoder(
         The encoder.
 
     Raises:
-        LongslideError: No such encoder, or its weights cannot be had or do not fit.
+        LongslideError: No such encoder, or its weights are unavailable or do not fit.
     """
     spec = load_slide_encoder_spec(name)
     if unknown := set(overrides) - {field.name for field in fields(spec)}:

@@ -1,7 +1,7 @@
 """Masked autoencoding of tile embeddings: how GigaPath pretrains its slide encoder, without labels.
 
 Of each slide most tiles are hidden (He et al., https://arxiv.org/abs/2111.06377); the slide encoder sees the rest, and a
-light LongNet decoder tells the hidden embeddings from them and the hidden tiles' places
+light LongNet decoder predicts the hidden embeddings from them and the hidden tiles' places
 (https://doi.org/10.1038/s41586-024-07441-w).
 """
 
@@ -40,7 +40,7 @@ class UnlabelledFacts(NamedTuple):
 
 
 class MaskedAutoencoder(BagWeightedModule):
-    """A slide encoder that learns to tell hidden tiles from the others.
+    """A slide encoder that learns to predict hidden tiles from the others.
 
     Args:
         facts: What must be known of the training data.
@@ -97,8 +97,8 @@ class MaskedAutoencoder(BagWeightedModule):
         y = tokens + grid_positions(grid_cells, tokens.shape[1], self.mask_token.dtype)
         for layer in self.decoder_layers:
             y = torch.add(*layer(y, cu_seqlens))
-        told: Tensor = self.decoder_out(self.decoder_norm(y))
-        return told
+        predicted: Tensor = self.decoder_out(self.decoder_norm(y))
+        return predicted
 
     def loss(self, batch: dict[str, Tensor], generators: list[torch.Generator | None]) -> tuple[Tensor, Tensor]:
         """The mean squared error of the hidden tiles of each slide.
@@ -115,17 +115,17 @@ class MaskedAutoencoder(BagWeightedModule):
         drawn = [self._hide(n, generator) for n, generator in zip(lengths, generators, strict=True)]
         hidden = torch.cat(drawn).to(self.device)
         target = batch["tile_features"].float()
-        told = self(batch["tile_features"], batch["grid_cells"], cu_seqlens, hidden).float()
+        predicted = self(batch["tile_features"], batch["grid_cells"], cu_seqlens, hidden).float()
         if self.normalise_targets:
             target = layer_norm(target, target.shape[-1:])
-        error = (told - target).square().mean(1)
+        error = (predicted - target).square().mean(1)
         losses = [
             bag[mask].mean()
             for bag, mask in zip(split_bags(error, cu_seqlens), split_bags(hidden, cu_seqlens), strict=True)
             if mask.any()
         ]
         # The product with zero keeps the graph where no slide has a tile to hide.
-        total = torch.stack(losses).sum() if losses else told.sum() * 0.0
+        total = torch.stack(losses).sum() if losses else predicted.sum() * 0.0
         return total, total.new_tensor(float(len(losses)))
 
     def _hide(self, tiles: int, generator: torch.Generator | None) -> Tensor:

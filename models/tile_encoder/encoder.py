@@ -95,7 +95,7 @@ def create_tile_encoder(
         The encoder.
 
     Raises:
-        LongslideError: If the encoder is not known, its YAML file is wrong, or its weights cannot be had or do not fit.
+        LongslideError: If the encoder is not known, its YAML file is wrong, or its weights are unavailable or do not fit.
     """
     if isinstance(name, nn.Module):
         if checkpoint is not None:

@@ -72,7 +72,7 @@ def load_weights(network: nn.Module, spec: TileEncoderSpec, checkpoint: Path | N
         The source of the weights and the first 16 hex digits of the SHA-256 of the file.
 
     Raises:
-        LongslideError: If the weights cannot be had or do not fit.
+        LongslideError: If the weights are unavailable or do not fit.
     """
     if checkpoint is None:
         file, source = download(

@@ -1,4 +1,4 @@
-"""What every batch job over slides shares: one result a slide, the summary table, and claims between processes."""
+"""What every batch job over slides shares: one result per slide, the summary table, and claims between processes."""
 
 import csv
 import io

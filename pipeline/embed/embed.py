@@ -103,7 +103,7 @@ def embed(
         overwrite: Replace feature files that were made with other settings.
 
     Returns:
-        One result a slide, in the order of the input.
+        One result per slide, in the order of the input.
 
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ...models.classifier.classifier import SlideClassifier
 
-FAR = 1.5
+OUTLIER_RATIO = 1.5
 """A slide is far from training when the distance of its mean embedding is so many times the training slides' 99th
 percentile: of slides like those of training, few are beyond it, and none by as much."""
 
@@ -87,7 +87,7 @@ class FeatureMaker:
         """Hold a feature file against the checkpoint.
 
         Returns:
-            What is to be told of it.
+            What the user should know about it.
 
         Raises:
             LongslideError: It was made with other settings than the training features, or of another slide.
@@ -121,7 +121,7 @@ class FeatureMaker:
         """Load what makes features.
 
         Raises:
-            LongslideError: The checkpoint does not say enough, or encoders cannot be had or are not those of training.
+            LongslideError: The checkpoint does not say enough, or encoders are unavailable or are not those of training.
         """
         self._embed_job()
 
@@ -210,7 +210,7 @@ class FeatureMaker:
         )
 
 
-def doubts(classifiers: "list[SlideClassifier]", slide_mpp: float | None, mean: np.ndarray) -> list[str]:
+def distribution_warnings(classifiers: "list[SlideClassifier]", slide_mpp: float | None, mean: np.ndarray) -> list[str]:
     """What makes a slide unlike the training slides.
 
     Args:
@@ -236,7 +236,7 @@ def doubts(classifiers: "list[SlideClassifier]", slide_mpp: float | None, mean: 
         for one in statistics
         if len(one["mean"]) == len(mean) and one["distance_quantiles"]["0.99"] > 0
     ]
-    if ratios and min(ratios) > FAR:
+    if ratios and min(ratios) > OUTLIER_RATIO:
         found.append(f"its embeddings are {min(ratios):.1f} times as far from training as its farthest slides")
     return found
 

@@ -25,7 +25,7 @@ from ...version import __version__
 from ..batch.ledger import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
 from ..batch.progress import JobProgress
 from ..embed.embed import PreparedSlide, SlideEncoderChoice, TileEncoderChoice, failed_slide, one_ahead
-from .checkpoint_features import FeatureMaker, check_exist, doubts
+from .checkpoint_features import FeatureMaker, check_exist, distribution_warnings
 from .explain import explain_features, write_explanation
 from .patients import PatientJob
 from .prediction import PREDICTIONS, SCHEMA, Prediction, read_json, with_numbers, write_json, write_predictions
@@ -296,7 +296,7 @@ class _Job:
         bag = self._bag([path])
         mean = bag["tile_features"].float().mean(0).cpu().numpy()
         features = read_features(path, embeddings=self.method is not None)
-        warnings = remarks + doubts(list(self.ensemble.classifiers), features.slide_mpp, mean)
+        warnings = remarks + distribution_warnings(list(self.ensemble.classifiers), features.slide_mpp, mean)
         found = self._classify([bag])
         prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", warnings=tuple(warnings))
         prediction = with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))

@@ -122,7 +122,7 @@ def metrics_table(metrics: "pd.DataFrame", task: Task) -> Table | None:
 
 
 def _method(metrics: "pd.DataFrame", scope: str, metric: str) -> str:
-    """What made the interval of a metric, as `Newcombe`; training's share is told below the table."""
+    """What made the interval of a metric, as `Newcombe`; training's share is stated below the table."""
     chosen = metrics[(metrics["scope"] == scope) & (metrics["metric"] == metric)]
     method = str(chosen["method"].iloc[0]) if len(chosen) and isinstance(chosen["method"].iloc[0], str) else ""
     return METHOD_NAMES.get(method.partition(",")[0], "–")
@@ -306,9 +306,9 @@ def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
 
 
 def settings_table(run: Run) -> Table:
-    """What `run.json` says of the run, without what is told elsewhere."""
-    told = {"task", "without_features", "without_label", "notes", "counts", "finished", "trained_folds"}
-    facts = {name: _fact(value) for name, value in run.facts.items() if name not in told}
+    """What `run.json` says of the run, without what is stated elsewhere."""
+    stated_elsewhere = {"task", "without_features", "without_label", "notes", "counts", "finished", "trained_folds"}
+    facts = {name: _fact(value) for name, value in run.facts.items() if name not in stated_elsewhere}
     rows: list[list[Cell]] = [[name.replace("_", " "), text] for name, text in facts.items() if text]
     return Table(["Setting", "Value"], rows, [])
 

@@ -38,7 +38,7 @@ class StepSeed(Callback):
 
 
 class History(Callback):
-    """Writes `history.csv`, a row an epoch; a resumed run goes on after the epochs that its checkpoint knows.
+    """Writes `history.csv`, one row per epoch; a resumed run goes on after the epochs that its checkpoint knows.
 
     Args:
         path: The file.

@@ -87,7 +87,7 @@ def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
         }  # fmt: skip
         assert {"schema", "slide_id", "slide_path", "quickhash", "software", "created"} == set(file.attrs)
         chunks = file["features"].chunks
-        assert chunks is None or chunks[0] >= len(file["features"]), "never a row a chunk"
+        assert chunks is None or chunks[0] >= len(file["features"]), "never one row per chunk"
 
 
 def test_a_file_of_tile_embeddings_alone_is_enough(tmp_path: Path) -> None:

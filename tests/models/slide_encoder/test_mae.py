@@ -42,9 +42,9 @@ def test_hidden_tiles_are_not_seen_and_the_others_are() -> None:
     model, batch = autoencoder().double(), slides(8, 5)
     hidden = torch.tensor([True, False] * 6 + [True])
     features = batch["tile_features"].double().requires_grad_()
-    told = model(features, batch["grid_cells"], batch["cu_seqlens"], hidden)
-    assert told.shape == features.shape
-    (gradient,) = torch.autograd.grad(told[:8].square().sum(), features)
+    predicted = model(features, batch["grid_cells"], batch["cu_seqlens"], hidden)
+    assert predicted.shape == features.shape
+    (gradient,) = torch.autograd.grad(predicted[:8].square().sum(), features)
     assert not gradient[hidden].any()
     assert gradient[:8][~hidden[:8]].any(1).all()
     assert not gradient[8:].any(), "slides do not see one another"

@@ -222,7 +222,7 @@ def test_a_second_run_does_nothing_and_is_still_done(job: dict[str, Any]) -> Non
     results = embed(**job)
     assert {result.status for result in results} == {"done"}
     assert {path: path.stat().st_mtime_ns for path in job["output"].glob("*.h5")} == before
-    assert all(row["seconds"] for row in summary(job["output"]).values()), "the rows still tell of the first run"
+    assert all(row["seconds"] for row in summary(job["output"]).values()), "the rows still describe the first run"
 
 
 def test_a_slide_may_have_the_name_of_a_file_of_the_job(job: dict[str, Any], slides: Path, tmp_path: Path) -> None:

@@ -479,7 +479,7 @@ def test_a_patient_of_several_slides_is_one_bag_from_training_to_prediction(tmp_
     together = rows.loc[rows["level"] == "patient", "probability_positive"].item()
     apart = rows.loc[rows["level"] == "slide", "probability_positive"].mean()
     assert together == pytest.approx(expected[patient], rel=1e-5)
-    assert together != pytest.approx(apart, rel=1e-5), "the mean of the slides would not be told from it"
+    assert together != pytest.approx(apart, rel=1e-5), "the mean of the slides would be indistinguishable from it"
 
 
 def test_subgroups_are_by_any_column_of_the_table(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
