@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .models.tile_encoder.spec import list_tile_encoders as list_tile_encoders
     from .pipeline.attention_map.attention_map import AttentionMap as AttentionMap
     from .pipeline.attention_map.attention_map import attention_map as attention_map
-    from .pipeline.batch.ledger import SlideResult as SlideResult
+    from .pipeline.batch.result import SlideResult as SlideResult
     from .pipeline.demo import demo as demo
     from .pipeline.embed.doctor import doctor as doctor
     from .pipeline.embed.embed import embed as embed
@@ -107,7 +107,7 @@ _HOME = {
     "list_tile_encoders": ".models.tile_encoder.spec",
     "AttentionMap": ".pipeline.attention_map.attention_map",
     "attention_map": ".pipeline.attention_map.attention_map",
-    "SlideResult": ".pipeline.batch.ledger",
+    "SlideResult": ".pipeline.batch.result",
     "demo": ".pipeline.demo",
     "doctor": ".pipeline.embed.doctor",
     "embed": ".pipeline.embed.embed",

@@ -56,7 +56,7 @@ def test_every_room_is_in_the_table_and_every_import_is_found() -> None:
         if path.parent.name not in {"tests", "docs", "benchmarks"}
     }
     assert rooms == set(MAY_IMPORT)
-    assert ("data", "slides", "slide") in imported(ROOT / "pipeline" / "embed" / "embed.py")
+    assert ("data", "slides", "slide") in imported(ROOT / "pipeline" / "embed" / "job.py")
     assert ("errors",) in imported(ROOT / "data" / "slides" / "mpp.py")
     assert len(MODULES) > 100
 

@@ -137,8 +137,8 @@ class BagDataModule(lightning.LightningDataModule):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What made the features; see `FeatureSurvey.preprocessing`."""
-        return dict(self.survey.preprocessing)
+        """What made the features, as `Preprocessing.to_dict` says it."""
+        return self.survey.preprocessing.to_dict()
 
     @property
     def max_tiles(self) -> int | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import LongslideError
 from ...version import __version__
+from ..slides.identity import SlideIdentity
 from ..whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ class Features:
         slide_encoder: Name of the slide encoder.
         slide_weights: Source and digest of its weights.
         pool: How it pools.
-        slide_path: The slide file.
+        slide_path: The slide file, absolute.
         quickhash: Identity of its image data.
+        slide_size: Its size in bytes.
+        slide_modified: When it was last written, in nanoseconds since 1970.
         settings: Further settings the file was made with, stored as attributes of `coords`.
         layout: The layout the file was taken for.
     """
@@ -77,6 +80,8 @@ class Features:
     pool: str | None = None
     slide_path: str | None = None
     quickhash: str | None = None
+    slide_size: int | None = None
+    slide_modified: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     layout: Layout = "longslide"
 
@@ -132,22 +137,15 @@ class Features:
         return AnnData(self.features.astype(np.float32), obs=places, obsm={"spatial": centres}, uns=content)
 
     @property
+    def slide(self) -> SlideIdentity:
+        """The slide file it was made of."""
+        return SlideIdentity(self.slide_path, self.quickhash, self.slide_size, self.slide_modified)
+
+    @property
     def cells(self) -> np.ndarray:
         """`(N, 2)` int64 grid cell (column, row) of each tile: what slide encoders take."""
         return self.coords // self.step_level0
 
-
-MUST_AGREE = {
-    "tile_encoder": "encoder",
-    "tile_weights": "weights",
-    "mpp": "tile_mpp",
-    "tile_px": "tile_px",
-    "overlap": "overlap",
-}
-"""Name in a checkpoint's `preprocessing` -> attribute of `Features`: another value makes other features."""
-
-MUST_AGREE_SLIDE = {"slide_encoder": "slide_encoder", "slide_weights": "slide_weights", "pool": "pool"}
-"""Likewise where slide embeddings are used."""
 
 # Attribute of the file <- attribute of `Features`, for each dataset.
 _FEATURES = {"encoder": "encoder", "weights": "weights", "precision": "precision"}
@@ -160,7 +158,7 @@ _COORDS = {
     "level0_mpp": "slide_mpp",
 }
 _SLIDE = {"encoder": "slide_encoder", "weights": "slide_weights", "pool": "pool"}
-_FILE = {"slide_id": "slide_id", "slide_path": "slide_path", "quickhash": "quickhash"}
+_FILE = {name: name for name in ("slide_id", "slide_path", "quickhash", "slide_size", "slide_modified")}
 
 
 def write_features(path: str | Path, features: Features) -> None:

@@ -1,21 +1,20 @@
 """A look at all feature files before training: do they belong together, are they sound, what are their moments."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
 from ...errors import LongslideError
-from ..slides.base import reader_to_obey
 from ..table import listed
 from .cache import FeatureCache
-from .feature_file import MUST_AGREE, MUST_AGREE_SLIDE, Features, read_features
+from .feature_file import Features, read_features
+from .preprocessing import Preprocessing, agreed
 from .statistics import SlideMoments
 
 T = TypeVar("T")
@@ -29,16 +28,14 @@ class FeatureSurvey:
         tiles: `(N,)` int64 tiles of each slide.
         dim: Length of a tile embedding (of a slide embedding, if those are used).
         moments: Of each slide.
-        preprocessing: `tile_encoder`, `tile_weights`, `tile_mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`,
-            `tissue_segmenter`, `tissue_settings`, `reader`; with
-            slide embeddings also `slide_encoder`, `slide_weights`, `pool`. None where no file says.
+        preprocessing: What made them, the slide encoder only if slide embeddings are used.
         notes: What the user should know.
     """
 
     tiles: np.ndarray
     dim: int
     moments: tuple[SlideMoments, ...]
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
     notes: tuple[str, ...] = ()
 
 
@@ -66,8 +63,6 @@ def survey_features(
         LongslideError: A file that cannot be read, has no tiles, or has NaN or infinite embeddings; files of several
             widths, encoders or tile sizes.
     """
-    same = MUST_AGREE | (MUST_AGREE_SLIDE if cache.slide_embeddings else {})
-    notes: list[str] = []
     headers: list[Features] = []
     crowded: list[str] = []
     for path, (header, twice) in _each(files, _read_header, "feature files", threads, quiet):
@@ -81,14 +76,8 @@ def survey_features(
         _check_width(files[0], headers[0], path, header)
         if twice:
             crowded.append(path.name)
-    preprocessing = {name: _agreed(name, attribute, files, headers, notes) for name, attribute in same.items()}
-    for name in ("min_tissue", "tissue_method", "tissue_segmenter", "tissue_settings", "reader"):
-        values = [getattr(header, name, None) or header.settings.get(name) for header in headers]
-        if name == "reader":
-            values = [reader_to_obey(value) for value in values]
-        preprocessing[name] = Counter(values).most_common(1)[0][0]
-        if len(set(values)) > 1:
-            notes.append(f"the feature files differ in {name}: {', '.join(sorted(map(str, set(values))))}")
+    settings = [Preprocessing.of(header) for header in headers]
+    preprocessing, notes = agreed(files, settings if cache.slide_embeddings else [each.of_tiles for each in settings])
     if crowded and not cache.slide_embeddings:
         notes.append(
             f"{len(crowded)} feature files have two tiles in one grid cell, which slide encoders refuse: {listed(crowded)}"
@@ -151,23 +140,3 @@ def _check_width(first_path: Path, first: Features, path: Path, header: Features
             raise LongslideError(
                 f"{what} of mixed width: {first_path} has {one}, {path} has {other}; embed all slides with one encoder"
             )
-
-
-def _agreed(name: str, attribute: str, files: Sequence[Path], headers: Sequence[Features], notes: list[str]) -> Any:
-    """The value that all files agree on; files that do not say are noted."""
-    values = [getattr(header, attribute) for header in headers]
-    known = [(path, value) for path, value in zip(files, values, strict=True) if value is not None]
-    if not known:
-        return None
-    first_path, first = known[0]
-    for path, value in known:
-        alike = np.isclose(value, first, rtol=1e-4) if isinstance(value, float) else value == first
-        if not alike:
-            raise LongslideError(
-                f"the feature files were made with different settings: {name} is {first} in {first_path} and {value} in "
-                f"{path}; embed all slides alike"
-            )
-    if len(known) < len(values):
-        silent = [path.name for path, value in zip(files, values, strict=True) if value is None]
-        notes.append(f"{len(silent)} feature files do not say their {name}; taken for {first}: {listed(silent)}")
-    return first

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import LongslideError
 
 PLAUSIBLE = (0.05, 10.0)
 """Microns per pixel outside this range are refused."""
+
+FAR_OFF = 0.1
+"""Relative difference to the file's own above which a given value is remarked."""
 
 _MICRONS_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
 
@@ -20,10 +23,24 @@ class Mpp:
     Attributes:
         value: Microns per pixel, as found: never rounded.
         source: `option` (the user's), `file`, `tiff-resolution` or `objective-power`.
+        in_file: What the file says, where the user gave the value and the file has one too.
     """
 
     value: float
     source: str
+    in_file: float | None = field(default=None, compare=False)
+
+    @property
+    def remark(self) -> str:
+        """What a person should look at: a given value far off the file's own; empty if there is nothing."""
+        return mpp_remark(self.value, self.in_file)
+
+
+def mpp_remark(value: float, in_file: float | None) -> str:
+    """What to remark on a given value that is far off the file's own; empty if it is not, or the file has none."""
+    if in_file is None or abs(value - in_file) <= FAR_OFF * in_file:
+        return ""
+    return f"slide_mpp {value:g} was given, the file says {in_file:g}"
 
 
 def resolve_mpp(properties: Mapping[str, str], path: Path, given: float | None = None) -> Mpp:
@@ -42,7 +59,11 @@ def resolve_mpp(properties: Mapping[str, str], path: Path, given: float | None =
     """
     remedy = "give it with --slide-mpp or a column `slide_mpp` in the slide table"
     if given is not None:
-        return Mpp(plausible(given, f"{path}: {given:g} microns per pixel"), "option")
+        try:
+            in_file = resolve_mpp(properties, path).value
+        except LongslideError:
+            in_file = None
+        return Mpp(plausible(given, f"{path}: {given:g} microns per pixel"), "option", in_file)
     x, y = _number(properties.get("openslide.mpp-x")), _number(properties.get("openslide.mpp-y"))
     if properties.get("openslide.vendor") == "generic-tiff":
         x = y = None  # OpenSlide took them from the resolution tags, whether they are plausible or not

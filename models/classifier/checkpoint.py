@@ -1,46 +1,12 @@
 """Classifier checkpoints: read without unpickling, built again without the training data."""
 
-import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ...errors import LongslideError
 from ...task import Task
 from ..aggregators.registry import AGGREGATORS
 from ..checkpoint_file import read_description
 from .classifier import SlideClassifier, TrainingFacts
-
-
-def check_preprocessing(
-    path: str | Path, classifier: SlideClassifier, preprocessing: Mapping[str, Any], feature_dim: int
-) -> None:
-    """Refuse features that a classifier was not trained on.
-
-    Args:
-        path: The classifier's checkpoint, for the message.
-        classifier: The classifier.
-        preprocessing: What made the features: `tile_encoder`, `tile_weights`, `mpp`, `tile_px`, ...; None where not known.
-        feature_dim: Length of an embedding.
-
-    Raises:
-        LongslideError: They are of another encoder, other weights, another resolution or another length.
-    """
-    trained = classifier.facts.preprocessing
-    names = ("tile_encoder", "tile_weights", "mpp", "tile_px", "slide_encoder", "slide_weights", "pool")
-    for name in names:
-        then, now = trained.get(name), preprocessing.get(name)
-        alike = (
-            math.isclose(then, now, rel_tol=0.01) if isinstance(then, float) and isinstance(now, float) else then == now
-        )
-        if then is not None and now is not None and not alike:
-            raise LongslideError(
-                f"{path}: trained on features with {name} {then}, but these have {now}; embed the slides as those were"
-            )
-    if feature_dim != classifier.facts.feature_dim:
-        raise LongslideError(
-            f"{path}: reads embeddings of length {classifier.facts.feature_dim}, but these have {feature_dim}"
-        )
 
 
 def load_classifier(path: str | Path) -> SlideClassifier:

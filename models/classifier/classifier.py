@@ -29,8 +29,7 @@ class TrainingFacts(NamedTuple):
         balanced_weights: Weights that even out the classes of the training bags, or each label's positives and negatives.
         target_mean: Mean of the training targets of a regression.
         target_std: Their standard deviation.
-        preprocessing: `tile_encoder`, `tile_weights`, `mpp`, `tile_px`, `overlap`, `min_tissue`, `tissue_method`; None for
-            what the feature files do not say.
+        preprocessing: What made the features, as far as the feature files say: `tile_encoder`, `tile_weights`, ...
     """
 
     task: Task

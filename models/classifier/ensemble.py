@@ -1,6 +1,6 @@
 """Classifiers of one task as one: those of the folds of a cross-validation, or a single one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,6 @@ class ClassifierEnsemble(nn.Module):
     def task(self) -> Task:
         """The task."""
         return self.classifiers[0].task  # type: ignore[no-any-return]
-
-    @property
-    def preprocessing(self) -> Mapping[str, Any]:
-        """How the training features were made; None for what their files did not say."""
-        return self.classifiers[0].facts.preprocessing  # type: ignore[no-any-return]
 
     @property
     def bag_unit(self) -> str:
@@ -170,4 +165,4 @@ def _facts(classifier: SlideClassifier) -> dict[str, Any]:
     facts |= {"embedding length": classifier.facts.feature_dim}
     facts["reads slide embeddings"] = classifier.aggregator.reads_slide_embedding
     facts["trained on bags of a"] = classifier.bag_unit
-    return facts | dict(classifier.facts.preprocessing)
+    return facts

@@ -46,7 +46,7 @@ def load_slide_encoder(
     checkpoint: str | Path | None = None,
     pool: Literal["mean", "cls"] = "mean",
     seed: int = 0,
-    tile_encoder: str,
+    tile_encoder: str | None,
     tile_dim: int,
 ) -> AnySlideEncoder:
     """A slide encoder with its weights, on the CPU and in evaluation mode.
@@ -58,7 +58,7 @@ def load_slide_encoder(
             `random`. None takes the published weights, or what the factory makes by itself.
         pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token.
         seed: Seed of random weights.
-        tile_encoder: Name of the tile encoder that makes the features.
+        tile_encoder: Name of the tile encoder that makes the features; None where it is not known.
         tile_dim: Length of its embeddings.
 
     Raises:
@@ -82,13 +82,13 @@ def load_slide_encoder(
             )
         if encoder.spec.tile_dim != tile_dim:
             raise LongslideError(
-                f"{checkpoint}: reads tile embeddings of length {encoder.spec.tile_dim}, but those of {tile_encoder!r} have "
-                f"{tile_dim}"
+                f"{checkpoint}: reads tile embeddings of length {encoder.spec.tile_dim}, but those of "
+                f"{tile_encoder or 'the features'!r} have {tile_dim}"
             )
     else:
         encoder = create_slide_encoder(choice, checkpoint=checkpoint, pool=pool, seed=seed, tile_dim=tile_dim)
         reads_any = checkpoint is not None
-    if not reads_any and encoder.tile_encoder and encoder.tile_encoder != tile_encoder:
+    if not reads_any and tile_encoder and encoder.tile_encoder and encoder.tile_encoder != tile_encoder:
         raise LongslideError(
             f"slide encoder {encoder.name!r} ({encoder.weights}) reads tile embeddings of {encoder.tile_encoder!r}, not of "
             f"{tile_encoder!r}; use that tile encoder"

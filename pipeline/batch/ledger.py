@@ -1,60 +1,21 @@
-"""What every batch job over slides shares: one result per slide, the summary table, and claims between processes."""
+"""The summary of a batch job: one row per slide, written by several processes."""
 
 import csv
 import io
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ...data.table import decimal_point, read_rows
 from ...data.whole_file import remove_leftovers, write_whole
 from ...errors import LongslideError
+from .claims import lock_folder
+from .result import BUSY, SlideResult
 
 SUMMARY = "summary.csv"
-
-BUSY = "another process is working on it"
-"""Why a slide is skipped that another process has claimed."""
-
-
-@dataclass(frozen=True)
-class SlideResult:
-    """How one slide of a job ended; the columns of `summary.csv`.
-
-    Attributes:
-        slide_id: The slide's id, the stem of its output files.
-        slide: Path of the slide file.
-        status: `done` (the output is complete), `failed`, or `skipped` (nothing to do here: no tissue, or another
-            process is at work on it).
-        reason: Why it failed or was skipped, or a remark on a slide that is done.
-        tiles: Tiles embedded.
-        bad_tiles: Tiles that could not be read and were left out.
-        slide_mpp: Microns per pixel at level 0.
-        mpp_source: Where that came from.
-        tissue_mm2: Area of the tissue in square millimetres.
-        seconds: Time spent on the slide in this run.
-        features: Path of the feature file.
-    """
-
-    slide_id: str
-    slide: str
-    status: Literal["done", "failed", "skipped"]
-    reason: str = ""
-    tiles: int | None = None
-    bad_tiles: int | None = None
-    slide_mpp: float | None = None
-    mpp_source: str | None = None
-    tissue_mm2: float | None = None
-    seconds: float | None = None
-    features: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether the slide does not count against the exit status."""
-        return self.status != "failed"
 
 
 def make_output_folder(output: Path, option: str = "--output") -> None:
@@ -77,22 +38,6 @@ def make_output_folder(output: Path, option: str = "--output") -> None:
         ) from error
 
 
-def claim(output: Path, slide_id: str) -> FileLock | None:
-    """Claim a slide for this process.
-
-    The claim is an operating-system lock: it ends with the process, however that dies.
-
-    Returns:
-        The lock to release when the slide is finished, or None when another process holds it.
-    """
-    lock = FileLock(_lock_folder(output) / f"{slide_id}.lock", thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return None
-    return lock
-
-
 def record(output: Path, result: SlideResult) -> None:
     """Write a slide's result into `<output>/summary.csv`, replacing its earlier row.
 
@@ -105,7 +50,7 @@ def record(output: Path, result: SlideResult) -> None:
     path = output / SUMMARY
     found_done = result.status == "done" and result.seconds is None
     try:
-        with FileLock(_lock_folder(output) / f".{SUMMARY}.lock"):  # no slide's own lock: an id has no dot in front
+        with FileLock(lock_folder(output) / f".{SUMMARY}.lock"):  # no slide's own lock: an id has no dot in front
             rows = _rows(path)
             before = rows.get(result.slide_id)
             if before and (result.reason == BUSY or (found_done and before["status"] == "done")):
@@ -134,14 +79,8 @@ def _read_rows(path: Path, *version: int) -> dict[str, dict[str, object]]:
     rows = read_rows(path)
     if rows and not {"slide_id", "status"} <= rows[0].keys():
         raise LongslideError(f"{path}: not the summary of a job: no columns slide_id and status; move it away")
-    numbers = ("slide_mpp", "tissue_mm2", "seconds")  # a spreadsheet may have written them with commas
+    numbers = ("slide_mpp", "tile_mpp", "tissue_mm2", "seconds")  # a spreadsheet may have written them with commas
     return {
         row["slide_id"]: {name: decimal_point(cell) if name in numbers else cell for name, cell in row.items()}
         for row in rows
     }
-
-
-def _lock_folder(output: Path) -> Path:
-    folder = output / ".locks"
-    folder.mkdir(exist_ok=True)
-    return folder

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .ledger import SlideResult
+from .result import SlideResult
 
 STYLES = {"done": "green", "failed": "bold red", "skipped": "yellow"}
 

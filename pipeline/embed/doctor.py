@@ -23,15 +23,9 @@ from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.mask import Mask
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
-from .embed import (
-    SlideEncoderChoice,
-    TileEncoderChoice,
-    check_slide_encoder,
-    failed_slide,
-    look_at_tile_encoder,
-    resolve_tiles,
-    why_no_tiles,
-)
+from ..batch.result import SlideResult
+from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder, look_at_tile_encoder, resolve_tiles
+from .job import why_no_tiles
 
 if TYPE_CHECKING:
     from ...models.tile_encoder.spec import TileEncoderSpec
@@ -50,7 +44,7 @@ class SlideCheck:
         slide_id: The slide's id.
         slide: Path of the slide file.
         problem: Why `embed` would fail on it, or which other slide it is a copy of; empty when all is well.
-        remark: What a person should look at: no tissue.
+        remark: What a person should look at: no tissue, a given `slide_mpp` far off the file's own.
         width: Level-0 pixels.
         height: Level-0 pixels.
         levels: Pyramid levels.
@@ -236,15 +230,16 @@ def _check_slide(
             check = replace(
                 check, width=width, height=height, levels=len(slide.level_dimensions), quickhash=slide.quickhash
             )
-            check = replace(check, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source)
+            check = replace(check, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source, remark=slide.mpp.remark)
             tissue = (Mask(entry.tissue_mask) if entry.tissue_mask else segmenter)(slide)
             grid = make_grid(slide, tissue, tile_mpp=tile_mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
             check = replace(check, tissue_mm2=tissue.area_mm2(slide.mpp.value), tiles=len(grid.coords))
             if not len(grid.coords):
-                return replace(check, remark=why_no_tiles(tissue, min_tissue))
+                remarks = filter(None, [why_no_tiles(tissue, min_tissue), check.remark])
+                return replace(check, remark="; ".join(remarks))
             return replace(check, tiles_per_second=_reading_speed(slide, grid, threads))
     except Exception as error:
-        return replace(check, problem=failed_slide(entry, error).reason)
+        return replace(check, problem=SlideResult.failed(entry, error).reason)
 
 
 def _reading_speed(slide: Slide, grid: Grid, threads: int) -> float:

@@ -1,13 +1,14 @@
 """Tiles to embeddings on one device."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...data.features.feature_file import Features
 from ...data.tiles.stream import TileBatch
 from ...errors import LongslideError
 from ...models.slide_encoder.base import AnySlideEncoder
@@ -133,37 +134,33 @@ def slide_encoder_on(device: torch.device, encoder: AnySlideEncoder) -> AnySlide
 
 @torch.inference_mode()
 def embed_slide(
-    slide_encoder: AnySlideEncoder,
-    features: np.ndarray,
-    cells: np.ndarray,
-    device: torch.device,
-    precision: Precision,
-) -> np.ndarray:
-    """One slide embedding from all of a slide's tile embeddings.
+    slide_encoder: AnySlideEncoder, features: Features, device: torch.device, precision: Precision
+) -> Features:
+    """Add one slide embedding, from all of a slide's tile embeddings.
 
     Args:
-        slide_encoder: Maps `(1, N, D)` and `(1, N, 2)` to `(1, D_slide)`; already on `device`.
-        features: `(N, D)` tile embeddings.
-        cells: `(N, 2)` integer (column, row) of each tile.
+        slide_encoder: The slide encoder, already on `device`.
+        features: The slide's features.
         device: Where the encoder is.
         precision: Autocast precision; float32 for none.
 
     Returns:
-        `(D_slide,)` float32.
+        The features with `slide_embedding`, `(D_slide,)` float32, and what made it.
 
     Raises:
-        LongslideError: The slide does not fit in the device's memory, or what the encoder gives is no embedding.
+        LongslideError: The encoder does not read these embeddings, the slide does not fit in the device's memory, or what
+            the encoder gives is no embedding.
     """
     try:
         with autocast(device, precision):
             embedding = slide_encoder(
-                torch.from_numpy(features).to(device=device, dtype=torch.float32)[None],
-                torch.from_numpy(cells).to(device)[None],
+                torch.from_numpy(features.features).to(device=device, dtype=torch.float32)[None],
+                torch.from_numpy(features.cells).to(device)[None],
             )
     except torch.OutOfMemoryError as error:
         raise LongslideError(
-            f"the slide encoder runs out of memory on {device} with {len(features):,} tiles; the same command with "
-            "--device cpu goes on from the tile embeddings"
+            f"the slide encoder runs out of memory on {device} with {len(features.features):,} tiles; the same command "
+            "with --device cpu goes on from the tile embeddings"
         ) from error
     if not isinstance(embedding, Tensor) or embedding.ndim != 2 or len(embedding) != 1:
         shape = tuple(embedding.shape) if isinstance(embedding, Tensor) else type(embedding).__name__
@@ -171,4 +168,10 @@ def embed_slide(
     result: np.ndarray = embedding[0].float().cpu().numpy()
     if not np.isfinite(result).all():
         raise LongslideError(f"the embedding of slide encoder {slide_encoder.name!r} is not finite in {precision}")
-    return result
+    return replace(
+        features,
+        slide_embedding=result,
+        slide_encoder=slide_encoder.name,
+        slide_weights=slide_encoder.weights,
+        pool=getattr(slide_encoder, "pool", None),
+    )

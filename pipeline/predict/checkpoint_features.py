@@ -1,40 +1,56 @@
 """Features of new slides as a classifier was trained on them: existing files held against its checkpoint, others made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ...data.features.feature_file import MUST_AGREE, MUST_AGREE_SLIDE, Features
+from ...data.features.feature_file import read_features
+from ...data.features.preprocessing import Preprocessing, agreed, same_weights
 from ...data.slides.base import READERS, recorded_reader
 from ...data.slides.slide_table import SlideEntry
 from ...data.tissue.base import segmenter_of
 from ...errors import LongslideError
 from ...registry import import_object, is_factory
-from ..batch.ledger import SlideResult, make_output_folder
+from ..batch.ledger import make_output_folder
 from ..batch.progress import JobProgress
-from ..embed.embed import (
-    EmbedJob,
-    PreparedSlide,
-    SlideEncoderChoice,
-    TileEncoderChoice,
-    identity,
-    look_at_tile_encoder,
-)
+from ..batch.rerun import MadeOtherwiseError
+from ..batch.result import SlideResult
+from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder
+from ..embed.job import EmbedJob, PreparedSlide
 
 if TYPE_CHECKING:
     import torch
 
     from ...models.classifier.classifier import SlideClassifier
+    from ...models.classifier.ensemble import ClassifierEnsemble
 
 OUTLIER_RATIO = 1.5
 """A slide is far from training when the distance of its mean embedding is so many times the training slides' 99th
 percentile: of slides like those of training, few are beyond it, and none by as much."""
 
-MPP_TOLERANCE = 0.02
+SCANNER_TOLERANCE = 0.02
 """Scanners of one kind differ by about a hundredth in their microns per pixel."""
+
+
+REMEDY = "choose another --features, and they are made anew"
+
+
+def trained_on(ensemble: "ClassifierEnsemble") -> Preprocessing:
+    """What the training features of classifiers were made with.
+
+    Raises:
+        LongslideError: They differ between the classifiers.
+    """
+    settings = [Preprocessing.from_dict(classifier.facts.preprocessing) for classifier in ensemble.classifiers]
+    return agreed(
+        [Path(source) for source in ensemble.sources],
+        settings,
+        what="the classifiers were trained on features",
+        remedy="predict with checkpoints of one cross-validation",
+    )[0]
 
 
 @dataclass
@@ -56,7 +72,7 @@ class FeatureMaker:
         precision: Precision of the encoders, or `auto`.
     """
 
-    preprocessing: Mapping[str, Any]
+    preprocessing: Preprocessing
     folder: Path
     reads_slide_embedding: bool
     tile_encoder: TileEncoderChoice | None
@@ -73,49 +89,45 @@ class FeatureMaker:
     @property
     def description(self) -> str:
         """What the features are, in a line."""
-        known = {name: "?" if value is None else value for name, value in self.preprocessing.items()}
+        made = self.preprocessing
+
+        def known(value: object) -> object:
+            return "?" if value is None else value
+
         return (
-            f"tile encoder {known.get('tile_encoder', '?')} ({known.get('tile_weights', '?')}), tiles of "
-            f"{known.get('tile_px', '?')} px at {known.get('mpp', '?')} um/px, overlap {known.get('overlap', '?')} px"
+            f"tile encoder {known(made.tile_encoder)} ({known(made.tile_weights)}), tiles of {known(made.tile_px)} px at "
+            f"{known(made.tile_mpp)} um/px, overlap {known(made.overlap)} px"
         )
 
     def path(self, entry: SlideEntry) -> Path:
         """The feature file of a slide."""
         return self.folder / f"{entry.slide_id}.h5"
 
-    def check(self, entry: SlideEntry, features: Features) -> list[str]:
-        """Hold a feature file against the checkpoint.
+    def existing(self, entry: SlideEntry) -> list[str] | None:
+        """Hold the feature file of a slide against the checkpoint and the slide.
 
         Returns:
-            What the user should know about it.
+            Remarks on it; None if there is no such file.
 
         Raises:
-            LongslideError: It was made with other settings than the training features, or of another slide.
+            MadeOtherwiseError: It was made with other settings than the training features, or of another slide.
+            LongslideError: It is broken.
         """
-        must = MUST_AGREE | (MUST_AGREE_SLIDE if self.reads_slide_embedding else {})
-        different, silent = [], []
-        for name, attribute in must.items():
-            wanted, there = self.preprocessing.get(name), getattr(features, attribute)
-            if wanted is not None and there is None:
-                silent.append(name)
-            elif wanted is not None and not _same(name, there, wanted):
-                different.append(f"{name} {there} there, {wanted} in training")
+        path = self.path(entry)
+        if not path.exists():
+            return None
+        features = read_features(path, embeddings=False)
+        made_with = Preprocessing.of(features)
+        if not self.reads_slide_embedding:
+            made_with = made_with.of_tiles
+        ways = made_with.unlike_training(self.preprocessing)
         if entry.slide_mpp is not None and features.slide_mpp is not None and features.slide_mpp != entry.slide_mpp:
-            different.append(f"slide_mpp {features.slide_mpp} there, {entry.slide_mpp} now")
-        if features.slide_path is not None and Path(features.slide_path).name != entry.path.name:
-            different.append(f"slide {Path(features.slide_path).name} there, {entry.path.name} now")
-        if different:
-            raise LongslideError(
-                f"{self.path(entry)}: the features are not like those of training ({'; '.join(different)}); choose "
-                "another --features, and they are made anew"
-            )
-        remarks = [f"the feature file does not say its {', '.join(silent)}"] if silent else []
-        for name in ("min_tissue", "tissue_method", "tissue_settings", "reader"):
-            wanted, there = self.preprocessing.get(name), getattr(features, name, features.settings.get(name))
-            masks = any(str(value).startswith("mask:") for value in (wanted, there))
-            if None not in (wanted, there) and not masks and wanted != there:
-                remarks.append(f"{name} {there}, {wanted} in training")
-        return remarks
+            ways.append(f"slide_mpp {features.slide_mpp} instead of {entry.slide_mpp}")
+        if (mismatch := features.slide.mismatch(entry.path)) is not None:
+            ways.append(mismatch)
+        if ways:
+            raise MadeOtherwiseError(path, ways, REMEDY)
+        return made_with.remarks(self.preprocessing)
 
     def load_encoders(self) -> None:
         """Load what makes features.
@@ -142,18 +154,23 @@ class FeatureMaker:
         from ...models.tile_encoder.encoder import create_tile_encoder
         from ..embed.tile_embedding import TileEmbedder, resolve_precision, slide_encoder_on
 
-        facts = self.preprocessing
-        unknown = [name for name in ("mpp", "tile_px", "overlap") if facts.get(name) is None]
-        if facts.get("tile_encoder") is None and self.tile_encoder is None:
-            unknown.insert(0, "tile_encoder")
-        if unknown:
+        made = self.preprocessing
+        tile_mpp, tile_px, overlap, name = (
+            made.tile_mpp,
+            made.tile_px,
+            made.overlap,
+            self.tile_encoder or made.tile_encoder,
+        )
+        if tile_mpp is None or tile_px is None or overlap is None or name is None:
+            wanted = {"tile_encoder": name, "tile_mpp": tile_mpp, "tile_px": tile_px, "overlap": overlap}
+            unknown = [setting for setting, value in wanted.items() if value is None]
             raise LongslideError(
                 f"the checkpoint does not say the {', '.join(unknown)} of its training features, which another tool made: "
                 "make those of the new slides with it too, and give their folder with --features"
             )
         make_output_folder(self.folder, "--features")
-        checkpoint, seed = _weights_to_load(self.tile_checkpoint, facts.get("tile_weights"))
-        recorded = facts.get("tile_encoder")
+        checkpoint, seed = _weights_to_load(self.tile_checkpoint, made.tile_weights)
+        recorded = made.tile_encoder
         try:
             if self.tile_encoder is None and is_factory(recorded):
                 import_object(str(recorded), f"tile encoder {recorded!r}", by_stranger=True)
@@ -165,22 +182,22 @@ class FeatureMaker:
                 "package.module:factory."
             ) from error
         encoder = create_tile_encoder(choice, checkpoint=tile_weights, seed=seed)
-        _check_weights("tile", encoder.weights, facts.get("tile_weights"))
+        _check_weights("tile", encoder.weights, made.tile_weights)
         slide_encoder = None
         if self.reads_slide_embedding:
             from ...models.slide_encoder.base import load_slide_encoder
 
-            if facts.get("slide_encoder") is None:
+            if made.slide_encoder is None:
                 raise LongslideError(
                     "the checkpoint does not say the slide encoder of its training features: embed the new slides with it, "
                     "and give their folder with --features"
                 )
-            checkpoint, seed = _weights_to_load(self.slide_checkpoint, facts.get("slide_weights"))
+            checkpoint, seed = _weights_to_load(self.slide_checkpoint, made.slide_weights)
             try:
                 slide_encoder = load_slide_encoder(
-                    facts["slide_encoder"] if self.slide_encoder is None else self.slide_encoder,
+                    made.slide_encoder if self.slide_encoder is None else self.slide_encoder,
                     checkpoint=checkpoint,
-                    pool=facts.get("pool") or "mean",
+                    pool=_pool(made.pool),
                     seed=seed,
                     tile_encoder=encoder.spec.name,
                     tile_dim=encoder.dim,
@@ -191,18 +208,18 @@ class FeatureMaker:
                     "or package.module:factory."
                 ) from error
             slide_encoder = slide_encoder_on(self.device, slide_encoder)
-            _check_weights("slide", slide_encoder.weights, facts.get("slide_weights"))
+            _check_weights("slide", slide_encoder.weights, made.slide_weights)
         precision = resolve_precision(self.precision, encoder.spec.precision, self.device)
-        reader = recorded_reader(facts.get("reader"))
+        reader = recorded_reader(made.reader)
         return EmbedJob(
             output=self.folder,
             embedder=TileEmbedder(encoder, self.device, precision, self.batch_size),
             slide_encoder=slide_encoder,
-            tile_mpp=facts["mpp"],
-            tile_px=facts["tile_px"],
-            overlap=facts["overlap"],
-            min_tissue=0.1 if facts.get("min_tissue") is None else facts["min_tissue"],
-            tissue=segmenter_of(facts.get("tissue_segmenter"), facts.get("tissue_settings")),
+            tile_mpp=tile_mpp,
+            tile_px=tile_px,
+            overlap=overlap,
+            min_tissue=0.1 if made.min_tissue is None else made.min_tissue,
+            tissue=segmenter_of(made.tissue_segmenter, made.tissue_settings),
             reader=None if reader is None else READERS.name_of(reader),
             max_bad_tiles=self.max_bad_tiles,
             threads=self.threads,
@@ -228,7 +245,7 @@ def distribution_warnings(classifiers: "list[SlideClassifier]", slide_mpp: float
     ranges = [one["slide_mpp"] for one in statistics if one.get("slide_mpp")]
     if slide_mpp is not None and ranges:
         low, high = min(one[0] for one in ranges), max(one[1] for one in ranges)
-        if not low * (1 - MPP_TOLERANCE) <= slide_mpp <= high * (1 + MPP_TOLERANCE):
+        if not low * (1 - SCANNER_TOLERANCE) <= slide_mpp <= high * (1 + SCANNER_TOLERANCE):
             trained = f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g} to {high:.4g}"
             found.append(f"scanned at {slide_mpp:.4g} um/px, training slides at {trained}")
     ratios = [
@@ -241,8 +258,8 @@ def distribution_warnings(classifiers: "list[SlideClassifier]", slide_mpp: float
     return found
 
 
-def _same(name: str, there: Any, wanted: Any) -> bool:
-    return bool(np.isclose(there, wanted, rtol=0.01)) if name == "mpp" else identity(there) == identity(wanted)
+def _pool(name: str | None) -> Literal["mean", "cls"]:
+    return "cls" if name == "cls" else "mean"
 
 
 def _weights_to_load(given: str | Path | None, trained: str | None) -> tuple[str | Path | None, int]:
@@ -257,7 +274,7 @@ def _weights_to_load(given: str | Path | None, trained: str | None) -> tuple[str
 
 
 def _check_weights(kind: str, loaded: str, trained: str | None) -> None:
-    if trained is not None and identity(loaded) != identity(trained):
+    if trained is not None and not same_weights(loaded, trained):
         raise LongslideError(
             f"the classifier was trained on features of {trained}, but the {kind} encoder's weights are {loaded}; give "
             f"those of training with --{kind}-checkpoint"

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...data.features.feature_file import Features, read_features
+from ...data.features.preprocessing import Preprocessing
 from ...data.slides.slide import Slide
 from ...errors import LongslideError
-from .checkpoint_features import check_exist
+from .checkpoint_features import check_exist, trained_on
 from .gallery import write_gallery
 from .geojson import AGAINST_COLOUR, FOR_COLOUR, regions_to_geojson, tiles_to_geojson, to_geojson
 from .overlay import draw_overlay, score_limit, tile_raster
@@ -88,6 +89,8 @@ def explain(
 
     torch_device = resolve_device(device)
     ensemble = load_ensemble(paths).to(torch_device)
+    if ways := Preprocessing.of(features).unlike_training(trained_on(ensemble)):
+        raise LongslideError(f"{features.slide_id}: the features are not like those of training ({'; '.join(ways)})")
     return explain_features(ensemble, features, method, torch_device)
 
 

@@ -70,7 +70,12 @@ class PatientJob:
         for patient_id, slide_ids in members.items():
             if position.keys() >= set(slide_ids):  # all are in the input: in its order, as a bag has it in training
                 slide_ids.sort(key=position.__getitem__)
-            done = {slide_id: slides[slide_id] for slide_id in slide_ids if self.is_of_these(slides.get(slide_id))}
+            done = {
+                slide_id: slides[slide_id]
+                for slide_id in slide_ids
+                if self.is_of_these(slides.get(slide_id))
+                and ended.get(slide_id) != "failed"  # perhaps of another slide
+            }
             sources = {slide_id: _digest(done[slide_id]) if slide_id in done else None for slide_id in slide_ids}
             there = before["patients"].get(patient_id, {"status": "", "slides": {}})
             # In the same order too: as one bag, slides in another order are another sequence.

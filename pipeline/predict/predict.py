@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +16,23 @@ from PIL import Image
 
 from ...data.features.feature_file import Features, read_features
 from ...data.slides.base import recorded_reader
+from ...data.slides.identity import SlideIdentity
+from ...data.slides.mpp import mpp_remark
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry, find_slides
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
 from ...registry import import_plugins
 from ...version import __version__
-from ..batch.ledger import BUSY, SUMMARY, SlideResult, claim, make_output_folder, record
+from ..batch.batch import run_batch
+from ..batch.claims import claim
+from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.progress import JobProgress
-from ..embed.embed import PreparedSlide, SlideEncoderChoice, TileEncoderChoice, failed_slide, one_ahead
-from .checkpoint_features import FeatureMaker, check_exist, distribution_warnings
+from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
+from ..batch.result import BUSY, SlideResult
+from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
+from ..embed.job import PreparedSlide
+from .checkpoint_features import FeatureMaker, check_exist, distribution_warnings, trained_on
 from .explain import explain_features, write_explanation
 from .patients import PatientJob
 from .prediction import PREDICTIONS, SCHEMA, Prediction, read_json, with_numbers, write_json, write_predictions
@@ -125,7 +132,7 @@ def predict(
         if explain is not None:
             check_method(ensemble, explain)
         maker = FeatureMaker(
-            ensemble.preprocessing,
+            trained_on(ensemble),
             output / "features" if features is None else Path(features),
             reads_slide_embedding=ensemble.reads_slide_embedding,
             tile_encoder=tile_encoder,
@@ -199,30 +206,30 @@ class _Job:
             raise LongslideError(f"{path}: a prediction of other checkpoints; choose another --output, or --overwrite")
         known = self.patients.known(slides)
         entries = [replace(entry, patient_id=entry.patient_id or known.get(entry.slide_id)) for entry in entries]
+        if not self.overwrite:
+            refuse_mistaken_rerun(entries, self.done_before, self.output)
+        missing = [entry for entry in entries if self.overwrite or not self.json_path(entry).exists()]
+        refuse_mistaken_rerun(missing, self.maker.existing, self.maker.folder)
         if any(not self.json_path(entry).exists() and not self.maker.path(entry).exists() for entry in entries):
             self.maker.load_encoders()
-        results = []
-        with JobProgress(len(entries)) as progress:
-            progress.note(self.description)
-            if left := set(other) - {entry.slide_id for entry in entries}:
-                progress.note(
-                    f"{len(left)} slides there were predicted by other checkpoints: {PREDICTIONS} leaves them out until "
-                    "they are predicted again"
-                )
-            for prepared in one_ahead(self.prepare, entries):
-                result = prepared if isinstance(prepared, SlideResult) else self.finish(prepared, progress)
-                try:
-                    record(self.output, result)
-                except LongslideError as error:  # the result itself is in the slide's JSON
-                    progress.note(str(error))
-                progress.slide_ended(result)
-                results.append(result)
+        notes = []
+        if left := set(other) - {entry.slide_id for entry in entries}:
+            notes.append(
+                f"{len(left)} slides there were predicted by other checkpoints: {PREDICTIONS} leaves them out until "
+                "they are predicted again"
+            )
+        results = run_batch(self, entries, self.output, notes)
         predictions = [self.prediction(entry, result) for entry, result in zip(entries, results, strict=True)]
         given = {entry.slide_id: entry.patient_id for entry in entries if entry.patient_id is not None}
         slides = self.slides()
-        patients = self.patients.predict(slides, given, {one.slide_id: one.status for one in predictions})
+        ended = {one.slide_id: one.status for one in predictions}
+        patients = self.patients.predict(slides, given, ended)
         slides = self.slides()  # once more: other processes may have ended slides meanwhile
-        rows = [Prediction.from_dict(content) for content in slides.values() if self.patients.is_of_these(content)]
+        rows = [
+            Prediction.from_dict(content)
+            for slide_id, content in slides.items()
+            if self.patients.is_of_these(content) and ended.get(slide_id) != "failed"  # perhaps of another slide
+        ]
         rows += [one for one in patients.values() if one.status == "done"]
         write_predictions(self.output, self.ensemble.task, rows)
         failed = [patient_id for patient_id, one in patients.items() if not one.ok]  # of earlier slides too
@@ -252,17 +259,15 @@ class _Job:
             try:
                 lock = claim(self.output, f"{entry.slide_id} prediction")
                 if lock is None:
-                    return SlideResult(entry.slide_id, str(entry.path), "skipped", BUSY)
+                    return SlideResult.skipped(entry, BUSY)
                 resources.callback(lock.release)
-                done = self._done_before(entry)
+                done = None if self.overwrite else self.done_before(entry)
                 if done is not None:
-                    return done
+                    return self._keep_patient(entry, done)
                 prepared = None
-                remarks: list[str] = []
-                path = self.maker.path(entry)
-                if path.exists():
-                    remarks = self.maker.check(entry, read_features(path, embeddings=False))
-                else:
+                remarks = self.maker.existing(entry)
+                if remarks is None:
+                    remarks = []
                     made = self.maker.prepare(entry)
                     if isinstance(made, PreparedSlide):
                         prepared = made
@@ -270,7 +275,7 @@ class _Job:
                         return made
                 return _Claimed(entry, prepared, remarks, resources.pop_all(), started)
             except Exception as error:
-                return failed_slide(entry, error)
+                return SlideResult.failed(entry, error)
 
     def finish(self, claimed: _Claimed, progress: JobProgress) -> SlideResult:
         """All that needs the encoders and classifiers, and the files."""
@@ -287,15 +292,19 @@ class _Job:
                 what = (
                     f"{self.output}: cannot write the results ({error.strerror}); make room or choose another --output"
                 )
-                return failed_slide(entry, LongslideError(what))
+                return SlideResult.failed(entry, LongslideError(what))
             except Exception as error:
-                return failed_slide(entry, error)
+                return SlideResult.failed(entry, error)
 
     def _predict(self, entry: SlideEntry, remarks: list[str], started: float) -> SlideResult:
         path = self.maker.path(entry)
         bag = self._bag([path])
         mean = bag["tile_features"].float().mean(0).cpu().numpy()
         features = read_features(path, embeddings=self.method is not None)
+        if features.slide_mpp is not None and (
+            remark := mpp_remark(features.slide_mpp, features.settings.get("file_mpp"))
+        ):
+            remarks = [*remarks, remark]
         warnings = remarks + distribution_warnings(list(self.ensemble.classifiers), features.slide_mpp, mean)
         found = self._classify([bag])
         prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", warnings=tuple(warnings))
@@ -303,6 +312,7 @@ class _Job:
         folder = self.output / "slides" / entry.slide_id
         folder.mkdir(parents=True, exist_ok=True)
         explanation = None
+        identity = replace(features.slide, path=str(entry.path.absolute()))
         with ExitStack() as resources:
             slide = thumbnail = None
             try:
@@ -313,6 +323,7 @@ class _Job:
                         reader=recorded_reader(features.settings.get("reader")),
                     )
                 )
+                identity = SlideIdentity.of(slide)
                 thumbnail = slide.thumbnail(OVERLAY_PX)
                 _save_thumbnail(folder / "thumbnail.jpg", thumbnail)
             except LongslideError as error:  # the features are there, and enough for a prediction
@@ -330,11 +341,12 @@ class _Job:
             bad_tiles=features.settings.get("bad_tiles"),
             slide_mpp=features.slide_mpp,
             mpp_source=features.settings.get("mpp_source"),
+            tile_mpp=features.tile_mpp,
             tissue_mm2=features.settings.get("tissue_mm2"),
             seconds=time.monotonic() - started,
             features=str(path),
         )
-        self._write_json(entry, prediction, features, result, explanation)
+        self._write_json(entry, prediction, features, result, explanation, identity)
         return result
 
     def _classify(self, bags: "list[dict[str, torch.Tensor]]") -> "EnsemblePrediction":
@@ -365,9 +377,11 @@ class _Job:
         features: Features,
         result: SlideResult,
         explanation: dict[str, Any] | None,
+        identity: SlideIdentity,
     ) -> None:
         content = prediction.to_dict() | {
             "slide": str(entry.path),
+            "slide_file": asdict(identity),
             "task": self.ensemble.task.to_dict(),
             "checkpoints": [
                 {"path": source, "digest": digest}
@@ -393,30 +407,33 @@ class _Job:
         }
         write_json(self.json_path(entry), content)
 
-    def _done_before(self, entry: SlideEntry) -> SlideResult | None:
-        """The result of a slide that an earlier run finished.
+    def done_before(self, entry: SlideEntry) -> dict[str, Any] | None:
+        """What an earlier run wrote of a slide, if that is all that is asked for now.
 
         Raises:
-            LongslideError: What it finished is not what is asked for now, and may not be replaced.
+            MadeOtherwiseError: It is of another slide, or explained otherwise, and may not be replaced.
+            LongslideError: It is broken.
         """
         path = self.json_path(entry)
-        if self.overwrite or not path.exists():
+        if not path.exists():
             return None
         content = read_json(path)
         method = (content.get("explanation") or {}).get("method")
-        there = {"slide": Path(content["slide"]).name, "explain": method}
-        now = {"slide": entry.path.name, "explain": self.method or method}
-        if method is None and self.method is not None:
-            there["explain"] = self.method  # an explanation may be added
-        different = [f"{name} {there[name]} there, {value} now" for name, value in now.items() if there[name] != value]
-        if different:
-            raise LongslideError(
-                f"{path}: a prediction of other settings ({'; '.join(different)}); choose another --output, or --overwrite"
-            )
-        if method != now["explain"]:
-            return None
-        if entry.patient_id is not None and entry.patient_id != content["patient_id"]:  # the table says so now
-            write_json(path, content | {"patient_id": entry.patient_id})
+        ways = []
+        if (mismatch := _slide_of(content).mismatch(entry.path)) is not None:
+            ways.append(mismatch)
+        if None not in (method, self.method) and method != self.method:
+            ways.append(f"explain {method} instead of {self.method}")
+        if ways:
+            raise MadeOtherwiseError(path, ways, "choose another --output, or --overwrite")
+        if self.method is not None and method is None:
+            return None  # an explanation may be added
+        return content
+
+    def _keep_patient(self, entry: SlideEntry, content: dict[str, Any]) -> SlideResult:
+        """The result of a slide that an earlier run finished; its patient is the one that the table names now."""
+        if entry.patient_id is not None and entry.patient_id != content["patient_id"]:
+            write_json(self.json_path(entry), content | {"patient_id": entry.patient_id})
         quality = content["quality"]
         return SlideResult(
             entry.slide_id,
@@ -427,6 +444,7 @@ class _Job:
             bad_tiles=quality["bad_tiles"],
             slide_mpp=quality["slide_mpp"],
             mpp_source=quality["mpp_source"],
+            tile_mpp=quality["tile_mpp"],
             tissue_mm2=quality["tissue_mm2"],
             features=content["features"],
         )
@@ -439,6 +457,11 @@ class _Job:
         if result.status != "done" and not by_now:
             return Prediction("slide", entry.slide_id, entry.patient_id or "", result.status, result.reason)
         return Prediction.from_dict(read_json(there))
+
+
+def _slide_of(content: dict[str, Any]) -> SlideIdentity:
+    """The slide that the JSON of a prediction is of; earlier versions recorded its path alone."""
+    return SlideIdentity(**content.get("slide_file", {"path": content["slide"]}))
 
 
 def _save_thumbnail(path: Path, thumbnail: np.ndarray) -> None:

@@ -205,4 +205,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise LongslideError(f"{path}: not the prediction of a slide; delete it, or choose another --output")
     if content["schema"] > SCHEMA:
         raise LongslideError(f"{path}: written by a newer Longslide (schema {content['schema']}); update Longslide")
+    if "level0_mpp" in content.get("quality", {}):  # its name in earlier versions
+        content["quality"]["slide_mpp"] = content["quality"].pop("level0_mpp")
     return content

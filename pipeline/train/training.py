@@ -20,10 +20,11 @@ from ...data.cohort.cohort import Cohort
 from ...data.cohort.datamodule import BagDataModule
 from ...data.cohort.options import DataOptions
 from ...data.cohort.splits import Part, check_validation
+from ...data.features.preprocessing import Preprocessing
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...models.aggregators.slide_encoder import use_cuda_graphs
-from ...models.classifier.checkpoint import check_preprocessing, load_classifier
+from ...models.classifier.checkpoint import load_classifier
 from ...models.classifier.classifier import SlideClassifier, TrainingFacts
 from ...models.classifier.objective import Cox
 from ...models.classifier.options import ClassifierOptions
@@ -290,9 +291,26 @@ def open_test_data(checkpoint: Path, options: DataOptions) -> tuple[SlideClassif
             slide_embeddings=classifier.aggregator.reads_slide_embedding,
         )
     )
-    check_preprocessing(checkpoint, classifier, data.preprocessing, data.feature_dim)
+    _check_features(checkpoint, classifier, data)
     data.setup()
     return classifier, data
+
+
+def _check_features(checkpoint: Path, classifier: SlideClassifier, data: BagDataModule) -> None:
+    """Refuse features that a classifier was not trained on; lesser differences are printed."""
+    made_with = data.survey.preprocessing
+    trained = Preprocessing.from_dict(classifier.facts.preprocessing)
+    if ways := made_with.unlike_training(trained):
+        raise LongslideError(
+            f"{data.options.features}: the features are not like those {checkpoint} was trained on ({'; '.join(ways)}); "
+            "embed the slides as those were"
+        )
+    if data.feature_dim != classifier.facts.feature_dim:
+        raise LongslideError(
+            f"{checkpoint}: reads embeddings of length {classifier.facts.feature_dim}, but these have {data.feature_dim}"
+        )
+    for remark in made_with.remarks(trained):
+        print(remark, file=sys.stderr)
 
 
 def predict_test_part(

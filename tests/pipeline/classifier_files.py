@@ -41,7 +41,7 @@ def write_classifier(
     """Save a classifier of random weights for these features; `preprocessing` overrides what they say of themselves."""
     survey = survey_features(sorted(features.glob("*.h5")), FeatureCache(), quiet=True)
     torch.manual_seed(seed)
-    facts = TrainingFacts(task, survey.dim, preprocessing=survey.preprocessing | preprocessing)
+    facts = TrainingFacts(task, survey.dim, preprocessing=survey.preprocessing.to_dict() | preprocessing)
     small = {"width": 16, "attention_width": 8} if aggregator == "abmil" else {}
     options = ClassifierOptions(AggregatorChoice(aggregator, small))
     classifier = SlideClassifier(facts, options).eval()

@@ -43,8 +43,8 @@ def test_it_shows_task_splits_and_loaders(two_classes: tuple[Path, Path]) -> Non
     assert module.task.classes == ("normal", "tumour")
     assert module.feature_dim == 6
     assert module.preprocessing == {
-        "tile_encoder": "uni2-h", "tile_weights": "sha256:1", "mpp": 0.5, "tile_px": 256, "overlap": 0,
-        "min_tissue": 0.1, "tissue_method": None, "tissue_segmenter": None, "tissue_settings": None, "reader": None,
+        "tile_encoder": "uni2-h", "tile_weights": "sha256:1", "tile_mpp": 0.5, "tile_px": 256, "overlap": 0,
+        "min_tissue": 0.1,
     }  # fmt: skip
     assert list(module.splits.columns) == ["slide_id", "patient_id", "fold_0"]
     seen: set[str] = set()
@@ -241,6 +241,16 @@ def test_a_bad_feature_file_is_refused_by_name(
     said = refusal(data(*two_classes))
     assert message in said
     assert "p7-1.h5" in said
+
+
+def test_weights_of_one_digest_at_two_paths_are_the_same(two_classes: tuple[Path, Path], slide: Write) -> None:
+    for number in range(10):
+        slide(f"p{number}-0", weights=f"/home/user{number % 2}/uni.safetensors sha256:0123456789abcdef")
+        slide(f"p{number + 10}-0", weights="hf:org/uni@1 sha256:0123456789abcdef")
+    for path in two_classes[1].glob("*-1.h5"):
+        path.unlink()
+    module = data(*two_classes)
+    assert module.preprocessing["tile_weights"].endswith("sha256:0123456789abcdef")
 
 
 def test_a_truncated_feature_file_is_refused_by_name(two_classes: tuple[Path, Path]) -> None:

@@ -126,3 +126,11 @@ def test_a_slide_without_mpp_opens_all_the_same(tmp_path: Path) -> None:
         assert slide.read_region(0, 0, 0, 10, 10).shape == (10, 10, 3)
         with pytest.raises(LongslideError, match="does not say"):
             _ = slide.mpp
+
+
+@pytest.mark.parametrize(("given", "remarked"), [(0.27, False), (0.29, False), (0.3, True), (0.2, True)])
+def test_a_given_mpp_far_off_the_files_own_is_remarked_and_used(given: float, remarked: bool) -> None:
+    found = resolve_mpp(EVERYTHING, SLIDE, given)
+    assert found == Mpp(given, "option")
+    assert found.remark == (f"slide_mpp {given:g} was given, the file says 0.265" if remarked else "")
+    assert resolve_mpp({}, SLIDE, given).remark == "", "the file has none"

@@ -22,7 +22,7 @@ import torch
 from classifier_files import ENCODER
 from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
 from longslide.models.slide_encoder.encoder import SlideEncoder
-from longslide.pipeline.batch.ledger import claim
+from longslide.pipeline.batch.claims import claim
 from PIL import Image
 
 
@@ -248,13 +248,13 @@ def test_made_anew_without_tissue_the_old_file_does_not_stay(job: dict[str, Any]
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"tile_px": 32}, "tile_px 64 there, 32 now"),
-        ({"tile_mpp": 1.0}, "tile_mpp 0.5 there, 1.0 now"),
-        ({"overlap": 8}, "overlap 0 there, 8 now"),
-        ({"min_tissue": 0.5}, "min_tissue 0.1 there, 0.5 now"),
-        ({"seed": 1}, "weights random seed=0 there, random seed=1 now"),
-        ({"precision": "bfloat16"}, "precision float32 there, bfloat16 now"),
-        ({"slide_mpp": 0.499}, "slide_mpp 0.5 there, 0.499 now"),
+        ({"tile_px": 32}, "tile_px 64 instead of 32"),
+        ({"tile_mpp": 1.0}, "tile_mpp 0.5 instead of 1.0"),
+        ({"overlap": 8}, "overlap 0 instead of 8"),
+        ({"min_tissue": 0.5}, "min_tissue 0.1 instead of 0.5"),
+        ({"seed": 1}, "tile_weights random seed=0 instead of random seed=1"),
+        ({"precision": "bfloat16"}, "precision float32 instead of bfloat16"),
+        ({"slide_mpp": 0.499}, "slide_mpp 0.5 instead of 0.499"),
     ],
 )
 def test_a_file_made_with_other_settings_is_refused_unless_overwrite(
@@ -263,10 +263,12 @@ def test_a_file_made_with_other_settings_is_refused_unless_overwrite(
     job |= {"slides": [slides / "a.svs"]}
     embed(**job)
     before = content(job["output"] / "a.h5")
-    [result] = embed(**job | change)
-    assert result.status == "failed"
-    assert named in result.reason
-    assert "--overwrite" in result.reason
+    rows = summary(job["output"])
+    with pytest.raises(LongslideError) as caught:
+        embed(**job | change)
+    assert named in str(caught.value)
+    assert "--overwrite" in str(caught.value)
+    assert summary(job["output"]) == rows, "the summary is of the run that was right"
     assert content(job["output"] / "a.h5") == before
     [result] = embed(**job | change, overwrite=True)
     assert result.status == "done"
@@ -289,15 +291,18 @@ def test_a_mask_or_mpp_given_or_taken_back_later_is_another_setting(job: dict[st
         (tmp_path / f"{name}.csv").write_text(table)
 
     def made_anew(name: str) -> str:
-        [result] = embed(**job | {"slides": [tmp_path / f"{name}.csv"]})
-        embed(**job | {"slides": [tmp_path / f"{name}.csv"]}, overwrite=True)
+        try:
+            [result] = embed(**job | {"slides": [tmp_path / f"{name}.csv"]})
+        except LongslideError as error:
+            embed(**job | {"slides": [tmp_path / f"{name}.csv"]}, overwrite=True)
+            return str(error)
         return f"{result.status}: {result.reason}"
 
     assert made_anew("mpp") == "done: "
-    assert "mpp_source option there, the file's own now" in made_anew("plain")
-    assert "tissue_method longslide-tissue-1 there, mask:one.png" in made_anew("mask")
-    assert "now" in made_anew("other mask")
-    assert "there, longslide-tissue-1 now" in made_anew("plain")
+    assert "slide_mpp 0.499 was given instead of the file's own" in made_anew("plain")
+    assert "tissue_method longslide-tissue-1 instead of mask:one.png" in made_anew("mask")
+    assert "tissue_method mask:one.png" in made_anew("other mask")
+    assert "instead of longslide-tissue-1" in made_anew("plain")
     assert made_anew("plain") == "done: was there already"
 
 
@@ -311,21 +316,90 @@ def test_weights_are_the_same_wherever_they_lie(
         torch.save(network.state_dict(), tmp_path / f"{name}.pth")
     shutil.copy(tmp_path / "one.pth", tmp_path / "copy.pth")
     job |= {"slides": [slides / "a.svs"]}
-    results = [
-        embed(**job | {"tile_checkpoint": str(tmp_path / f"{name}.pth")})[0] for name in ("one", "copy", "other")
-    ]
-    assert [result.status for result in results] == ["done", "done", "failed"]
-    assert "weights" in results[2].reason
+    results = [embed(**job | {"tile_checkpoint": str(tmp_path / f"{name}.pth")})[0] for name in ("one", "copy")]
+    assert [result.status for result in results] == ["done", "done"]
+    with pytest.raises(LongslideError, match="tile_weights"):
+        embed(**job | {"tile_checkpoint": str(tmp_path / "other.pth")})
 
 
-def test_another_slide_of_the_same_name_is_not_taken_for_the_one_embedded(
+def test_another_slide_of_the_same_file_name_is_not_taken_for_the_one_embedded(
     job: dict[str, Any], slides: Path, tmp_path: Path
 ) -> None:
     embed(**job | {"slides": [slides / "a.svs"]})
-    write_synthetic_slide(tmp_path / "a.tif", size=(1536, 1024), seed=9)
-    [result] = embed(**job | {"slides": [tmp_path / "a.tif"]})
-    assert result.status == "failed"
-    assert "slide a.svs there, a.tif now" in result.reason
+    rows = summary(job["output"])
+    for suffix in (".svs", ".tif"):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        other = write_synthetic_slide(tmp_path / "elsewhere" / f"a{suffix}", size=(1536, 1024), seed=9)
+        with pytest.raises(LongslideError, match=r"a\.h5: made otherwise \(made of another slide"):
+            embed(**job | {"slides": [other]})
+    assert summary(job["output"]) == rows
+    assert read_features(job["output"] / "a.h5").slide_path == str(slides / "a.svs")
+
+
+def test_a_slide_that_has_moved_is_the_same_slide(job: dict[str, Any], slides: Path, tmp_path: Path) -> None:
+    embed(**job | {"slides": [slides / "a.svs"]})
+    (tmp_path / "moved").mkdir()
+    shutil.copy(slides / "a.svs", tmp_path / "moved" / "a.svs")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.svs").symlink_to(slides / "a.svs")
+    for folder in ("moved", "linked"):
+        [result] = embed(**job | {"slides": [tmp_path / folder / "a.svs"]})
+        assert (result.status, result.reason) == ("done", "was there already")
+
+
+def test_a_slide_copied_again_after_damage_is_another_slide(job: dict[str, Any], slides: Path, tmp_path: Path) -> None:
+    whole = (slides / "a.svs").read_bytes()
+    place = tmp_path / "a.svs"
+    damaged = bytearray(whole)
+    middle = len(whole) // 3
+    damaged[middle : middle + 20_000] = bytes(20_000)
+    place.write_bytes(damaged)
+    job |= {"slides": [place], "max_bad_tiles": 1000}
+    embed(**job)
+    with open_slide(place) as before:
+        quickhash = before.quickhash
+    place.write_bytes(whole)
+    with open_slide(place) as after:
+        assert after.quickhash == quickhash, "the damage is where the quickhash does not look"
+    with pytest.raises(LongslideError, match="made before the slide file was written again"):
+        embed(**job)
+    [result] = embed(**job, overwrite=True)
+    embed(**job | {"slides": [slides / "a.svs"], "output": tmp_path / "reference"})
+    np.testing.assert_array_equal(
+        read_features(result.features or "").features, read_features(tmp_path / "reference" / "a.h5").features
+    )
+
+
+def test_a_mistaken_rerun_is_one_refusal_with_status_2_and_the_summary_stays(job: dict[str, Any], slides: Path) -> None:
+    embed(**job)
+    before = (job["output"] / "summary.csv").read_bytes()
+    said = subprocess.run(command(job, "--tile-mpp", "1.0"), capture_output=True, text=True, check=False)
+    assert said.returncode == 2
+    assert said.stderr.splitlines()[-1] == (
+        f"longslide embed: {job['output']}: all 3 existing results of these slides were made otherwise (tile_mpp 0.5 "
+        "instead of 1.0); choose another --output, or --overwrite"
+    )
+    assert (job["output"] / "summary.csv").read_bytes() == before
+
+
+def test_one_file_made_otherwise_among_others_fails_alone(job: dict[str, Any], slides: Path) -> None:
+    embed(**job | {"slides": [slides / "a.svs"]})
+    embed(**job | {"slides": [slides / "b.svs"], "tile_mpp": 1.0})
+    results = embed(**job)
+    assert {result.slide_id: result.status for result in results} == {"a": "done", "b": "failed", "c": "done"}
+
+
+def test_a_given_mpp_far_off_the_files_own_is_remarked(job: dict[str, Any], slides: Path) -> None:
+    job |= {"slides": [slides / "a.svs"]}
+    [near] = embed(**job, slide_mpp=0.47)
+    assert near.reason == ""
+    [far] = embed(**job, slide_mpp=0.4, overwrite=True)
+    assert (far.status, far.reason) == ("done", "slide_mpp 0.4 was given, the file says 0.5")
+    row = summary(job["output"])["a"]
+    assert (row["reason"], row["slide_mpp"], row["tile_mpp"]) == (far.reason, "0.4", "0.5")
+    [none] = embed(**job, slide_mpp=0.1, overwrite=True)
+    assert none.status == "skipped"
+    assert none.reason.endswith("; slide_mpp 0.1 was given, the file says 0.5"), "perhaps that is why"
 
 
 def test_the_slide_embedding_is_added_later_without_reading_the_slide_again(
@@ -337,16 +411,17 @@ def test_the_slide_embedding_is_added_later_without_reading_the_slide_again(
     embed(**job)
     tiles = read_features(job["output"] / "a.h5")
     assert tiles.slide_embedding is None
-    copy.write_bytes(b"no longer a slide")
+    untouched = copy.stat()
+    copy.write_bytes(bytes(untouched.st_size))  # no longer a slide, which nobody can tell without opening it
+    os.utime(copy, ns=(untouched.st_atime_ns, untouched.st_mtime_ns))
     [result] = embed(**job, slide_encoder="gigapath", slide_checkpoint="random")
     assert result.status == "done"
     both = read_features(job["output"] / "a.h5")
     assert both.slide_embedding is not None
     np.testing.assert_array_equal(both.features, tiles.features)
     assert both.tissue == tiles.tissue
-    [result] = embed(**job, slide_encoder="gigapath", slide_checkpoint="random", pool="cls")
-    assert result.status == "failed"
-    assert "pool mean there, cls now" in result.reason
+    with pytest.raises(LongslideError, match="pool mean instead of cls"):
+        embed(**job, slide_encoder="gigapath", slide_checkpoint="random", pool="cls")
 
 
 def test_a_slide_encoder_that_runs_out_of_memory_does_not_cost_the_tile_embeddings(
@@ -572,9 +647,8 @@ def test_more_unreadable_tiles_than_allowed_fail_the_slide_and_fewer_are_left_ou
     assert 0 < result.bad_tiles <= 16
     [again] = embed(**job | {"slides": [broken]}, max_bad_tiles=16)
     assert (again.reason, again.bad_tiles) == ("was there already", result.bad_tiles)
-    [again] = embed(**job | {"slides": [broken]})
-    assert again.status == "failed"
-    assert f"bad_tiles {result.bad_tiles} there, at most 0 now" in again.reason
+    with pytest.raises(LongslideError, match="more unreadable tiles than --max-bad-tiles 0"):
+        embed(**job | {"slides": [broken]})
     coords = read_features(result.features or "").coords
     inside = (coords // 256 == [x // 256, y // 256]).all(1)
     assert not inside.any(), "no tile of the unreadable region"

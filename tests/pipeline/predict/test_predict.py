@@ -26,8 +26,9 @@ from longslide import (
     write_synthetic_slide,
 )
 from longslide.data.features.feature_file import write_features
-from longslide.pipeline.batch.ledger import claim
+from longslide.pipeline.batch.claims import claim
 from longslide.pipeline.cli import main
+from longslide.pipeline.report.report import report
 from longslide.task import Task
 from PIL import Image
 from training_cohort import quick, write_cohort
@@ -132,10 +133,11 @@ def test_existing_features_are_used_and_the_tile_encoder_is_not_needed(home: Pat
         predictions[0].predicted = "tumour"  # type: ignore[misc]
     [alone] = predict(home / "slides" / "a.svs", checkpoint=job["checkpoint"], features=job["features"], device="cpu")
     assert alone == predictions[0]
-    with open_slide(home / "slides" / "a.svs", slide_id="b") as slide:
-        [named] = predict(slide, checkpoint=job["checkpoint"], features=job["features"], device="cpu")
-    assert (named.slide_id, named.status) == ("b", "failed")
-    assert "slide b.svs there, a.svs now" in named.reason
+    with (
+        open_slide(home / "slides" / "a.svs", slide_id="b") as slide,
+        pytest.raises(LongslideError, match=r"b\.h5: made otherwise \(made of another slide"),
+    ):
+        predict(slide, checkpoint=job["checkpoint"], features=job["features"], device="cpu")
 
 
 def test_what_test_gave_for_a_feature_file_predict_gives_for_its_slide(tmp_path: Path) -> None:
@@ -394,23 +396,25 @@ def test_every_task_has_its_columns_and_an_overlay(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"mpp": 1.0}, "mpp 0.5 there, 1.0 in training"),
-        ({"tile_encoder": "uni"}, "tile_encoder tiny there, uni in training"),
-        ({"tile_weights": "random seed=7"}, "tile_weights random seed=0 there, random seed=7 in training"),
-        ({"tile_px": 256}, "tile_px 64 there, 256 in training"),
-        ({"overlap": 16}, "overlap 0 there, 16 in training"),
+        ({"tile_mpp": 1.0}, "tile_mpp 0.5 instead of 1.0"),
+        ({"tile_encoder": "uni"}, "tile_encoder tiny instead of uni"),
+        ({"tile_weights": "random seed=7"}, "tile_weights random seed=0 instead of random seed=7"),
+        ({"tile_px": 256}, "tile_px 64 instead of 256"),
+        ({"overlap": 16}, "overlap 0 instead of 16"),
     ],
 )
 def test_features_unlike_those_of_training_are_refused(
     home: Path, job: dict[str, Any], tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     write_classifier(tmp_path / "other.ckpt", home / "features", **change)
-    predictions = predict(**job | {"checkpoint": str(tmp_path / "other.ckpt")})
-    assert [one.status for one in predictions] == ["failed"] * 3
-    assert named in predictions[0].reason
-    assert "a.h5" in predictions[0].reason
-    assert len(predictions[0].reason.splitlines()) == 1
+    with pytest.raises(LongslideError) as caught:
+        predict(**job | {"checkpoint": str(tmp_path / "other.ckpt")})
+    assert f"all 3 existing results of these slides were made otherwise ({named})" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
     assert not list(job["output"].glob("*.json"))
+    assert not (job["output"] / "summary.csv").exists()
+    with pytest.raises(LongslideError, match=f"not like those of training.*{named}"):
+        explain(home / "features" / "a.h5", tmp_path / "other.ckpt")
 
 
 def test_weights_are_the_same_by_their_digest_wherever_the_file_was(
@@ -426,8 +430,66 @@ def test_weights_are_the_same_by_their_digest_wherever_the_file_was(
         ("/data/model.safetensors sha256:9876", "failed"),
     ):
         write_classifier(tmp_path / "other.ckpt", home / "features", tile_weights=trained)
-        [one] = predict(**job | {"checkpoint": str(tmp_path / "other.ckpt"), "output": tmp_path / status})
+        options = {"checkpoint": str(tmp_path / "other.ckpt"), "output": tmp_path / status}
+        if status == "failed":
+            with pytest.raises(LongslideError, match="tile_weights"):
+                predict(**job | options)
+            continue
+        [one] = predict(**job | options)
         assert one.status == status, one.reason
+
+
+def test_another_slide_of_the_same_file_name_gets_nothing_of_the_first(
+    home: Path, job: dict[str, Any], tmp_path: Path
+) -> None:
+    job = {name: value for name, value in job.items() if name != "features"} | {"tile_encoder": str(home / "tiny.yaml")}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_synthetic_slide(elsewhere / "a.svs", size=(1024, 768), seed=77)
+    (tmp_path / "first.csv").write_text(f"slide,patient_id\n{home / 'slides' / 'a.svs'},p\n")
+    (tmp_path / "both.csv").write_text(f"slide,patient_id\n{elsewhere / 'a.svs'},p\n{home / 'slides' / 'b.svs'},q\n")
+    predict(**job | {"slides": [tmp_path / "first.csv"]})
+    tables = {name: (job["output"] / name).read_bytes() for name in ("predictions.csv", "summary.csv", "a.json")}
+    with pytest.raises(LongslideError, match=r"a\.json: made otherwise \(made of another slide"):
+        predict(**job | {"slides": [elsewhere / "a.svs"]})
+    assert tables == {name: (job["output"] / name).read_bytes() for name in tables}
+    # Its features are not taken either, when the prediction is gone.
+    (job["output"] / "a.json").unlink()
+    with pytest.raises(LongslideError, match=r"a\.h5: made otherwise \(made of another slide"):
+        predict(**job | {"slides": [elsewhere / "a.svs"]})
+    # Beside a slide that is new it fails alone, and its patient gets no prediction of the first slide's.
+    (job["output"] / "a.json").write_bytes(tables["a.json"])
+    slides = [tmp_path / "both.csv", home / "slides" / "c.tif"]
+    predict(**job | {"slides": [home / "slides" / "b.svs"]})
+    results = predict(**job | {"slides": slides})
+    status = {one.slide_id or one.patient_id: one.status for one in results}
+    assert status == {"a": "failed", "b": "done", "c": "done", "p": "failed", "q": "done"}
+    assert {row["slide_id"] for row in rows(job["output"] / "predictions.csv")} == {"b", "c", ""}
+    report([job["output"]])
+    page = (job["output"] / "report.html").read_text()
+    assert 'id="slide-b"' in page
+    assert 'id="slide-a"' not in page
+
+
+def test_a_given_mpp_far_off_the_files_own_is_a_warning(home: Path, job: dict[str, Any], tmp_path: Path) -> None:
+    options = {"features": tmp_path / "features", "tile_encoder": str(home / "tiny.yaml")}
+    job |= {"slides": [home / "slides" / "a.svs"], "slide_mpp": 0.4} | options
+    [one] = predict(**job)
+    assert "slide_mpp 0.4 was given, the file says 0.5" in one.warnings
+
+
+def test_classifiers_of_different_features_are_no_ensemble(home: Path, job: dict[str, Any], tmp_path: Path) -> None:
+    for fold, weights in enumerate(("/one/uni.pth sha256:0123", "/other/uni.pth sha256:0123")):
+        write_classifier(tmp_path / "run" / f"fold_{fold}" / "best.ckpt", home / "features", tile_weights=weights)
+    moved = tmp_path / "features"
+    shutil.copytree(home / "features", moved)
+    for path in moved.glob("*.h5"):
+        write_features(path, dataclasses.replace(read_features(path), weights="/third/uni.pth sha256:0123"))
+    job |= {"checkpoint": str(tmp_path / "run"), "features": moved}
+    assert {one.status for one in predict(**job)} == {"done"}, "weights are the same by their digest"
+    write_classifier(tmp_path / "run" / "fold_2" / "best.ckpt", home / "features", tile_weights=weights, overlap=32)
+    with pytest.raises(LongslideError, match=r"overlap is 0 in .*fold_0.* and 32 in .*fold_2.*one cross-validation"):
+        predict(**job | {"output": tmp_path / "other"})
 
 
 def test_a_slide_unlike_those_of_training_is_predicted_with_a_warning(
@@ -461,7 +523,7 @@ def test_features_of_another_tool_are_used_and_what_they_do_not_say_is_told(
         file["coords"] = ours.coords
     [one] = predict(**job | {"features": folder, "slides": [home / "slides" / "a.svs"]}, explain="occlusion")
     assert one.status == "done", one.reason
-    assert "does not say its tile_encoder, tile_weights, mpp, tile_px, overlap" in one.warnings[0]
+    assert "does not say its tile_encoder, tile_weights, tile_mpp, tile_px, overlap" in one.warnings[0]
     assert one.probability is not None
     np.testing.assert_allclose(list(one.probability.values()), expected_probability(home, "a"), rtol=1e-6)
 
@@ -516,9 +578,8 @@ def test_an_explanation_can_be_added_and_nothing_else_is_changed_unless_overwrit
     assert one.status == "done"
     assert json.loads((job["output"] / "a.json").read_text())["explanation"]["method"] == "attention"
     assert not list((job["output"] / "slides" / "a" / "gallery").glob("against-*")), "attention speaks for nothing"
-    [one] = predict(**job, explain="occlusion")
-    assert one.status == "failed"
-    assert "explain attention there, occlusion now" in one.reason
+    with pytest.raises(LongslideError, match=r"a\.json: made otherwise \(explain attention instead of occlusion\)"):
+        predict(**job, explain="occlusion")
     write_classifier(tmp_path / "newer.ckpt", home / "features", seed=5)
     newer = job | {"checkpoint": str(tmp_path / "newer.ckpt")}
     tables = [job["output"] / name for name in ("predictions.csv", "summary.csv")]
@@ -638,7 +699,7 @@ def test_a_classifier_of_slide_embeddings_predicts_and_says_that_it_cannot_be_ex
     encoders = {"slide_encoder": "gigapath", "slide_checkpoint": "random"}
     embed([slide], folder, str(home / "tiny.yaml"), tile_checkpoint="random", device="cpu", **encoders)
     survey = survey_features([folder / "a.h5"], FeatureCache(slide_embeddings=True), quiet=True)
-    facts = TrainingFacts(BINARY, survey.dim, preprocessing=survey.preprocessing)
+    facts = TrainingFacts(BINARY, survey.dim, preprocessing=survey.preprocessing.to_dict())
     probe = SlideClassifier(facts, ClassifierOptions("linear-probe"))
     torch.save({"state_dict": probe.state_dict(), "longslide": probe.describe()}, tmp_path / "probe.ckpt")
     job |= {"checkpoint": str(tmp_path / "probe.ckpt"), "slides": [slide]}

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from classifier_files import ENCODER, write_classifier
 from longslide import LongslideError, embed, predict, write_synthetic_slide
-from longslide.pipeline.batch.ledger import SlideResult, record
+from longslide.pipeline.batch.ledger import record
+from longslide.pipeline.batch.result import SlideResult
 from longslide.pipeline.cli import main
 from longslide.pipeline.report.report import report
 from PIL import Image

@@ -1,17 +1,20 @@
 """Training as users do it: recipes, run folders, resume, cross-validation, test on another cohort."""
 
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
+from longslide.data.features.feature_file import read_features, write_features
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.pipeline.cli import main
 from longslide.pipeline.train.settings import list_recipes, recipes
@@ -69,9 +72,10 @@ def test_the_checkpoint_is_plain_tensors_and_says_all_that_inference_needs(finis
     assert content["preprocessing"] == {
         "tile_encoder": "toy",
         "tile_weights": "toy weights",
-        "mpp": 0.5,
+        "tile_mpp": 0.5,
         "tile_px": 256,
         "overlap": 0,
+        "precision": "float32",
         "min_tissue": 0.1,
         "tissue_method": "otsu",
     }
@@ -141,8 +145,34 @@ def test_features_of_another_encoder_are_refused(finished: Path, tmp_path: Path,
     options = write_cohort(tmp_path, 6, encoder="uni")
     assert main(["test", "--checkpoint", str(finished / "best.ckpt"), "--run", f"{tmp_path}/run", *options]) == 2
     error = capsys.readouterr().err
-    assert "tile_encoder toy" in error
-    assert "these have uni" in error
+    assert "tile_encoder uni instead of toy" in error
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def rewrite(folder: Path, **change: Any) -> None:
+    """Feature files that say another thing of how they were made."""
+    for path in folder.glob("*.h5"):
+        write_features(path, dataclasses.replace(read_features(path), **change))
+
+
+def test_test_asks_of_features_what_predict_asks(finished: Path, tmp_path: Path, capsys) -> None:
+    checkpoint = tmp_path / "best.ckpt"
+    content = torch.load(finished / "best.ckpt", weights_only=True)
+    content["longslide"]["preprocessing"]["tile_weights"] = "/home/one/toy.pth sha256:0123"
+    torch.save(content, checkpoint)
+    options = write_cohort(tmp_path / "external", 12, seed=5)
+    words = ["test", "--checkpoint", str(checkpoint), *options]
+    # The same weights at another path, in another precision, with microns per pixel off by less than a hundredth.
+    same = {"weights": "/home/other/toy.pth sha256:0123", "precision": "float16", "tile_mpp": 0.4988}
+    rewrite(tmp_path / "external" / "features", **same)
+    assert main([*words, "--run", f"{tmp_path}/same"]) == 0
+    assert (tmp_path / "same" / "metrics.csv").is_file()
+    # Tiles that overlap are others.
+    rewrite(tmp_path / "external" / "features", overlap=32)
+    capsys.readouterr()
+    assert main([*words, "--run", f"{tmp_path}/other"]) == 2
+    assert "overlap 32 instead of 0" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "metrics.csv").exists()
 
 
 STOP = """

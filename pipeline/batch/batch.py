@@ -1,0 +1,71 @@
+"""The loop of every batch job: prepare a slide ahead, finish it, record how it ended."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from ...data.slides.slide_table import SlideEntry
+from ...errors import LongslideError
+from .ledger import record
+from .progress import JobProgress
+from .result import SlideResult
+
+T = TypeVar("T")
+
+
+class BatchJob(Protocol[T]):
+    """What is done to each slide: `prepare` in a thread ahead, `finish` where the models are."""
+
+    @property
+    def description(self) -> str:
+        """What the job does, in a line or two, for the user to check."""
+        ...
+
+    def prepare(self, entry: SlideEntry, /) -> T | SlideResult:
+        """All that comes before the models; a result if that ends the slide."""
+        ...
+
+    def finish(self, prepared: T, progress: JobProgress, /) -> SlideResult:
+        """All that needs the models."""
+        ...
+
+
+def run_batch(
+    job: BatchJob[T], entries: Sequence[SlideEntry], output: Path, notes: Sequence[str] = ()
+) -> list[SlideResult]:
+    """Run a job over slides, and write each one's result into the summary as it ends.
+
+    Args:
+        job: What is done to each slide.
+        entries: The slides.
+        output: Folder of the summary.
+        notes: What the user should be told first.
+
+    Returns:
+        One result per slide, in the order of the input.
+    """
+    results = []
+    with JobProgress(len(entries)) as progress:
+        for note in (job.description, *notes):
+            progress.note(note)
+        for prepared in _one_ahead(job.prepare, entries):
+            result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
+            try:
+                record(output, result)
+            except LongslideError as error:  # the slide's own files are there
+                progress.note(str(error))
+            progress.slide_ended(result)
+            results.append(result)
+    return results
+
+
+def _one_ahead(prepare: Callable[[SlideEntry], T], entries: Sequence[SlideEntry]) -> Iterator[T]:
+    """Prepare the next slide (open it, find tissue) while the models work on the present one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as executor:
+        following = executor.submit(prepare, entries[0])
+        for entry in [*entries[1:], None]:
+            current = following.result()
+            if entry is not None:
+                following = executor.submit(prepare, entry)
+            yield current

@@ -1,0 +1,57 @@
+"""What a rerun finds: results that exist and fit, or were made otherwise."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ...data.slides.slide_table import SlideEntry
+from ...errors import LongslideError
+
+
+class MadeOtherwiseError(LongslideError):
+    """A result exists that was made otherwise than is asked for now.
+
+    Args:
+        path: The result.
+        ways: In which ways, the same text for every slide they hold for.
+        remedy: What to do about it.
+
+    Attributes:
+        ways: As given.
+        remedy: As given.
+    """
+
+    def __init__(self, path: Path, ways: Sequence[str], remedy: str) -> None:
+        super().__init__(f"{path}: made otherwise ({'; '.join(ways)}); {remedy}")
+        self.ways = tuple(ways)
+        self.remedy = remedy
+
+
+def refuse_mistaken_rerun(entries: Sequence[SlideEntry], check: Callable[[SlideEntry], object], folder: Path) -> None:
+    """Refuse a command whose options differ in one way from all that exists, before it fails slide by slide.
+
+    Args:
+        entries: The slides of the job.
+        check: Gives what exists of a slide, or None; raises `MadeOtherwiseError` where that was made otherwise.
+        folder: Where the results are, for the message.
+
+    Raises:
+        MadeOtherwiseError: All results that exist, and can be read, were made otherwise in the same way.
+    """
+    differing: list[MadeOtherwiseError] = []
+    for entry in entries:
+        try:
+            if check(entry) is not None:
+                return
+        except MadeOtherwiseError as error:
+            differing.append(error)
+            if error.ways != differing[0].ways:
+                return
+        except (LongslideError, OSError):  # broken, which says nothing of the options
+            continue
+    if len(differing) == 1:
+        raise differing[0]
+    if differing:
+        raise LongslideError(
+            f"{folder}: all {len(differing)} existing results of these slides were made otherwise "
+            f"({'; '.join(differing[0].ways)}); {differing[0].remedy}"
+        )

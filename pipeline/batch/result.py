@@ -1,0 +1,102 @@
+"""How one slide of a job ended."""
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+from ...data.features.feature_file import Features
+from ...data.slides.mpp import mpp_remark
+from ...data.slides.slide_table import SlideEntry
+from ...errors import LongslideError
+
+BUSY = "another process is working on it"
+"""Why a slide is skipped that another process has claimed."""
+
+
+@dataclass(frozen=True)
+class SlideResult:
+    """How one slide of a job ended; the columns of `summary.csv`.
+
+    Attributes:
+        slide_id: The slide's id, the stem of its output files.
+        slide: Path of the slide file.
+        status: `done` (the output is complete), `failed`, or `skipped` (nothing to do here: no tissue, or another
+            process is at work on it).
+        reason: Why it failed or was skipped, or a remark on a slide that is done.
+        tiles: Tiles embedded.
+        bad_tiles: Tiles that could not be read and were left out.
+        slide_mpp: Microns per pixel at level 0.
+        mpp_source: Where that came from.
+        tile_mpp: Microns per pixel of the tiles.
+        tissue_mm2: Area of the tissue in square millimetres.
+        seconds: Time spent on the slide in this run.
+        features: Path of the feature file.
+    """
+
+    slide_id: str
+    slide: str
+    status: Literal["done", "failed", "skipped"]
+    reason: str = ""
+    tiles: int | None = None
+    bad_tiles: int | None = None
+    slide_mpp: float | None = None
+    mpp_source: str | None = None
+    tile_mpp: float | None = None
+    tissue_mm2: float | None = None
+    seconds: float | None = None
+    features: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the slide does not count against the exit status."""
+        return self.status != "failed"
+
+    @classmethod
+    def done(
+        cls, entry: SlideEntry, features: Features, path: Path, reason: str = "", seconds: float | None = None
+    ) -> Self:
+        """Of a slide whose feature file is complete.
+
+        Args:
+            entry: The slide.
+            features: What is in the feature file.
+            path: The feature file.
+            reason: A remark; what a person should look at in the file itself is added.
+            seconds: Time spent on the slide in this run.
+        """
+        remarks = [
+            reason,
+            mpp_remark(features.slide_mpp, features.settings.get("file_mpp")) if features.slide_mpp else "",
+        ]
+        return cls(
+            entry.slide_id,
+            str(entry.path),
+            "done",
+            "; ".join(filter(None, remarks)),
+            tiles=len(features.coords),
+            bad_tiles=features.settings.get("bad_tiles"),
+            slide_mpp=features.slide_mpp,
+            mpp_source=features.settings.get("mpp_source"),
+            tile_mpp=features.tile_mpp,
+            tissue_mm2=features.settings.get("tissue_mm2"),
+            seconds=seconds,
+            features=str(path),
+        )
+
+    @classmethod
+    def skipped(cls, entry: SlideEntry, reason: str) -> Self:
+        """Of a slide with nothing to do."""
+        return cls(entry.slide_id, str(entry.path), "skipped", reason)
+
+    @classmethod
+    def failed(cls, entry: SlideEntry, error: Exception) -> Self:
+        """Of a slide that an exception ended; one that is no user's mistake is printed with its traceback."""
+        if isinstance(error, LongslideError):
+            reason = str(error)
+        elif isinstance(error, OSError):  # the disk, not the program
+            reason = f"{error.filename or entry.path}: {error.strerror or error}"
+        else:
+            traceback.print_exception(error)  # not the user's mistake: whoever reports it needs to know where
+            reason = f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return cls(entry.slide_id, str(entry.path), "failed", reason)

@@ -1,0 +1,89 @@
+"""What is chosen for embedding: the tiles, the tile encoder, the slide encoder; looked at before anything is loaded."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import LongslideError
+from ...registry import is_factory
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from torch import nn
+
+    from ...models.slide_encoder.base import AnySlideEncoder
+    from ...models.tile_encoder.spec import TileEncoderSpec
+
+    TileEncoderChoice: TypeAlias = str | Path | nn.Module
+    SlideEncoderChoice: TypeAlias = str | Path | AnySlideEncoder
+else:  # what the command line takes, without torch
+    TileEncoderChoice = SlideEncoderChoice = str | Path
+
+DEFAULT_TILE_MPP = 0.5
+"""Microns per pixel of the tiles where the encoder recommends none: 20x."""
+
+DEFAULT_TILE_PX = 256
+"""Edge of the tiles where no encoder is named."""
+
+
+def resolve_tiles(
+    spec: "TileEncoderSpec | None", tile_mpp: float | None, tile_px: int | None, overlap: int, min_tissue: float
+) -> tuple[float, int]:
+    """Microns per pixel and edge of the tiles: as asked for, else as the tile encoder recommends.
+
+    Raises:
+        LongslideError: These, or the overlap or the share of tissue, cannot be meant.
+    """
+    if tile_mpp is None:
+        tile_mpp = (spec.tile_mpp if spec else None) or DEFAULT_TILE_MPP
+    if tile_px is None:
+        tile_px = spec.tile_px if spec else DEFAULT_TILE_PX
+    wrong = None
+    if not 0.05 <= tile_mpp <= 100:
+        wrong = f"--tile-mpp {tile_mpp:g} is not a plausible number of microns per pixel (0.05 to 100)"
+    elif tile_px < 16:
+        wrong = f"--tile-px {tile_px} is too small (at least 16)"
+    elif not 0 <= overlap < tile_px:
+        wrong = f"--overlap {overlap} must be at least 0 and less than --tile-px {tile_px}"
+    elif not 0 <= min_tissue <= 1:
+        wrong = f"--min-tissue {min_tissue:g} must be between 0 and 1"
+    if wrong:
+        raise LongslideError(wrong)
+    return tile_mpp, tile_px
+
+
+def look_at_tile_encoder(
+    choice: TileEncoderChoice, checkpoint: str | Path | None, seed: int
+) -> "tuple[TileEncoderSpec, TileEncoderChoice, str | Path | None]":
+    """The facts of a tile encoder, and what `create_tile_encoder` makes it of.
+
+    Of a name or a file the facts are read without torch; a factory or a module must be made a tile encoder to know them.
+    """
+    if isinstance(choice, str | Path) and not is_factory(choice):
+        from ...models.tile_encoder.spec import load_tile_encoder_spec
+
+        return load_tile_encoder_spec(choice), choice, checkpoint
+    from ...models.tile_encoder.encoder import create_tile_encoder
+
+    encoder = create_tile_encoder(choice, checkpoint=checkpoint, seed=seed)
+    return encoder.spec, encoder, None
+
+
+def check_slide_encoder(name: SlideEncoderChoice, checkpoint: str | Path | None, tile_encoder: str) -> None:
+    """Published slide encoders read the embeddings of one tile encoder; those of another may have the same length.
+
+    A factory, an encoder and a checkpoint of masked autoencoding say only when they are loaded what they read.
+
+    Raises:
+        LongslideError: There is no such slide encoder, or its published weights read those of another tile encoder.
+    """
+    from ...models.slide_encoder.spec import load_slide_encoder_spec
+
+    if not isinstance(name, str | Path) or is_factory(name) or Path(checkpoint or "").suffix == ".ckpt":
+        return
+    spec = load_slide_encoder_spec(name)
+    if checkpoint is None and spec.tile_encoder != tile_encoder:
+        raise LongslideError(
+            f"the published weights of slide encoder {name!r} read tile embeddings of {spec.tile_encoder!r}, not "
+            f"of {tile_encoder!r}; use that tile encoder, or weights of your own with --slide-checkpoint"
+        )

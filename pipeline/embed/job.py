@@ -1,0 +1,301 @@
+"""The work on one slide: open it, find tissue, lay the grid; then embed the tiles, and write the feature file."""
+
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...data.features.feature_file import Features, read_features, write_features
+from ...data.features.preprocessing import Preprocessing
+from ...data.slides.base import reader_to_obey
+from ...data.slides.identity import SlideIdentity
+from ...data.slides.slide import Slide, open_slide
+from ...data.slides.slide_table import SlideEntry
+from ...data.tiles.grid import Grid, make_grid
+from ...data.tiles.stream import TileStream
+from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
+from ...data.tissue.mask import Mask
+from ...data.whole_file import remove_leftovers
+from ...errors import LongslideError
+from ..batch.claims import claim
+from ..batch.progress import JobProgress
+from ..batch.rerun import MadeOtherwiseError
+from ..batch.result import BUSY, SlideResult
+from .qc import draw_qc, save_qc
+
+if TYPE_CHECKING:
+    from ...models.slide_encoder.base import AnySlideEncoder
+    from .tile_embedding import TileEmbedder
+
+REMEDY = "choose another --output, or --overwrite"
+
+
+@dataclass
+class PreparedSlide:
+    """A slide that is claimed and waits for the encoders; `resources` frees it."""
+
+    entry: SlideEntry
+    tiled: tuple[Slide, Tissue, Grid] | None  # None: the feature file lacks nothing but the slide embedding
+    resources: ExitStack
+    started: float
+
+
+@dataclass
+class EmbedJob:
+    """Embeds slides into one folder, a feature file for each.
+
+    Attributes:
+        output: The folder.
+        embedder: The tile encoder, where it runs.
+        slide_encoder: The slide encoder, if there is to be a slide embedding.
+        tile_mpp: Microns per pixel of the tiles.
+        tile_px: Edge of a tile in pixels.
+        overlap: Pixels that neighbouring tiles share.
+        min_tissue: Smallest share of a tile that must be tissue.
+        tissue: The tissue segmenter, for slides without a mask.
+        reader: The slide reader, if one is named.
+        max_bad_tiles: Unreadable tiles that a slide may have.
+        threads: Threads that read tiles.
+        overwrite: Whether files that were made otherwise are replaced.
+    """
+
+    output: Path
+    embedder: "TileEmbedder"
+    slide_encoder: "AnySlideEncoder | None"
+    tile_mpp: float
+    tile_px: int
+    overlap: int
+    min_tissue: float
+    tissue: TissueSegmenter
+    reader: str | None
+    max_bad_tiles: int
+    threads: int
+    overwrite: bool
+
+    @property
+    def description(self) -> str:
+        """What the job does, in a line or two, for the user to check."""
+        encoder = self.embedder.encoder
+        text = f"tile encoder {encoder.spec.name} ({encoder.weights})"
+        if self.slide_encoder is not None:
+            text += f", slide encoder {self.slide_encoder.name} ({self.slide_encoder.weights})"
+        text += f"\ntiles of {self.tile_px} px at {self.tile_mpp:g} um/px, overlap {self.overlap} px"
+        recommended = (encoder.spec.tile_px, encoder.spec.tile_mpp or self.tile_mpp)
+        if (self.tile_px, self.tile_mpp) != recommended:
+            text += f" (recommended for {encoder.spec.name}: {recommended[0]} px at {recommended[1]:g} um/px)"
+        return f"{text}; {self.embedder.device}, {self.embedder.precision}"
+
+    def preprocessing(self, entry: SlideEntry) -> Preprocessing:
+        """What the features of a slide are made with."""
+        segmenter = self._segmenter(entry)
+        tiles = Preprocessing(
+            tile_encoder=self.embedder.encoder.spec.name,
+            tile_weights=self.embedder.encoder.weights,
+            tile_mpp=self.tile_mpp,
+            tile_px=self.tile_px,
+            overlap=self.overlap,
+            precision=self.embedder.precision,
+            min_tissue=self.min_tissue,
+            tissue_method=segmenter.method,
+            reader=reader_to_obey(self.reader),
+            **settings_of(segmenter),
+        )
+        return tiles if self.slide_encoder is None else with_slide_encoder(tiles, self.slide_encoder)
+
+    def path(self, entry: SlideEntry) -> Path:
+        """The feature file of a slide."""
+        return self.output / f"{entry.slide_id}.h5"
+
+    def existing(self, entry: SlideEntry) -> Features | None:
+        """The feature file of a slide that exists and may stay, without its embeddings.
+
+        Raises:
+            MadeOtherwiseError: It was made with other settings, or of another slide.
+            LongslideError: It is broken.
+        """
+        path = self.path(entry)
+        if not path.exists():
+            return None
+        features = read_features(path, embeddings=False)
+        wanted = self.preprocessing(entry)
+        if features.slide_embedding is None:
+            wanted = wanted.of_tiles
+        ways = [str(one) for one in Preprocessing.of(features).differences(wanted)]
+        if features.layout != "longslide":
+            ways.append(f"by another tool, {features.layout}")
+        if entry.slide_mpp is not None and features.slide_mpp != entry.slide_mpp:
+            ways.append(f"slide_mpp {features.slide_mpp} instead of {entry.slide_mpp}")
+        if entry.slide_mpp is None and features.settings.get("mpp_source") == "option":
+            ways.append(f"slide_mpp {features.slide_mpp} was given instead of the file's own")
+        recorded = reader_to_obey(features.settings.get("reader"))
+        if recorded is not None and reader_to_obey(self.reader) is None:
+            ways.append(f"reader {recorded} instead of {self.reader or 'none named'}")
+        if features.settings.get("bad_tiles", 0) > self.max_bad_tiles:
+            ways.append(f"more unreadable tiles than --max-bad-tiles {self.max_bad_tiles}")
+        if (mismatch := features.slide.mismatch(entry.path)) is not None:
+            ways.append(mismatch)
+        if ways:
+            raise MadeOtherwiseError(path, ways, REMEDY)
+        return features
+
+    def prepare(self, entry: SlideEntry) -> PreparedSlide | SlideResult:
+        """All that comes before the encoders: claim the slide, see what exists, open it, find tissue, lay the grid."""
+        started = time.monotonic()
+        with ExitStack() as resources:
+            try:
+                lock = claim(self.output, entry.slide_id)
+                if lock is None:
+                    return SlideResult.skipped(entry, BUSY)
+                resources.callback(lock.release)
+                existing = self._existing_or_none(entry) if self.overwrite else self.existing(entry)
+                if existing is not None:
+                    if self.slide_encoder is None or existing.slide_embedding is not None:
+                        return SlideResult.done(entry, existing, self.path(entry), "was there already")
+                    return PreparedSlide(entry, None, resources.pop_all(), started)
+                for path in (self.path(entry), self._qc_path(entry)):
+                    remove_leftovers(path)
+                tiled = self._tile(entry, resources)
+                if not len(tiled[2].coords):
+                    return self._nothing_to_embed(entry, *tiled)
+                return PreparedSlide(entry, tiled, resources.pop_all(), started)
+            except Exception as error:
+                return SlideResult.failed(entry, error)
+
+    def finish(self, prepared: PreparedSlide, progress: JobProgress) -> SlideResult:
+        """All that needs the encoders, and the feature file."""
+        entry = prepared.entry
+        with prepared.resources:
+            try:
+                if prepared.tiled is None:
+                    features = read_features(self.path(entry))
+                else:
+                    features = self._embed_tiles(entry, *prepared.tiled, progress)
+                if self.slide_encoder is not None:
+                    from .tile_embedding import embed_slide
+
+                    try:
+                        features = embed_slide(
+                            self.slide_encoder, features, self.embedder.device, self.embedder.precision
+                        )
+                    except Exception:
+                        write_features(self.path(entry), features)  # the tiles' embeddings took the time: keep them
+                        raise
+                write_features(self.path(entry), features)
+                seconds = time.monotonic() - prepared.started
+                return SlideResult.done(entry, features, self.path(entry), seconds=seconds)
+            except Exception as error:
+                return SlideResult.failed(entry, error)
+
+    def _segmenter(self, entry: SlideEntry) -> TissueSegmenter:
+        return self.tissue if entry.tissue_mask is None else Mask(entry.tissue_mask)
+
+    def _qc_path(self, entry: SlideEntry) -> Path:
+        return self.output / "qc" / f"{entry.slide_id}.jpg"
+
+    def _existing_or_none(self, entry: SlideEntry) -> Features | None:
+        try:
+            return self.existing(entry)
+        except LongslideError:
+            return None
+
+    def _tile(self, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
+        slide = resources.enter_context(
+            open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=self.reader)
+        )
+        tissue = self._segmenter(entry)(slide)
+        grid = make_grid(
+            slide,
+            tissue,
+            tile_mpp=self.tile_mpp,
+            tile_px=self.tile_px,
+            overlap=self.overlap,
+            min_tissue=self.min_tissue,
+        )
+        save_qc(self._qc_path(entry), draw_qc(slide, tissue, grid))
+        need = len(grid.coords) * (self.embedder.encoder.dim * 4 + 16) + 2**20
+        free = shutil.disk_usage(self.output).free
+        if need > free:
+            raise LongslideError(
+                f"{self.output}: the disk is full ({free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB needed); make room"
+            )
+        return slide, tissue, grid
+
+    def _embed_tiles(
+        self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid, progress: JobProgress
+    ) -> Features:
+        progress.slide_started(entry.slide_id, len(grid.coords))
+        identity = SlideIdentity.of(slide)  # before it is read: a change while it is read is one since then
+        stream = TileStream(
+            slide, grid, batch_size=self.embedder.reading_batch, threads=self.threads, max_bad_tiles=self.max_bad_tiles
+        )
+        embeddings, index = self.embedder(stream, progress.tiles_done)
+        if not len(index):
+            raise LongslideError(
+                f"{entry.path}: none of the {len(grid.coords)} tiles can be read; copy the slide again"
+            )
+        made_with = self.preprocessing(entry)
+        settings = {
+            "min_tissue": made_with.min_tissue,
+            "reader": slide.reader,
+            "mpp_source": slide.mpp.source,
+            "level": grid.level,
+            "tissue_mm2": tissue.area_mm2(slide.mpp.value),
+            "bad_tiles": len(stream.bad_tiles),
+            **self.embedder.fidelity,
+            **settings_of(self._segmenter(entry)),
+        }
+        if slide.mpp.in_file is not None:
+            settings["file_mpp"] = slide.mpp.in_file
+        return Features(
+            slide_id=entry.slide_id,
+            features=embeddings,
+            coords=grid.coords[index],
+            step_level0=grid.step_level0,
+            tile_size_level0=grid.tile_size_level0,
+            tile_px=made_with.tile_px,
+            overlap=made_with.overlap,
+            tile_mpp=made_with.tile_mpp,
+            slide_mpp=slide.mpp.value,
+            level0_size=slide.dimensions,
+            encoder=made_with.tile_encoder,
+            weights=made_with.tile_weights,
+            precision=made_with.precision,
+            tissue=tissue.to_geojson(),
+            tissue_method=tissue.method,
+            slide_path=identity.path,
+            quickhash=identity.quickhash,
+            slide_size=identity.size,
+            slide_modified=identity.modified,
+            settings=settings,
+        )
+
+    def _nothing_to_embed(self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid) -> SlideResult:
+        self.path(entry).unlink(missing_ok=True)  # with --overwrite there may be one, of other settings
+        why = f"{why_no_tiles(tissue, self.min_tissue)}; see qc/{entry.slide_id}.jpg"
+        if slide.mpp.remark:
+            why += f"; {slide.mpp.remark}"
+        return replace(
+            SlideResult.skipped(entry, why),
+            tiles=0,
+            slide_mpp=slide.mpp.value,
+            mpp_source=slide.mpp.source,
+            tile_mpp=self.tile_mpp,
+            tissue_mm2=tissue.area_mm2(slide.mpp.value),
+        )
+
+
+def with_slide_encoder(tiles: Preprocessing, slide_encoder: "AnySlideEncoder") -> Preprocessing:
+    """What slide embeddings are made with, from tile embeddings and a slide encoder."""
+    return replace(
+        tiles,
+        slide_encoder=slide_encoder.name,
+        slide_weights=slide_encoder.weights,
+        pool=getattr(slide_encoder, "pool", None),
+    )
+
+
+def why_no_tiles(tissue: Tissue, min_tissue: float) -> str:
+    """Why a slide has no tiles to embed."""
+    return f"no tile has {min_tissue:.0%} tissue or more (--min-tissue)" if tissue.mask.any() else "no tissue found"
