@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from digits import write_bags, write_tiles
+from digits import write_bags, write_tiles  # type: ignore[import-not-found]
 from longslide.data.features.feature_file import read_features
 from longslide.pipeline.cli import main as longslide
 from scipy.stats import t as student
@@ -100,7 +100,8 @@ class Reference(nn.Module):
             hidden = self.project(bag)
             weight = self.score(self.value(hidden).tanh() * self.gate(hidden).sigmoid()).softmax(0)
             vectors.append((weight * hidden).sum(0))
-        return self.head(torch.stack(vectors))
+        predicted: torch.Tensor = self.head(torch.stack(vectors))
+        return predicted
 
 
 def train_reference(folder: Path, kind: str, seed: int, device: str, epochs: int = 60) -> float:
@@ -128,7 +129,7 @@ def train_reference(folder: Path, kind: str, seed: int, device: str, epochs: int
             model.train()
             for rows in np.array_split(np.random.default_rng([seed, _]).permutation(index["train"]), 140 // 8):
                 optimiser.zero_grad()
-                loss_of(model, rows).backward()
+                torch.autograd.backward(loss_of(model, rows))
                 optimiser.step()
             model.eval()
             with torch.no_grad():

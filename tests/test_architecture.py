@@ -1,6 +1,7 @@
 """Imports run downwards only: the rooms of docs/design.md, read from the source of every module."""
 
 import ast
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,22 @@ FRONT = {"__init__.py", "__main__.py"}  # the names that users import, and `pyth
 MODULES = sorted(ROOT.glob("*.py")) + sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
 
 
-def imported(path: Path) -> set[tuple[str, ...]]:
-    """The modules of the package that a file imports, anywhere in it, as parts below `longslide`."""
+def at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: not what is imported for types alone or in functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from at_import(node)
+
+
+def imported(path: Path, nodes: Callable[[ast.AST], Iterator[ast.AST]] = ast.walk) -> set[tuple[str, ...]]:
+    """The modules of the package that a file imports, in any of the nodes, as parts below `longslide`."""
     package = path.parent.relative_to(ROOT).parts
     found: set[tuple[str, ...]] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = package[: len(package) - node.level + 1] + tuple(
                 (node.module or "").split(".") if node.module else ()
@@ -73,13 +85,15 @@ WHEN_CALLED = {
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    """Following imports from any module never comes back to it; what is imported for types alone counts too."""
+    """Following what runs at import, from any module, never comes back to it."""
     graph = {}
     for path in MODULES:
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = parts[:-1] if parts[-1] == "__init__" else parts
         if name:
-            graph[name] = {target for target in imported(path) if target != name} - WHEN_CALLED.get(name, set())
+            graph[name] = {target for target in imported(path, at_import) if target != name} - WHEN_CALLED.get(
+                name, set()
+            )
     done: set[tuple[str, ...]] = set()
 
     def visit(name: tuple[str, ...], way: list[tuple[str, ...]]) -> None:

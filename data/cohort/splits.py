@@ -233,7 +233,7 @@ class _Patients:
         def spare(side: bool) -> np.ndarray:
             """Patients of a side that it can do without."""
             tight = possible & (has[picked_mask == side].sum(0) <= least[side])
-            return (picked_mask == side) & ~has[:, tight].any(1)
+            return np.asarray((picked_mask == side) & ~has[:, tight].any(1))
 
         for column in np.argsort(has.sum(0), kind="stable"):
             for side in (True, False):
@@ -253,7 +253,7 @@ class _Patients:
         if task is None or task.kind == "regression":
             return np.zeros((len(self.ids), 0), bool)
         if task.kind == "survival":
-            return self.labels[:, _QUANTILES:].any(1, keepdims=True)
+            return np.asarray(self.labels[:, _QUANTILES:].any(1, keepdims=True))
         labels = self.labels > 0
         return np.concatenate([labels, ~labels], axis=1) if self.several_labels else labels
 
