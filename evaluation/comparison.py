@@ -9,6 +9,7 @@ import pandas as pd
 from ..errors import LongslideError
 from ..task import CLASSIFICATION, Task
 from .classification import Classes, Labels
+from .columns import PredictionColumns
 from .delong import delong_difference
 from .intervals import FEWEST_PATIENTS, Difference, difference_of
 from .outcomes import read_outcomes
@@ -30,7 +31,7 @@ def check_same_patients(predictions: Mapping[str, pd.DataFrame], task: Task, lev
         LongslideError: The patients or the targets differ; it says in how many.
     """
     (first, rows), *others = predictions.items()
-    columns = [name for name in map(str, rows) if name in ("target", "time", "event") or name.startswith("target_")]
+    columns = PredictionColumns(task).target
     known = rows.drop_duplicates(f"{level}_id").set_index(f"{level}_id")
     for name, other in others:
         theirs = other.drop_duplicates(f"{level}_id").set_index(f"{level}_id")

@@ -8,6 +8,7 @@ import pandas as pd
 from ..errors import LongslideError
 from ..task import CLASSIFICATION, Task
 from .classification import Classes, Labels
+from .columns import PredictionColumns, survival_times
 from .regression import Values
 from .survival import Survival
 from .weighted import Floats, Integers
@@ -32,40 +33,39 @@ def read_outcomes(predictions: pd.DataFrame, task: Task) -> Outcomes:
     """
     if task.kind in CLASSIFICATION:
         return _classes(predictions, task)
+    columns = PredictionColumns(task)
     if task.kind == "multilabel":
-        probability = _numbers(predictions, [f"probability_{name}" for name in task.classes])
+        probability = _numbers(predictions, columns.score)
         _check_probabilities(probability)
         return Labels(
-            target=_numbers(predictions, [f"target_{name}" for name in task.classes], missing=True),
-            prediction=_numbers(predictions, [f"prediction_{name}" for name in task.classes]),
+            target=_numbers(predictions, columns.target, missing=True),
+            prediction=_numbers(predictions, columns.decision),
             probability=probability,
             names=task.classes,
         )
     if task.kind == "regression":
-        both = _numbers(predictions, ["target", "prediction"])
+        both = _numbers(predictions, [*columns.target, *columns.score])
         return Values(both[:, 0], both[:, 1])
-    time, event, risk = _numbers(predictions, ["time", "event", "risk"]).T
-    named = {
-        float(name.removeprefix("survival_")): name for name in map(str, predictions) if name.startswith("survival_")
-    }
-    times = np.array(sorted(named), dtype=np.float64)
-    survival = _numbers(predictions, [named[moment] for moment in times], missing=True)
+    time, event, risk = _numbers(predictions, [*columns.target, columns.score[0]]).T
+    named = survival_times(map(str, predictions))
+    order = sorted(named, key=named.__getitem__)
+    survival = _numbers(predictions, order, missing=True)
     for fold in predictions["fold"].unique():  # each fold may have times of its own; other gaps are no numbers
         of_fold = predictions["fold"] == fold
-        known = [named[moment] for moment in times if predictions.loc[of_fold, named[moment]].notna().any()]
-        _numbers(predictions[of_fold], known)
-    return Survival(time, event == 1, risk, survival, times)
+        _numbers(predictions[of_fold], [name for name in order if predictions.loc[of_fold, name].notna().any()])
+    return Survival(time, event == 1, risk, survival, np.array([named[name] for name in order], np.float64))
 
 
 def _classes(predictions: pd.DataFrame, task: Task) -> Classes:
-    probability = _numbers(predictions, [f"probability_{name}" for name in task.classes])
+    columns = PredictionColumns(task)
+    probability = _numbers(predictions, columns.score)
     _check_probabilities(probability)
     total = probability.sum(1, keepdims=True)
     if (np.abs(total - 1) > 1e-3).any():
         raise LongslideError("the predictions have rows whose class probabilities do not sum to 1; predict anew")
     return Classes(
-        target=_indices(predictions, "target", task.classes),
-        prediction=_indices(predictions, "prediction", task.classes),
+        target=_indices(predictions, columns.target[0], task.classes),
+        prediction=_indices(predictions, columns.decision[0], task.classes),
         probability=probability / total,
         names=task.classes,
         ordinal=task.kind == "ordinal",

@@ -81,6 +81,11 @@ def make_bags(cohort: Cohort, rows: np.ndarray, tiles: np.ndarray, unit: Literal
     ]
 
 
+def _float32(target: np.ndarray | None) -> np.ndarray | None:
+    """A target as models take it; the table's own digits stay in the bag."""
+    return target.astype(np.float32) if target is not None and target.dtype == np.float64 else target
+
+
 def _joined(targets: np.ndarray) -> np.ndarray:
     """The target of slides that agree wherever they have one."""
     if targets.dtype.kind != "f":
@@ -159,7 +164,7 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         if self.augmentation is not None and self.augmentation.noise > 0:
             assert self.feature_std is not None
             features = self.augmentation.add_noise(features, self.feature_std, rng)
-        sample = {"tile_features": features, "grid_cells": cells[order], "index": index, "target": bag.target}
+        sample = {"tile_features": features, "grid_cells": cells[order], "index": index, "target": _float32(bag.target)}
         embeddings = [slide.slide_embedding for slide in slides if slide.slide_embedding is not None]
         if len(embeddings) == len(slides):
             sample["slide_embedding"] = np.mean(embeddings, axis=0, dtype=np.float32)
@@ -198,8 +203,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
     Returns:
         `tile_features` (T, D) float16 or float32, `grid_cells` (T, 2) int64, `cu_seqlens` (B + 1,) int32 from 0, `index`
-        (B,) int64, `target` (not without labels) as in `Cohort.targets`, `slide_embedding` (B, D_slide) float32 if all
-        files have one.
+        (B,) int64, `target` (not without labels) as in `Cohort.targets` but float32 for float64, `slide_embedding`
+        (B, D_slide) float32 if all files have one.
     """
     lengths = [len(sample["tile_features"]) for sample in samples]
     batch = {

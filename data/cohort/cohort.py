@@ -35,7 +35,7 @@ class Cohort:
             file, `patient_id` is there whatever the table calls it.
         task: What is to be predicted; None without labels (for self-supervised training).
         targets: Of each row: `(N,)` int64 class for `binary`, `multiclass`, `ordinal`; `(N, C)` float32 with NaN for
-            missing for `multilabel`; `(N,)` float32 for `regression`; `(N, 2)` float32 time and event for `survival`.
+            missing for `multilabel`; `(N,)` float64 for `regression`; `(N, 2)` float64 time and event for `survival`.
         files: Feature file of each row.
         given_splits: The splits that the table itself holds: `slide_id`, `patient_id`, `fold_0`, ...; None if it has none.
         without_features: Slides of the table that have no feature file.

@@ -62,7 +62,7 @@ class LabelReader:
             values = self._numbers(self.label[0])
             has_label = ~np.isnan(values)
             self._varies(self.label[0], values[has_label & self.has_features])
-            return Task(kind, self.label), values.astype(np.float32), has_label
+            return Task(kind, self.label), values, has_label
         if kind == "survival":
             return self._survival(times, discrete_time)
         return self._classes(kind)
@@ -125,7 +125,7 @@ class LabelReader:
             times = interval_ends(events, discrete_time) if len(events) else ()
         if list(times) != sorted(set(times)) or (len(times) and times[0] <= 0):
             raise LongslideError(f"--data.times {', '.join(map(str, times))} must be above 0 and ascend")
-        targets = np.stack([time, event], axis=1).astype(np.float32)
+        targets = np.stack([time, event], axis=1)
         return (
             Task("survival", self.label, times=tuple(map(float, times)), discrete_time=discrete_time),
             targets,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
-from ...task import CLASSIFICATION, Task
+from ...evaluation.columns import PredictionColumns, time_text
+from ...task import Task
 
 if TYPE_CHECKING:
     from ...models.classifier.ensemble import EnsemblePrediction
@@ -86,7 +87,7 @@ class Prediction:
         """Plain types, for JSON; what the task does not have is left out."""
         content = {name: value for name, value in asdict(self).items() if value is not None}
         if self.survival is not None:
-            content["survival"] = {f"{time:g}": value for time, value in self.survival.items()}
+            content["survival"] = {time_text(time): value for time, value in self.survival.items()}
         return content
 
     @classmethod
@@ -127,23 +128,9 @@ def with_numbers(prediction: Prediction, task: Task, found: "EnsemblePrediction"
     return replace(result, risk=float(mean["risk"]), survival=curve)
 
 
-def columns(task: Task) -> list[str]:
-    """The columns of `predictions.csv` for a task: those of a run's predictions, without targets, and a few more."""
-    names = ["level", "patient_id", "slide_id"]
-    if task.kind in CLASSIFICATION:
-        names += ["prediction", *(f"probability_{name}" for name in task.classes)]
-    elif task.kind == "multilabel":
-        names += [f"{what}_{name}" for what in ("prediction", "probability") for name in task.classes]
-    elif task.kind == "regression":
-        names.append("prediction")
-    else:
-        names += ["risk", *(f"survival_{time:g}" for time in task.times)]
-    spreads = task.classes or ("risk" if task.kind == "survival" else "prediction",)
-    return [*names, *(f"spread_{name}" for name in spreads), "classifiers", "warnings"]
-
-
 def row(prediction: Prediction, task: Task) -> dict[str, Any]:
-    """A prediction as a row of `predictions.csv`."""
+    """A prediction as a row of `predictions.csv`; `fold`, `part` and the targets are empty: nothing was held out."""
+    columns = PredictionColumns(task)
     cells: dict[str, Any] = {
         "level": prediction.level,
         "patient_id": prediction.patient_id,
@@ -151,18 +138,21 @@ def row(prediction: Prediction, task: Task) -> dict[str, Any]:
         "classifiers": prediction.classifiers,
         "warnings": "; ".join(prediction.warnings),
     }
-    if task.kind in CLASSIFICATION:
-        cells["prediction"] = prediction.predicted
-    elif task.kind == "regression":
-        cells["prediction"] = prediction.value
-    elif task.kind == "multilabel":
-        cells |= {f"prediction_{name}": int(name in prediction.labels) for name in task.classes}
+    spread = prediction.spread or {}
+    decisions: list[Any] = []
+    if task.kind == "regression":
+        scores, spreads = [prediction.value], [spread.get("value")]
+    elif task.kind == "survival":
+        curve = prediction.survival or {}
+        scores, spreads = [prediction.risk, *map(curve.get, task.times)], [spread.get("risk")]
     else:
-        cells["risk"] = prediction.risk
-    cells |= {f"probability_{name}": value for name, value in (prediction.probability or {}).items()}
-    cells |= {f"survival_{time:g}": value for time, value in (prediction.survival or {}).items()}
-    spread = {"prediction" if name == "value" else name: value for name, value in (prediction.spread or {}).items()}
-    return cells | {f"spread_{name}": value for name, value in spread.items()}
+        probability = prediction.probability or {}
+        scores, spreads = [*map(probability.get, task.classes)], [*map(spread.get, task.classes)]
+        several = [int(name in prediction.labels) for name in task.classes]
+        decisions = several if task.kind == "multilabel" else [prediction.predicted]
+    for names, values in ((columns.decision, decisions), (columns.score, scores), (columns.spread, spreads)):
+        cells |= dict(zip(names, values, strict=True))
+    return cells
 
 
 def write_predictions(output: Path, task: Task, predictions: Iterable[Prediction]) -> None:
@@ -173,7 +163,7 @@ def write_predictions(output: Path, task: Task, predictions: Iterable[Prediction
     """
     ordered = sorted(predictions, key=lambda one: (one.level != "slide", one.slide_id, one.patient_id))
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns(task))
+    writer = csv.DictWriter(text, PredictionColumns(task).all)
     writer.writeheader()
     writer.writerows(row(one, task) for one in ordered)
     write_whole(output / PREDICTIONS, text.getvalue().encode())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
+from ...evaluation.columns import survival_times
 from ...task import Task
 from ..batch.ledger import make_output_folder
 from .run_folder import Run, read_run
@@ -154,7 +155,7 @@ def _on_common_patients(predictions: "dict[str, pd.DataFrame]") -> "tuple[dict[s
 
 def _on_common_times(predictions: "dict[str, pd.DataFrame]") -> "dict[str, pd.DataFrame]":
     """Only the times at which every run predicts survival: Brier scores over other times are other scores."""
-    every = [{name for name in map(str, table) if name.startswith("survival_")} for table in predictions.values()]
+    every = [set(survival_times(map(str, table))) for table in predictions.values()]
     common = set(every[0]).intersection(*every)
     return {
         name: table.drop(columns=list(own - common))

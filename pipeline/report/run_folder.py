@@ -1,6 +1,7 @@
 """A run folder, as training and testing leave it."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.table import read_table, typed
 from ...errors import LongslideError
+from ...evaluation.columns import PredictionColumns
 from ...task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_NAMES = ("patient_id", "slide_id", "level", "part")  # text, also where it looks like numbers
+_NAMES = ("patient_id", "slide_id", "level")  # text, also where it looks like numbers
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,7 +93,7 @@ class Run:
 
     def _table(self, name: str) -> "pd.DataFrame | None":
         path = self.folder / name
-        return _read_table(path, ()) if path.is_file() else None
+        return _read_table(path, _NAMES) if path.is_file() else None
 
 
 def read_run(folder: str | Path) -> Run:
@@ -117,10 +119,9 @@ def read_run(folder: str | Path) -> Run:
         raise LongslideError(
             f"{folder}: no predictions.csv in it: the run has not finished; the same command goes on with it"
         )
-    classes = {"target", "prediction"} if task.classes else set()
-    return Run(folder, facts, task, _read_table(folder / "predictions.csv", (*_NAMES, *classes)))
+    return Run(folder, facts, task, _read_table(folder / "predictions.csv", PredictionColumns(task).text))
 
 
-def _read_table(path: Path, text: tuple[str, ...]) -> "pd.DataFrame":
+def _read_table(path: Path, text: Collection[str]) -> "pd.DataFrame":
     # Class names such as "NA" or "None" are names, not missing values.
-    return typed(read_table(path, {"", "nan"}), text or _NAMES)
+    return typed(read_table(path, {"", "nan"}), text)

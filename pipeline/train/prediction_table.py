@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...data.cohort.bags import Bag
 from ...evaluation.calibration import FEWEST_CALIBRATED, best_threshold, fit_temperature
+from ...evaluation.columns import PredictionColumns
 from ...models.aggregators.slide_encoder import use_cuda_graphs
 from ...models.classifier.classifier import SlideClassifier
 from ...models.classifier.selection import class_of
-from ...task import CLASSIFICATION, Task
+from ...task import CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,11 @@ def prediction_rows(
         part: `val` or `test`.
     """
     task = classifier.task
-    values = _values(
-        task, {name: value.double().numpy() for name, value in classifier.predict(outputs.raw.double()).items()}
-    )
-    target = _targets(task, outputs.target.double().numpy())
+    columns = PredictionColumns(task)
     of_rows = [bags[i] for i in outputs.index.tolist()]
+    target = _targets(columns, np.stack([np.asarray(bag.target) for bag in of_rows]))
+    predicted = {name: value.double().numpy() for name, value in classifier.predict(outputs.raw.double()).items()}
+    values = pd.DataFrame(_scores(columns, predicted), columns=columns.score)
     table = pd.DataFrame({"fold": fold, "part": part, "patient_id": [bag.patient_id for bag in of_rows]})
     table = pd.concat([table, target, values], axis="columns")
     patients = table.groupby("patient_id", sort=False)
@@ -136,42 +137,36 @@ def prediction_rows(
         firsts = patients[["fold", "part", *target]].first()
         levels.append(firsts.join(means).reset_index().assign(level="patient", slide_id=""))
     rows = pd.concat(levels, ignore_index=True)
-    rows = _decide(task, rows, classifier.thresholds)
-    first = ["level", "fold", "part", "patient_id", "slide_id"]
-    return rows[[*first, *(name for name in rows if name not in first)]]
+    rows = _decide(columns, rows, classifier.thresholds)
+    return columns.arrange(rows.assign(classifiers=1))
 
 
-def _targets(task: Task, target: np.ndarray) -> pd.DataFrame:
+def _targets(columns: PredictionColumns, target: np.ndarray) -> pd.DataFrame:
+    """As the table has them: class names, and numbers with all their digits."""
+    task = columns.task
     if task.kind in CLASSIFICATION:
-        return pd.DataFrame({"target": [task.classes[int(i)] for i in target]})
-    if task.kind == "multilabel":
-        return pd.DataFrame(target, columns=[f"target_{name}" for name in task.classes])
-    if task.kind == "regression":
-        return pd.DataFrame({"target": target})
-    return pd.DataFrame({"time": target[:, 0], "event": target[:, 1].astype(int)})
+        return pd.DataFrame({columns.target[0]: [task.classes[int(i)] for i in target]})
+    frame = pd.DataFrame(target.reshape(len(target), -1), columns=columns.target)
+    return frame.astype({columns.target[1]: int}) if task.kind == "survival" else frame
 
 
-def _values(task: Task, predictions: dict[str, np.ndarray]) -> pd.DataFrame:
-    """What is averaged over the bags of a patient."""
-    if task.kind == "regression":
-        return pd.DataFrame({"prediction": predictions["value"]})
-    if task.kind == "survival":
-        survival = pd.DataFrame(predictions["survival"], columns=[f"survival_{time:g}" for time in task.times])
-        return pd.concat([pd.DataFrame({"risk": predictions["risk"]}), survival], axis=1)
-    return pd.DataFrame(predictions["probability"], columns=[f"probability_{name}" for name in task.classes])
+def _scores(columns: PredictionColumns, predictions: dict[str, np.ndarray]) -> np.ndarray:
+    """What is averaged over the bags of a patient, `(n, columns)`."""
+    if columns.task.kind == "regression":
+        return predictions["value"][:, None]
+    if columns.task.kind == "survival":
+        return np.concatenate([predictions["risk"][:, None], predictions["survival"]], axis=1)
+    return predictions["probability"]
 
 
-def _decide(task: Task, rows: pd.DataFrame, thresholds: dict[str, float] | None) -> pd.DataFrame:
+def _decide(columns: PredictionColumns, rows: pd.DataFrame, thresholds: dict[str, float] | None) -> pd.DataFrame:
     """Add what the probabilities come to."""
-    if task.kind in ("regression", "survival"):
+    task = columns.task
+    if not columns.decision:
         return rows
-    probability = torch.from_numpy(
-        rows[[f"probability_{name}" for name in task.classes]].to_numpy(np.float64, copy=True)
-    )
+    probability = torch.from_numpy(rows[columns.score].to_numpy(np.float64, copy=True))
     decided = class_of(task, probability, thresholds).numpy()
     if task.kind == "multilabel":
-        columns = pd.DataFrame(decided, columns=[f"prediction_{name}" for name in task.classes])
-        targets = [f"target_{name}" for name in task.classes]
-        rows[targets] = rows[targets].astype("Int64")  # 0, 1 or empty, where they were 0.0, 1.0 or NaN
-        return pd.concat([rows, columns], axis="columns")
-    return rows.assign(prediction=[task.classes[i] for i in decided])
+        rows[columns.target] = rows[columns.target].astype("Int64")  # 0, 1 or empty, where they were 0.0, 1.0 or NaN
+        return pd.concat([rows, pd.DataFrame(decided, columns=columns.decision)], axis="columns")
+    return rows.assign(**{columns.decision[0]: [task.classes[i] for i in decided]})

@@ -157,6 +157,7 @@ def test_what_test_gave_for_a_feature_file_predict_gives_for_its_slide(tmp_path:
         predictions = predict(
             slides, str(run / f"fold_{fold}" / "best.ckpt"), output, tmp_path / "features", device="cpu"
         )
+        assert list(rows(output / "predictions.csv")[0]) == list(of_fold[0]), "one schema"
         for one, row in zip(predictions, of_fold, strict=True):
             assert one.status == "done", one.reason
             assert one.probability is not None

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from longslide.data.features.feature_file import read_features, write_features
+from longslide.evaluation.columns import PredictionColumns
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.pipeline.cli import main
 from longslide.pipeline.train.settings import list_recipes, recipes
@@ -321,6 +322,11 @@ def test_every_task_and_every_aggregator_trains_from_its_recipe(
     assert np.isfinite(metrics["value"]).any()
     predictions = pd.read_csv(run / "predictions.csv")
     assert (predictions["level"] == "patient").any()
+    assert list(predictions) == PredictionColumns(load_classifier(run / "best.ckpt").task).all
+    as_given = pd.read_csv(tmp_path / "cohort" / "cohort.csv").drop_duplicates("patient_id").set_index("patient_id")
+    for column, name in {"score": "target", "months": "time"}.items():
+        if f"[{column}" in words[1] or column == words[1]:
+            assert predictions[name].tolist() == as_given.loc[predictions["patient_id"], column].tolist(), "all digits"
     load_classifier(run / "best.ckpt")
 
 
