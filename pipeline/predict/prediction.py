@@ -3,15 +3,17 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...data.table import read_table, typed
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...evaluation.columns import PredictionColumns, time_text
 from ...task import Task
+from ..report.wording import probability
 
 if TYPE_CHECKING:
     from ...models.classifier.ensemble import EnsemblePrediction
@@ -78,10 +80,10 @@ class Prediction:
             return number("value", self.value)
         if self.risk is not None:
             return f"risk {number('risk', self.risk)}"
-        probability = self.probability or {}
+        shown = {name: probability(value, spread.get(name)) for name, value in (self.probability or {}).items()}
         if self.predicted is not None:
-            return f"{self.predicted} {number(self.predicted, probability[self.predicted])}"
-        return ", ".join(f"{name} {number(name, probability[name])}" for name in self.labels) or "no label"
+            return f"{self.predicted} {shown[self.predicted]}"
+        return ", ".join(f"{name} {shown[name]}" for name in self.labels) or "no label"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON; what the task does not have is left out."""
@@ -146,8 +148,8 @@ def row(prediction: Prediction, task: Task) -> dict[str, Any]:
         curve = prediction.survival or {}
         scores, spreads = [prediction.risk, *map(curve.get, task.times)], [spread.get("risk")]
     else:
-        probability = prediction.probability or {}
-        scores, spreads = [*map(probability.get, task.classes)], [*map(spread.get, task.classes)]
+        of_class = prediction.probability or {}
+        scores, spreads = [*map(of_class.get, task.classes)], [*map(spread.get, task.classes)]
         several = [int(name in prediction.labels) for name in task.classes]
         decisions = several if task.kind == "multilabel" else [prediction.predicted]
     for names, values in ((columns.decision, decisions), (columns.score, scores), (columns.spread, spreads)):
@@ -167,6 +169,45 @@ def write_predictions(output: Path, task: Task, predictions: Iterable[Prediction
     writer.writeheader()
     writer.writerows(row(one, task) for one in ordered)
     write_whole(output / PREDICTIONS, text.getvalue().encode())
+
+
+def read_predictions(path: Path, task: Task) -> list[Prediction]:
+    """What `write_predictions` wrote, even if a spreadsheet has saved it since; none if there is no such file.
+
+    Raises:
+        LongslideError: It cannot be read.
+    """
+    if not path.is_file():
+        return []
+    columns = PredictionColumns(task)
+    frame = columns.arrange(typed(read_table(path, {""}), columns.text))
+    return [_of_row(cells, task) for cells in frame.astype(object).where(frame.notna(), None).to_dict("records")]
+
+
+def _of_row(cells: Mapping[Any, Any], task: Task) -> Prediction:
+    """The prediction that is in a row."""
+    columns = PredictionColumns(task)
+    decision, score, spread = (
+        [cells[name] for name in names] for names in (columns.decision, columns.score, columns.spread)
+    )
+    result = Prediction(
+        cells["level"],
+        cells["slide_id"] or "",
+        cells["patient_id"] or "",
+        classifiers=int(cells["classifiers"] or 0),
+        warnings=tuple((cells["warnings"] or "").split("; ")) if cells["warnings"] else (),
+    )
+    names = task.classes or ("value" if task.kind == "regression" else "risk",)
+    spreads = {name: float(value) for name, value in zip(names, spread, strict=True) if value is not None}
+    if task.kind == "regression":
+        return replace(result, value=score[0], spread=spreads)
+    if task.kind == "survival":
+        curve = {time: value for time, value in zip(task.times, score[1:], strict=True) if value is not None}
+        return replace(result, risk=score[0], survival=curve or None, spread=spreads)
+    result = replace(result, probability=dict(zip(names, map(float, score), strict=True)), spread=spreads)
+    if task.kind == "multilabel":
+        return replace(result, labels=tuple(name for name, one in zip(names, decision, strict=True) if one))
+    return replace(result, predicted=decision[0])
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.box import SIMPLE
@@ -16,11 +16,11 @@ from ...evaluation.outcomes import read_outcomes
 from ...evaluation.scopes import select
 from ...task import Task
 from . import run_figures
-from .page import Picture, picture, write_page
-from .run_figures import Curve
+from .page import Cell, Page, Picture, Table
+from .pictures import calibration, calibration_of, class_curves, discrimination
 from .run_folder import Run
-from .run_report import class_curves
-from .run_tables import Cell, Table, interval, metric_name, narrow_cell, number, task_text, with_interval
+from .run_tables import narrow_cell
+from .wording import NO_PROOF, count, interval, metric_name, number, p_text, task_text, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -82,43 +82,81 @@ def write_comparison_page(
         `path`.
     """
     primary = PRIMARY_METRIC[task.kind]
+    name = metric_name(primary)
     scope = headline_scope(differences)
     headline = differences[differences["scope"] == scope]
     several = len(runs) > 2
+    noun = next(iter(runs.values())).noun(level)
+
+    title = " vs. ".join(runs) if len(runs) < 4 else f"{len(runs)} runs compared"
+    page = Page(title, f"{task_text(task)}, on the same {count(int(headline['n'].max()), f'test {noun}')}.")
     facts = []
-    for name, metrics in values.items():
-        first = metrics[(metrics["scope"] == scope) & (metrics["metric"] == primary)].iloc[0]
+    for run, metrics in values.items():
+        first = _first(metrics, primary)
         small = interval(first["low"], first["high"]) if np.isfinite(first["low"]) else ""
-        facts.append((name, number(first["value"]), f"{metric_name(primary)} {small}"))
-    return write_page(
-        path,
-        "comparison.html",
-        title=" vs. ".join(runs) if len(runs) < 4 else f"{len(runs)} runs compared",
-        description=f"{task_text(task)}, on the same {int(headline['n'].max()):,} test {level}s.",
-        facts=facts,
-        left_out=left_out,
-        primary=metric_name(primary),
-        mean_first=scope == "mean",
-        values=_values_table(values, primary, scope),
-        lower=", ".join(metric_name(m) for m in _metrics(values, primary) if m in LOWER_IS_BETTER),
-        differences=_differences_table(headline[headline["metric"] == primary], with_metric=False, corrected=several),
-        delong=(headline["test"] == "delong").any(),
-        several=several,
-        pictures=_pictures(predictions, level, task, values, headline, primary),
-        others=_differences_table(headline[headline["metric"] != primary], with_metric=True, corrected=several),
-        pooled=_differences_table(differences[differences["scope"] == "pooled"], with_metric=True, corrected=several)
-        if scope == "mean"
-        else None,
-        subgroups=_subgroups(values, differences, primary),
-        folders=[(name, str(run.folder), task_text(run.task), run.aggregator) for name, run in runs.items()],
+        facts.append((run, number(first["value"]), f"{name} {small}"))
+    page.facts(facts)
+    if left_out:
+        many = "are" if left_out > 1 else "is"
+        page.warning(f"{count(left_out, noun)} that not all runs were tested on {many} left out.")
+
+    page.heading(f"Differences in {name}")
+    page.table(_differences_table(headline[headline["metric"] == primary], with_metric=False, corrected=several))
+    if scope == "mean":
+        method = (
+            "the jackknife over patients with what training on other patients would change (Nadeau & Bengio 2003). This "
+            "difference, in the mean over folds, is the one to believe."
+        )
+    else:
+        delong = "DeLong's, or " if (headline["test"] == "delong").any() else ""
+        method = f"{delong}the jackknife over patients with Student's distribution."
+    page.note(
+        f"Paired: the same {noun}s are tested by all runs. Interval and p-value are of one method: {method}",
+        "Holm's correction is for the number of pairs, within each metric." if several else "",
+        NO_PROOF,
     )
+    page.pictures(_pictures(predictions, level, task, values, headline, primary, noun))
+
+    page.heading("Metrics")
+    page.table(_values_table(values, primary, scope))
+    lower = ", ".join(metric_name(metric) for metric in _metrics(values, primary) if metric in LOWER_IS_BETTER)
+    of = "Mean over folds" if scope == "mean" else f"All test {noun}s"
+    page.note(f"{of}, 95% intervals.", f"Lower is better for: {lower}." if lower else "")
+    others = _differences_table(headline[headline["metric"] != primary], with_metric=True, corrected=several)
+    if others is not None:
+        with page.details("Differences in the other metrics"):
+            page.table(others)
+    if scope == "mean":
+        with page.details("Differences with all folds pooled"):
+            pooled = differences[differences["scope"] == "pooled"]
+            page.table(_differences_table(pooled, with_metric=True, corrected=several))
+            page.note(
+                "Each fold has a model and a scale of its own, and these intervals and p-values take the trained models as "
+                "given: they would not hold for models trained on other patients. Believe the difference in the mean over "
+                "folds."
+            )
+
+    subgroups = _subgroups(values, differences, primary)
+    if subgroups:
+        page.heading("Subgroups")
+    for column, of_column, between in subgroups:
+        page.heading(f"{name} by {column}", 3)
+        page.table(of_column)
+        page.table(between)
+        if between is not None:
+            page.note("Holm's correction is for the number of pairs and subgroups together.")
+
+    page.heading("Runs")
+    folders: list[list[Cell]] = [
+        [run, str(read.folder), task_text(read.task), read.aggregator] for run, read in runs.items()
+    ]
+    page.table(Table(["Run", "Folder", "Task", "Model"], folders, []))
+    return page.write(path)
 
 
-def p_text(p: float) -> str:
-    """A p-value: three digits, `< 0.001` below that, a dash if there is none."""
-    if not np.isfinite(p):
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def _first(metrics: "pd.DataFrame", metric: str) -> "pd.Series[Any]":
+    """The row of a metric that is the result."""
+    return metrics[(metrics["scope"] == headline_scope(metrics)) & (metrics["metric"] == metric)].iloc[0]
 
 
 def _metrics(values: "Mapping[str, pd.DataFrame]", primary: str) -> list[str]:
@@ -175,40 +213,28 @@ def _pictures(
     values: "Mapping[str, pd.DataFrame]",
     headline: "pd.DataFrame",
     primary: str,
+    noun: str,
 ) -> list[Picture]:
     name = metric_name(primary)
-    bars = []
-    for run, metrics in values.items():
-        first = metrics[(metrics["scope"] == headline_scope(metrics)) & (metrics["metric"] == primary)].iloc[0]
-        bars.append((run, first["value"], first["low"], first["high"]))
-    pictures = [picture(run_figures.forest(bars, name), f"{name} of each run", f"{name} with 95% intervals.")]
+    bars = [(run, *_first(metrics, primary)[["value", "low", "high"]]) for run, metrics in values.items()]
     pairs = [
         (f"{row['run_a']} − {row['run_b']}", row["difference"], row["low"], row["high"])
         for row in headline[headline["metric"] == primary].head(MOST_BARS).to_dict("records")
     ]
     caption = "Paired differences with 95% intervals: an interval that holds 0 does not tell the two runs apart."
-    pictures.append(picture(run_figures.forest(pairs, f"Difference in {name}", 0.0), f"Differences in {name}", caption))
-    if task.kind == "binary":
-        curves: dict[str, Curve] = {}
-        calibration: dict[str, Curve] = {}
-        for run, table in predictions.items():
-            outcomes = read_outcomes(select(table, level), task)
-            assert isinstance(outcomes, Classes)
-            curve = class_curves(outcomes).get("")
-            if curve is not None:
-                curves[run] = curve
-            confidence, correct = outcomes.confidence()
-            calibration[run] = (correct, confidence)
-        if curves:
-            pictures.append(picture(run_figures.roc(curves), "ROC curves", "ROC, folds pooled."))
-            caption = "Precision and recall. Dotted: the prevalence."
-            pictures.append(picture(run_figures.precision_recall(curves), "Precision-recall curves", caption))
-        of, is_so = f"Predicted probability of {task.classes[1]}", f"Share that is {task.classes[1]}"
-        figure = run_figures.calibration(calibration, of, is_so)
-        pictures.append(
-            picture(figure, "Calibration curves", "Calibration in bins of 0.1; larger points hold more patients.")
-        )
-    return pictures
+    difference = run_figures.forest(pairs, f"Difference in {name}", 0.0)
+    pictures = [
+        Picture(*run_figures.forest(bars, name), f"{name} of each run", f"{name} with 95% intervals."),
+        Picture(*difference, f"Differences in {name}", caption),
+    ]
+    if task.kind != "binary":
+        return pictures
+    outcomes = {run: read_outcomes(select(table, level), task) for run, table in predictions.items()}
+    of_classes = {run: one for run, one in outcomes.items() if isinstance(one, Classes)}
+    curves = {run: class_curves(one)[""] for run, one in of_classes.items() if class_curves(one)}
+    pictures += discrimination(curves, {}, noun)
+    calibrations = {run: calibration_of(one) for run, one in of_classes.items()}
+    return [*pictures, calibration(calibrations, noun, task.classes[1])]
 
 
 def _subgroups(

@@ -1,11 +1,14 @@
-"""HTML pages that stand alone: one file with its style and pictures inside, no script, no network.
+"""HTML pages that stand alone: one file with its style and pictures inside, no network; and the figures beside it as files.
 
-A page is a Jinja template in `templates/` that extends `page.html` (the frame and the style of all pages) and may use the
-parts in `macros.html` (tables, figures, facts).
+A `Page` is built from top to bottom out of a few parts (facts, headings, notes, tables, pictures), the same for every page;
+the parts are the macros of `templates/macros.html`, the frame is `templates/page.html`.
 """
 
 import base64
 import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,63 +17,178 @@ from ...data.whole_file import write_whole
 from ...version import __version__
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
+
+FIGURES = "figures"
+"""The folder of the figures, beside the page."""
+
+Cell = str | tuple[str, str]
+"""A text, or a text and the small print below it."""
+
+
+class Table(NamedTuple):
+    """A table of a page; `numeric` are the columns that are right-aligned."""
+
+    columns: list[str]
+    rows: list[list[Cell]]
+    numeric: list[str]
 
 
 class Picture(NamedTuple):
-    """A picture of a page, for the macro `figure`.
+    """A figure of a page.
 
     Attributes:
-        uri: Data URI.
-        alt: What it shows, in words.
+        figure: The figure, of matplotlib.
+        points: What is drawn, as a table: `figures/<name>.csv`.
+        alt: What it shows, in words; also the name of its files.
         caption: What is written below.
     """
 
-    uri: str
+    figure: "Figure"
+    points: "pd.DataFrame"
     alt: str
     caption: str = ""
 
 
-def write_page(path: Path, template: str, *, title: str, **content: Any) -> Path:
-    """Fill a template and write the page.
+class Page:
+    """A page as it is put together.
 
     Args:
-        path: The HTML file; replaced if it is there, and never seen half written.
-        template: File name in `templates/`.
-        title: Title of the page.
-        **content: What the template names. A name that is missing is an error.
-
-    Returns:
-        `path`.
-
-    Raises:
-        LongslideError: The file cannot be written.
+        title: Its title.
+        subtitle: The line below.
     """
-    import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    text = environment.get_template(template).render(title=title, version=__version__, made=made, **content)
-    write_whole(path, text.encode(), "folder")
-    return path
+    def __init__(self, title: str, subtitle: str = "") -> None:
+        import jinja2
+
+        self.title, self.subtitle = title, subtitle
+        self._environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+        )
+        self._macros: Any = self._environment.get_template("macros.html").module
+        self._parts: list[str] = []
+        self._styles: list[str] = []
+        self._pictures: list[Picture] = []
+
+    def facts(self, facts: Sequence[tuple[str, str, str]]) -> None:
+        """The numbers at the top: name, value and small print each."""
+        self._parts.append(self._macros.facts(facts))
+
+    def heading(self, text: str, level: int = 2) -> None:
+        """A heading."""
+        self._parts.append(self._macros.heading(text, level))
+
+    def note(self, *sentences: str) -> None:
+        """A paragraph of small print; nothing if no sentence says anything."""
+        if any(sentences):
+            self._parts.append(self._macros.note(" ".join(filter(None, sentences))))
+
+    def text(self, text: str) -> None:
+        """A paragraph."""
+        self._parts.append(self._macros.text(text))
+
+    def warning(self, text: str) -> None:
+        """What must not be overlooked; nothing if the text is empty."""
+        if text:
+            self._parts.append(self._macros.warning(text))
+
+    def table(self, table: Table | None) -> None:
+        """A table, if there is one."""
+        if table is not None:
+            self._parts.append(self._macros.table(*table))
+
+    def code(self, text: str) -> None:
+        """Text as it is in a file."""
+        self._parts.append(self._macros.code(text))
+
+    def pictures(self, pictures: Sequence[Picture]) -> None:
+        """Figures side by side, if there are any."""
+        if pictures:
+            shown = [(figure_uri(picture.figure), picture.alt, picture.caption.strip()) for picture in pictures]
+            self._parts.append(self._macros.figures(shown))
+            self._pictures += pictures
+
+    @contextmanager
+    def details(self, summary: str) -> Iterator[None]:
+        """What is added inside is folded up."""
+        before, self._parts = self._parts, []
+        try:
+            yield
+        finally:
+            inside, self._parts = self._parts, before
+        self._parts.append(self._macros.details(summary, self._joined(inside)))
+
+    def template(self, name: str, **content: Any) -> None:
+        """A part with a template of its own in `templates/`; a name that it lacks is an error."""
+        from markupsafe import Markup
+
+        self._parts.append(Markup(self._environment.get_template(name).render(**content)))
+
+    def style(self, name: str) -> None:
+        """A style sheet in `templates/` for such a part."""
+        self._styles.append(Path(__file__).with_name("templates").joinpath(name).read_text(encoding="utf-8"))
+
+    def write(self, path: Path) -> Path:
+        """Write the page, and its figures into `figures/` beside it: each as PDF, SVG and a CSV of its points.
+
+        Args:
+            path: The HTML file; replaced if it is there, and never seen half written.
+
+        Returns:
+            `path`.
+
+        Raises:
+            LongslideError: A file cannot be written.
+        """
+        for picture in self._pictures:
+            write_picture(path.parent / FIGURES, picture)
+        text = self._environment.get_template("page.html").render(
+            title=self.title,
+            subtitle=self.subtitle,
+            style=self._joined(self._styles),
+            content=self._joined(self._parts),
+            figures=FIGURES if self._pictures else "",
+            version=__version__,
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+        write_whole(path, text.encode(), "folder")
+        return path
+
+    @staticmethod
+    def _joined(parts: Sequence[str]) -> str:
+        from markupsafe import Markup
+
+        return Markup("\n").join(map(Markup, parts))
 
 
 def figure_uri(figure: "Figure") -> str:
     """A matplotlib figure as a data URI of an SVG: sharp at any size and in print."""
+    # Text as outlines, so that it looks the same everywhere.
+    return "data:image/svg+xml;base64," + base64.b64encode(_drawn(figure, "svg", {"svg.fonttype": "path"})).decode()
+
+
+def write_picture(folder: Path, picture: Picture) -> None:
+    """Write a figure as PDF and SVG, whose text a drawing program can edit, and its points as CSV.
+
+    Raises:
+        LongslideError: A file cannot be written.
+    """
+    name = re.sub(r"[^\w.-]+", "-", picture.alt).strip("-").lower()
+    write_whole(folder / f"{name}.svg", _drawn(picture.figure, "svg", {"svg.fonttype": "none"}), "folder")
+    write_whole(folder / f"{name}.pdf", _drawn(picture.figure, "pdf", {"pdf.fonttype": 42}), "folder")
+    write_whole(folder / f"{name}.csv", picture.points.to_csv(index=False).encode(), "folder")
+
+
+def _drawn(figure: "Figure", kind: str, settings: dict[str, Any]) -> bytes:
     import matplotlib
 
     content = io.BytesIO()
-    # Text as outlines, so that it looks the same everywhere; no metadata, so that the same figure gives the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "longslide"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
-
-
-def picture(figure: "Figure", alt: str, caption: str = "") -> Picture:
-    """A matplotlib figure as a picture of a page."""
-    return Picture(figure_uri(figure), alt, caption.strip())
+    # No date and no random ids: the same figure gives the same bytes.
+    metadata = {"Date": None} if kind == "svg" else {"CreationDate": None}
+    with matplotlib.rc_context({"svg.hashsalt": "longslide"} | settings):
+        figure.savefig(content, format=kind, metadata=metadata)
+    return content.getvalue()

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from PIL import Image
 
 from ...data.table import read_rows
 from ...errors import LongslideError
+from ...evaluation.columns import time_text
 from ...task import Task
 from ..batch.ledger import SUMMARY
-from ..predict.prediction import PREDICTIONS, Prediction, read_json
-from .page import write_page
+from ..predict.prediction import PREDICTIONS, Prediction, read_json, read_predictions
+from .page import Cell, Page, Table
+from .wording import count, number, probability, task_text
 
 REPORT = "report.html"
 
@@ -88,25 +90,34 @@ def _report(folder: Path, embed_mb: float) -> ReportResult:
     if len(tasks) > 1:
         raise LongslideError(f"{folder}: predictions of {len(tasks)} different tasks; give each an --output of its own")
     task = next(iter(tasks.values()), None)
+    predictions = [] if task is None else read_predictions(folder / PREDICTIONS, task)
     inside = sum(one.picture_bytes for one in done) <= embed_mb * 1e6
-    patients = [row for row in table if row["level"] == "patient"]
-    path = write_page(
-        folder / REPORT,
-        "results.html",
-        title=f"Predictions: {folder.resolve().name}",
-        task=task,
-        facts=_facts(task, rows),
-        columns=_columns(task),
-        unit="the log-odds of " if task is not None and task.classes else "the ",
-        slides=[one.cells(task, inside) for one in done],
-        failures=[one for one in rows if one.prediction is None],
-        patients=patients,
-        patient_columns=_patient_columns(patients),
-        checkpoints=sorted({point["path"] for one in done for point in one.content["checkpoints"]}),
-        pictures=_pictures_note(done, inside),
-        source="src" if inside else "data-src",
-        warned=sum(bool(one.prediction.warnings) for one in done if one.prediction),
-    )
+    classifiers = sorted({point["path"] for one in done for point in one.content["checkpoints"]})
+    page = Page(f"Predictions: {folder.resolve().name}", _subtitle(task, classifiers))
+    page.style("results.css")
+    page.facts(_facts(task, rows))
+    warned = sum(bool(one.prediction.warnings) for one in done if one.prediction)
+    if warned:
+        lack = "are unlike those of training, or lack" if warned > 1 else "is unlike those of training, or lacks"
+        page.warning(f"{count(warned, 'slide')} {lack} something: see the warnings in the table.")
+    slides = [one.cells(task, inside) for one in done]
+    if slides:
+        page.heading("Slides")
+        page.template("slide_table.html", slides=slides, task=task, columns=_columns(task))
+    failures: list[list[Cell]] = [[one.slide_id, one.status, one.reason] for one in rows if one.prediction is None]
+    if failures:
+        page.heading("Without a prediction")
+        page.table(Table(["slide", "status", "reason"], failures, []))
+    patients = [one for one in predictions if one.level == "patient"]
+    if task is not None and patients:
+        page.heading("Patients")
+        page.table(_patients_table(patients, task))
+    if slides:
+        page.heading("Each slide")
+        unit = "the log-odds of " if task is not None and task.classes else "the "
+        page.template("slides.html", slides=slides, unit=unit, source="src" if inside else "data-src")
+    page.note(_pictures_note(done, inside))
+    path = page.write(folder / REPORT)
     failed = sum(one.status == "failed" for one in rows)
     return ReportResult(path, len(rows), failed, "inside" if inside else "beside")
 
@@ -115,16 +126,20 @@ def _checkpoints(content: dict[str, Any]) -> tuple[str, ...]:
     return tuple(point["digest"] for point in content["checkpoints"])
 
 
-def _columns(task: Task | None) -> list[tuple[str, bool]]:
-    """Columns of the table of slides and whether they are numbers."""
+def _subtitle(task: Task | None, classifiers: Sequence[str]) -> str:
+    if task is None:
+        return "No slide has a prediction."
+    by = f"{len(classifiers)} classifiers" if len(classifiers) > 1 else "".join(classifiers)
+    return f"{task_text(task)}; predicted by {by}."
+
+
+def _columns(task: Task | None) -> list[str]:
+    """Columns of numbers in the tables of slides and patients."""
     if task is None:
         return []
-    names = [(name, True) for name in task.classes]
     if task.kind == "survival":
-        names = [("risk", True), *((f"survival {time:g}", True) for time in task.times)]
-    elif task.kind == "regression":
-        names = [(task.label[0], True)]
-    return names
+        return ["risk", *(f"survival {time_text(time)}" for time in task.times)]
+    return [task.label[0]] if task.kind == "regression" else list(task.classes)
 
 
 def _facts(task: Task | None, rows: "Sequence[_Row]") -> list[tuple[str, str, str]]:
@@ -140,9 +155,20 @@ def _facts(task: Task | None, rows: "Sequence[_Row]") -> list[tuple[str, str, st
     return facts
 
 
-def _patient_columns(patients: Sequence[dict[str, str]]) -> list[str]:
-    left_out = {"level", "slide_id", "classifiers"}
-    return [name for name in patients[0] if name not in left_out] if patients else []
+def _patients_table(patients: Sequence[Prediction], task: Task) -> Table | None:
+    names = _columns(task)
+    rows: list[list[Cell]] = [
+        [
+            one.patient_id,
+            *([_predicted(one, task)] if task.classes else []),
+            *(text for _, text in _numbers(one, task)),
+            "; ".join(one.warnings),
+        ]
+        for one in patients
+    ]
+    return (
+        Table(["patient", *(["prediction"] if task.classes else []), *names, "warnings"], rows, names) if rows else None
+    )
 
 
 def _pictures_note(done: "Sequence[_Row]", inside: bool) -> str:
@@ -247,16 +273,27 @@ def _predicted(prediction: Prediction, task: Task) -> str:
     return ""
 
 
-def _numbers(prediction: Prediction, task: Task) -> list[tuple[float | None, float | None]]:
-    """The numbers of a slide and their spreads, in the order of the columns."""
+def _numbers(prediction: Prediction, task: Task) -> list[tuple[float | None, str]]:
+    """The numbers of a prediction in the order of the columns, to sort by, and with their spreads to read."""
     spread = prediction.spread or {}
+    if task.classes:
+        of_class = prediction.probability or {}
+        return [
+            (of_class.get(name), _shown(of_class.get(name), spread.get(name), probability)) for name in task.classes
+        ]
     if task.kind == "regression":
-        return [(prediction.value, spread.get("value"))]
-    if task.kind == "survival":
-        curve = prediction.survival or {}
-        return [(prediction.risk, spread.get("risk")), *((curve.get(time), None) for time in task.times)]
-    probability = prediction.probability or {}
-    return [(probability.get(name), spread.get(name)) for name in task.classes]
+        return [(prediction.value, _shown(prediction.value, spread.get("value"), _plain))]
+    curve = [(prediction.survival or {}).get(time) for time in task.times]
+    risk = (prediction.risk, _shown(prediction.risk, spread.get("risk"), _plain))
+    return [risk, *((value, _shown(value, None, probability)) for value in curve)]
+
+
+def _shown(value: float | None, spread: float | None, write: Callable[[float, float | None], str]) -> str:
+    return "–" if value is None else write(value, spread)
+
+
+def _plain(value: float, spread: float | None) -> str:
+    return number(value) + ("" if spread is None else f" ± {number(spread)}")
 
 
 def _quality(content: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,9 +1,10 @@
-"""The figures of run reports and comparisons; each is small enough to be read on a phone."""
+"""The figures of run reports and comparisons, each with its points as a table; small enough to be read on a phone."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import precision_recall_curve, roc_curve
@@ -12,8 +13,10 @@ from ...evaluation.calibration import calibration_curve
 from ...evaluation.survival import kaplan_meier
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
+
+Drawing = tuple[Figure, pd.DataFrame]
+"""A figure, and the points that it shows."""
 
 Curve = tuple["np.ndarray", "np.ndarray"]
 """`(n,)` bool whether each row is positive, and its `(n,)` score."""
@@ -26,28 +29,36 @@ SMALLEST_BIN = 5
 INK, SOFT, GRID = "#1c2430", "#5a6675", "#e3e7ec"
 
 
-def roc(curves: Mapping[str, Curve], thin: Sequence[Curve] = ()) -> Figure:
+def roc(curves: Mapping[str, Curve], thin: Mapping[str, Curve]) -> Drawing:
     """ROC curves by name; the thin ones (folds) in grey behind."""
     figure, axes = _square("False positive rate (1 - specificity)", "True positive rate (sensitivity)")
     axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
-    for target, score in thin:
-        axes.plot(*roc_curve(target, score)[:2], color="#9fb3c4", linewidth=0.8)
+    points = []
+    for name, (target, score) in thin.items():
+        false, true, threshold = roc_curve(target, score)
+        axes.plot(false, true, color="#9fb3c4", linewidth=0.8)
+        points.append(_points(name, false_positive_rate=false, true_positive_rate=true, threshold=threshold))
     for colour, (name, (target, score)) in zip(_colours(len(curves)), curves.items(), strict=True):
-        axes.plot(*roc_curve(target, score)[:2], color=colour, label=name)
-    return _legend(figure, axes, curves, "lower right")
+        false, true, threshold = roc_curve(target, score)
+        axes.plot(false, true, color=colour, label=name)
+        points.append(_points(name, false_positive_rate=false, true_positive_rate=true, threshold=threshold))
+    return _legend(figure, axes, curves, "lower right"), pd.concat(points)
 
 
-def precision_recall(curves: Mapping[str, Curve]) -> Figure:
+def precision_recall(curves: Mapping[str, Curve]) -> Drawing:
     """Precision-recall curves by name, with the prevalence as a dotted line of the same colour."""
     figure, axes = _square("Recall (sensitivity)", "Precision (positive predictive value)")
+    points = []
     for colour, (name, (target, score)) in zip(_colours(len(curves)), curves.items(), strict=True):
-        precision, recall, _ = precision_recall_curve(target, score)
+        precision, recall, threshold = precision_recall_curve(target, score)
+        ends = np.append(threshold, np.inf)
+        points.append(_points(name, recall=recall, precision=precision, threshold=ends, prevalence=target.mean()))
         axes.axhline(target.mean(), color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
         axes.plot(recall, precision, color=colour, label=name, drawstyle="steps-post")
-    return _legend(figure, axes, curves, "lower left")
+    return _legend(figure, axes, curves, "lower left"), pd.concat(points)
 
 
-def calibration(curves: Mapping[str, Curve], xlabel: str, ylabel: str) -> Figure:
+def calibration(curves: Mapping[str, Curve], xlabel: str, ylabel: str) -> Drawing:
     """Observed against predicted, in bins of `SMALLEST_BIN` rows or more; the size of a point is the number of rows.
 
     Args:
@@ -57,15 +68,17 @@ def calibration(curves: Mapping[str, Curve], xlabel: str, ylabel: str) -> Figure
     """
     figure, axes = _square(xlabel, ylabel)
     axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
+    points = []
     for colour, (name, (correct, confidence)) in zip(_colours(len(curves)), curves.items(), strict=True):
         bins = calibration_curve(confidence, correct.astype(np.float64))
         confidences, observed, sizes = np.array([b for b in bins if b.n >= SMALLEST_BIN] or bins).T
+        points.append(_points(name, predicted=confidences, observed=observed, n=sizes.astype(np.int64)))
         axes.plot(confidences, observed, color=colour, linewidth=1.2, label=name)
         axes.scatter(confidences, observed, s=12 + 160 * sizes / sizes.sum(), color=colour, alpha=0.85, linewidth=0)
-    return _legend(figure, axes, curves, "upper left")
+    return _legend(figure, axes, curves, "upper left"), pd.concat(points)
 
 
-def confusion(matrix: "np.ndarray", names: Sequence[str]) -> Figure:
+def confusion(matrix: "np.ndarray", names: Sequence[str]) -> Drawing:
     """Counts `(C, C)`, shaded by their share of the true class."""
     figure, axes = _axes("Predicted", "True", height=3.9)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -85,19 +98,23 @@ def confusion(matrix: "np.ndarray", names: Sequence[str]) -> Figure:
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    return figure
+    cells = [
+        {"true": names[i], "predicted": names[j], "n": matrix[i, j], "share": share[i, j]}
+        for i, j in np.ndindex(matrix.shape)
+    ]
+    return figure, pd.DataFrame(cells)
 
 
-def scatter(target: "np.ndarray", prediction: "np.ndarray", label: str) -> Figure:
+def scatter(target: "np.ndarray", prediction: "np.ndarray", label: str) -> Drawing:
     """Predicted against true numbers."""
     figure, axes = _axes(f"True {label}", f"Predicted {label}", height=3.9)
     ends = [min(target.min(), prediction.min()), max(target.max(), prediction.max())]
     axes.plot(ends, ends, color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.scatter(target, prediction, s=14, color=COLOURS[0], alpha=0.55, linewidth=0)
-    return figure
+    return figure, pd.DataFrame({"true": target, "predicted": prediction})
 
 
-def survival_curves(groups: Mapping[str, Curve], unit: str) -> Figure:
+def survival_curves(groups: Mapping[str, Curve], unit: str) -> Drawing:
     """Kaplan-Meier curves by group, with 95% intervals and the number at risk.
 
     Args:
@@ -106,8 +123,13 @@ def survival_curves(groups: Mapping[str, Curve], unit: str) -> Figure:
     """
     figure, axes = _axes(unit, "Survival", height=3.9 + 0.16 * len(groups))
     last = max(time.max() for _, time in groups.values())
+    points = []
     for colour, (name, (event, time)) in zip(_colours(len(groups)), groups.items(), strict=True):
         curve = kaplan_meier(time, event.astype(bool))
+        at_risk = (time[:, None] >= curve.time).sum(0)
+        points.append(
+            _points(name, time=curve.time, survival=curve.survival, low=curve.low, high=curve.high, at_risk=at_risk)
+        )
         axes.step(curve.time, curve.survival, where="post", color=colour, label=f"{name} (n = {len(time)})")
         axes.fill_between(curve.time, curve.low, curve.high, step="post", color=colour, alpha=0.12, linewidth=0)
         at = curve.survival[np.searchsorted(curve.time, curve.censored, side="right") - 1]
@@ -130,10 +152,10 @@ def survival_curves(groups: Mapping[str, Curve], unit: str) -> Figure:
             )
     axes.text(-0.06, -0.2, "at risk", transform=axes.transAxes, color=SOFT, ha="right", va="top", fontsize=8.5)
     axes.legend(loc="lower left", frameon=False)
-    return figure
+    return figure, pd.concat(points)
 
 
-def learning_curve(history: "pd.DataFrame", columns: Mapping[str, str], ylabel: str) -> Figure:
+def learning_curve(history: "pd.DataFrame", columns: Mapping[str, str], ylabel: str) -> Drawing:
     """Columns of `history.csv` by epoch: the mean over the folds, and each fold thin.
 
     Args:
@@ -153,10 +175,10 @@ def learning_curve(history: "pd.DataFrame", columns: Mapping[str, str], ylabel: 
         axes.plot(mean.index, mean.to_numpy(), color=colour, label=name, marker=single)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.legend(frameon=False)
-    return figure
+    return figure, history[["fold", "epoch", *columns]]
 
 
-def forest(rows: Sequence[tuple[str, float, float, float]], xlabel: str, reference: float | None = None) -> Figure:
+def forest(rows: Sequence[tuple[str, float, float, float]], xlabel: str, reference: float | None = None) -> Drawing:
     """Values with intervals, one below the other.
 
     Args:
@@ -175,7 +197,12 @@ def forest(rows: Sequence[tuple[str, float, float, float]], xlabel: str, referen
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.spines["left"].set_visible(False)
-    return figure
+    return figure, pd.DataFrame(rows, columns=["name", "value", "low", "high"])
+
+
+def _points(name: str, **columns: Any) -> pd.DataFrame:
+    """Points of one curve; the lone one of a figure may have no name."""
+    return pd.DataFrame({"curve": name} | columns)
 
 
 def _axes(xlabel: str, ylabel: str, *, height: float = 3.3) -> "tuple[Figure, Axes]":

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ...data.table import read_table, typed
 from ...errors import LongslideError
 from ...evaluation.columns import PredictionColumns
+from ...evaluation.evaluate import PRIMARY_METRIC
 from ...task import Task
+from .wording import metric_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,6 +66,15 @@ class Run:
     def aggregator(self) -> str:
         """Name of the model that pools the tiles."""
         return str(self.facts.get("aggregator", {}).get("name", ""))
+
+    def noun(self, level: str) -> str:
+        """What a row of a level is called: where the table names no patients, each slide stands for itself."""
+        return "slide" if level == "slide" or self.facts.get("patient_column", "") is None else "patient"
+
+    @property
+    def validation_metric(self) -> str:
+        """Name of what `val_metric` in `history.csv` is."""
+        return metric_name(str(self.facts.get("validation_metric") or PRIMARY_METRIC[self.task.kind]))
 
     @cached_property
     def cohort(self) -> "pd.DataFrame | None":

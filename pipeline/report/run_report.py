@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import LongslideError
-from ...evaluation.classification import Classes, Labels
+from ...evaluation.classification import Labels
 from ...evaluation.evaluate import PRIMARY_METRIC, evaluate, headline_scope
 from ...evaluation.outcomes import Outcomes, read_outcomes
 from ...evaluation.regression import Values
@@ -14,26 +14,21 @@ from ...evaluation.scopes import select
 from ...evaluation.survival import Survival, log_rank
 from ...task import Task
 from . import run_figures
-from .page import Picture, picture, write_page
-from .run_figures import Curve
+from .mistakes import mistakes_table
+from .page import Cell, Page, Picture, Table
+from .pictures import calibration, calibration_of, class_curves, discrimination
 from .run_folder import Run, read_run
 from .run_tables import (
-    Cell,
-    Table,
     cohort_table,
     folds_table,
-    interval,
-    metric_name,
     metrics_table,
     missing_slides,
-    mistakes_table,
     narrow_cell,
-    number,
     per_class_table,
     settings_table,
     splits_table,
-    task_text,
 )
+from .wording import INTERVALS, MEAN_OVER_FOLDS, interval, metric_name, number, p_text, task_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,39 +59,84 @@ def write_run_report(run: Path) -> Path:
         raise LongslideError(f"{read.folder}: predictions.csv has no rows of the test part; there is nothing to report")
     outcomes = read_outcomes(rows, read.task)
     here = metrics[metrics["level"] == level]
-    pictures, notes = _pictures(read, rows, outcomes, level)
-    return write_page(
-        read.folder / "report.html",
-        "run.html",
-        title=read.name,
-        description=_description(read),
-        facts=_facts(read, here, rows),
-        level=level,
-        task_kind=read.task.kind,
-        metrics=metrics_table(here, read.task),
-        per_class=per_class_table(here, outcomes),
-        folds=folds_table(here),
-        slides=metrics_table(metrics[metrics["level"] == "slide"], read.task) if level == "patient" else None,
-        subgroups=_subgroups(here, read.task),
-        pictures=pictures,
-        notes=notes,
-        learning=_learning(read),
-        mistakes=mistakes_table(read.predictions, read.task, level),
-        cohort=cohort_table(read),
-        splits=splits_table(read),
-        missing=missing_slides(read),
-        remarks=[str(note) for note in read.facts.get("notes") or []],
-        settings=settings_table(read),
-        configuration=read.configuration,
+    noun = read.noun(level)
+
+    page = Page(read.name, _description(read))
+    page.facts(_facts(read, here, rows, noun))
+    _add_metrics(page, read, metrics, here, rows, outcomes, level, noun)
+    page.heading("Curves")
+    pictures, notes = _pictures(read, rows, outcomes, level, noun)
+    page.pictures(pictures)
+    for note in notes:
+        page.note(note)
+    _add_subgroups(page, here, read.task, noun)
+    mistakes, what = mistakes_table(read.predictions, read.task, level, noun)
+    if mistakes is not None:
+        page.heading("Worst mistakes")
+        page.note(what, "Look at these slides first: labels are wrong more often than one expects.")
+        page.table(mistakes)
+    learning = _learning(read)
+    if learning:
+        page.heading("Training")
+        page.pictures(learning)
+    _add_cohort(page, read)
+    page.heading("Configuration")
+    page.table(settings_table(read))
+    if read.configuration:
+        with page.details("config.yaml"):
+            page.code(read.configuration)
+    return page.write(read.folder / "report.html")
+
+
+def _add_metrics(
+    page: Page,
+    run: Run,
+    metrics: "pd.DataFrame",
+    here: "pd.DataFrame",
+    rows: "pd.DataFrame",
+    outcomes: Outcomes,
+    level: str,
+    noun: str,
+) -> None:
+    kind = run.task.kind
+    page.heading("Metrics")
+    page.table(metrics_table(here, run.task))
+    folds = folds_table(here)
+    biased = ", and none of the calibration error, which is biased upwards in small samples"
+    page.note(
+        INTERVALS + ("" if kind in ("regression", "survival") else biased) + ".",
+        "AUROC and AUPRC are means over the classes, each against the rest."
+        if kind in ("multiclass", "ordinal")
+        else "",
+        f"Metrics are means over the labels, each over the {noun}s that have it." if kind == "multilabel" else "",
+        "The Brier score is integrated up to the last time predicted within the follow-up, with inverse probability of "
+        f"censoring weights; Kaplan-Meier's is that of the curve of the test {noun}s, the same for all of them. The "
+        "time-dependent AUC is the mean over the times predicted."
+        if kind == "survival"
+        else "",
+        MEAN_OVER_FOLDS if folds else "",
     )
+    per_class = per_class_table(here, outcomes)
+    if per_class is not None:
+        page.heading(f"By {per_class.columns[0].lower()}", 3)
+        page.table(per_class)
+    if folds is not None:
+        page.heading("By fold", 3)
+        page.table(folds)
+    slides = metrics_table(metrics[metrics["level"] == "slide"], run.task) if level == "patient" else None
+    if slides is not None and noun == "patient":
+        with page.details("Metrics of single slides"):
+            page.table(slides)
+            page.note("Slides of one patient count as one where the interval is made.")
 
 
-def _subgroups(metrics: "pd.DataFrame", task: Task) -> "list[tuple[str, Picture, Table]]":
-    """For each subgroup column: its name, a forest plot of the first metric, and a table."""
-    result = []
+def _add_subgroups(page: Page, metrics: "pd.DataFrame", task: Task, noun: str) -> None:
+    """For each subgroup column a forest plot of the first metric, and a table."""
     rows = metrics[metrics["scope"].str.startswith("subgroup:") & ~metrics["metric"].str.contains(":")]
     columns_of = rows["scope"].map(lambda scope: scope.removeprefix("subgroup:").partition("=")[0])
     primary = PRIMARY_METRIC[task.kind]
+    if len(rows):
+        page.heading("Subgroups")
     for column in dict.fromkeys(columns_of):
         of_column = rows[columns_of == column]
         names = list(dict.fromkeys(of_column["metric"]))
@@ -111,10 +151,30 @@ def _subgroups(metrics: "pd.DataFrame", task: Task) -> "list[tuple[str, Picture,
             if len(first) and np.isfinite(first.iloc[0]["value"]):
                 bars.append((f"{value} (n = {here['n'].max()})", *first.iloc[0][["value", "low", "high"]]))
         whole = metrics[(metrics["scope"] == "pooled") & (metrics["metric"] == primary)]["value"].iloc[0]
-        figure = run_figures.forest(bars, metric_name(primary), whole if np.isfinite(whole) else None)
-        forest = picture(figure, f"{metric_name(primary)} by {column}", "The dashed line is the value of all patients.")
-        result.append((column, forest, Table(columns, table, columns[1:])))
-    return result
+        drawing = run_figures.forest(bars, metric_name(primary), whole if np.isfinite(whole) else None)
+        page.heading(f"By {column}", 3)
+        caption = f"The dashed line is the value of all test {noun}s."
+        page.pictures([Picture(*drawing, f"{metric_name(primary)} by {column}", caption)])
+        page.table(Table(columns, table, columns[1:]))
+
+
+def _add_cohort(page: Page, run: Run) -> None:
+    cohort, splits, missing = cohort_table(run), splits_table(run), missing_slides(run)
+    remarks = [str(note) for note in run.facts.get("notes") or []]
+    if not (cohort or splits or missing or remarks):
+        return
+    page.heading("Cohort")
+    page.table(cohort)
+    for remark in remarks:
+        page.note(remark)
+    if splits is not None:
+        noun = run.noun("patient")
+        classes = f", and {noun}s of each class" if run.task.kind in ("binary", "multiclass", "ordinal") else ""
+        page.heading(f"Splits: {'patients / ' if noun == 'patient' else ''}slides{classes}", 3)
+        page.table(splits)
+    for name, slides in missing:
+        with page.details(f"{name}: {len(slides)}"):
+            page.code(", ".join(slides))
 
 
 def _description(run: Run) -> str:
@@ -123,7 +183,7 @@ def _description(run: Run) -> str:
     return text + (f"; {folds}-fold cross-validation." if folds > 1 else ".")
 
 
-def _facts(run: Run, metrics: "pd.DataFrame", rows: "pd.DataFrame") -> list[tuple[str, str, str]]:
+def _facts(run: Run, metrics: "pd.DataFrame", rows: "pd.DataFrame", noun: str) -> list[tuple[str, str, str]]:
     scope = headline_scope(metrics)
     first = metrics[metrics["scope"] == scope].set_index("metric")
     primary = PRIMARY_METRIC[run.task.kind]
@@ -133,125 +193,89 @@ def _facts(run: Run, metrics: "pd.DataFrame", rows: "pd.DataFrame") -> list[tupl
         small = f"95% interval {interval(low, high)}" if np.isfinite(low) else "no interval"
         small += "; mean over the folds" if scope == "mean" else ""
         facts.append((metric_name(primary), number(value), small))
-    facts.append(("Test patients", f"{rows['patient_id'].nunique():,}", ""))
+    if run.noun("patient") == "patient":
+        facts.append(("Test patients", f"{rows['patient_id'].nunique():,}", ""))
     slides = run.predictions[(run.predictions["level"] == "slide") & (run.predictions["part"] == "test")]
     if len(slides):
         facts.append(("Test slides", f"{slides['slide_id'].nunique():,}", ""))
+    one_each = rows.drop_duplicates("patient_id") if noun == "patient" else rows
     if run.task.kind == "binary":
-        positives = rows.drop_duplicates("patient_id")["target"].astype(str).eq(run.task.classes[1])
+        positives = one_each["target"].astype(str).eq(run.task.classes[1])
         facts.append(
-            (f"{run.task.classes[1]} patients", f"{positives.sum():,}", f"{positives.mean():.0%} of the test patients")
+            (f"{run.task.classes[1]} {noun}s", f"{positives.sum():,}", f"{positives.mean():.0%} of the test {noun}s")
         )
     if run.task.kind == "survival":
-        facts.append(
-            ("Events", f"{int(rows.drop_duplicates('patient_id')['event'].sum()):,}", "among the test patients")
-        )
+        facts.append(("Events", f"{int(one_each['event'].sum()):,}", f"among the test {noun}s"))
     if run.aggregator:
         facts.append(("Model", run.aggregator, ""))
     return facts
 
 
-def _pictures(run: Run, rows: "pd.DataFrame", outcomes: Outcomes, level: str) -> tuple[list[Picture], list[str]]:
+def _pictures(
+    run: Run, rows: "pd.DataFrame", outcomes: Outcomes, level: str, noun: str
+) -> tuple[list[Picture], list[str]]:
     """The figures that fit the task, and remarks on them."""
     if isinstance(outcomes, Survival):
-        return _survival_pictures(run, rows, outcomes, level)
+        return _survival_pictures(run, rows, outcomes, level, noun)
     if isinstance(outcomes, Values):
-        figure = run_figures.scatter(outcomes.target, outcomes.prediction, run.task.label[0])
-        return [
-            picture(figure, "Predicted against true values", "Each point is a patient; the dashed line is perfect.")
-        ], []
+        drawing = run_figures.scatter(outcomes.target, outcomes.prediction, run.task.label[0])
+        caption = f"Each point is a {noun}; the dashed line is perfect."
+        return [Picture(*drawing, "Predicted against true values", caption)], []
     curves = class_curves(outcomes)
     notes = []
     total = len(outcomes.names)
     if total > 2 and len(curves) > MOST_CURVES:
         curves = dict(list(curves.items())[:MOST_CURVES])
         notes.append(f"Curves are drawn for the first {MOST_CURVES} of {total} classes.")
-    pictures = []
-    if curves:
-        thin: list[Curve] = []
-        if len(curves) == 1 and rows["fold"].nunique() > 1:
-            target, score = next(iter(curves.values()))
-            of_fold = [rows["fold"].to_numpy() == fold for fold in rows["fold"].unique()]
-            thin = [(target[f], score[f]) for f in of_fold if 0 < target[f].sum() < f.sum()]
-        caption = "Thin lines are the folds, the thick one all folds together." if thin else ""
-        pictures.append(picture(run_figures.roc(curves, thin), "ROC curve", f"ROC. {caption}"))
-        pictures.append(
-            picture(
-                run_figures.precision_recall(curves),
-                "Precision-recall curve",
-                "Precision and recall. Dotted: precision of a coin toss (the prevalence).",
-            )
-        )
-    pictures.append(_calibration(outcomes, curves))
-    if isinstance(outcomes, Classes):
-        counts = np.zeros((total, total), np.int64)
-        np.add.at(counts, (outcomes.target, outcomes.prediction), 1)
-        caption = "Confusion matrix: counts, and their share of the true class."
-        pictures.append(picture(run_figures.confusion(counts, outcomes.names), "Confusion matrix", caption))
+    folds: dict[str, run_figures.Curve] = {}
+    if len(curves) == 1 and rows["fold"].nunique() > 1:
+        target, score = next(iter(curves.values()))
+        for fold in rows["fold"].unique():
+            own = rows["fold"].to_numpy() == fold
+            if 0 < target[own].sum() < own.sum():
+                folds[f"fold {fold}"] = (target[own], score[own])
+    pictures = discrimination(curves, folds, noun)
+    if isinstance(outcomes, Labels):
+        return [*pictures, calibration(curves, noun, None)], notes
+    positive = outcomes.names[1] if total == 2 else None
+    pictures.append(calibration({"": calibration_of(outcomes)}, noun, positive))
+    counts = np.zeros((total, total), np.int64)
+    np.add.at(counts, (outcomes.target, outcomes.prediction), 1)
+    caption = f"Confusion matrix: test {noun}s, and their share of the true class."
+    pictures.append(Picture(*run_figures.confusion(counts, outcomes.names), "Confusion matrix", caption))
     return pictures, notes
 
 
-def class_curves(outcomes: Classes | Labels) -> dict[str, Curve]:
-    """For each class or label that has both kinds of rows: whether a row is positive, and its score. One curve without a
-    name for a binary task."""
-    if isinstance(outcomes, Labels):
-        each = [(name, outcomes.label(index)[1]) for index, name in enumerate(outcomes.names)]
-        found = {name: (rows.target == 1, rows.probability[:, 1]) for name, rows in each}
-    elif len(outcomes.names) == 2:
-        found = {"": (outcomes.target == 1, outcomes.probability[:, 1])}
-    else:
-        names = enumerate(outcomes.names)
-        found = {name: (outcomes.target == c, outcomes.probability[:, c]) for c, name in names}
-    return {name: (target, score) for name, (target, score) in found.items() if 0 < target.sum() < len(target)}
-
-
-def _calibration(outcomes: Classes | Labels, curves: dict[str, Curve]) -> Picture:
-    if isinstance(outcomes, Classes):
-        confidence, correct = outcomes.confidence()
-        binary = len(outcomes.names) == 2
-        xlabel = f"Predicted probability of {outcomes.names[1]}" if binary else "Probability of the predicted class"
-        ylabel = f"Share that is {outcomes.names[1]}" if binary else "Share that is right"
-        figure = run_figures.calibration({"": (correct, confidence)}, xlabel, ylabel)
-    else:
-        figure = run_figures.calibration(curves, "Predicted probability", "Share that is positive")
-    return picture(
-        figure,
-        "Calibration curve",
-        "Calibration in bins of 0.1; larger points hold more patients, bins of fewer than 5 are not drawn.",
-    )
-
-
 def _survival_pictures(
-    run: Run, rows: "pd.DataFrame", outcomes: Survival, level: str
+    run: Run, rows: "pd.DataFrame", outcomes: Survival, level: str, noun: str
 ) -> tuple[list[Picture], list[str]]:
     unit = run.task.label[0]
-    groups, caption = {"all patients": (outcomes.event, outcomes.time)}, "Kaplan-Meier curve of the test patients."
+    groups, caption = {f"all {noun}s": (outcomes.event, outcomes.time)}, f"Kaplan-Meier curve of the test {noun}s."
     notes = []
     high = risk_groups(rows, select(run.predictions, level, "val"), run.facts)
     if high is None:
         notes.append(
-            "There are no validation predictions to take a risk threshold from, so the patients are not split into groups "
-            "(a threshold from the test patients themselves would flatter the model)."
+            f"There are no validation predictions to take a risk threshold from, so the {noun}s are not split into groups "
+            f"(a threshold from the test {noun}s themselves would flatter the model)."
         )
     elif 0 < high.sum() < len(high):
         groups = {
             name: (outcomes.event[chosen], outcomes.time[chosen])
             for name, chosen in (("low risk", ~high), ("high risk", high))
         }
-        caption = "Kaplan-Meier curves; risk groups split at the median risk of the validation patients of each fold. "
+        caption = f"Kaplan-Meier curves; risk groups split at the median risk of the validation {noun}s of each fold. "
         if rows["fold"].nunique() > 1:
             # A patient's group hangs on the outcomes of the others, so the test rejects too often (Simon et al. 2011).
             notes.append(
                 "There is no log-rank test of risk groups from cross-validation: the models that make the groups have been "
-                "trained on the other patients tested, and the p-value would be too small."
+                f"trained on the other {noun}s tested, and the p-value would be too small."
             )
         else:
-            p = log_rank(outcomes.time, outcomes.event, high.astype(np.int64))
-            caption += f"Log-rank test: p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}." if np.isfinite(p) else ""
+            p = p_text(log_rank(outcomes.time, outcomes.event, high.astype(np.int64)))
+            caption += "" if p == "–" else f"Log-rank test: p {p if p.startswith('<') else f'= {p}'}."
     else:
-        notes.append(f"All test patients fall into one risk group ({'high' if high.all() else 'low'}).")
-    figure = run_figures.survival_curves(groups, unit)
-    return [picture(figure, "Kaplan-Meier curves", caption)], notes
+        notes.append(f"All test {noun}s fall into one risk group ({'high' if high.all() else 'low'}).")
+    return [Picture(*run_figures.survival_curves(groups, unit), "Kaplan-Meier curves", caption)], notes
 
 
 def risk_groups(rows: "pd.DataFrame", validation: "pd.DataFrame", facts: dict[str, Any]) -> "np.ndarray | None":
@@ -279,13 +303,14 @@ def _learning(run: Run) -> list[Picture]:
     if history is None or not len(history) or not {"epoch", "fold"} <= set(history):
         return []
     pictures = []
+    metric = f"Validation {run.validation_metric}"
     losses = {"train_loss": "training", "val_loss": "validation"}
-    for columns, ylabel in ((losses, "Loss"), ({"val_metric": "validation"}, "Validation metric")):
+    for columns, ylabel in ((losses, "Loss"), ({"val_metric": "validation"}, metric)):
         known = {
             column: name for column, name in columns.items() if column in history and history[column].notna().any()
         }
         if known:
-            figure = run_figures.learning_curve(history, known, ylabel)
             caption = "Thin lines are the folds." if history["fold"].nunique() > 1 else ""
-            pictures.append(picture(figure, f"{ylabel} by epoch", f"{ylabel} by epoch. {caption}"))
+            drawing = run_figures.learning_curve(history, known, ylabel)
+            pictures.append(Picture(*drawing, f"{ylabel} by epoch", f"{ylabel} by epoch. {caption}"))
     return pictures

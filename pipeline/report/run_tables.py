@@ -1,105 +1,20 @@
-"""The words and tables of run reports and comparisons."""
+"""The tables of run reports and comparisons."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...evaluation.classification import Classes, Labels
 from ...evaluation.evaluate import PRIMARY_METRIC
-from ...evaluation.outcomes import Outcomes, read_outcomes
-from ...evaluation.regression import Values
-from ...evaluation.scopes import select
+from ...evaluation.outcomes import Outcomes
 from ...evaluation.survival import Survival
 from ...task import CLASSIFICATION, Task
+from .page import Cell, Table
 from .run_folder import Run
+from .wording import METHOD_NAMES, interval, metric_name, number
 
 if TYPE_CHECKING:
     import pandas as pd
-
-WORST = 15
-"""Mistakes that are listed."""
-
-METRIC_NAMES = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "balanced_accuracy": "Balanced accuracy",
-    "sensitivity": "Sensitivity",
-    "specificity": "Specificity",
-    "f1": "F1",
-    "quadratic_kappa": "Quadratic kappa",
-    "brier": "Brier score",
-    "ece": "Calibration error",
-    "log_loss": "Log-loss",
-    "mae": "Mean absolute error",
-    "r2": "R²",
-    "spearman": "Spearman correlation",
-    "c_index": "Concordance (c-index)",
-    "c_index_uno": "Concordance, censoring weighted (Uno)",
-    "time_auc": "Time-dependent AUC",
-    "integrated_brier": "Integrated Brier score",
-    "integrated_brier_km": "Integrated Brier score, Kaplan-Meier",
-}
-
-METHOD_NAMES = {
-    "newcombe": "Newcombe",
-    "wilson": "Wilson",
-    "mover": "MOVER",
-    "jackknife": "jackknife",
-}
-
-TASK_NAMES = {
-    "binary": "Binary classification",
-    "multiclass": "Classification",
-    "multilabel": "Multi-label classification",
-    "ordinal": "Ordinal classification",
-    "regression": "Regression",
-    "survival": "Survival",
-}
-
-
-Cell = str | tuple[str, str]
-"""A text, or a text and the small print below it."""
-
-
-class Table(NamedTuple):
-    """A table of a page; `numeric` are the columns that are right-aligned."""
-
-    columns: list[str]
-    rows: list[list[Cell]]
-    numeric: list[str]
-
-
-def metric_name(metric: str) -> str:
-    """The name of a metric as people write it: `auroc:tumour` is `AUROC, tumour`."""
-    name, _, of = metric.partition(":")
-    return METRIC_NAMES.get(name, name) + (f", {of}" if of else "")
-
-
-def number(value: float) -> str:
-    """A metric to three digits after the point, or fewer for large numbers; a dash if it is not defined."""
-    if not np.isfinite(value):
-        return "–"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.4g}"
-
-
-def interval(low: float, high: float) -> str:
-    """`0.870–0.948`, or `-0.020 to 0.110` where a dash could be taken for a minus."""
-    return f"{number(low)}{'–' if low >= 0 else ' to '}{number(high)}"
-
-
-def with_interval(value: float, low: float, high: float) -> str:
-    """`0.912 (0.870–0.948)`."""
-    return f"{number(value)} ({interval(low, high)})" if np.isfinite([low, high]).all() else number(value)
-
-
-def task_text(task: Task) -> str:
-    """What was predicted, in a few words."""
-    if task.kind == "survival":
-        return f"Survival: time {task.label[0]}, event {task.label[1]}"
-    text = f"{TASK_NAMES[task.kind]} of {', '.join(task.label[:6])}{', …' if len(task.label) > 6 else ''}"
-    if task.kind in CLASSIFICATION:
-        text += f" ({', '.join(task.classes[:6])}{', …' if len(task.classes) > 6 else ''})"
-    return text
 
 
 def metrics_table(metrics: "pd.DataFrame", task: Task) -> Table | None:
@@ -170,73 +85,6 @@ def folds_table(metrics: "pd.DataFrame") -> Table | None:
         n = rows.loc[rows["scope"] == fold, "n"].iloc[0]
         table.append([fold.removeprefix("fold_"), f"{n:,}", *(narrow_cell(rows, fold, name) for name in names)])
     return Table(columns, table, columns[1:])
-
-
-def mistakes_table(predictions: "pd.DataFrame", task: Task, level: str = "patient") -> Table | None:
-    """The test patients that were most confidently wrong, with their slides."""
-    rows = select(predictions, level)
-    outcomes = read_outcomes(rows, task)
-    if isinstance(outcomes, Classes):
-        index = np.arange(len(rows))
-        surplus = outcomes.probability[index, outcomes.prediction] - outcomes.probability[index, outcomes.target]
-        badness = np.where(outcomes.prediction == outcomes.target, -np.inf, surplus)
-        columns = ["True", "Predicted", "Probability of predicted", "Probability of true"]
-        cells = [
-            [
-                outcomes.names[outcomes.target[i]],
-                outcomes.names[outcomes.prediction[i]],
-                f"{outcomes.probability[i, outcomes.prediction[i]]:.3f}",
-                f"{outcomes.probability[i, outcomes.target[i]]:.3f}",
-            ]
-            for i in index
-        ]
-        numeric = columns[2:]
-    elif isinstance(outcomes, Labels):
-        error = np.abs(outcomes.probability - outcomes.target)
-        wrong = (outcomes.prediction != outcomes.target) & ~np.isnan(outcomes.target)
-        per_label = np.where(wrong, error, -np.inf)
-        worst, badness = per_label.argmax(1), per_label.max(1)
-        columns, numeric = ["Label", "True", "Predicted", "Probability"], ["Probability"]
-        cells = [
-            [
-                outcomes.names[label],
-                *(
-                    "yes" if value == 1 else "no"
-                    for value in (outcomes.target[i, label], outcomes.prediction[i, label])
-                ),
-                f"{outcomes.probability[i, label]:.3f}",
-            ]
-            for i, label in enumerate(worst)
-        ]
-    elif isinstance(outcomes, Values):
-        badness = np.abs(outcomes.prediction - outcomes.target)
-        columns = numeric = ["True", "Predicted", "Error"]
-        cells = [
-            [f"{target:.4g}", f"{prediction:.4g}", f"{prediction - target:+.4g}"]
-            for target, prediction in zip(outcomes.target, outcomes.prediction, strict=True)
-        ]
-    else:
-        # How far the rank of the risk is from that of the time: an early event at low risk, a long life at high risk.
-        earliness = 1 - rows.groupby("fold")["time"].rank(pct=True).to_numpy()
-        risk = rows.groupby("fold")["risk"].rank(pct=True).to_numpy()
-        badness = np.where(outcomes.event, np.abs(earliness - risk), risk - earliness)
-        columns, numeric = ["Time", "Event", "Risk, percentile in the fold"], ["Time", "Risk, percentile in the fold"]
-        cells = [
-            [f"{outcomes.time[i]:.4g}", "yes" if outcomes.event[i] else "censored", f"{100 * risk[i]:.0f}"]
-            for i in range(len(rows))
-        ]
-    order = [int(i) for i in np.argsort(-badness, kind="stable")[:WORST] if np.isfinite(badness[i])]
-    if not order:
-        return None
-    slides = predictions[(predictions["level"] == "slide") & (predictions["part"] == "test")]
-    of_patient = slides.groupby(slides["patient_id"].astype(str))["slide_id"].unique().to_dict()
-    table: list[list[Cell]] = []
-    for i in order:
-        patient = str(rows["patient_id"].iloc[i])
-        names = list(map(str, of_patient[patient])) if patient in of_patient else []
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        table.append([patient, shown, str(rows["fold"].iloc[i]), *cells[i]])
-    return Table(["Patient", "Slides", "Fold", *columns], table, ["Fold", *numeric])
 
 
 def cohort_table(run: Run) -> Table | None:

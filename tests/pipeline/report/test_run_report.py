@@ -1,6 +1,7 @@
 """The page of a run: complete, true to the numbers, and standing on its own."""
 
 import base64
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -11,8 +12,11 @@ import pandas as pd
 import pytest
 from longslide.errors import LongslideError
 from longslide.evaluation import evaluate
+from longslide.pipeline.report.mistakes import mistakes_table
 from longslide.pipeline.report.run_folder import read_run
 from longslide.pipeline.report.run_report import risk_groups, write_run_report
+from longslide.task import Task
+from sklearn.metrics import roc_auc_score
 
 WriteRun = Callable[..., Path]
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -90,11 +94,83 @@ def report(tmp_path: Path, write_run: WriteRun) -> Callable[..., Page]:
 def test_the_report_of_every_task_stands_alone_and_has_its_figures(report, kind: str, pictures: list[str]) -> None:
     page = report(kind, folds=2, patients=80)
     shown = [image["alt"] for image in page.images]
-    assert shown == [*pictures, "Loss by epoch", "Validation metric by epoch"]
+    metric = {"ordinal": "Quadratic kappa", "regression": "R²", "survival": "Concordance (c-index)"}.get(kind, "AUROC")
+    assert shown == [*pictures, "Loss by epoch", f"Validation {metric} by epoch"]
     for heading in ("Metrics", "Curves", "Worst mistakes", "Training", "Cohort", "Configuration", "Splits"):
         assert heading in page.text
     assert "torch" in page.text
     assert "gigapath" in page.text
+
+
+@pytest.mark.parametrize("kind", ["binary", "survival"])
+def test_the_figures_lie_beside_the_page_for_a_paper(tmp_path: Path, write_run: WriteRun, kind: str) -> None:
+    folder = write_run_report(write_run(tmp_path / kind, kind, folds=2, patients=80)).parent
+    page = assert_stands_alone((folder / "report.html").read_text(encoding="utf-8"))
+    names = {path.stem for path in (folder / "figures").iterdir()}
+    assert len(names) == len(page.images)
+    for name in names:
+        svg = (folder / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert "<text" in svg, "text stays text, for a drawing program to edit"
+        pdf = (folder / "figures" / f"{name}.pdf").read_bytes()
+        assert b"/FontFile2" in pdf, "TrueType fonts, whose text can be edited"
+        assert b"/Type3" not in pdf
+    if kind == "binary":
+        roc = pd.read_csv(folder / "figures" / "roc-curve.csv", keep_default_na=False)
+        predictions = pd.read_csv(folder / "predictions.csv").query("part == 'test' and level == 'patient'")
+        one = roc[roc["curve"] == ""]
+        area = np.trapezoid(one["true_positive_rate"], one["false_positive_rate"])
+        assert area == pytest.approx(
+            roc_auc_score(predictions["target"] == "tumour", predictions["probability_tumour"]), abs=1e-12
+        )
+        assert set(roc["curve"]) == {"", "fold 0", "fold 1"}
+
+
+def test_slides_are_not_called_patients(tmp_path: Path, write_run: WriteRun) -> None:
+    folder = write_run(tmp_path / "run", "regression", patients=40, folds=1)
+    assert "Test patients" in assert_stands_alone(write_run_report(folder).read_text(encoding="utf-8")).text
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(
+        json.dumps(facts | {"patient_column": None})
+    )  # as a table without patients leaves it
+    text = assert_stands_alone(write_run_report(folder).read_text(encoding="utf-8")).text
+    assert "Test patients" not in text
+    assert "Each point is a slide" in text
+    assert "The tenth of the test slides with the largest errors" in text
+
+
+@pytest.mark.parametrize("kind", ["regression", "survival", "multilabel"])
+def test_the_worst_mistakes_are_mistakes_and_name_the_slides_that_are_wrong(
+    tmp_path: Path, write_run: WriteRun, kind: str
+) -> None:
+    run = read_run(write_run(tmp_path / kind, kind, patients=60, folds=1))
+    table, _ = mistakes_table(run.predictions, run.task, "patient", "patient")
+    assert table is not None
+    rows = run.predictions.query("part == 'test' and level == 'patient'").set_index("patient_id")
+    assert 1 <= len(table.rows) < len(rows) * (0.5 if kind != "multilabel" else 1)
+    slides = run.predictions.query("part == 'test' and level == 'slide'").groupby("patient_id")["slide_id"].agg(set)
+    for patient, wrong, *_ in table.rows:
+        assert set(str(wrong).split(", ")) <= slides[patient]
+    if kind == "regression":
+        errors = (rows["prediction"] - rows["target"]).abs().sort_values(ascending=False)
+        assert [row[0] for row in table.rows] == list(errors.index[: len(table.rows)])
+        assert float(str(table.rows[0][2])) == rows["target"][errors.index[0]], "as the table has it"
+
+
+def test_of_a_patient_that_is_wrong_the_slide_that_is_wrong_is_named() -> None:
+    rows = [("slide", "p", "s1", "no", 0.9), ("slide", "p", "s2", "yes", 0.1), ("patient", "p", "", "yes", 0.4)]
+    predictions = pd.DataFrame(
+        [
+            {
+                **{"level": level, "fold": 0, "part": "test", "patient_id": patient, "slide_id": slide, "target": "no"},
+                **{"prediction": said, "probability_no": p, "probability_yes": 1 - p},
+            }
+            for level, patient, slide, said, p in rows
+        ]
+    )
+    table, what = mistakes_table(predictions, Task("binary", ("status",), ("no", "yes")), "patient", "patient")
+    assert table is not None
+    assert table.rows[0][:2] == ["p", "s2"]
+    assert what.startswith("The 1 of 1 test patients that were wrong")
 
 
 def test_the_numbers_are_those_of_metrics_csv_with_subgroups(tmp_path: Path, write_run: WriteRun) -> None:
@@ -174,7 +250,7 @@ def test_one_class_in_the_test_part_is_reported_without_curves(tmp_path: Path, w
         (lambda folder: (folder / "predictions.csv").write_text(""), "cannot be read as a table"),
         (
             lambda folder: (folder / "predictions.csv").write_text("level,part,fold,patient_id\n"),
-            "no rows of the test part",
+            "the table has no rows",
         ),
     ],
 )

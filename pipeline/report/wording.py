@@ -1,0 +1,116 @@
+"""The words and numbers of pages and of the terminal: each name, each way to write a number, each sentence once."""
+
+import numpy as np
+
+from ...task import CLASSIFICATION, Task
+
+METRIC_NAMES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "balanced_accuracy": "Balanced accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "f1": "F1",
+    "quadratic_kappa": "Quadratic kappa",
+    "brier": "Brier score",
+    "ece": "Calibration error",
+    "log_loss": "Log-loss",
+    "mae": "Mean absolute error",
+    "r2": "R²",
+    "spearman": "Spearman correlation",
+    "c_index": "Concordance (c-index)",
+    "integrated_brier": "Integrated Brier score",
+    "c_index_uno": "Concordance, censoring weighted (Uno)",
+    "time_auc": "Time-dependent AUC",
+    "integrated_brier_km": "Integrated Brier score, Kaplan-Meier",
+}
+
+METHOD_NAMES = {
+    "newcombe": "Newcombe",
+    "wilson": "Wilson",
+    "mover": "MOVER",
+    "jackknife": "jackknife",
+}
+"""What makes an interval."""
+
+TASK_NAMES = {
+    "binary": "Binary classification",
+    "multiclass": "Classification",
+    "multilabel": "Multi-label classification",
+    "ordinal": "Ordinal classification",
+    "regression": "Regression",
+    "survival": "Survival",
+}
+
+
+def metric_name(metric: str) -> str:
+    """The name of a metric as people write it: `auroc:tumour` is `AUROC, tumour`."""
+    name, _, of = metric.partition(":")
+    return METRIC_NAMES.get(name, name) + (f", {of}" if of else "")
+
+
+def number(value: float) -> str:
+    """A metric to three digits after the point, or fewer for large numbers; a dash if it is not defined."""
+    if not np.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.4g}"
+
+
+def probability(value: float, spread: float | None = None) -> str:
+    """A probability to three digits, with its spread; what would read 0 or 1 is `< 0.001` or `> 0.999`."""
+    if value >= 0.9995:
+        return "> 0.999"
+    if value < 0.0005:
+        return "< 0.001"
+    return f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
+def interval(low: float, high: float) -> str:
+    """`0.870–0.948`, or `-0.020 to 0.110` where a dash could be taken for a minus."""
+    return f"{number(low)}{'–' if low >= 0 else ' to '}{number(high)}"
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """`0.912 (0.870–0.948)`."""
+    return f"{number(value)} ({interval(low, high)})" if np.isfinite([low, high]).all() else number(value)
+
+
+def p_text(p: float) -> str:
+    """A p-value: three digits, `< 0.001` below that, a dash if there is none."""
+    if not np.isfinite(p):
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def count(n: int, noun: str) -> str:
+    """`1 slide`, `2 slides`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def task_text(task: Task) -> str:
+    """What was predicted, in a few words."""
+    if task.kind == "survival":
+        return f"Survival: time {task.label[0]}, event {task.label[1]}"
+    text = f"{TASK_NAMES[task.kind]} of {', '.join(task.label[:6])}{', …' if len(task.label) > 6 else ''}"
+    if task.kind in CLASSIFICATION:
+        text += f" ({', '.join(task.classes[:6])}{', …' if len(task.classes) > 6 else ''})"
+    return text
+
+
+INTERVALS = (
+    "Intervals are of 95%, over patients with all their slides: Newcombe's method 5 for AUROC, widened to DeLong's variance "
+    "where that is larger; Wilson's for proportions and, by the number of positives, average precision; means of these by "
+    "MOVER (Zou & Donner 2008); a jackknife with Student's quantile, on a scale without ends, for the rest. There is none of "
+    "fewer than five patients"
+)
+"""How the intervals of a page were made; goes on or ends with a full stop."""
+
+MEAN_OVER_FOLDS = (
+    "The mean over folds is the result: its interval also holds what training on other patients would change (Nadeau & "
+    "Bengio 2003). “Pooled” ranks the patients of all folds together, although each fold has a model and a scale of its own, "
+    "and its interval is of the patients only: it is too narrow."
+)
+
+NO_PROOF = (
+    "A difference that is not significant is not a proof that the runs are equal: look at how wide its interval is."
+)
