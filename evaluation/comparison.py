@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from ..errors import LongslideError
+from ..prediction_columns import PredictionColumns
 from ..task import CLASSIFICATION, Task
 from .classification import Classes, Labels
-from .columns import PredictionColumns
 from .delong import delong_difference
 from .intervals import FEWEST_PATIENTS, Difference, difference_of
 from .outcomes import read_outcomes

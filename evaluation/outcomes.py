@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 
 from ..errors import LongslideError
+from ..prediction_columns import PredictionColumns, survival_times
 from ..task import CLASSIFICATION, Task
 from .classification import Classes, Labels
-from .columns import PredictionColumns, survival_times
 from .regression import Values
 from .survival import Survival
 from .weighted import Floats, Integers

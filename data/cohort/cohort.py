@@ -42,6 +42,7 @@ class Cohort:
         without_label: Feature files without a row in the table, and rows without a label.
         max_tiles: The limit that a task file sets.
         notes: What the user should know.
+        patient_column: The column that names the patients; None if each slide is taken for one.
     """
 
     rows: pd.DataFrame
@@ -53,6 +54,7 @@ class Cohort:
     without_label: tuple[str, ...] = ()
     max_tiles: int | None = None
     notes: tuple[str, ...] = ()
+    patient_column: str | None = None
 
     @property
     def labelled_task(self) -> Task:
@@ -130,7 +132,7 @@ def read_cohort(
         frame, splits = _every_file(there, features), None
     else:
         frame, splits = _read_table(table, frozenset(names), patients)
-    frame = _with_ids(frame, source, there, patients, labels, notes)
+    frame, column = _with_ids(frame, source, there, patients, labels, notes)
     words = ("slide_id", "patient_id", *(labels if asked is not None and asked.kind in CLASSIFICATION else ()))
     frame = frame.apply(lambda column: column if column.name in words else decimal_points(column))
     ids = frame["slide_id"]
@@ -166,6 +168,7 @@ def read_cohort(
         without_label=without_label,
         max_tiles=asked.max_tiles if asked else None,
         notes=tuple(notes),
+        patient_column=column,
     )
 
 
@@ -210,7 +213,7 @@ def _with_ids(
     chosen: str | None,
     labels: Sequence[str],
     notes: list[str],
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, str | None]:
     ids = slide_ids(frame)
     if ids is None:
         require_columns(source, frame, ID_COLUMNS)
@@ -224,7 +227,7 @@ def _with_ids(
             f"{source}: {twice.nunique()} slides are in the table more than once ({listed(list(twice.unique()))}); "
             "leave one row per slide"
         )
-    column = patient_column(source, frame, chosen, option="--data.patient_column", others=labels)
+    column = patient_column(source, frame, chosen, option="--data.patient-column", others=labels)
     if column is None:
         patients = ids
         notes.append(f"{source} has no column patient_id: each slide is taken for a patient of its own")
@@ -245,7 +248,8 @@ def _with_ids(
             )
     replaced = [name for name in frame.columns if plain_name(name) in (*ID_COLUMNS, "patient_id")]
     rest = frame.drop(columns=replaced)
-    return pd.concat([pd.DataFrame({"slide_id": ids, "patient_id": patients}), rest], axis=1).reset_index(drop=True)
+    own = pd.DataFrame({"slide_id": ids, "patient_id": patients})
+    return pd.concat([own, rest], axis=1).reset_index(drop=True), column
 
 
 def _split_columns(frame: pd.DataFrame) -> pd.DataFrame | None:

@@ -145,6 +145,47 @@ class BagDataModule(lightning.LightningDataModule):
         """Tiles of a training bag at most: as asked, else what the task file says."""
         return self.options.max_tiles if self.options.max_tiles is not None else self.cohort.max_tiles
 
+    def cases(self, part: Part) -> dict[str, list[str]]:
+        """Of each slide of a part of the fold: `patients`, `slides`, `images` (quickhash) and `features` (digest of the
+        embeddings); lists of one length, with an empty text for what is not known."""
+        index = self._rows[part]
+        rows, moments = self.cohort.rows.iloc[index], [self.survey.moments[row] for row in index]
+        return {
+            "patients": list(rows["patient_id"]),
+            "slides": list(rows["slide_id"]),
+            "images": [one.quickhash or "" for one in moments],
+            "features": [one.digest for one in moments],
+        }
+
+    @cached_property
+    def _copies(self) -> list[str]:
+        """Slides that are in the cohort twice under one patient.
+
+        Raises:
+            LongslideError: One image, or the same features, under two patients, who may be in two parts of a split.
+        """
+        rows, notes = self.cohort.rows, []
+        for what in ("quickhash", "digest"):
+            first: dict[str, int] = {}
+            for number, moments in enumerate(self.survey.moments):
+                key = getattr(moments, what)
+                other = first.setdefault(key, number) if key else number
+                if other == number:
+                    continue
+                a, b = rows.iloc[other], rows.iloc[number]
+                same = (
+                    f"{a['slide_id']} and {b['slide_id']} are the same {'image' if what == 'quickhash' else 'features'}"
+                )
+                if a["patient_id"] != b["patient_id"] and self.cohort.task is not None:
+                    raise LongslideError(
+                        f"{self.options.table or self.options.features}: {same} under two patients, {a['patient_id']} and "
+                        f"{b['patient_id']}; leave one of them out of the table, or give both one patient"
+                    )
+                notes.append(f"{same}: they count twice")
+            if notes:  # the same image has the same features, mostly
+                break
+        return notes
+
     # What belongs to the fold.
 
     def with_fold(self, fold: int) -> Self:
@@ -213,7 +254,7 @@ class BagDataModule(lightning.LightningDataModule):
     @property
     def notes(self) -> list[str]:
         """What the user should know, one line each."""
-        notes = [*self.cohort.notes, *self._splits_and_notes[1], *self.survey.notes]
+        notes = [*self.cohort.notes, *self._splits_and_notes[1], *self.survey.notes, *self._copies]
         if self.cohort.task is not None and self.cohort.task.kind == "survival" and not self.options.times:
             times = ", ".join(f"{time:g}" for time in self.task.times)
             notes.append(f"fold {self.fold} reports survival at the times {times} (--data.times for others)")
@@ -273,7 +314,7 @@ class BagDataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check everything, and log what was found."""
-        _ = self._bags
+        _ = self._bags, self._copies
         if self.options.only_part != "test":
             _ = self.training_features
         if _first_rank():

@@ -64,7 +64,7 @@ def split_key(path: Path, frame: pd.DataFrame, patients: str | None = None) -> s
     if slide is not None:
         return slide
     chosen = patients if patients in frame.columns else None
-    patient = patient_column(path, frame, chosen, option="--data.patient_column")
+    patient = patient_column(path, frame, chosen, option="--data.patient-column")
     if patient is None:
         require_columns(path, frame, ID_COLUMNS)
     assert patient is not None

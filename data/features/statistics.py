@@ -1,5 +1,6 @@
 """What training features look like: to standardise them, and to tell later how far a new slide is from them."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,15 @@ import numpy as np
 import torch
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
+
+
+DIGEST_TILES = 256
+
+
+def feature_digest(features: np.ndarray) -> str:
+    """Tells the embeddings `(N, D)` of a slide from those of any other: SHA-256 of tiles from all over it."""
+    chosen = np.ascontiguousarray(features[:: max(1, len(features) // DIGEST_TILES)])
+    return hashlib.sha256(f"{features.shape}{features.dtype}".encode() + chosen.tobytes()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -19,12 +29,16 @@ class SlideMoments:
         mean: `(D,)` float32.
         variance: `(D,)` float32, around the slide's own mean.
         slide_mpp: Microns per pixel of level 0, if known.
+        digest: Of the embeddings; see `feature_digest`.
+        quickhash: Of the image, if the feature file says.
     """
 
     tiles: int
     mean: np.ndarray
     variance: np.ndarray
     slide_mpp: float | None = None
+    digest: str = ""
+    quickhash: str | None = None
 
 
 @dataclass(frozen=True)

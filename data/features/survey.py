@@ -15,7 +15,7 @@ from ..table import listed
 from .cache import FeatureCache
 from .feature_file import Features, read_features
 from .preprocessing import Preprocessing, agreed
-from .statistics import SlideMoments
+from .statistics import SlideMoments, feature_digest
 
 T = TypeVar("T")
 
@@ -92,12 +92,15 @@ def survey_features(
                 raise LongslideError(f"{path}: embeddings too large to average; embed the slide again in float32")
             bad = int((~np.isfinite(features)).any(1).sum())
             raise LongslideError(f"{path}: {bad} tiles have NaN or infinite features; embed the slide again")
-        return SlideMoments(len(features), mean, features.var(0, dtype=np.float32))
+        return SlideMoments(len(features), mean, features.var(0, dtype=np.float32), digest=feature_digest(features))
 
     order = range(len(files)) if order is None else order
     embeddings = _each([files[number] for number in order], read, "features", threads, quiet)
     found_of = {number: found for number, (_, found) in zip(order, embeddings, strict=True)}
-    moments = [replace(found_of[number], slide_mpp=header.slide_mpp) for number, header in enumerate(headers)]
+    moments = [
+        replace(found_of[number], slide_mpp=header.slide_mpp, quickhash=header.quickhash)
+        for number, header in enumerate(headers)
+    ]
     return FeatureSurvey(
         tiles=np.array([found.tiles for found in moments], np.int64),
         dim=len(moments[0].mean),

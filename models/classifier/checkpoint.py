@@ -6,6 +6,7 @@ from ...errors import LongslideError
 from ...task import Task
 from ..aggregators.registry import AGGREGATORS
 from ..checkpoint_file import read_description
+from .cases import CaseRecord
 from .classifier import SlideClassifier, TrainingFacts
 
 
@@ -55,4 +56,6 @@ def load_classifier(path: str | Path) -> SlideClassifier:
     if "level0_mpp" in classifier.training_features:  # its name in earlier checkpoints
         classifier.training_features["slide_mpp"] = classifier.training_features.pop("level0_mpp")
     classifier.bag_unit = description.get("bag_unit", "slide")
+    cases = description.get("cases")
+    classifier.cases = None if cases is None else CaseRecord.from_dict(cases)
     return classifier.eval()

@@ -14,6 +14,7 @@ from ...version import __version__
 from ..aggregators.base import Aggregator, create_aggregator
 from ..checkpoint_file import SCHEMA
 from .bag_weights import BagWeightedModule
+from .cases import CaseRecord
 from .objective import Cox, create_objective
 from .optimisation import configure
 from .options import ClassifierOptions
@@ -55,6 +56,7 @@ class SlideClassifier(BagWeightedModule):
         training_features: Statistics of the training features, as a checkpoint holds them.
         fold: The fold it was trained on.
         slide_ids: Numbers of slides in training and validation: `train` and `val`.
+        cases: Which patients and slides its training, validation and test part had; None where an older version trained it.
         bag_unit: Whether it was trained on bags of a `slide`, or of all slides of a `patient`.
     """
 
@@ -72,6 +74,7 @@ class SlideClassifier(BagWeightedModule):
         self.training_features: dict[str, Any] = {}
         self.fold = 0
         self.slide_ids = {"train": 0, "val": 0}
+        self.cases: CaseRecord | None = None
         self.bag_unit: Literal["slide", "patient"] = "slide"
         self.aggregator = aggregator or create_aggregator(
             options.aggregator, options.checkpoint, facts.feature_dim, facts.preprocessing.get("tile_encoder")
@@ -211,6 +214,7 @@ class SlideClassifier(BagWeightedModule):
             "fold": self.fold,
             "slide_ids": dict(self.slide_ids),
             "bag_unit": self.bag_unit,
+            "cases": None if self.cases is None else self.cases.to_dict(),
         }
 
 

@@ -106,7 +106,9 @@ class PatientJob:
         if len(done) == 1:
             [alone] = predictions.values()
             return replace(alone, level="patient", slide_id="", patient_id=patient_id, warnings=tuple(warnings))
-        prediction = Prediction("patient", "", patient_id, warnings=tuple(warnings))
+        marks = {one.seen for one in predictions.values()}
+        seen = True if True in marks else (None if None in marks else False)
+        prediction = Prediction("patient", "", patient_id, seen=seen, warnings=tuple(warnings))
         files = [self._features_of(slide_id, content) for slide_id, content in done.items()]
         try:
             found = self.classify([files] if self.ensemble.bag_unit == "patient" else [[file] for file in files])

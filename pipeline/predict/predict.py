@@ -32,6 +32,7 @@ from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import BUSY, SlideResult
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
 from ..embed.job import PreparedSlide
+from ..seen import Seen
 from .checkpoint_features import FeatureMaker, check_exist, distribution_warnings, trained_on
 from .explain import explain_features, write_explanation
 from .patients import PatientJob
@@ -40,6 +41,8 @@ from .prediction import PREDICTIONS, SCHEMA, Prediction, read_json, with_numbers
 if TYPE_CHECKING:
     import torch
 
+    from ...data.features.cache import FeatureCache
+    from ...models.classifier.cases import CaseRecord
     from ...models.classifier.ensemble import ClassifierEnsemble, EnsemblePrediction
     from ...models.explain.methods import Method
 
@@ -68,6 +71,7 @@ def predict(
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     overwrite: bool = False,
+    allow_seen: bool = False,
 ) -> list[Prediction]:
     """Predict new slides: embed them as the training slides were, classify them, and show why.
 
@@ -97,6 +101,7 @@ def predict(
         threads: Threads that read tiles.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the tile encoder. `auto`: its own on a GPU, float32 on a CPU.
+        allow_seen: Also predict slides that were in the training or validation part of a classifier; they are marked.
         overwrite: Replace predictions that were made with other checkpoints or explained otherwise.
 
     Returns:
@@ -129,6 +134,10 @@ def predict(
         torch_device = resolve_device(device)
         ensemble = load_ensemble(paths).to(torch_device)
         use_cuda_graphs(ensemble)
+        records = [classifier.cases for classifier in ensemble.classifiers]
+        if not allow_seen:
+            ids = {"patients": [one.patient_id or "" for one in entries], "slides": [one.slide_id for one in entries]}
+            Seen.of(records, ids).refuse(", ".join(ensemble.sources[:1]) if len(ensemble) == 1 else str(paths[0]))
         if explain is not None:
             check_method(ensemble, explain)
         maker = FeatureMaker(
@@ -145,7 +154,9 @@ def predict(
             device=torch_device,
             precision=precision,
         )
-        job = _Job(output, ensemble, checkpoint_digests(ensemble), maker, explain, torch_device, overwrite)
+        job = _Job(
+            output, ensemble, checkpoint_digests(ensemble), maker, explain, torch_device, overwrite, records, allow_seen
+        )
         predictions = job.run(entries)
     if kept:
         count = Counter(one.status for one in predictions if one.level == "slide")
@@ -181,6 +192,8 @@ class _Job:
     method: "Method | None"
     device: "torch.device"
     overwrite: bool
+    records: "list[CaseRecord | None]"
+    allow_seen: bool
 
     @property
     def description(self) -> str:
@@ -297,6 +310,8 @@ class _Job:
                 return SlideResult.failed(entry, error)
 
     def _predict(self, entry: SlideEntry, remarks: list[str], started: float) -> SlideResult:
+        from ...data.features.statistics import feature_digest
+
         path = self.maker.path(entry)
         bag = self._bag([path])
         mean = bag["tile_features"].float().mean(0).cpu().numpy()
@@ -307,7 +322,17 @@ class _Job:
             remarks = [*remarks, remark]
         warnings = remarks + distribution_warnings(list(self.ensemble.classifiers), features.slide_mpp, mean)
         found = self._classify([bag])
-        prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", warnings=tuple(warnings))
+        cases = {
+            "patients": [entry.patient_id or ""],
+            "slides": [entry.slide_id],
+            "images": [features.quickhash or ""],
+            "features": [feature_digest(self._cache.read(path).features)],
+        }
+        seen = Seen.of(self.records, cases)
+        if not self.allow_seen:
+            seen.refuse(entry.path)
+        mark = seen.mark(entry.patient_id or "", entry.slide_id)
+        prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", seen=mark, warnings=tuple(warnings))
         prediction = with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
         folder = self.output / "slides" / entry.slide_id
         folder.mkdir(parents=True, exist_ok=True)
@@ -360,14 +385,18 @@ class _Job:
                 f"{tiles:,} tiles do not fit in the memory of {self.device}; predict this slide with --device cpu"
             ) from error
 
+    @cached_property
+    def _cache(self) -> "FeatureCache":
+        from ...data.features.cache import FeatureCache
+
+        return FeatureCache(0, slide_embeddings=self.ensemble.reads_slide_embedding)
+
     def _bag(self, files: list[Path]) -> dict[str, "torch.Tensor"]:
         """One bag of these feature files, as in training, on the device."""
         from ...data.cohort.bags import Bag, BagDataset
-        from ...data.features.cache import FeatureCache
 
         bag = Bag("", tuple(path.stem for path in files), tuple(files), (0,) * len(files), None)
-        cache = FeatureCache(slide_embeddings=self.ensemble.reads_slide_embedding)
-        batch = BagDataset([bag], cache)[0]
+        batch = BagDataset([bag], self._cache)[0]
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _write_json(

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...data.table import read_table, typed
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
-from ...evaluation.columns import PredictionColumns, time_text
+from ...prediction_columns import SEEN, PredictionColumns, time_text
 from ...task import Task
 from ..report.wording import probability
+from ..seen import seen_word
 
 if TYPE_CHECKING:
     from ...models.classifier.ensemble import EnsemblePrediction
@@ -45,6 +46,7 @@ class Prediction:
         spread: Standard deviation over the classifiers of an ensemble: of the probability of each class or label, `value` or
             `risk`. Empty with one classifier.
         classifiers: Number of classifiers.
+        seen: Whether it was in the training or validation part of a classifier; None where no checkpoint says.
         warnings: What makes the prediction doubtful.
     """
 
@@ -61,6 +63,7 @@ class Prediction:
     survival: dict[float, float] | None = None
     spread: dict[str, float] | None = None
     classifiers: int = 0
+    seen: bool | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -138,6 +141,7 @@ def row(prediction: Prediction, task: Task) -> dict[str, Any]:
         "patient_id": prediction.patient_id,
         "slide_id": prediction.slide_id,
         "classifiers": prediction.classifiers,
+        SEEN: seen_word(prediction.seen),
         "warnings": "; ".join(prediction.warnings),
     }
     spread = prediction.spread or {}
@@ -195,6 +199,7 @@ def _of_row(cells: Mapping[Any, Any], task: Task) -> Prediction:
         cells["slide_id"] or "",
         cells["patient_id"] or "",
         classifiers=int(cells["classifiers"] or 0),
+        seen={"yes": True, "no": False}.get(cells[SEEN]),
         warnings=tuple((cells["warnings"] or "").split("; ")) if cells["warnings"] else (),
     )
     names = task.classes or ("value" if task.kind == "regression" else "risk",)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
-from ...evaluation.columns import survival_times
+from ...prediction_columns import survival_times
 from ...task import Task
 from ..batch.ledger import make_output_folder
 from .run_folder import Run, read_run

@@ -20,7 +20,17 @@ from .page import Cell, Page, Picture, Table
 from .pictures import calibration, calibration_of, class_curves, discrimination
 from .run_folder import Run
 from .run_tables import narrow_cell
-from .wording import NO_PROOF, count, interval, metric_name, number, p_text, task_text, with_interval
+from .wording import (
+    NO_PROOF,
+    count,
+    interval,
+    metric_name,
+    number,
+    p_text,
+    seen_warning,
+    task_text,
+    with_interval,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +105,9 @@ def write_comparison_page(
         first = _first(metrics, primary)
         small = interval(first["low"], first["high"]) if np.isfinite(first["low"]) else ""
         facts.append((run, number(first["value"]), f"{name} {small}"))
+    for run, one in runs.items():
+        if warning := seen_warning(one.facts.get("seen")):
+            page.warning(f"{run}: {warning}")
     page.facts(facts)
     if left_out:
         many = "are" if left_out > 1 else "is"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ...data.table import read_rows
 from ...errors import LongslideError
-from ...evaluation.columns import time_text
+from ...prediction_columns import time_text
 from ...task import Task
 from ..batch.ledger import SUMMARY
 from ..predict.prediction import PREDICTIONS, Prediction, read_json, read_predictions
@@ -96,6 +96,12 @@ def _report(folder: Path, embed_mb: float) -> ReportResult:
     page = Page(f"Predictions: {folder.resolve().name}", _subtitle(task, classifiers))
     page.style("results.css")
     page.facts(_facts(task, rows))
+    seen = sum(bool(one.prediction.seen) for one in done if one.prediction)
+    if seen:
+        were = "was" if seen == 1 else "were"
+        page.warning(
+            f"{count(seen, 'slide')} {were} in the training or validation part of the model: this is no test of it."
+        )
     warned = sum(bool(one.prediction.warnings) for one in done if one.prediction)
     if warned:
         lack = "are unlike those of training, or lack" if warned > 1 else "is unlike those of training, or lacks"

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.table import read_table, typed
 from ...errors import LongslideError
-from ...evaluation.columns import PredictionColumns
-from ...evaluation.evaluate import PRIMARY_METRIC
+from ...prediction_columns import PredictionColumns
 from ...task import Task
-from .wording import metric_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +72,9 @@ class Run:
     @property
     def validation_metric(self) -> str:
         """Name of what `val_metric` in `history.csv` is."""
-        return metric_name(str(self.facts.get("validation_metric") or PRIMARY_METRIC[self.task.kind]))
+        from ...models.classifier.selection import SELECTION_METRIC
+
+        return SELECTION_METRIC[self.task.kind]
 
     @cached_property
     def cohort(self) -> "pd.DataFrame | None":

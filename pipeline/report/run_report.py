@@ -28,7 +28,17 @@ from .run_tables import (
     settings_table,
     splits_table,
 )
-from .wording import INTERVALS, MEAN_OVER_FOLDS, interval, metric_name, number, p_text, task_text
+from .wording import (
+    INTERVALS,
+    MEAN_OVER_FOLDS,
+    held_out,
+    interval,
+    metric_name,
+    number,
+    p_text,
+    seen_warning,
+    task_text,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,6 +72,7 @@ def write_run_report(run: Path) -> Path:
     noun = read.noun(level)
 
     page = Page(read.name, _description(read))
+    page.warning(seen_warning(read.facts.get("seen")))
     page.facts(_facts(read, here, rows, noun))
     _add_metrics(page, read, metrics, here, rows, outcomes, level, noun)
     page.heading("Curves")
@@ -104,6 +115,7 @@ def _add_metrics(
     folds = folds_table(here)
     biased = ", and none of the calibration error, which is biased upwards in small samples"
     page.note(
+        held_out(run.facts.get("seen"), noun),
         INTERVALS + ("" if kind in ("regression", "survival") else biased) + ".",
         "AUROC and AUPRC are means over the classes, each against the rest."
         if kind in ("multiclass", "ordinal")

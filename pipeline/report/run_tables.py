@@ -155,7 +155,16 @@ def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
 
 def settings_table(run: Run) -> Table:
     """What `run.json` says of the run, without what is stated elsewhere."""
-    stated_elsewhere = {"task", "without_features", "without_label", "notes", "counts", "finished", "trained_folds"}
+    stated_elsewhere = {
+        "seen",
+        "task",
+        "without_features",
+        "without_label",
+        "notes",
+        "counts",
+        "finished",
+        "trained_folds",
+    }
     facts = {name: _fact(value) for name, value in run.facts.items() if name not in stated_elsewhere}
     rows: list[list[Cell]] = [[name.replace("_", " "), text] for name, text in facts.items() if text]
     return Table(["Setting", "Value"], rows, [])

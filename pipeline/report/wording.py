@@ -1,5 +1,8 @@
 """The words and numbers of pages and of the terminal: each name, each way to write a number, each sentence once."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from ...task import CLASSIFICATION, Task
@@ -87,6 +90,41 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def seen_mark(seen: Mapping[str, Any] | None) -> str:
+    """The mark of a whole run: `yes` if any of its test slides were seen, `no`, or nothing where it was not checked.
+
+    Args:
+        seen: What `run.json` says under that key.
+    """
+    if seen and seen["slides"]:
+        return "yes"
+    return "no" if seen and seen["checked"] else ""
+
+
+def seen_warning(seen: Mapping[str, Any] | None) -> str:
+    """What must be said of a run whose test slides were seen in training; nothing otherwise."""
+    if seen is None or seen_mark(seen) != "yes":
+        return ""
+    were = "was" if seen["slides"] == 1 else "were"
+    return (
+        f"This is no test: {count(seen['slides'], 'slide')} of {count(seen['patients'], 'patient')} {were} in the training "
+        "or validation part of the model. Its numbers are better than those of new patients will be."
+    )
+
+
+def held_out(seen: Mapping[str, Any] | None, noun: str) -> str:
+    """What is known of the test part; a sentence is said only of what was checked."""
+    mark = seen_mark(seen)
+    if mark == "yes":
+        return ""
+    if mark == "no":
+        return (
+            f"None of the test {noun}s was in training, model selection, calibration or the choice of thresholds: checked "
+            "by patient, slide, image and features."
+        )
+    return f"Whether the test {noun}s were seen in training could not be checked: the checkpoint does not say."
+
+
 def task_text(task: Task) -> str:
     """What was predicted, in a few words."""
     if task.kind == "survival":
@@ -100,15 +138,15 @@ def task_text(task: Task) -> str:
 INTERVALS = (
     "Intervals are of 95%, over patients with all their slides: Newcombe's method 5 for AUROC, widened to DeLong's variance "
     "where that is larger; Wilson's for proportions and, by the number of positives, average precision; means of these by "
-    "MOVER (Zou & Donner 2008); a jackknife with Student's quantile, on a scale without ends, for the rest. There is none of "
-    "fewer than five patients"
+    "MOVER (Zou & Donner 2008); a jackknife with Student's quantile, on a scale without ends, for the rest. There is none "
+    "of fewer than five patients"
 )
 """How the intervals of a page were made; goes on or ends with a full stop."""
 
 MEAN_OVER_FOLDS = (
     "The mean over folds is the result: its interval also holds what training on other patients would change (Nadeau & "
-    "Bengio 2003). “Pooled” ranks the patients of all folds together, although each fold has a model and a scale of its own, "
-    "and its interval is of the patients only: it is too narrow."
+    "Bengio 2003). “Pooled” ranks the patients of all folds together, although each fold has a model and a scale of its "
+    "own, and its interval is of the patients only: it is too narrow."
 )
 
 NO_PROOF = (

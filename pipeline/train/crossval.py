@@ -8,7 +8,7 @@ from ...data.cohort.options import DataOptions
 from ...errors import LongslideError
 from ...models.classifier.options import ClassifierOptions
 from ..report.run_folder import Run
-from .run import TrainingRun, print_metrics
+from .run import HELD_OUT, TrainingRun, print_metrics
 from .settings import TRAINER_DEFAULTS, Settings, column_names, settle
 
 
@@ -76,7 +76,9 @@ def crossval(
                 "crossval trains on one device; train the folds by `longslide fit --data.fold` on several"
             )
         counts += training.counts
-        record.describe(training.data, command="crossval", aggregator=training.aggregator, seed=seed, counts=counts)
+        record.describe(
+            training.data, command="crossval", seen=HELD_OUT, aggregator=training.aggregator, seed=seed, counts=counts
+        )
         print(f"fold {fold} of {every_fold.fold_count}")
         train(training, record)
         predictions += held_out_predictions(training, record)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ...data.cohort.options import DataOptions
 from ...models.classifier.options import ClassifierOptions
 from ..report.run_folder import Run
-from .run import TrainingRun, print_metrics
+from .run import HELD_OUT, TrainingRun, print_metrics
 from .settings import TRAINER_DEFAULTS, Settings, column_names, first_process, settle
 
 
@@ -68,7 +68,14 @@ def fit(
 
     training = build(settings, open_data(settings, cohort))
     if record is not None:
-        record.describe(training.data, command="fit", aggregator=training.aggregator, seed=seed, counts=training.counts)
+        record.describe(
+            training.data,
+            command="fit",
+            seen=HELD_OUT,
+            aggregator=training.aggregator,
+            seed=seed,
+            counts=training.counts,
+        )
     train(training, record)
     if record is None or not training.trainer.is_global_zero:
         return Run.without_predictions(settings.run, training.data.task, {})

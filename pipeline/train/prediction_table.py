@@ -1,6 +1,6 @@
 """Raw outputs of a classifier -> the rows of `predictions.csv`, of slides and of patients."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ...data.cohort.bags import Bag
 from ...evaluation.calibration import FEWEST_CALIBRATED, best_threshold, fit_temperature
-from ...evaluation.columns import PredictionColumns
 from ...models.aggregators.slide_encoder import use_cuda_graphs
 from ...models.classifier.classifier import SlideClassifier
 from ...models.classifier.selection import class_of
+from ...prediction_columns import SEEN, PredictionColumns
 from ...task import CLASSIFICATION
+from ..seen import seen_word
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,13 @@ def calibrate(classifier: SlideClassifier, validation: Outputs, patients: int) -
 
 
 def prediction_rows(
-    classifier: SlideClassifier, outputs: Outputs, bags: Sequence[Bag], *, fold: int, part: str
+    classifier: SlideClassifier,
+    outputs: Outputs,
+    bags: Sequence[Bag],
+    *,
+    fold: int,
+    part: str,
+    seen: Callable[[str, str], bool | None],
 ) -> pd.DataFrame:
     """Rows of `predictions.csv`.
 
@@ -119,6 +126,7 @@ def prediction_rows(
         bags: The bags that they are numbered by.
         fold: The fold.
         part: `val` or `test`.
+        seen: Whether a patient and slide were in the training or validation part; the slide is empty for a patient.
     """
     task = classifier.task
     columns = PredictionColumns(task)
@@ -138,7 +146,8 @@ def prediction_rows(
         levels.append(firsts.join(means).reset_index().assign(level="patient", slide_id=""))
     rows = pd.concat(levels, ignore_index=True)
     rows = _decide(columns, rows, classifier.thresholds)
-    return columns.arrange(rows.assign(classifiers=1))
+    marks = [seen(patient, slide) for patient, slide in zip(rows["patient_id"], rows["slide_id"], strict=True)]
+    return columns.arrange(rows.assign(classifiers=1, **{SEEN: list(map(seen_word, marks))}))
 
 
 def _targets(columns: PredictionColumns, target: np.ndarray) -> pd.DataFrame:

@@ -13,16 +13,21 @@ import yaml
 
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
+from ...prediction_columns import SEEN
 from ...task import Task
 from ...version import __version__
 from ..batch.ledger import make_output_folder
 from ..report.run_folder import Run, read_run
+from ..report.wording import seen_mark, seen_warning
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from ...data.cohort.cohort import Cohort
     from ...data.cohort.datamodule import BagDataModule
+
+HELD_OUT = {"checked": True, "slides": 0, "patients": 0}
+"""What a run says of its own test part: its splits have no patient, image or features in two parts, or are refused."""
 
 _PACKAGES = ("torch", "lightning", "numpy", "pandas", "scikit-learn", "torchmetrics")
 
@@ -109,6 +114,7 @@ class TrainingRun:
             "preprocessing": data.preprocessing,
             "without_features": list(cohort.without_features),
             "without_label": list(cohort.without_label),
+            "patient_column": cohort.patient_column,
             "notes": data.notes,
             "versions": {"python": platform.python_version(), "longslide": __version__}
             | {name: version(name) for name in _PACKAGES},
@@ -145,6 +151,7 @@ class TrainingRun:
             self._write("predictions.csv", table.to_csv(index=False))
             if (table["part"] == "test").any():
                 metrics = evaluate(table, task, cohort=cohort, subgroups=self.subgroups or None)
+                metrics[SEEN] = seen_mark(self.facts.get("seen"))
                 self._write("metrics.csv", metrics.to_csv(index=False))
                 self.write()
                 write_run_report(self.folder)
@@ -174,9 +181,10 @@ def print_metrics(run: Run) -> None:
     rows = first[(first["level"] == level) & ~first["metric"].str.contains(":")]
     for row in rows.itertuples():
         ends = f" (95% {row.low:.3f} to {row.high:.3f})" if isinstance(row.method, str) and row.method else ""
-        print(
-            f"{row.metric:>20} {row.value:.3f}{ends}, {row.n} {level}s{', mean over folds' if scope == 'mean' else ''}"
-        )
+        over = ", mean over folds" if scope == "mean" else ""
+        print(f"{row.metric:>20} {row.value:.3f}{ends}, {row.n} {run.noun(level)}s{over}")
+    if warning := seen_warning(run.facts.get("seen")):
+        print(warning)
     print(f"see {run.folder / 'report.html'}")
 
 

@@ -20,6 +20,7 @@ def test(
     subgroups: list[str] | str = "",
     accelerator: str = "auto",
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+    allow_seen: bool = False,
 ) -> Run:
     """Evaluate a trained classifier on another cohort. The task, and what it was trained on, are the checkpoint's.
 
@@ -31,12 +32,14 @@ def test(
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
         accelerator: Device, as Lightning names it.
         precision: Lightning's precision.
+        allow_seen: Also take patients and slides that were in the classifier's training or validation part. All results are
+            marked: they are no test of it.
 
     Returns:
         The finished run: its folder, predictions and metrics.
 
     Raises:
-        LongslideError: Wrong usage or input, or features that the classifier was not trained on.
+        LongslideError: Wrong usage or input, features that the classifier was not trained on, or slides that it was.
     """
     import_plugins(plugins)
     checkpoint = Path(checkpoint)
@@ -46,13 +49,13 @@ def test(
     settle("test", data)
     folder = Path(run or f"runs/{checkpoint.resolve().parent.name}-test")
     options = {"checkpoint": checkpoint, "data": data, "run": folder, "subgroups": subgroups}
-    options |= {"accelerator": accelerator, "precision": precision}
+    options |= {"accelerator": accelerator, "precision": precision, "allow_seen": allow_seen}
     record = TrainingRun(folder, configuration("test", options), column_names(subgroups))
 
     from .training import open_test_data, predict_test_part, quieten
 
     quieten()
-    classifier, tested = open_test_data(checkpoint, data)
+    classifier, tested, seen = open_test_data(checkpoint, data, allow_seen)
     record.begin(tested.cohort)
     record.describe(
         tested,
@@ -60,9 +63,10 @@ def test(
         checkpoint=str(checkpoint),
         aggregator={"name": classifier.aggregator_name},
         counts=[row | {"fold": 0} for row in tested.counts()],
+        seen=seen.to_dict(),
         risk_threshold=(classifier.thresholds or {}).get("risk"),
     )
-    rows = predict_test_part(classifier, tested, accelerator, precision)
+    rows = predict_test_part(classifier, tested, seen, accelerator, precision)
     finished = record.finish([rows], classifier.task, tested.cohort.rows)
     print_metrics(finished)
     return finished

@@ -19,17 +19,19 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from ...data.cohort.cohort import Cohort
 from ...data.cohort.datamodule import BagDataModule
 from ...data.cohort.options import DataOptions
-from ...data.cohort.splits import Part, check_validation
+from ...data.cohort.splits import PARTS, Part, check_validation
 from ...data.features.preprocessing import Preprocessing
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...models.aggregators.slide_encoder import use_cuda_graphs
+from ...models.classifier.cases import CaseRecord
 from ...models.classifier.checkpoint import load_classifier
 from ...models.classifier.classifier import SlideClassifier, TrainingFacts
 from ...models.classifier.objective import Cox
 from ...models.classifier.options import ClassifierOptions
 from ...models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
 from ..parser import one_line
+from ..seen import Seen
 from .callbacks import BestCheckpoint, DefinedMetric, History, StepSeed
 from .prediction_table import Outputs, calibrate, prediction_rows, run_classifier
 from .run import TrainingRun
@@ -116,6 +118,7 @@ def build(settings: Settings, data: BagDataModule) -> Training:
         model.fold = data.fold
         model.bag_unit = data.options.bags
         model.slide_ids = {part: sum(len(bag.slide_ids) for bag in data.bags(part)) for part in ("train", "val")}
+        model.cases = CaseRecord.of({part: data.cases(part) for part in PARTS})
         model.use_training_features(data.training_features.to_dict())
     folder = settings.run / f"fold_{data.fold}" if settings.command == "crossval" else settings.run
     options = {"default_root_dir": str(settings.run)} | trainer_options(settings.trainer)
@@ -252,11 +255,23 @@ def held_out_predictions(training: Training, record: TrainingRun | None = None) 
         calibrated = calibrate(classifier, validation, len(patients))
         if calibrated and record is not None:
             record.facts.setdefault("calibration", {})[f"fold {data.fold}"] = calibrated
-        tables.append(prediction_rows(classifier, validation, data.bags("val"), fold=data.fold, part="val"))
+        tables.append(prediction_rows(classifier, validation, data.bags("val"), fold=data.fold, part="val", seen=_yes))
     store_calibration(best, classifier)
     if data.bags("test"):
-        tables.append(prediction_rows(classifier, outputs_of("test"), data.bags("test"), fold=data.fold, part="test"))
+        tables.append(
+            prediction_rows(classifier, outputs_of("test"), data.bags("test"), fold=data.fold, part="test", seen=_no)
+        )
     return tables
+
+
+def _yes(patient_id: str, slide_id: str) -> bool:
+    """The validation part has selected and calibrated the model."""
+    return True
+
+
+def _no(patient_id: str, slide_id: str) -> bool:
+    """The test part shares no patient, image or features with the others, or the splits were refused."""
+    return False
 
 
 def store_calibration(path: Path, classifier: SlideClassifier) -> None:
@@ -269,11 +284,13 @@ def store_calibration(path: Path, classifier: SlideClassifier) -> None:
     write_whole(path, stream.getbuffer(), "--run")
 
 
-def open_test_data(checkpoint: Path, options: DataOptions) -> tuple[SlideClassifier, BagDataModule]:
-    """A classifier, and a whole cohort as a test part with labels as the classifier knows them.
+def open_test_data(
+    checkpoint: Path, options: DataOptions, allow_seen: bool
+) -> tuple[SlideClassifier, BagDataModule, Seen]:
+    """A classifier, a whole cohort as a test part with labels as the classifier knows them, and what of it was seen before.
 
     Raises:
-        LongslideError: Wrong input, or features that the classifier was not trained on.
+        LongslideError: Wrong input, features that the classifier was not trained on, or, unless allowed, slides that it was.
     """
     classifier = load_classifier(checkpoint)
     task = classifier.task
@@ -292,8 +309,11 @@ def open_test_data(checkpoint: Path, options: DataOptions) -> tuple[SlideClassif
         )
     )
     _check_features(checkpoint, classifier, data)
+    seen = Seen.of([classifier.cases], data.cases("test"))
+    if not allow_seen:
+        seen.refuse(str(options.table))
     data.setup()
-    return classifier, data
+    return classifier, data, seen
 
 
 def _check_features(checkpoint: Path, classifier: SlideClassifier, data: BagDataModule) -> None:
@@ -314,10 +334,10 @@ def _check_features(checkpoint: Path, classifier: SlideClassifier, data: BagData
 
 
 def predict_test_part(
-    classifier: SlideClassifier, data: BagDataModule, accelerator: str, precision: Any
+    classifier: SlideClassifier, data: BagDataModule, seen: Seen, accelerator: str, precision: Any
 ) -> pd.DataFrame:
     """The rows of `predictions.csv` of a test part, predicted on one device."""
     trainer = Trainer(accelerator=accelerator, devices=1, precision=precision, logger=False, enable_checkpointing=False)
     context = trainer.precision_plugin.forward_context()
     outputs = run_classifier(classifier, data.in_order("test"), trainer.strategy.root_device, context)
-    return prediction_rows(classifier, outputs, data.bags("test"), fold=0, part="test")
+    return prediction_rows(classifier, outputs, data.bags("test"), fold=0, part="test", seen=seen.mark)

@@ -10,7 +10,7 @@ from longslide.errors import LongslideError
 
 def column(*names: str, chosen: str | None = None, others: tuple[str, ...] = ()) -> str | None:
     frame = pd.DataFrame([["x"] * len(names)], columns=list(names))
-    return patient_column(Path("cohort.csv"), frame, chosen, option="--data.patient_column", others=others)
+    return patient_column(Path("cohort.csv"), frame, chosen, option="--data.patient-column", others=others)
 
 
 @pytest.mark.parametrize("name", ["patient_id", "pat_id", "case_id", "Patient_ID", "PATIENT ID", "Case-ID"])
@@ -20,7 +20,7 @@ def test_the_usual_names_are_taken_in_any_case(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["patient", "Subject", "SUBJECT_ID", "case", "submitter_id", "Donor ID", "patientNr"])
 def test_a_column_that_looks_like_the_patient_is_a_question(name: str) -> None:
-    with pytest.raises(LongslideError, match=f"is the column {name} the patient.*patient_column {name}.*none if each"):
+    with pytest.raises(LongslideError, match=f"is the column {name} the patient.*patient-column {name}.*none if each"):
         column("slide_id", name, "label")
     assert column("slide_id", name, chosen=name) == name
     assert column("slide_id", name, chosen="none") is None

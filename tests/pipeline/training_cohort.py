@@ -9,9 +9,16 @@ from longslide.data.features.feature_file import Features, write_features
 
 
 def write_cohort(
-    folder: Path, slides: int = 40, *, seed: int = 0, encoder: str = "toy", dim: int = 6, slides_a_patient: int = 1
+    folder: Path,
+    slides: int = 40,
+    *,
+    seed: int = 0,
+    encoder: str = "toy",
+    dim: int = 6,
+    slides_a_patient: int = 1,
+    site: str = "",
 ) -> list[str]:
-    """`features/` and `cohort.csv` with binary, ordinal, multilabel, regression and survival targets.
+    """`features/` and `cohort.csv` with binary, ordinal, multilabel, regression and survival targets; `site` begins all ids.
 
     Returns the options that train on them.
     """
@@ -27,9 +34,9 @@ def write_cohort(
         features[: 1 + tiles // 4, 0] += 3 * grade
         coords = 512 * np.stack([np.arange(tiles) % 5, np.arange(tiles) // 5], 1)
         write_features(
-            folder / "features" / f"s{i}.h5",
+            folder / "features" / f"{site}s{i}.h5",
             Features(
-                slide_id=f"s{i}",
+                slide_id=f"{site}s{i}",
                 features=features,
                 coords=coords,
                 step_level0=512,
@@ -53,8 +60,8 @@ def write_cohort(
         )
         rows.append(
             {
-                "slide_id": f"s{i}",
-                "patient_id": f"p{patient}",
+                "slide_id": f"{site}s{i}",
+                "patient_id": f"{site}p{patient}",
                 "label": ["negative", "positive"][grade > 0],
                 "grade": ["low", "middle", "high"][grade],
                 "mutated": "" if patient % 5 == 0 else int(grade > 0),

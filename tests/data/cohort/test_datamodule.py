@@ -260,8 +260,8 @@ def test_a_truncated_feature_file_is_refused_by_name(two_classes: tuple[Path, Pa
 
 
 def test_what_files_do_not_say_and_crowded_cells_are_said(two_classes: tuple[Path, Path], slide: Write) -> None:
-    slide("p1-0", encoder=None)
-    slide("p2-0", coords=np.zeros((12, 2), np.int64))
+    slide("p1-0", encoder=None, seed=101)
+    slide("p2-0", seed=102, coords=np.zeros((12, 2), np.int64))
     notes = "\n".join(data(*two_classes).notes)
     assert "1 feature files do not say their tile_encoder; taken for uni2-h: p1-0.h5" in notes
     assert "1 feature files have two tiles in one grid cell, which slide encoders refuse: p2-0.h5" in notes
@@ -283,7 +283,7 @@ def test_patients_with_different_labels_cannot_be_one_bag(slide: Write, rows: Wr
     table = []
     for patient in range(12):
         for number in range(2):
-            slide(f"p{patient}-{number}")
+            slide(f"p{patient}-{number}", seed=2 * patient + number)
             table.append(
                 {
                     "slide_id": f"p{patient}-{number}",

@@ -164,8 +164,9 @@ def test_what_test_gave_for_a_feature_file_predict_gives_for_its_slide(tmp_path:
             assert one.predicted == row["prediction"]
             assert one.probability["positive"] == pytest.approx(float(row["probability_positive"]), abs=1e-6)
             assert "no pictures" in one.warnings[-1]
-    both = predict(slides, str(run), features=tmp_path / "features", device="cpu")
+    both = predict(slides, str(run), features=tmp_path / "features", device="cpu", allow_seen=True)
     assert [one.classifiers for one in both] == [2] * 3
+    assert [one.seen for one in both] == [True] * 3, "each fold has trained on the test part of the other"
 
 
 def test_folds_are_averaged_and_their_spread_is_told(home: Path, job: dict[str, Any], tmp_path: Path) -> None:

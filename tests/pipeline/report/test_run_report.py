@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from longslide.errors import LongslideError
 from longslide.evaluation import evaluate
+from longslide.models.classifier.selection import SELECTION_METRIC
 from longslide.pipeline.report.mistakes import mistakes_table
 from longslide.pipeline.report.run_folder import read_run
 from longslide.pipeline.report.run_report import risk_groups, write_run_report
@@ -94,8 +95,7 @@ def report(tmp_path: Path, write_run: WriteRun) -> Callable[..., Page]:
 def test_the_report_of_every_task_stands_alone_and_has_its_figures(report, kind: str, pictures: list[str]) -> None:
     page = report(kind, folds=2, patients=80)
     shown = [image["alt"] for image in page.images]
-    metric = {"ordinal": "Quadratic kappa", "regression": "R²", "survival": "Concordance (c-index)"}.get(kind, "AUROC")
-    assert shown == [*pictures, "Loss by epoch", f"Validation {metric} by epoch"]
+    assert shown == [*pictures, "Loss by epoch", f"Validation {SELECTION_METRIC[kind]} by epoch"]
     for heading in ("Metrics", "Curves", "Worst mistakes", "Training", "Cohort", "Configuration", "Splits"):
         assert heading in page.text
     assert "torch" in page.text

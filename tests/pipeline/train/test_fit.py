@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +17,11 @@ import pytest
 import torch
 import yaml
 from longslide.data.features.feature_file import read_features, write_features
-from longslide.evaluation.columns import PredictionColumns
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.pipeline.cli import main
+from longslide.pipeline.report.report import report
 from longslide.pipeline.train.settings import list_recipes, recipes
+from longslide.prediction_columns import PredictionColumns
 from training_cohort import quick, write_cohort
 
 BINARY = ["--config", "abmil", "--data.task", "binary", "--trainer.max_epochs", "3", "--model.aggregator.width", "32"]
@@ -131,7 +134,7 @@ def test_a_run_is_repeated_by_its_own_configuration(finished: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_fit_then_test_on_another_cohort_from_the_command_line(finished: Path, tmp_path: Path) -> None:
-    options = write_cohort(tmp_path / "external", 18, seed=5)
+    options = write_cohort(tmp_path / "external", 18, seed=5, site="x-")
     words = ["--checkpoint", finished / "best.ckpt", "--run", tmp_path / "run"]
     result = cli("test", *words, *options)
     assert result.returncode == 0, result.stderr
@@ -139,7 +142,96 @@ def test_fit_then_test_on_another_cohort_from_the_command_line(finished: Path, t
     predictions = pd.read_csv(tmp_path / "run" / "predictions.csv")
     assert set(predictions["part"]) == {"test"}
     assert (predictions["level"] == "slide").sum() == 18
-    assert (tmp_path / "run" / "report.html").is_file()
+    assert set(predictions["seen_in_training"]) == {"no"}
+    assert "None of the test patients was in training" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_slides_of_training_are_no_test_unless_it_is_said_everywhere(
+    finished: Path, cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["test", "--checkpoint", str(finished / "best.ckpt"), "--accelerator", "cpu"]
+    assert main([*words, "--run", str(tmp_path / "a"), *cohort[1]]) == 2
+    error = capsys.readouterr().err
+    splits = pd.read_csv(finished / "splits.csv")
+    known = splits[splits["fold_0"] != "test"]
+    assert f"{len(known)} patients (" in error
+    assert "were in the training or validation part of the classifier" in error
+    assert len(error.strip().splitlines()) == 1
+
+    # The same slides under other names are found by what is in them.
+    table = pd.read_csv(cohort[0] / "cohort.csv")
+    (tmp_path / "features").mkdir()
+    for slide in table["slide_id"]:
+        shutil.copy(cohort[0] / "features" / f"{slide}.h5", tmp_path / "features" / f"new-{slide}.h5")
+    table.assign(slide_id="new-" + table["slide_id"], patient_id="new-" + table["patient_id"]).to_csv(
+        tmp_path / "renamed.csv", index=False
+    )
+    renamed = ["--data.table", f"{tmp_path}/renamed.csv", "--data.features", f"{tmp_path}/features"]
+    assert main([*words, "--run", str(tmp_path / "b"), *renamed, "--data.workers", "0"]) == 2
+    assert f"{len(known)} feature files" in capsys.readouterr().err
+
+    run = tmp_path / "seen"
+    assert main([*words, "--run", str(run), *cohort[1], "--allow-seen"]) == 0
+    assert "This is no test" in capsys.readouterr().out
+    predictions = pd.read_csv(run / "predictions.csv")
+    marked = predictions[predictions["seen_in_training"] == "yes"]
+    assert set(marked["patient_id"]) == set(known["patient_id"])
+    assert set(pd.read_csv(run / "metrics.csv")["seen_in_training"]) == {"yes"}
+    assert json.loads((run / "run.json").read_text())["seen"] == {
+        "checked": True,
+        "slides": len(known),
+        "patients": known["patient_id"].nunique(),
+    }
+    page = (run / "report.html").read_text()
+    assert '<p class="warning">This is no test' in page
+    assert "None of the test" not in page
+
+
+def test_the_test_part_of_a_run_may_be_tested_again(
+    finished: Path, cohort: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    splits = pd.read_csv(finished / "splits.csv")
+    table = pd.read_csv(cohort[0] / "cohort.csv")
+    table[table["slide_id"].isin(splits.loc[splits["fold_0"] == "test", "slide_id"])].to_csv(
+        tmp_path / "t.csv", index=False
+    )
+    words = ["--data.table", f"{tmp_path}/t.csv", "--data.features", f"{cohort[0]}/features", "--data.workers", "0"]
+    words += ["--run", str(tmp_path / "run"), "--accelerator", "cpu"]
+    assert main(["test", "--checkpoint", str(finished / "best.ckpt"), *words]) == 0
+
+
+def test_a_checkpoint_names_no_patient_and_one_that_does_not_say_is_not_vouched_for(
+    finished: Path, tmp_path: Path
+) -> None:
+    content = torch.load(finished / "best.ckpt", weights_only=True)
+    cases = content["longslide"]["cases"]
+    assert {part: len(kinds["slides"]) for part, kinds in cases["parts"].items()} == (
+        pd.read_csv(finished / "splits.csv")["fold_0"].value_counts().to_dict()
+    )
+    assert not re.search(r"'[sp]\d+'", str(cases)), "digests, no ids"
+    content["longslide"]["cases"] = None  # as an older version wrote it
+    torch.save(content, tmp_path / "old.ckpt")
+    options = write_cohort(tmp_path / "external", 18, seed=5)
+    words = ["--run", str(tmp_path / "run"), "--accelerator", "cpu"]
+    assert main(["test", "--checkpoint", str(tmp_path / "old.ckpt"), *options, *words]) == 0
+    assert "could not be checked" in (tmp_path / "run" / "report.html").read_text()
+    assert pd.read_csv(tmp_path / "run" / "predictions.csv")["seen_in_training"].isna().all()
+
+
+def test_one_image_under_two_patients_is_refused_before_training(
+    cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(cohort[0], tmp_path / "cohort")
+    shutil.copy(folder / "features" / "s3.h5", folder / "features" / "copy.h5")
+    table = pd.read_csv(folder / "cohort.csv")
+    options = ["--data.table", f"{folder}/cohort.csv", "--data.features", f"{folder}/features", "--data.workers", "0"]
+    for patient, status in (("p99", 2), ("p3", 0)):
+        copy = table[table["slide_id"] == "s3"].assign(slide_id="copy", patient_id=patient)
+        pd.concat([table, copy]).to_csv(folder / "cohort.csv", index=False)
+        assert main(["fit", *BINARY, *options, *quick(tmp_path / patient)]) == status
+        said = capsys.readouterr().err
+        assert "s3 and copy are the same features" in said
+        assert ("under two patients, p3 and p99" in said) == (status == 2)
 
 
 def test_features_of_another_encoder_are_refused(finished: Path, tmp_path: Path, capsys) -> None:
@@ -338,7 +430,7 @@ def test_patients_of_another_cohort_are_at_high_risk_above_the_median_of_validat
     predictions = pd.read_csv(run / "predictions.csv").query("level == 'slide' and part == 'val'")
     threshold = load_classifier(run / "best.ckpt").thresholds["risk"]
     assert threshold == pytest.approx(predictions["risk"].median(), rel=1e-5)
-    options = write_cohort(tmp_path / "others", 18, seed=5)
+    options = write_cohort(tmp_path / "others", 18, seed=5, site="x-")
     assert main(["test", "--checkpoint", str(run / "best.ckpt"), "--run", str(external), *options]) == 0
     assert json.loads((external / "run.json").read_text())["risk_threshold"] == threshold
     assert "Kaplan-Meier" in (external / "report.html").read_text()
@@ -495,7 +587,7 @@ def test_a_patient_of_several_slides_is_one_bag_from_training_to_prediction(tmp_
 
     checkpoint = str(run / "best.ckpt")
     tested = ["--checkpoint", checkpoint, *options, "--run", str(tmp_path / "test"), "--accelerator", "cpu"]
-    assert main(["test", *tested]) == 0
+    assert main(["test", *tested, "--allow-seen"]) == 0
     again = pd.read_csv(tmp_path / "test" / "predictions.csv")
     assert set(again["level"]) == {"patient"}
     again = again.set_index("patient_id")["probability_positive"]
@@ -510,8 +602,14 @@ def test_a_patient_of_several_slides_is_one_bag_from_training_to_prediction(tmp_
         Path(slide).write_text("the features are there, and are enough")
     slides.to_csv(tmp_path / "slides.csv", index=False)
     job = ["--checkpoint", checkpoint, "--features", str(tmp_path / "features"), "--output", str(tmp_path / "results")]
-    assert main(["predict", str(tmp_path / "slides.csv"), *job, "--device", "cpu"]) == 0
+    assert main(["predict", str(tmp_path / "slides.csv"), *job, "--device", "cpu"]) == 2, "it was in training"
+    assert main(["predict", str(tmp_path / "slides.csv"), *job, "--device", "cpu", "--allow-seen"]) == 0
     rows = pd.read_csv(tmp_path / "results" / "predictions.csv")
+    assert set(rows["seen_in_training"]) == {"yes"}
+    slide = slides["slide_id"].iloc[0]
+    assert json.loads((tmp_path / "results" / f"{slide}.json").read_text())["seen"] is True
+    [page] = report([tmp_path / "results"])
+    assert "this is no test of it" in page.path.read_text()
     together = rows.loc[rows["level"] == "patient", "probability_positive"].item()
     apart = rows.loc[rows["level"] == "slide", "probability_positive"].mean()
     assert together == pytest.approx(expected[patient], rel=1e-5)

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pandas as pd
+from .task import CLASSIFICATION, Task
 
-from ..task import CLASSIFICATION, Task
+if TYPE_CHECKING:
+    import pandas as pd
 
 IDENTITY = ("level", "fold", "part", "patient_id", "slide_id")
 """What a row is of. `part` is `val` or `test`; `fold` and `part` are empty where nothing was held out."""
 
-REMARKS = ("classifiers", "warnings")
-"""How many classifiers the row is the mean of, and what makes it doubtful."""
+SEEN = "seen_in_training"
+"""Whether it was in the training or validation part of a classifier: `yes`, `no`, or nothing where no checkpoint says."""
+
+REMARKS = ("classifiers", SEEN, "warnings")
+"""How many classifiers the row is the mean of, whether they had seen it, and what makes it doubtful."""
 
 _TARGET, _PREDICTION, _PROBABILITY = "target", "prediction", "probability"
 _TIME, _EVENT, _RISK, _SURVIVAL, _SPREAD = "time", "event", "risk", "survival", "spread"
@@ -67,14 +72,14 @@ class PredictionColumns:
     def text(self) -> frozenset[str]:
         """Columns that hold names, whatever they look like: `007`, `1` or `NA` may be an id or a class."""
         names = {_TARGET, _PREDICTION} if self.task.kind in CLASSIFICATION else set()
-        return frozenset(names | {"level", "part", "patient_id", "slide_id", "warnings"})
+        return frozenset(names | {"level", "part", "patient_id", "slide_id", SEEN, "warnings"})
 
     @property
     def all(self) -> list[str]:
         """Every column, in the order of the file."""
         return [*IDENTITY, *self.target, *self.decision, *self.score, *self.spread, *REMARKS]
 
-    def arrange(self, rows: pd.DataFrame) -> pd.DataFrame:
+    def arrange(self, rows: "pd.DataFrame") -> "pd.DataFrame":
         """The rows with every column in its place; those that are not there are empty."""
         return rows.reindex(columns=self.all)
 

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from longslide.evaluation.columns import PredictionColumns, survival_times, time_text
+from longslide.prediction_columns import PredictionColumns, survival_times, time_text
 from longslide.task import Task
 
 TASKS = [
