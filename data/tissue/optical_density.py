@@ -8,22 +8,26 @@ import numpy as np
 from ...errors import LongslideError
 from ..slides.slide import Slide
 from .base import MAX_MASK_PX, Tissue, TissueSegmenter
+from .ink import find_ink
+from .morphology import closing, depth, local_deviation, opening, without_small
 
-METHOD = "longslide-tissue-1"
+METHOD = "longslide-tissue-2"
 """Name and version of the classical method, recorded in feature files."""
 
 MASK_MPP = 10.0
 """Microns per pixel the tissue is looked for at."""
 
-MIN_REGION_UM2 = 20_000.0
-"""Smaller pieces are debris: a square of 140 um, a quarter of a tile of 256 px at 0.5 um/px."""
+MIN_REGION_UM2 = 2_500.0
+"""Smaller pieces are debris: a square of 50 um."""
 
-MIN_HOLE_UM2 = 10_000.0
-"""Smaller holes are lumens and tears within tissue, and are filled."""
+MAX_HOLE_UM2 = 60_000.0
+"""Smaller holes are lumens, tears and fat cells within tissue, and are filled: a square of 245 um."""
 
-
-MIN_EXCESS = 0.02
+MIN_DENSITY = 0.02
 """Optical density of green above the lower of red and blue: faint eosin and fat have 0.03, noise of glass below 0.015."""
+
+# Glass is flat over 60 and over 300 um, in grey levels after smoothing: 0.1 to 0.9; the palest tissue has 1.2 and 2.
+_FLAT, _FLAT_WIDELY = 1.2, 1.4
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class OpticalDensity(TissueSegmenter):
         keep_ink: Whether ink of a marker counts as tissue, for slides whose stain looks like ink.
     """
 
-    threshold: float = MIN_EXCESS
+    threshold: float = MIN_DENSITY
     min_area: float = MIN_REGION_UM2
     keep_ink: bool = False
 
@@ -48,12 +52,13 @@ class OpticalDensity(TissueSegmenter):
 
 
 def find_tissue(
-    slide: Slide, *, threshold: float = MIN_EXCESS, min_area: float = MIN_REGION_UM2, keep_ink: bool = False
+    slide: Slide, *, threshold: float = MIN_DENSITY, min_area: float = MIN_REGION_UM2, keep_ink: bool = False
 ) -> Tissue:
     """Find the tissue of an H&E slide (or of another stain that has colour) by its optical density.
 
-    Glass is estimated as the brightest common colour. Tissue absorbs light and, unlike shadows, coverslip edges and
-    black ink or borders, absorbs it unevenly over red, green and blue, and unlike pen ink not in one saturated flat hue.
+    Glass is the brightest colour that is flat. Tissue absorbs light and, unlike shadows, dust, coverslip edges and
+    black borders, absorbs it unevenly over red, green and blue (in a grey scan its darkness alone is judged). It ends where
+    its density is half of that within. Fat is found by its mean colour and unevenness, ink as `find_ink` says.
 
     Args:
         slide: The slide.
@@ -81,7 +86,7 @@ def segment_tissue(
     picture: np.ndarray,
     mpp: float,
     *,
-    threshold: float = MIN_EXCESS,
+    threshold: float = MIN_DENSITY,
     min_area: float = MIN_REGION_UM2,
     keep_ink: bool = False,
 ) -> np.ndarray:
@@ -97,69 +102,85 @@ def segment_tissue(
     Returns:
         `(h, w)` bool.
     """
-    smooth = cv2.GaussianBlur(picture, (0, 0), 1.0)
-    density = _optical_density(smooth)
+    density = _optical_density(cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 0.8), _glass(picture, mpp))
     red, green, blue = (density[..., channel] for channel in range(3))
-    absorbed, chroma = density.mean(-1), density.max(-1) - density.min(-1)
-
-    # Haematoxylin and eosin absorb green most, or nearly: pure haematoxylin a little more red, DAB (brown) more blue.
-    excess = green - np.minimum(red, blue)
-    stained = (excess > threshold) & (excess > 0.15 * absorbed) & (green >= 0.75 * red) & (green >= 0.6 * blue)
+    absorbed, chroma = density.mean(-1), np.ptp(density, axis=-1)
+    grey = np.percentile(np.ptp(picture.reshape(-1, 3).astype(np.int16), axis=1), 99) < 8
+    if grey:  # a grey scan: darkness is all there is
+        strength = absorbed / 1.5
+        stained = strength > threshold
+    else:
+        # H&E absorb green most; other stains any colour. What absorbs all alike is a shadow, a coverslip's edge or dust.
+        strength = np.maximum(green - np.minimum(red, blue), chroma / 1.6)
+        stained = (strength > threshold) & (chroma > 0.15 * absorbed)
     dark = (absorbed > 0.9) & (chroma < 0.35 * absorbed)
-    mask = stained & ~dark
-    if not keep_ink:
-        mask &= ~_pen(smooth, density, mpp)
 
-    radius = max(1, round(15 / mpp))
-    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    opened = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
-    closed = cv2.morphologyEx(opened, cv2.MORPH_CLOSE, kernel)
-    closed[dark] = 0
-    return _drop_small(closed, min_area / mpp**2, MIN_HOLE_UM2 / mpp**2)
-
-
-def _optical_density(picture: np.ndarray) -> np.ndarray:
-    """-log10 of the transmitted share of light in each channel, 0 for glass; (h, w, 3) float32."""
-    pixels = picture.reshape(-1, 3)
-    # Glass: the most common bright colour that is not the pure white of stitching gaps.
-    brightness = pixels.min(1)
-    bright = pixels[(brightness > 150) & (brightness < 254)]
-    glass = np.full(3, 245.0)
-    if len(bright) > 0.001 * len(pixels):
-        level = np.percentile(bright.min(1), 90)
-        near = bright[np.abs(bright.min(1).astype(np.float32) - level) < 8]
-        # A slide full of pale tissue has no glass to measure: never take the colour of a stain for it. Stains absorb
-        # green more than red or blue; glass of another colour, blue or yellow, may have more of it.
-        candidate = np.median(near, axis=0)
-        spread, lacks_green = np.ptp(candidate), candidate[[0, 2]].min() > candidate[1] + 3
-        if candidate.min() > 180 and spread < (22 if lacks_green else 45):
-            glass = candidate
-    return np.asarray(np.maximum(-np.log10(np.maximum(picture, 1) / glass), 0), np.float32)
+    foreground = closing(_within_half_density(stained | dark, np.maximum(strength, 0.5 * absorbed), mpp), 1.0)
+    ink = np.zeros_like(dark)
+    if not (grey or keep_ink):
+        ink = find_ink(opening(foreground, 0.9), density, mpp)
+        rim = 2 * max(2, round(25 / mpp)) + 1
+        ink = cv2.dilate(ink.astype(np.uint8), np.ones((rim, rim), np.uint8)) > 0
+    not_tissue = dark | ink
+    solid = _within_half_density(stained & foreground & ~not_tissue, strength, mpp)
+    solid = opening(solid, 0.9)
+    tissue = closing(solid, max(1.0, 20 / mpp))
+    loose = opening(_loose_tissue(density, solid, not_tissue, mpp) & ~tissue, max(1.5, 32 / mpp))
+    if loose.any():
+        tissue = closing(tissue | loose, max(1.0, 25 / mpp))
+    tissue &= ~ink & (~dark | closing(solid, max(1.0, 60 / mpp)))  # what is dark amid tissue is pigment or a fold
+    filled = ~without_small(~tissue, MAX_HOLE_UM2 / mpp**2)
+    return without_small(filled, max(4.0, min_area / mpp**2))
 
 
-def _pen(picture: np.ndarray, density: np.ndarray, mpp: float) -> np.ndarray:
-    """Ink of a marker: blue, green or red in a saturated hue that stains do not have, with its soft rim."""
-    red, green, blue = (density[..., channel] for channel in range(3))
-    # Blue ink absorbs red most, as blue haematoxylin does; but nuclei make tissue uneven, and ink is flat.
-    absorbed = density.mean(-1)
-    deviation = np.sqrt(np.maximum(cv2.blur(absorbed**2, (5, 5)) - cv2.blur(absorbed, (5, 5)) ** 2, 0))
-    flat = deviation < 0.2 * absorbed
-    blue_pen = flat & (red > 1.05 * green) & (red > blue + 0.15)
-    green_pen = (density.max(-1) > 0.25) & (green < 0.75 * np.minimum(red, blue))
-    # Red ink lets red through almost whole, and absorbs blue as strongly as green; eosin absorbs blue far less.
-    red_pen = flat & (blue > 0.8 * green) & (red < 0.3 * green) & (green > 0.2)
-    ink = (blue_pen | green_pen | red_pen).astype(np.uint8)
-    ink = cv2.morphologyEx(ink, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
-    rim = max(1, round(40 / mpp))
-    return cv2.dilate(ink, np.ones((2 * rim + 1, 2 * rim + 1), np.uint8)).astype(bool)
+def _glass(picture: np.ndarray, mpp: float) -> np.ndarray:
+    """The colour of glass, whatever it is: the brightest one that is flat, as no tissue is."""
+    smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 1.5)
+    near, wide = (2 * max(2, round(microns / mpp / 2)) + 1 for microns in (60, 300))
+    flat = local_deviation(smooth, near).max(-1) < _FLAT
+    flat &= local_deviation(smooth, wide).max(-1) < _FLAT_WIDELY
+    darkest = smooth.min(-1)
+    flat &= darkest > 120
+    if np.mean(coloured := flat & (darkest < 253.5)) > 0.02:
+        flat = coloured  # the pure white of stitching gaps is no glass
+    if np.mean(flat) < 0.01:  # tissue fills the picture: glass would be neutral, and as bright as anything
+        return np.full(3, max(200.0, float(np.percentile(smooth.max(-1), 99.5))), np.float32)
+    colours = smooth[flat]
+    level = colours.mean(-1)
+    counts, edges = np.histogram(level, bins=np.arange(120, 260, 4))
+    peak = int(np.flatnonzero(np.convolve(counts, [1, 1, 1], "same") > 0.15 * counts.sum())[-1])
+    while peak > 0 and counts[peak - 1] > counts[peak]:
+        peak -= 1
+    return np.asarray(np.median(colours[np.abs(level - edges[peak] - 2) < 6], axis=0))
 
 
-def _drop_small(mask: np.ndarray, min_region_px: float, min_hole_px: float) -> np.ndarray:
-    def without_small(binary: np.ndarray, smallest: float) -> np.ndarray:
-        _, labels, stats, _ = cv2.connectedComponentsWithStats(binary.astype(np.uint8), connectivity=4)
-        keep = stats[:, cv2.CC_STAT_AREA] >= smallest
-        keep[0] = False
-        return np.asarray(keep[labels])
+def _optical_density(picture: np.ndarray, glass: np.ndarray) -> np.ndarray:
+    """-log10 of the share of light that passes, in each channel: 0 for glass, below for what is brighter; float32."""
+    return np.asarray(-np.log10(np.maximum(picture, 1) / glass), np.float32)
 
-    filled = ~without_small(mask == 0, min_hole_px)
-    return without_small(filled, max(4.0, min_region_px))
+
+def _within_half_density(mask: np.ndarray, strength: np.ndarray, mpp: float) -> np.ndarray:
+    """A mask up to where its strength is half of that around: a blurred border runs through its middle."""
+    window = 2 * max(2, round(50 / mpp)) + 1
+    inside = np.where(mask, strength, 0).astype(np.float32)
+    squares, sums = (cv2.blur(values, (window, window)) for values in (inside * inside, inside))
+    return mask & (strength * np.maximum(sums, 1e-3) > 0.5 * squares)
+
+
+def _loose_tissue(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray, mpp: float) -> np.ndarray:
+    """Fat, whose strands are too thin to be seen one by one: on average pinker than glass, and uneven where glass is not."""
+    excess = np.clip(density[..., 1] - 0.5 * (density[..., 0] + density[..., 2]), -0.02, 0.02)
+    excess[not_tissue] = 0
+
+    def smoothed(values: np.ndarray, microns: float) -> np.ndarray:
+        return cv2.GaussianBlur(values, (0, 0), max(1.0, microns / mpp))
+
+    mean = smoothed(excess, 60)
+    fine = excess - smoothed(excess, max(20, 1.5 * mpp))
+    uneven = np.sqrt(smoothed(fine * fine, 60))
+    quiet = mean < 0.001
+    noise = float(np.median(uneven[quiet])) if np.mean(quiet) > 0.01 else 0.0
+    pink = (mean > 0.0018) & ((uneven > max(5 * noise, 0.0006)) | solid)
+    margin = int(400 / mpp)
+    wide = opening(np.pad(pink, margin, mode="edge"), 150 / mpp)  # not the halo of a thin core or of a few cells
+    return np.asarray((depth(wide) > 72 / mpp)[margin:-margin, margin:-margin])  # back by as much as it was smoothed

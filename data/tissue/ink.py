@@ -1,0 +1,185 @@
+"""Ink of markers on a slide: what tells it from stained tissue of the same colour.
+
+Ink is one dye: its hue does not change, and its density hardly; tissue holds two stains in uneven shares, and nuclei. Ink
+lies in strokes, beside or across tissue, in a colour that the bulk of the tissue lacks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from .morphology import closing, connected_to, depth, local_deviation, opening
+
+HALF_WIDTHS_UM = (40.0, 80.0, 160.0, 320.0, 640.0, 1200.0)
+"""Half the widths of strokes that are looked for, in microns."""
+
+MIN_CHROMA = 0.2
+"""Spread of the optical densities of red, green and blue that a marker reaches; black ink reaches the next one."""
+
+MIN_DARKNESS = 0.45
+"""Mean optical density of black ink."""
+
+MAX_HUE_SPREAD = 0.035
+"""Median distance of the directions of optical density from their median: ink has 0.005 to 0.02, H&E 0.04 to 0.08."""
+
+MIN_SIGNIFICANCE = 5.0
+"""Ink is followed onto tissue where it differs from it by so many standard deviations of the tissue's colours."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    where: tuple[slice, slice]
+    mask: np.ndarray
+    slenderness: float
+    flatness: float
+    hue_spread: float
+    direction: np.ndarray
+    density: np.ndarray
+
+    @property
+    def area(self) -> int:
+        return int(np.count_nonzero(self.mask))
+
+
+def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndarray:
+    """Find the ink in all that absorbs light.
+
+    Args:
+        foreground: `(h, w)` bool, tissue and ink.
+        density: `(h, w, 3)` optical density of red, green and blue.
+        mpp: Microns per pixel.
+
+    Returns:
+        `(h, w)` bool; without the soft rim of the strokes.
+    """
+    direction = _unit(density)
+    relative = local_deviation(density.mean(-1), 5) / np.maximum(density.mean(-1), 0.05)
+    ink = np.zeros_like(foreground)
+    inks: list[np.ndarray] = []
+
+    def take(piece: _Piece) -> None:
+        ink[piece.where] |= piece.mask
+        inks.append(piece.density)
+
+    rest = foreground.copy()
+    for half_width in HALF_WIDTHS_UM:
+        if half_width < 1.2 * mpp:
+            continue
+        bulk = opening(rest, half_width / mpp)
+        sample = density[bulk][::7]
+        for piece in _pieces(rest & ~bulk, density, direction, relative, max(8.0, (160 / mpp) ** 2)):
+            if _is_stroke(piece, sample, 7):
+                take(piece)
+        rest &= ~ink
+    for piece in _pieces(rest, density, direction, relative, 8):  # blots, and hatching that runs together
+        if piece.flatness < 0.035 and piece.hue_spread < 0.03:
+            take(piece)
+    rest &= ~ink
+    for vivid in _vivid_strokes(rest, density, mpp):
+        ink |= vivid
+        rest &= ~vivid
+    return ink | _over_tissue(ink, rest, foreground, density, inks)
+
+
+def _unit(density: np.ndarray) -> np.ndarray:
+    return np.asarray(density / np.maximum(np.linalg.norm(density, axis=-1, keepdims=True), 1e-3))
+
+
+def _pieces(
+    mask: np.ndarray, density: np.ndarray, direction: np.ndarray, relative: np.ndarray, least_px: float
+) -> Iterator[_Piece]:
+    """The connected pieces that are of one saturated or dark colour."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    for number in np.flatnonzero(stats[:, cv2.CC_STAT_AREA] >= least_px):
+        if number == 0:
+            continue
+        x, y, width, height, area = stats[number].tolist()
+        where = (slice(y, y + height), slice(x, x + width))
+        piece = labels[where] == number
+        depths = depth(np.pad(piece, 1))[1:-1, 1:-1]
+        radius = float(depths.max())
+        core = piece & (depths >= 0.6 * radius)
+        if radius < 1 or np.count_nonzero(core) < 4:
+            continue
+        colours = density[where][core]
+        chroma, darkness = np.ptp(colours, axis=1), colours.mean(1)
+        if np.mean((chroma > MIN_CHROMA) | (darkness > MIN_DARKNESS)) < 0.3:
+            continue
+        densest = chroma + 0.5 * darkness >= np.median(chroma + 0.5 * darkness)
+        directions = direction[where][core][densest]
+        typical = _unit(np.median(directions, axis=0))
+        inner = piece & (depths >= min(2.0, 0.6 * radius))
+        if np.mean(np.linalg.norm(direction[where][inner] - typical, axis=1) < 0.13) < 0.7:
+            continue
+        slenderness = area / (np.pi * radius**2)
+        flatness = float(np.median(relative[where][core]))
+        if slenderness < 6:  # short and thick: all of it must be flat, or it is tissue that a stroke crosses
+            flatness = max(flatness, float(np.percentile(relative[where][piece & (depths >= 0.35 * radius)], 70)))
+        hue_spread = float(np.median(np.linalg.norm(directions - typical, axis=1)))
+        yield _Piece(where, piece, slenderness, flatness, hue_spread, typical, np.median(colours[densest], axis=0))
+
+
+def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
+    """Whether a thin piece is ink, given each `every`-th colour of the bulk that it is not part of."""
+    if piece.hue_spread > MAX_HUE_SPREAD or piece.slenderness < (3 if piece.flatness <= 0.05 else 6):
+        return False
+    if not (piece.flatness < 0.06 or len(bulk) or piece.slenderness > 25):
+        return False  # thin biopsies of a single stain, with nothing to compare them with
+    alike = (np.linalg.norm(_unit(bulk) - piece.direction, axis=1) < 0.1) & (
+        np.linalg.norm(bulk, axis=1) > 0.5 * np.linalg.norm(piece.density)
+    )
+    # A stroke goes on over tissue; a margin of the tissue is of its colour, and uneven.
+    return every * np.count_nonzero(alike) < (3.0 if piece.flatness < 0.03 else 0.5) * piece.area
+
+
+def _vivid_strokes(rest: np.ndarray, density: np.ndarray, mpp: float) -> Iterator[np.ndarray]:
+    """Real strokes that tissue joins and that are uneven: vivid colours that are few, thin and lie along the glass."""
+    red, green, blue = (density[..., channel] for channel in range(3))
+    chroma = np.ptp(density, axis=-1)
+    on_glass = red < 0.08  # red light passes red ink whole: where it is absorbed, tissue lies below
+    hues = (
+        ((green < 0.8 * red) & (green < 1.25 * blue), (green < 0.85 * red) & (green < 1.3 * blue), 0.15, 0.075),
+        ((red < 0.3 * green) & (blue > 0.35 * green) & on_glass, (red < 0.33 * green) & on_glass, 0.4, 0.15),
+        (red > 1.1 * green, (red > 1.05 * green) & (blue < 0.7 * green), 0.4, 0.15),
+    )
+    rest = rest.copy()
+    for sure, possible, sure_chroma, possible_chroma in hues:
+        seeds = opening(sure & (chroma > sure_chroma) & rest, 1.0)
+        if np.count_nonzero(seeds) < (100 / mpp) ** 2:
+            continue
+        grown = connected_to(opening(possible & (chroma > possible_chroma) & rest, 1.0) | seeds, seeds)
+        strokes = closing(grown, max(1.0, 20 / mpp)) & rest
+        area = np.count_nonzero(strokes)
+        border = strokes & (depth(strokes) <= 1.5)
+        along_glass = float(np.mean(depth(rest)[border] <= max(3.0, 45 / mpp)))
+        thick = np.count_nonzero(opening(strokes, 500 / mpp)) / area
+        if along_glass > 0.25 and thick < 0.3 and area < 0.25 * np.count_nonzero(rest):
+            yield strokes
+            rest &= ~strokes
+
+
+def _over_tissue(
+    ink: np.ndarray, tissue: np.ndarray, foreground: np.ndarray, density: np.ndarray, inks: list[np.ndarray]
+) -> np.ndarray:
+    """Where strokes go on over tissue: Fisher's linear discriminant between the tissue and the tissue with ink on it."""
+    over = np.zeros_like(ink)
+    sample = density[tissue][::5].astype(np.float64)
+    if not inks or len(sample) < 50:
+        return over
+    mean = np.median(sample, axis=0)
+    distance = np.linalg.norm(sample - mean, axis=1)
+    central = sample[distance <= np.percentile(distance, 60)]
+    inverse = np.linalg.inv(np.cov(central.T) + 1e-4 * np.eye(3))
+    for colour in inks:
+        axis = inverse @ colour
+        strength = float(colour @ axis)
+        if strength < MIN_SIGNIFICANCE**2:
+            continue
+        amount = (density - mean.astype(np.float32)) @ (axis / strength).astype(np.float32)
+        inked = opening((amount > 0.5) & foreground & ~ink, 1.0)
+        inked &= connected_to(inked | ink, ink)
+        if np.count_nonzero(inked) < 0.25 * np.count_nonzero(tissue):
+            over |= inked
+    return over
