@@ -80,7 +80,7 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
     for vivid in _vivid_strokes(rest, density, mpp):
         ink |= vivid
         rest &= ~vivid
-    return ink | _over_tissue(ink, rest, foreground, density, inks)
+    return np.asarray(ink | _over_tissue(ink, rest, foreground, density, inks))
 
 
 def _unit(density: np.ndarray) -> np.ndarray:
@@ -105,20 +105,22 @@ def _pieces(
             continue
         colours = density[where][core]
         chroma, darkness = np.ptp(colours, axis=1), colours.mean(1)
-        if np.mean((chroma > MIN_CHROMA) | (darkness > MIN_DARKNESS)) < 0.3:
+        slenderness = area / (np.pi * radius**2)
+        least = MIN_CHROMA if slenderness < 15 else 0.75 * MIN_CHROMA
+        if np.mean((chroma > least) | (darkness > MIN_DARKNESS)) < 0.3:
             continue
         densest = chroma + 0.5 * darkness >= np.median(chroma + 0.5 * darkness)
         directions = direction[where][core][densest]
         typical = _unit(np.median(directions, axis=0))
         inner = piece & (depths >= min(2.0, 0.6 * radius))
-        if np.mean(np.linalg.norm(direction[where][inner] - typical, axis=1) < 0.13) < 0.7:
+        if np.mean(np.linalg.norm(direction[where][inner] - typical, axis=1) < 0.13) < 0.5:
             continue
-        slenderness = area / (np.pi * radius**2)
         flatness = float(np.median(relative[where][core]))
         if slenderness < 6:  # short and thick: all of it must be flat, or it is tissue that a stroke crosses
             flatness = max(flatness, float(np.percentile(relative[where][piece & (depths >= 0.35 * radius)], 70)))
         hue_spread = float(np.median(np.linalg.norm(directions - typical, axis=1)))
-        yield _Piece(where, piece, slenderness, flatness, hue_spread, typical, np.median(colours[densest], axis=0))
+        own = piece & (np.linalg.norm(direction[where] - typical, axis=-1) < 0.2)  # without tissue that hangs on to it
+        yield _Piece(where, own, slenderness, flatness, hue_spread, typical, np.median(colours[densest], axis=0))
 
 
 def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
@@ -131,7 +133,8 @@ def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
         np.linalg.norm(bulk, axis=1) > 0.5 * np.linalg.norm(piece.density)
     )
     # A stroke goes on over tissue; a margin of the tissue is of its colour, and uneven.
-    return every * np.count_nonzero(alike) < (3.0 if piece.flatness < 0.03 else 0.5) * piece.area
+    one_dye = piece.flatness < 0.03 or (piece.flatness < 0.06 and piece.hue_spread < 0.006)
+    return every * int(np.count_nonzero(alike)) < (8.0 if one_dye else 0.5) * piece.area
 
 
 def _vivid_strokes(rest: np.ndarray, density: np.ndarray, mpp: float) -> Iterator[np.ndarray]:
@@ -172,13 +175,14 @@ def _over_tissue(
     distance = np.linalg.norm(sample - mean, axis=1)
     central = sample[distance <= np.percentile(distance, 60)]
     inverse = np.linalg.inv(np.cov(central.T) + 1e-4 * np.eye(3))
+    direction, length = _unit(density), np.linalg.norm(density, axis=-1)
     for colour in inks:
         axis = inverse @ colour
         strength = float(colour @ axis)
-        if strength < MIN_SIGNIFICANCE**2:
-            continue
-        amount = (density - mean.astype(np.float32)) @ (axis / strength).astype(np.float32)
-        inked = opening((amount > 0.5) & foreground & ~ink, 1.0)
+        alike = (direction @ _unit(colour) > 0.99) & (length > 0.5 * np.linalg.norm(colour))
+        if strength >= MIN_SIGNIFICANCE**2:
+            alike |= (density - mean.astype(np.float32)) @ (axis / strength).astype(np.float32) > 0.6
+        inked = opening(alike & foreground & ~ink, 1.5)
         inked &= connected_to(inked | ink, ink)
         if np.count_nonzero(inked) < 0.25 * np.count_nonzero(tissue):
             over |= inked

@@ -36,10 +36,10 @@ def connected_to(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     keep = np.zeros(count, bool)
     keep[np.unique(labels[seeds])] = True
     keep[0] = False
-    return keep[labels]
+    return np.asarray(keep[labels])
 
 
 def local_deviation(values: np.ndarray, window: int) -> np.ndarray:
     """Standard deviation in a square window around each pixel."""
     mean = cv2.blur(values, (window, window))
-    return np.sqrt(np.maximum(cv2.blur(values * values, (window, window)) - mean * mean, 0))
+    return np.asarray(np.sqrt(np.maximum(cv2.blur(values * values, (window, window)) - mean * mean, 0)))

@@ -102,16 +102,17 @@ def segment_tissue(
     Returns:
         `(h, w)` bool.
     """
-    density = _optical_density(cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 0.8), _glass(picture, mpp))
+    glass = _glass(picture, mpp)
+    density = _optical_density(cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 0.8), glass)
     red, green, blue = (density[..., channel] for channel in range(3))
     absorbed, chroma = density.mean(-1), np.ptp(density, axis=-1)
-    grey = np.percentile(np.ptp(picture.reshape(-1, 3).astype(np.int16), axis=1), 99) < 8
+    grey = np.percentile(np.ptp(picture.reshape(-1, 3).astype(np.int16), axis=1), 99.5) < 3
     if grey:  # a grey scan: darkness is all there is
         strength = absorbed / 1.5
         stained = strength > threshold
     else:
         # H&E absorb green most; other stains any colour. What absorbs all alike is a shadow, a coverslip's edge or dust.
-        strength = np.maximum(green - np.minimum(red, blue), chroma / 1.6)
+        strength = np.maximum(green - np.minimum(red, blue), chroma / 1.25)
         stained = (strength > threshold) & (chroma > 0.15 * absorbed)
     dark = (absorbed > 0.9) & (chroma < 0.35 * absorbed)
 
@@ -121,6 +122,8 @@ def segment_tissue(
         ink = find_ink(opening(foreground, 0.9), density, mpp)
         rim = 2 * max(2, round(25 / mpp)) + 1
         ink = cv2.dilate(ink.astype(np.uint8), np.ones((rim, rim), np.uint8)) > 0
+    if glass.max() < 252:
+        ink |= picture.min(-1) > 253  # a gap between the parts that the scanner stitched
     not_tissue = dark | ink
     solid = _within_half_density(stained & foreground & ~not_tissue, strength, mpp)
     solid = opening(solid, 0.9)

@@ -107,7 +107,9 @@ class _Pen:
         if kind == "ring":
             axes = (round(0.44 * w * rng.uniform(0.9, 1.05)), round(0.45 * h * rng.uniform(0.9, 1.05)))
             start = rng.uniform(0, 360)
-            cv2.ellipse(raster, (w // 2, h // 2), axes, rng.uniform(-8, 8), start, start + rng.uniform(280, 360), 1, width)
+            cv2.ellipse(
+                raster, (w // 2, h // 2), axes, rng.uniform(-8, 8), start, start + rng.uniform(280, 360), 1, width
+            )
         elif kind == "hatching":
             x, tilt = 0.06 * w, rng.uniform(-0.05, 0.1) * w
             for line in range(int(rng.integers(3, 8))):
