@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import LOG2_E, load, run_arrange_grad, store_columns, tensor_at
+from .layout import LOG2_E, constants, load, run_arrange_grad, store_columns, tensor_at
 from .schedule import settings
 from .walk import hold, place, walk
 
@@ -174,4 +174,6 @@ def run_backward(
     sizes = (cu_seqlens, len(cu_seqlens) - 1, len(out), arranged.shape[2], scale)
     for name, kernel, outputs in (("backward_q", backward_q, grads[:1]), ("backward_kv", backward_kv, grads[1:])):
         grid, z, options, plan = settings(out.shape, out.dtype, cu_seqlens, name, segment_lengths, ratios, causal)
-        kernel[grid](arranged, arranged_grad, lse, inners, *outputs, grads[0].stride(0), plan, *sizes, z, **options)
+        kernel[grid](
+            arranged, arranged_grad, lse, inners, *outputs, grads[0].stride(0), plan, *sizes, constants(z), **options
+        )

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import LOG2_E, load, store_columns, tensor_at
+from .layout import LOG2_E, constants, load, store_columns, tensor_at
 from .schedule import settings
 from .walk import hold, place, walk
 
@@ -144,7 +144,6 @@ def run_forward(
     out = torch.empty(tuple(shape), dtype=arranged.dtype, device=arranged.device)
     lse = torch.empty((shape[1], shape[0]), dtype=torch.float32, device=arranged.device)
     grid, z, options, plan = settings(shape, arranged.dtype, cu_seqlens, "forward", segment_lengths, ratios, causal)
-    forward[grid](
-        arranged, out, lse, plan, cu_seqlens, len(cu_seqlens) - 1, shape[0], arranged.shape[2], scale, z, **options
-    )  # fmt: skip
+    sizes = (cu_seqlens, len(cu_seqlens) - 1, shape[0], arranged.shape[2], scale)
+    forward[grid](arranged, out, lse, plan, *sizes, constants(z), **options)
     return out, lse

@@ -7,7 +7,8 @@ backward.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,6 +30,14 @@ class LayoutSizes(NamedTuple):
     SPARE: bool
     ONE: int
     BLOCK: int
+
+
+@cache
+def constants(sizes: Any) -> Any:
+    """A named tuple of sizes as a kernel takes it: Triton 3.6 knows its fields for constants only if each is marked."""
+    if not isinstance(load, triton.JITFunction):
+        return sizes  # in Triton's interpreter, which computes with plain numbers
+    return type(sizes)(*(tl.constexpr(size) for size in sizes))
 
 
 @triton.jit
@@ -206,7 +215,7 @@ def run_arrange(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, ratios: Seq
         q, k, v = (x.contiguous() for x in (q, k, v))
     rows, grid, z = _settings(q.shape, q.dtype, cu_seqlens, ratios)
     arranged = torch.empty((3, q.shape[1], rows, z.DP), dtype=q.dtype, device=q.device)
-    arrange[grid](q, k, v, arranged, cu_seqlens, len(cu_seqlens) - 1, rows, q.stride(0), q.stride(1), z)
+    arrange[grid](q, k, v, arranged, cu_seqlens, len(cu_seqlens) - 1, rows, q.stride(0), q.stride(1), constants(z))
     return arranged
 
 
@@ -224,5 +233,5 @@ def run_arrange_grad(
     arranged_grad = torch.empty(arranged.shape[1:], dtype=out.dtype, device=out.device)
     inners = torch.empty_like(lse)
     sizes = (cu_seqlens, len(cu_seqlens) - 1, len(out), rows, scale)
-    arrange_grad[grid](grad.contiguous(), out, lse, arranged, arranged_grad, inners, *sizes, z)
+    arrange_grad[grid](grad.contiguous(), out, lse, arranged, arranged_grad, inners, *sizes, constants(z))
     return arranged_grad, inners
