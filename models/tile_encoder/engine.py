@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...errors import LongslideError
 from .compilation import compile_blocks, compile_transform
-from .float8 import Fidelity, Float8Linear, fidelity, fits_float8, has_float8
+from .float8 import Fidelity, Float8Linear, fidelity, fits_float8, has_float8, product_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -403,6 +403,7 @@ def replace_linears(network: nn.Module, original: nn.Module, device: torch.devic
         raise LongslideError(
             "--precision float8: the tile encoder has no linear layers that it could speed up; use float16"
         )
+    dtype = product_dtype(device)
     for name in names:
         linear: Any = original.get_submodule(name)
-        network.set_submodule(name, Float8Linear(linear, torch.float16).to(device))
+        network.set_submodule(name, Float8Linear(linear, dtype).to(device))

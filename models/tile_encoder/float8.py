@@ -65,7 +65,7 @@ class Float8Linear(nn.Module):
 
     Args:
         linear: The layer, in float32 or as given; its sizes are multiples of 16.
-        dtype: Of what comes in and goes out.
+        dtype: What the products are rounded to, before they take the dtype of what comes in: see `product_dtype`.
     """
 
     weight: Tensor
@@ -74,6 +74,7 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         weight, scale = quantise(linear.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.T.contiguous())
@@ -83,14 +84,19 @@ class Float8Linear(nn.Module):
         """`(..., out)` of `(..., in)`."""
         rows, scale = quantise(x.flatten(0, -2))
         product = torch._scaled_mm(
-            rows, self.weight.T, scale, self.scale, bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
+            rows, self.weight.T, scale, self.scale, bias=self.bias, out_dtype=self.dtype, use_fast_accum=True
         )
-        return product.view(*x.shape[:-1], product.shape[-1])
+        return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
 
 
 def fits_float8(module: nn.Module) -> bool:
     """Whether a module is a linear layer that can be one in float8."""
     return type(module) is nn.Linear and module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """What float8 products with a scale for each row come in: before Hopper only bfloat16."""
+    return torch.float16 if torch.cuda.get_device_capability(device) >= (9, 0) else torch.bfloat16
 
 
 def has_float8(device: torch.device) -> bool:

@@ -235,6 +235,7 @@ def test_float8_that_is_too_coarse_for_the_first_tiles_is_refused_from_then_on(
     encoder: TileEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_file, "has_float8", lambda device: True)
+    monkeypatch.setattr(engine_file, "product_dtype", lambda device: torch.float16)
     monkeypatch.setattr(engine_file, "Float8Linear", coarse_linear)
     engine = TileEngine(encoder, CPU, "float8")
     for _ in range(2):
@@ -251,6 +252,7 @@ def test_float8_that_is_fine_says_how_fine(encoder: TileEncoder, monkeypatch: py
         return layer
 
     monkeypatch.setattr(engine_file, "has_float8", lambda device: True)
+    monkeypatch.setattr(engine_file, "product_dtype", lambda device: torch.float16)
     monkeypatch.setattr(engine_file, "Float8Linear", exact_linear)
     engine = TileEngine(encoder, CPU, "float8")
     list(engine.stream([TILES[:3].numpy(), TILES[3:].numpy()]))
@@ -261,6 +263,7 @@ def test_float8_that_is_fine_says_how_fine(encoder: TileEncoder, monkeypatch: py
 
 def test_an_encoder_without_linear_layers_has_no_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_file, "has_float8", lambda device: True)
+    monkeypatch.setattr(engine_file, "product_dtype", lambda device: torch.float16)
     encoder = create_tile_encoder("resnet10t", checkpoint="random")
     with pytest.raises(LongslideError, match="no linear layers"):
         TileEngine(encoder, CPU, "float8")
