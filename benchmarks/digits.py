@@ -118,7 +118,7 @@ def train(folder: Path, aggregator: str, run: Path, *words: str) -> pd.DataFrame
     }
     chosen = options_of.get(aggregator, {})
     small = [word for name, value in chosen.items() for word in (f"--model.aggregator.{name}", str(value))]
-    options = ["--model.aggregator", aggregator, "--data.task", "binary", "--data.workers", "0", "--data.max_bags", "8"]
+    options = ["--model.aggregator", aggregator, "--data.task", "binary", "--data.workers", "0"]
     options += ["--data.table", f"{folder}/cohort.csv", "--data.features", f"{folder}/features", "--run", str(run)]
     options += ["--trainer.enable_progress_bar", "false", "--model.optimiser.learning_rate", "0.001"]
     status = longslide(["fit", *options, *small, *words])

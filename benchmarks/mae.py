@@ -22,7 +22,7 @@ SIZE = "{class_path: longnet, init_args: {layers: 2, width: 64, heads: 4, ffn_wi
 
 def pretrain(features: Path, run: Path, epochs: int, learning_rate: float) -> pd.DataFrame:
     """Pretrain on a folder of feature files and return `history.csv`."""
-    options = ["--config", "mae", "--data.features", str(features), "--data.workers", "0", "--data.max_bags", "8"]
+    options = ["--config", "mae", "--data.features", str(features), "--data.workers", "0"]
     options += ["--model.encoder", SIZE, "--model.decoder", "{layers: 1, width: 64, heads: 4, ffn_width: 128}"]
     options += ["--run", str(run), "--trainer.max_epochs", str(epochs), "--trainer.enable_progress_bar", "false"]
     options += ["--model.optimiser.learning_rate", str(learning_rate), "--model.shift", "0"]

@@ -327,9 +327,21 @@ class BagDataModule(lightning.LightningDataModule):
                     logger.info(note)
                     self._logged.add(note)
 
+    def training_batches(self, world_size: int) -> int:
+        """Batches per epoch of each of `world_size` processes."""
+        return len(self._training_sampler(self._training_set(), world_size, 0))
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented batches; resumable."""
-        dataset = BagDataset(
+        dataset = self._training_set()
+        trainer = self.trainer
+        sampler = self._training_sampler(
+            dataset, 1 if trainer is None else trainer.world_size, 0 if trainer is None else trainer.global_rank
+        )
+        return BagLoader(dataset, batch_size=None, sampler=sampler, **self._loading())
+
+    def _training_set(self) -> BagDataset:
+        return BagDataset(
             self.bags("train"),
             self.cache,
             augmentation=self.options.augment,
@@ -337,10 +349,18 @@ class BagDataModule(lightning.LightningDataModule):
             feature_std=self.training_features.std,
             seed=self.options.seed,
         )
-        sampler = TokenBudgetBatchSampler(
-            dataset.lengths, shuffle=True, stratum=self._stratum() if self.options.balance else None, **self._sampling()
+
+    def _training_sampler(self, dataset: BagDataset, world_size: int, rank: int) -> TokenBudgetBatchSampler:
+        return TokenBudgetBatchSampler(
+            dataset.lengths,
+            max_tokens=self.options.max_tokens,
+            max_bags=-(-self.options.bags_per_step // world_size),
+            shuffle=True,
+            stratum=self._stratum() if self.options.balance else None,
+            num_replicas=world_size,
+            rank=rank,
+            seed=self.options.seed,
         )
-        return BagLoader(dataset, batch_size=None, sampler=sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """All validation bags in order, whole."""
@@ -353,7 +373,13 @@ class BagDataModule(lightning.LightningDataModule):
     def in_order(self, part: Part) -> DataLoader[Any]:
         """The bags of any part in order, whole: for evaluation."""
         dataset = BagDataset(self.bags(part), self.cache, seed=self.options.seed)
-        sampler = TokenBudgetBatchSampler(dataset.lengths, **self._sampling())
+        trainer = self.trainer
+        sampler = TokenBudgetBatchSampler(
+            dataset.lengths,
+            max_tokens=self.options.max_tokens,
+            num_replicas=1 if trainer is None else trainer.world_size,
+            rank=0 if trainer is None else trainer.global_rank,
+        )
         return DataLoader(dataset, batch_size=None, sampler=sampler, **self._loading())
 
     def _in_order(self, part: Part) -> DataLoader[Any] | list[Any]:
@@ -369,16 +395,6 @@ class BagDataModule(lightning.LightningDataModule):
         if task.kind == "multilabel":
             return np.asarray(np.unique(np.nan_to_num(targets), axis=0, return_inverse=True)[1]).reshape(-1)
         return targets
-
-    def _sampling(self) -> dict[str, Any]:
-        trainer = self.trainer
-        return {
-            "max_tokens": self.options.max_tokens,
-            "max_bags": self.options.max_bags,
-            "num_replicas": 1 if trainer is None else trainer.world_size,
-            "rank": 0 if trainer is None else trainer.global_rank,
-            "seed": self.options.seed,
-        }
 
     def _loading(self) -> dict[str, Any]:
         """Options of the loaders. Forked workers share the memory of the cache, which the survey has filled."""

@@ -38,8 +38,9 @@ class DataOptions:
         test_share: Share of the patients that test, if folds is 1.
         keep_sites_apart: No site (column `site`) is in two parts of a fold.
         bags: One bag per slide, or one bag per patient: all slides of the patient as one sequence, their grids side by side.
-        max_tokens: Tiles in a batch at most; a bag that has more is a batch of its own. None for no limit.
-        max_bags: Bags in a batch at most. None for no limit.
+        max_tokens: Tiles in a batch at most, for memory; a bag that has more is a batch of its own. None for no limit.
+        bags_per_step: Bags that an optimiser step sees, on all devices together: where `max_tokens` divides them into
+            several batches, their gradients are added up.
         max_tiles: Tiles of a bag at most in training, drawn at random anew in each epoch. None, the default, cuts nothing.
         balance: Draw training bags so that each class comes equally often.
         augment: How training bags are changed.
@@ -69,7 +70,7 @@ class DataOptions:
     keep_sites_apart: bool = False
     bags: Literal["slide", "patient"] = "slide"
     max_tokens: int | None = 32768
-    max_bags: int | None = None
+    bags_per_step: int = 8
     max_tiles: int | None = None
     balance: bool = False
     augment: Augmentation = Augmentation()
@@ -81,7 +82,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name, least in (
             ("max_tokens", 1),
-            ("max_bags", 1),
+            ("bags_per_step", 1),
             ("max_tiles", 1),
             ("fold", 0),
             ("cache_gb", 0),

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 from lightning import Trainer
@@ -69,38 +70,44 @@ def _depth(name: str) -> int | None:
     return 0 if re.search(r"encoder\.(tile_projection|cls_token)", name) else None
 
 
+REFERENCE_BAGS = 8
+"""Bags of the steps that a learning rate is stated for."""
+
+
 def configure(model: nn.Module, options: OptimiserOptions, trainer: Trainer) -> dict[str, Any]:
     """What `LightningModule.configure_optimizers` returns: AdamW, and the learning rate set at every step.
 
     Args:
         model: The module.
         options: The options.
-        trainer: Says how many steps there will be.
+        trainer: Says how many steps there will be, and how many bags each sees.
     """
-    total, steps_per_epoch = _steps(trainer)
-    warmup = min(total - 1, round(options.warmup_epochs * steps_per_epoch))
+    total, bags = _course(trainer)
+    warmup = min(total - 1, round(options.warmup * total))
     floor = options.min_learning_rate / options.learning_rate
-    optimiser = AdamW(parameter_groups(model, options), betas=options.betas)
+    scaled = replace(options, learning_rate=options.learning_rate * math.sqrt(bags / REFERENCE_BAGS))
+    optimiser = AdamW(parameter_groups(model, scaled), betas=options.betas)
     groups = len(optimiser.param_groups)
     schedule = LambdaLR(optimiser, [WarmupCosine(warmup, total, floor) for _ in range(groups)])
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _steps(trainer: Trainer) -> tuple[int, float]:
-    """Optimiser steps of the whole training, and of an epoch.
+def _course(trainer: Trainer) -> tuple[int, float]:
+    """Optimiser steps of the whole training, and bags that each sees on average, on all devices together.
 
     Not by `estimated_stepping_batches` where there is a data module: it would set up the loaders before a checkpoint is
     restored, and a run that was stopped within an epoch would begin that epoch anew.
     """
     datamodule: Any = getattr(trainer, "datamodule", None)
-    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
     if datamodule is None:
-        total = max(1, int(trainer.estimated_stepping_batches))
-        return total, total / epochs if epochs else trainer.num_training_batches / trainer.accumulate_grad_batches
-    batches = len(datamodule.train_dataloader())
+        return max(1, int(trainer.estimated_stepping_batches)), REFERENCE_BAGS
+    every = len(datamodule.train_dataloader())
     limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    batches = min(every, limit) if isinstance(limit, int) else int(every * limit)
     steps = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
     totals = [steps * epochs] if epochs else []
     totals += [trainer.max_steps] if trainer.max_steps > 0 else []
-    return max(1, min(totals)) if totals else steps, steps
+    bags = getattr(datamodule, "bags", None)  # of our data module; others train at the learning rate as it is
+    seen = REFERENCE_BAGS if bags is None else len(bags("train")) / math.ceil(every / trainer.accumulate_grad_batches)
+    return max(1, min(totals)) if totals else steps, seen

@@ -11,10 +11,11 @@ class OptimiserOptions:
     """Options of the optimiser.
 
     Attributes:
-        learning_rate: The highest learning rate, at the end of the warm-up.
+        learning_rate: The highest learning rate, at the end of the warm-up, of steps that see 8 bags. Steps that see n bags
+            take sqrt(n / 8) of it, as suits Adam (https://arxiv.org/abs/2205.10287).
         min_learning_rate: The one that the cosine ends at.
         weight_decay: Weight decay of matrices; biases, norms and tokens have none.
-        warmup_epochs: Epochs over which the learning rate rises from 0, fractions too; counted in steps.
+        warmup: Share of all steps over which the learning rate rises from 0.
         layer_decay: Factor of the learning rate from each layer of a slide encoder to the one below it; 1 for none.
         betas: AdamW's two decay rates.
     """
@@ -22,7 +23,7 @@ class OptimiserOptions:
     learning_rate: float = 2e-4
     min_learning_rate: float = 0.0
     weight_decay: float = 0.05
-    warmup_epochs: float = 1.0
+    warmup: float = 0.05
     layer_decay: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
 

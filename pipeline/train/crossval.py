@@ -19,7 +19,9 @@ def crossval(
     run: str | Path | None = None,
     trainer: Mapping[str, Any] | None = None,
     monitor: Literal["val_metric", "val_loss"] = "val_metric",
-    patience: int | None = None,
+    epochs: int = 40,
+    min_steps: int = 1000,
+    patience: int | None = 10,
     ema: float | None = None,
     checkpoint_every_n_steps: int | None = None,
     subgroups: list[str] | str = "",
@@ -36,7 +38,9 @@ def crossval(
         run: Run folder. Default: `runs/<aggregator>`.
         trainer: Options of Lightning's Trainer, by name.
         monitor: What `best.ckpt` is best by, on the validation part.
-        patience: Epochs without a better one after which training stops.
+        epochs: Passes over the training bags, unless the trainer is given another limit.
+        min_steps: Optimiser steps at least: small cohorts are passed over more often than `epochs` says.
+        patience: Epochs without a better one after which training stops, once there were `min_steps` steps.
         ema: Decay of an average of the weights, such as 0.999.
         checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
@@ -55,6 +59,8 @@ def crossval(
         Path(run or f"runs/{model.chosen.class_path}"),
         TRAINER_DEFAULTS | {"devices": 1} | dict(trainer or {}),
         monitor,
+        epochs,
+        min_steps,
         patience,
         ema,
         checkpoint_every_n_steps,
@@ -68,7 +74,7 @@ def crossval(
     from .training import build, held_out_predictions, open_data, train
 
     every_fold = open_data(settings, cohort)
-    predictions, counts = [], []
+    predictions, counts, steps = [], [], []
     for fold in range(every_fold.fold_count):
         training = build(settings, every_fold.with_fold(fold))
         if training.trainer.world_size > 1:
@@ -76,9 +82,9 @@ def crossval(
                 "crossval trains on one device; train the folds by `longslide fit --data.fold` on several"
             )
         counts += training.counts
-        record.describe(
-            training.data, command="crossval", seen=HELD_OUT, aggregator=training.aggregator, seed=seed, counts=counts
-        )
+        steps += training.course
+        facts = {"aggregator": training.aggregator, "seed": seed, "counts": counts, "steps": steps, "seen": HELD_OUT}
+        record.describe(training.data, command="crossval", **facts)
         print(f"fold {fold} of {every_fold.fold_count}")
         train(training, record)
         predictions += held_out_predictions(training, record)

@@ -17,7 +17,9 @@ def fit(
     run: str | Path | None = None,
     trainer: Mapping[str, Any] | None = None,
     monitor: Literal["val_metric", "val_loss"] = "val_metric",
-    patience: int | None = None,
+    epochs: int = 40,
+    min_steps: int = 1000,
+    patience: int | None = 10,
     ema: float | None = None,
     checkpoint_every_n_steps: int | None = None,
     subgroups: list[str] | str = "",
@@ -33,7 +35,9 @@ def fit(
         run: Run folder. Default: `runs/<aggregator>`.
         trainer: Options of Lightning's Trainer, by name.
         monitor: What `best.ckpt` is best by, on the validation part.
-        patience: Epochs without a better one after which training stops.
+        epochs: Passes over the training bags, unless the trainer is given another limit.
+        min_steps: Optimiser steps at least: small cohorts are passed over more often than `epochs` says.
+        patience: Epochs without a better one after which training stops, once there were `min_steps` steps.
         ema: Decay of an average of the weights, such as 0.999.
         checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
@@ -53,6 +57,8 @@ def fit(
         Path(run or f"runs/{model.chosen.class_path}"),
         TRAINER_DEFAULTS | dict(trainer or {}),
         monitor,
+        epochs,
+        min_steps,
         patience,
         ema,
         checkpoint_every_n_steps,
@@ -68,14 +74,9 @@ def fit(
 
     training = build(settings, open_data(settings, cohort))
     if record is not None:
-        record.describe(
-            training.data,
-            command="fit",
-            seen=HELD_OUT,
-            aggregator=training.aggregator,
-            seed=seed,
-            counts=training.counts,
-        )
+        facts = {"aggregator": training.aggregator, "seed": seed, "counts": training.counts, "steps": training.course}
+        facts["seen"] = HELD_OUT
+        record.describe(training.data, command="fit", **facts)
     train(training, record)
     if record is None or not training.trainer.is_global_zero:
         return Run.without_predictions(settings.run, training.data.task, {})

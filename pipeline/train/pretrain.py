@@ -34,6 +34,8 @@ def pretrain(
     model: PretrainingOptions = PretrainingOptions(),
     run: str | Path = Path("runs/mae"),
     trainer: Mapping[str, Any] | None = None,
+    epochs: int = 40,
+    min_steps: int = 1000,
     patience: int | None = None,
     ema: float | None = None,
     checkpoint_every_n_steps: int | None = None,
@@ -49,7 +51,9 @@ def pretrain(
         model: The slide encoder, and how it is pretrained.
         run: Run folder.
         trainer: Options of Lightning's Trainer, by name.
-        patience: Epochs without a better one after which training stops.
+        epochs: Passes over the training bags, unless the trainer is given another limit.
+        min_steps: Optimiser steps at least: small cohorts are passed over more often than `epochs` says.
+        patience: Epochs without a better one after which training stops, once there were `min_steps` steps.
         ema: Decay of an average of the weights, such as 0.999.
         checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
         seed: Seed of weights, masks and augmentation.
@@ -67,6 +71,8 @@ def pretrain(
         Path(run),
         TRAINER_DEFAULTS | dict(trainer or {}),
         "val_loss",
+        epochs,
+        min_steps,
         patience,
         ema,
         checkpoint_every_n_steps,
@@ -82,7 +88,7 @@ def pretrain(
 
     training = build(settings, open_data(settings, cohort))
     if record is not None:
-        facts = {"aggregator": training.aggregator, "seed": seed, "counts": training.counts}
+        facts = {"aggregator": training.aggregator, "seed": seed, "counts": training.counts, "steps": training.course}
         record.describe(training.data, command="pretrain", **facts)
     train(training, record)
     encoder = PretrainedEncoder(settings.run, settings.run / "best.ckpt")

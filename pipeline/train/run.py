@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -43,6 +44,7 @@ class TrainingRun:
     Attributes:
         facts: What `run.json` holds.
         trained: Folds whose training is done.
+        remarks: What was remarked of their training.
 
     Raises:
         LongslideError: A finished run is there, or one of another configuration that is not finished, or the folder cannot
@@ -71,6 +73,7 @@ class TrainingRun:
             "finished": False,
         }
         self.trained: list[int] = list(before.get("trained_folds", []))
+        self.remarks: list[str] = list(before.get("remarks", []))
         self._seconds_before = float(before.get("seconds", 0.0))
 
     def _read(self) -> dict[str, Any]:
@@ -115,7 +118,7 @@ class TrainingRun:
             "without_features": list(cohort.without_features),
             "without_label": list(cohort.without_label),
             "patient_column": cohort.patient_column,
-            "notes": data.notes,
+            "notes": [*data.notes, *self.remarks],
             "versions": {"python": platform.python_version(), "longslide": __version__}
             | {name: version(name) for name in _PACKAGES},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
@@ -124,9 +127,15 @@ class TrainingRun:
         data.splits.to_csv(self.folder / "splits.csv", index=False)
         self.write()
 
+    def remark(self, text: str) -> None:
+        """Tell the user, now and in `run.json`."""
+        print(text, file=sys.stderr)
+        self.remarks.append(text)
+        self.facts["notes"] = [*self.facts.get("notes", []), text]
+
     def write(self) -> None:
         """Write `run.json`: whole, or not at all."""
-        self.facts["trained_folds"] = self.trained
+        self.facts |= {"trained_folds": self.trained, "remarks": self.remarks}
         self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._began, 1)
         self._write("run.json", json.dumps(self.facts, indent=2, default=str) + "\n")
 

@@ -30,7 +30,6 @@ SETTLED: dict[Command, frozenset[str]] = {
 """Data options that a command settles by itself: they are no options of it."""
 
 TRAINER_DEFAULTS = {
-    "max_epochs": 20,
     "gradient_clip_val": 1.0,
     "logger": False,
     "num_sanity_val_steps": 0,
@@ -68,6 +67,8 @@ class Settings:
         run: The run folder.
         trainer: Options of Lightning's Trainer that differ from its defaults.
         monitor: What `best.ckpt` is best by.
+        epochs: Passes over the training bags.
+        min_steps: Optimiser steps at least.
         patience: Epochs without a better one after which training stops.
         ema: Decay of an average of the weights.
         checkpoint_every_n_steps: Steps after which `last.ckpt` is written within epochs too.
@@ -81,6 +82,8 @@ class Settings:
     run: Path
     trainer: dict[str, Any]
     monitor: Literal["val_metric", "val_loss"]
+    epochs: int
+    min_steps: int
     patience: int | None
     ema: float | None
     checkpoint_every_n_steps: int | None

@@ -36,6 +36,7 @@ from .callbacks import BestCheckpoint, DefinedMetric, History, StepSeed
 from .prediction_table import Outputs, calibrate, prediction_rows, run_classifier
 from .run import TrainingRun
 from .settings import Settings, settle
+from .steps import Steps, is_limited, plan_steps
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,24 @@ class Training:
         data: The data, of this fold.
         trainer: The trainer.
         folder: Where its checkpoints go.
+        steps: How long it is trained.
     """
 
     model: SlideClassifier | MaskedAutoencoder
     data: BagDataModule
     trainer: Trainer
     folder: Path
+    steps: Steps
 
     @property
     def counts(self) -> list[dict[str, Any]]:
         """What is in each part of the fold, for `run.json`."""
         return [row | {"fold": self.data.fold} for row in self.data.counts()]
+
+    @property
+    def course(self) -> list[dict[str, Any]]:
+        """How long the fold is trained, for `run.json`."""
+        return [self.steps.to_dict() | {"fold": self.data.fold}]
 
     @property
     def aggregator(self) -> dict[str, Any]:
@@ -124,11 +132,17 @@ def build(settings: Settings, data: BagDataModule) -> Training:
     options = {"default_root_dir": str(settings.run)} | trainer_options(settings.trainer)
     given = options.pop("callbacks", None) or []
     callbacks = [*_callbacks(settings, folder, data), *(given if isinstance(given, list) else [given])]
+    limited = is_limited(options)
     try:
-        trainer = Trainer(**options, callbacks=callbacks)
+        trainer = Trainer(**options | ({} if limited else {"max_epochs": 1}), callbacks=callbacks)
     except (MisconfigurationException, ValueError) as error:
         raise LongslideError(f"--trainer: {' '.join(str(error).split())}") from error
-    return Training(model, data, trainer, folder)
+    steps = plan_steps(data, trainer, None if limited else settings.epochs, settings.min_steps)
+    if trainer.is_global_zero:
+        print(f"fold {data.fold}: {steps}", file=sys.stderr)
+        if steps.warning:
+            print(steps.warning, file=sys.stderr)
+    return Training(model, data, trainer, folder, steps)
 
 
 def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +158,6 @@ def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
     except ArgumentError as error:
         raise LongslideError(one_line(str(error))) from error
     options = vars(parser.instantiate(parsed).trainer)
-    if options["accumulate_grad_batches"] < 1:
-        raise LongslideError(
-            f"--trainer.accumulate-grad-batches {options['accumulate_grad_batches']} must be at least 1"
-        )
     return dict(options)
 
 
@@ -226,8 +236,14 @@ def train(training: Training, run: TrainingRun | None) -> None:
             raise KeyboardInterrupt from end
         raise
     if run is not None:
+        if training.data.bags("val") and trainer.current_epoch > 1 and _epoch_of(training.folder / "best.ckpt") == 0:
+            run.remark(f"fold {fold}: the best epoch is the first: training did not improve on the validation part")
         run.trained.append(fold)
         run.write()
+
+
+def _epoch_of(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"])
 
 
 def held_out_predictions(training: Training, record: TrainingRun | None = None) -> list[pd.DataFrame]:

@@ -344,7 +344,7 @@ def test_lightning_stops_within_an_epoch_and_goes_on_with_the_same_losses(
     two_classes: tuple[Path, Path], tmp_path: Path
 ) -> None:
     def fresh() -> BagDataModule:
-        return data(*two_classes, max_bags=3, workers=1, augment=Augmentation(tile_dropout=0.3, flip=True))
+        return data(*two_classes, bags_per_step=3, workers=1, augment=Augmentation(tile_dropout=0.3, flip=True))
 
     train(tmp_path / "whole", fresh(), max_epochs=3, enable_checkpointing=False)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_last=True)
@@ -357,7 +357,7 @@ def test_lightning_stops_within_an_epoch_and_goes_on_with_the_same_losses(
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lightning_may_look_at_a_few_batches_only(two_classes: tuple[Path, Path], tmp_path: Path) -> None:
-    module = data(*two_classes, max_bags=3, workers=1)
+    module = data(*two_classes, bags_per_step=3, workers=1)
     few: dict[str, Any] = {"limit_train_batches": 2, "limit_val_batches": 1, "max_epochs": 2}
     train(tmp_path / "limited", module, enable_checkpointing=False, **few)
     taken = (tmp_path / "limited" / "train-0.txt").read_text().splitlines()
@@ -372,7 +372,7 @@ def test_lightning_may_look_at_a_few_batches_only(two_classes: tuple[Path, Path]
 def test_two_processes_take_different_bags_and_validate_them_all(
     two_classes: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    module = data(*two_classes, max_bags=3)
+    module = data(*two_classes, bags_per_step=3)
     ddp = {"devices": 2, "strategy": "ddp_fork", "max_epochs": 1, "enable_checkpointing": False}
     train(tmp_path / "run", module, **ddp)
     for part in ("train", "val"):

@@ -25,7 +25,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "abmil": {"width": 8, "attention_width": 4, "dropout": 0.0},
     "transmil": {"width": 8, "heads": 2, "landmarks": 4},
 }
-OPTIMISER = OptimiserOptions(learning_rate=0.05, warmup_epochs=0, weight_decay=0.01)
+OPTIMISER = OptimiserOptions(learning_rate=0.05, warmup=0.0, weight_decay=0.01)
 
 
 def classifier(aggregator: Any = "abmil", task: Task = BINARY, **options: Any) -> SlideClassifier:
@@ -166,7 +166,7 @@ def test_layers_learn_slower_the_lower_they_are_and_biases_norms_and_tokens_do_n
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_least() -> None:
-    model = classifier(optimiser=OptimiserOptions(learning_rate=1.0, min_learning_rate=0.1, warmup_epochs=1))
+    model = classifier(optimiser=OptimiserOptions(learning_rate=1.0, min_learning_rate=0.1, warmup=1 / 3))
     rates = []
 
     class Watch(lightning.Callback):

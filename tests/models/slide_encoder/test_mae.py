@@ -103,7 +103,7 @@ def pretrain(tmp_path: Path, *words: str) -> Path:
 
 
 def test_pretraining_lowers_the_loss_and_a_classifier_begins_with_its_encoder(tmp_path: Path) -> None:
-    words = ["--trainer.max_epochs", "8", "--data.max_bags", "4", "--model.optimiser.learning_rate", "0.003"]
+    words = ["--trainer.max_epochs", "8", "--data.bags_per_step", "4", "--model.optimiser.learning_rate", "0.003"]
     run = pretrain(tmp_path, *words)
     history = pd.read_csv(run / "history.csv")
     assert history["val_loss"].iloc[-1] < history["val_loss"].iloc[0]

@@ -294,7 +294,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     config = tmp_path / "stop.yaml"
     callback = {"class_path": "stopping.StopOnce", "init_args": {"flag": f"{tmp_path}/flag", "epoch": 2, "batch": 4}}
     config.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
-    words = [*BINARY, *cohort[1], "--config", str(config), "--ema", "0.9", "--data.max_bags", "3"]
+    words = [*BINARY, *cohort[1], "--config", str(config), "--ema", "0.9", "--data.bags_per_step", "3"]
     words += ["--trainer.accumulate_grad_batches", "2", "--trainer.max_epochs", "4", "--data.augment.noise", "0.1"]
     words += ["--checkpoint_every_n_steps", "1"] if within else []
 
@@ -539,7 +539,7 @@ def test_every_fold_has_been_looked_at_before_the_first_is_trained(
 def test_a_metric_that_few_validation_batches_leave_undefined_ends_the_run_in_one_line(
     cohort: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["--data.max_bags", "1", "--trainer.limit_val_batches", "0.25"]  # one of five
+    few = ["--data.max_tokens", "1", "--trainer.limit_val_batches", "0.25"]  # one of five
     assert main(["fit", *BINARY, *cohort[1], *quick(tmp_path / "run"), *few]) == 2
     assert "val_metric is not a number: drop --trainer.limit_val_batches" in capsys.readouterr().err.splitlines()[-1]
 
