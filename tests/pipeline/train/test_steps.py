@@ -26,7 +26,7 @@ def test_switching_the_aggregator_changes_neither_bags_nor_steps(
 ) -> None:
     run = tmp_path / "run"
     words = ["fit", "--config", "binary", *cohort, *quick(run), "--epochs", "2", "--min-steps", "20"]
-    words += ["--model.longnet", "{layers: 1, width: 16, heads: 2, ffn_width: 16}", "--model.aggregator", aggregator]
+    words += ["--model.aggregator", aggregator]
     assert main(words) == 0
     steps = steps_of(run)
     assert (steps["bags"], steps["batches"], steps["accumulate"], steps["steps_per_epoch"]) == (27, 4, 1, 4)
