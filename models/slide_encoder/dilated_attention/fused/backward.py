@@ -67,15 +67,15 @@ def backward_q(
     values_at = tensor_at(arranged, 2, head, block.origin, padded, z)
     q = load(tensor_at(arranged, 0, head, block.origin, padded, z), block.own, valid, z.DP, True)
     grad = load(tensor_at(arranged_grad, 0, head, block.origin, padded, z), block.own, valid, z.DP, True)
-    log_sum = tl.zeros((z.BM,), tl.float32)
-    inner = tl.zeros((z.BM,), tl.float32)
+    log_sum = tl.full((z.BM,), 0.0, tl.float32)
+    inner = tl.full((z.BM,), 0.0, tl.float32)
     if not z.SPARE:
         token = head.to(tl.int64) * tokens + block.begin + block.rows
         log_sum = tl.load(lse + token, mask=valid, other=float("inf"))
         inner = tl.load(inners + token, mask=valid, other=0.0)
-    q, none = hold(q, valid, z.BN, z.PRECISION)
-    grad, nothing = hold(grad, valid, z.BN, z.PRECISION)
-    acc = tl.zeros((z.BM, z.DP), tl.float32) + none + nothing
+    q, none = hold(q, valid, z.BN)
+    grad, nothing = hold(grad, valid, z.BN)
+    acc = tl.full((z.BM, z.DP), 0.0, tl.float32) + none + nothing
     held = BackwardQueries(q, grad, log_sum, inner, keys_at, values_at, scale * LOG2_E)
     state, _ = walk(take_keys, (acc,), held, block, plan, head, z, "queries", False)
     (acc,) = state
@@ -142,10 +142,10 @@ def backward_kv(
     inners_at = inners + head.to(tl.int64) * tokens + block.begin
     k = load(tensor_at(arranged, 1, head, block.origin, padded, z), block.own, valid, z.DP, True)
     v = load(tensor_at(arranged, 2, head, block.origin, padded, z), block.own, valid, z.DP, True)
-    k, none = hold(k, valid, z.BN, z.PRECISION)
-    v, nothing = hold(v, valid, z.BN, z.PRECISION)
-    acc_k = tl.zeros((z.BM, z.DP), tl.float32) + none
-    acc_v = tl.zeros((z.BM, z.DP), tl.float32) + nothing
+    k, none = hold(k, valid, z.BN)
+    v, nothing = hold(v, valid, z.BN)
+    acc_k = tl.full((z.BM, z.DP), 0.0, tl.float32) + none
+    acc_v = tl.full((z.BM, z.DP), 0.0, tl.float32) + nothing
     held = BackwardKeys(k, v, queries_at, grads_at, lse_at, inners_at, scale * LOG2_E)
     state, _ = walk(take_queries, (acc_k, acc_v), held, block, plan, head, z, "keys", False)
     acc_k, acc_v = state

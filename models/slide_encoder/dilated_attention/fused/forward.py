@@ -65,11 +65,11 @@ def softmax(q, reference, keys_at, values_at, block, plan, head, factor, z: tl.c
 
     Where columns are left over, the products of the queries with the keys have had the reference taken off already.
     """
-    zero = -reference if z.SPARE else tl.zeros((z.BM,), tl.float32)  # the exponent of a zero key
-    largest = tl.zeros((z.BM,), tl.float32) if z.SPARE else reference
-    q, none = hold(q, block.rows < block.length, z.BN, z.PRECISION)
-    acc = tl.zeros((z.BM, z.DP), tl.float32) + none
-    total = tl.zeros((z.BM, 16), tl.float32)
+    zero = -reference if z.SPARE else tl.full((z.BM,), 0.0, tl.float32)  # the exponent of a zero key
+    largest = tl.full((z.BM,), 0.0, tl.float32) if z.SPARE else reference
+    q, none = hold(q, block.rows < block.length, z.BN)
+    acc = tl.full((z.BM, z.DP), 0.0, tl.float32) + none
+    total = tl.full((z.BM, 16), 0.0, tl.float32)
     ones = tl.full((z.BN, 16), 1.0, q.dtype)
     state, zeros = walk(
         take_keys, (acc, largest, total), Forward(q, ones, keys_at, values_at, factor, ONLINE), block, plan, head, z,

@@ -175,7 +175,7 @@ def lanes_of(key, shift, run, S: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def hold(x, mask, BN: tl.constexpr, PRECISION: tl.constexpr):
+def hold(x, mask, BN: tl.constexpr):
     """A left factor of products in registers rather than in shared memory, and zeros (rows, 1) without which it is not.
 
     Triton keeps what was loaded in shared memory; and what was computed it copies to registers in every step of a loop, to
@@ -184,8 +184,8 @@ def hold(x, mask, BN: tl.constexpr, PRECISION: tl.constexpr):
     if x.dtype.primitive_bitwidth == 16 and x.shape[1] <= 64:
         x = tl.where(mask[:, None], x, 0.0)
         none = tl.zeros((x.shape[1], BN), x.dtype)
-        return x, tl.sum(tl.dot(x, none, input_precision=PRECISION), 1)[:, None]
-    return x, tl.zeros((x.shape[0], 1), tl.float32)
+        return x, tl.sum(tl.dot(x, none), 1)[:, None]
+    return x, tl.full((x.shape[0], 1), 0.0, tl.float32)
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def walk(take: tl.constexpr, state, held, block, plan, head, z: tl.constexpr, RO
     Returns:
         The state, and the zero-key slots of each row, `(BM,)`.
     """
-    zeros = tl.zeros((z.BM,), tl.int32)
+    zeros = tl.full((z.BM,), 0, tl.int32)
     branch = z.NB - 1
     width, shift, offset, start, whole, _ = look_up(plan, branch, head, block, z)
     merged = 0
