@@ -49,6 +49,11 @@ class Task:
             return len(self.classes) - 1
         return len(self.times) if self.kind == "survival" and self.discrete_time else 1
 
+    @property
+    def positive(self) -> str:
+        """The positive class of a binary task."""
+        return self.classes[-1]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON and checkpoints."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

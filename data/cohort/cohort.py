@@ -84,6 +84,7 @@ def read_cohort(
     task: TaskKind | None = None,
     label: str | Sequence[str] | None = None,
     classes: Sequence[str | int | float] | None = None,
+    positive: str | int | float | None = None,
     times: Sequence[float] | None = None,
     discrete_time: bool = False,
     task_file: Path | None = None,
@@ -102,6 +103,7 @@ def read_cohort(
         label: The label column; several for `multilabel`, time and event for `survival`. Default: `label`.
         classes: The values of the label column in the order wanted (negative first for `binary`, low to high for
             `ordinal`). Default: sorted, as numbers if all are numbers.
+        positive: The positive class of a binary task. Default: the last of the classes.
         times: Ends of the intervals of discrete-time survival, or times at which Cox survival is reported. Default: from
             the quarters of the event times, rounded to two digits: like class names, they are part of the question.
         discrete_time: Discrete-time survival instead of Cox's.
@@ -124,6 +126,10 @@ def read_cohort(
     asked = _asked(task, task_file)
     labels = (label,) if isinstance(label, str) else tuple(label or (asked.label if asked else ()))
     names = tuple(map(as_text, classes or (asked.classes if asked else ())))
+    chosen = None if positive is None else as_text(positive)
+    if chosen is not None and (asked is None or asked.kind != "binary"):
+        what = "without labels" if asked is None else f"a {asked.kind} task"
+        raise LongslideError(f"--data.positive {chosen}: only a binary task has a positive class, this is {what}")
     notes: list[str] = []
 
     source = table if table is not None else features
@@ -131,7 +137,7 @@ def read_cohort(
     if table is None:
         frame, splits = _every_file(there, features), None
     else:
-        frame, splits = _read_table(table, frozenset(names), patients)
+        frame, splits = _read_table(table, frozenset(names) | ({chosen} if chosen else set()), patients)
     frame, column = _with_ids(frame, source, there, patients, labels, notes)
     words = ("slide_id", "patient_id", *(labels if asked is not None and asked.kind in CLASSIFICATION else ()))
     frame = frame.apply(lambda column: column if column.name in words else decimal_points(column))
@@ -146,7 +152,7 @@ def read_cohort(
         )
     problem, targets, has_label = None, None, np.ones(len(frame), bool)
     if asked is not None:
-        reader = LabelReader(source, frame, has_features, labels, names, dict(asked.renamed), all_classes)
+        reader = LabelReader(source, frame, has_features, labels, names, dict(asked.renamed), all_classes, chosen)
         problem, targets, has_label = reader.read(asked.kind, times, discrete_time)
     keep = has_features & has_label
     without_features = tuple(ids[~has_features])
@@ -155,8 +161,8 @@ def read_cohort(
         notes.append(f"{len(without_features)} slides of {source} have no feature file: {listed(without_features)}")
     if without_label:
         notes.append(f"{len(without_label)} feature files have no label: {listed(without_label)}")
-    if problem is not None and not names:
-        notes += _choices(problem)
+    if problem is not None:
+        notes += _choices(problem, settled=bool(names))
     rows = frame[keep].reset_index(drop=True)
     return Cohort(
         rows=rows,
@@ -181,12 +187,14 @@ def _asked(task: TaskKind | None, task_file: Path | None) -> TaskFile | None:
     return replace(asked, kind=task or asked.kind)
 
 
-def _choices(task: Task) -> list[str]:
-    """What was settled for the user, who may want it otherwise."""
-    if task.kind in CLASSIFICATION:
-        what = f"classes of {task.label[0]}, in this order: {', '.join(task.classes)}"
-        positive = f"; the positive one is {task.classes[-1]}" if task.kind == "binary" else ""
-        return [f"{what}{positive} (--data.classes for another order)"]
+def _choices(task: Task, settled: bool) -> list[str]:
+    """The positive class, and what was settled for the user, who may want it otherwise."""
+    if task.kind == "binary":
+        return [f"positive class: {task.positive} (of {', '.join(task.classes)}; --data.positive for the other)"]
+    if task.kind in CLASSIFICATION and not settled:
+        return [
+            f"classes of {task.label[0]}, in this order: {', '.join(task.classes)} (--data.classes for another order)"
+        ]
     return []
 
 

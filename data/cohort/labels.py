@@ -27,6 +27,7 @@ class LabelReader:
         classes: Class names in their order; sorted if empty.
         renamed: Value in the table -> class name, where the two differ.
         all_classes: Refuse labels in which a class does not occur.
+        positive: The positive class of a binary task; the last of the classes if None.
     """
 
     source: Path
@@ -36,6 +37,7 @@ class LabelReader:
     classes: tuple[str, ...]
     renamed: dict[str, str]
     all_classes: bool
+    positive: str | None = None
 
     def read(
         self, kind: TaskKind, times: Sequence[float] | None, discrete_time: bool
@@ -101,6 +103,14 @@ class LabelReader:
                 f"{self.source}: no slide with features has the class {absent[0]!r} in column {name!r}; leave it out of "
                 "--data.classes"
             )
+        if self.positive is not None:
+            positive = self.renamed.get(self.positive, self.positive)
+            if positive not in classes:
+                raise LongslideError(
+                    f"--data.positive {self.positive} is none of the classes of {name!r} in {self.source}: "
+                    f"{', '.join(classes)}"
+                )
+            classes = (*(value for value in classes if value != positive), positive)
         number = {value: index for index, value in enumerate(classes)}
         targets = cells.map(number).fillna(-1).to_numpy(np.int64)
         return Task(kind, self.label, classes), targets, has_label

@@ -24,6 +24,7 @@ class DataOptions:
         task: Kind of task. Without it, and without a task file, no labels are read (self-supervised training).
         label: Label column; the label columns for multilabel; the columns of time and event for survival. Default: `label`.
         classes: Classes in their order: negative first for binary, low to high for ordinal. Default: sorted.
+        positive: The positive class of a binary task. Default: the last of the classes.
         times: Ends of the time intervals of discrete-time survival, or the times at which Cox survival is reported.
             Default: from the quarters of the event times.
         discrete_time: Discrete-time survival instead of Cox's.
@@ -58,6 +59,7 @@ class DataOptions:
     task: TaskKind | None = None
     label: list[str] | str | None = None
     classes: list[str | int | float] | None = None
+    positive: str | int | float | None = None
     times: list[float] | None = None
     discrete_time: bool = False
     task_file: str | Path | None = None
@@ -117,6 +119,7 @@ class DataOptions:
             task=self.task,
             label=self.label,
             classes=self.classes,
+            positive=self.positive,
             times=self.times,
             discrete_time=self.discrete_time,
             task_file=None if self.task_file is None else Path(self.task_file),

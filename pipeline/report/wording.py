@@ -130,6 +130,8 @@ def task_text(task: Task) -> str:
     if task.kind == "survival":
         return f"Survival: time {task.label[0]}, event {task.label[1]}"
     text = f"{TASK_NAMES[task.kind]} of {', '.join(task.label[:6])}{', …' if len(task.label) > 6 else ''}"
+    if task.kind == "binary":
+        return f"{text}, positive class: {task.positive} (of {', '.join(task.classes)})"
     if task.kind in CLASSIFICATION:
         text += f" ({', '.join(task.classes[:6])}{', …' if len(task.classes) > 6 else ''})"
     return text

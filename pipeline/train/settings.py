@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Command = Literal["fit", "crossval", "pretrain", "test"]
 
-_LABELS = frozenset({"task", "label", "classes", "times", "discrete_time", "task_file"})
+_LABELS = frozenset({"task", "label", "classes", "positive", "times", "discrete_time", "task_file"})
 
 SETTLED: dict[Command, frozenset[str]] = {
     "fit": frozenset({"slide_embeddings"}),

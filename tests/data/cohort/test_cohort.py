@@ -69,6 +69,37 @@ def test_the_order_of_classes_that_is_given_is_kept(features: Path, rows: Write)
     np.testing.assert_array_equal(cohort.targets, [0, 1, 1])
 
 
+@pytest.mark.parametrize("classes", [None, ["MSI-H", "MSS"], ["MSS", "MSI-H"]])
+def test_the_positive_class_is_said_and_can_be_set(classes: list[str] | None, features: Path, rows: Write) -> None:
+    table = rows(labelled("MSS", "MSI-H", "MSS"))
+    cohort = read_cohort(table, features, task="binary", classes=classes, positive="MSI-H")
+    assert cohort.task is not None
+    assert cohort.task.classes == ("MSS", "MSI-H")
+    assert cohort.task.positive == "MSI-H"
+    np.testing.assert_array_equal(cohort.targets, [0, 1, 0])
+    assert any(note.startswith("positive class: MSI-H (of MSS, MSI-H;") for note in cohort.notes)
+    unset = read_cohort(table, features, task="binary", classes=classes)
+    last = classes[-1] if classes else "MSS"
+    assert any(note.startswith(f"positive class: {last} (of") for note in unset.notes), "said with classes given, too"
+
+
+@pytest.mark.parametrize("positive", ["0", 0, 0.0])
+def test_a_positive_class_may_be_a_number(positive: str | float, features: Path, rows: Write) -> None:
+    cohort = read_cohort(rows(labelled(0, 1, 1)), features, task="binary", positive=positive)
+    assert names(cohort) == ["0", "1", "1"]
+    np.testing.assert_array_equal(cohort.targets, [1, 0, 0])
+
+
+def test_a_positive_class_that_is_no_class_or_of_another_task_is_refused(features: Path, rows: Write) -> None:
+    table = rows(labelled("MSS", "MSI-H", "MSS"))
+    said = refusal(table, features, task="binary", positive="MSI")
+    assert said.startswith("--data.positive MSI is none of the classes of 'label'")
+    assert said.endswith(": MSI-H, MSS")
+    said = refusal(table, features, task="multiclass", positive="MSI-H")
+    assert said == "--data.positive MSI-H: only a binary task has a positive class, this is a multiclass task"
+    assert "this is without labels" in refusal(None, features, positive="MSI-H")
+
+
 def test_a_class_may_be_called_none_if_it_is_named(features: Path, rows: Write) -> None:
     table = rows(labelled("None", "mild", "None", "NA"))
     assert names(read_cohort(table, features, task="binary", classes=["None", "mild"])) == ["None", "mild", "None"]
@@ -78,7 +109,7 @@ def test_truth_values_are_classes_false_first(features: Path, rows: Write) -> No
     cohort = read_cohort(rows(labelled(True, False, True), "t.parquet"), features, task="binary")
     assert cohort.task is not None
     assert cohort.task.classes == ("False", "True")
-    assert "classes of label, in this order: False, True; the positive one is True" in "\n".join(cohort.notes)
+    assert any(note.startswith("positive class: True (of False, True;") for note in cohort.notes)
     np.testing.assert_array_equal(cohort.targets, [1, 0, 1])
 
 

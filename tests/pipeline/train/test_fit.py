@@ -636,4 +636,4 @@ def test_what_was_left_out_and_settled_is_said_once(
     assert main(["crossval", *words, "--folds", "2", "--trainer.max_epochs", "1", *quick(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
     assert said.count("1 feature files have no label: s3") == 1
-    assert said.count("classes of label, in this order: negative, positive") == 1
+    assert said.count("positive class: positive (of negative, positive") == 1
