@@ -11,8 +11,17 @@ from ...errors import LongslideError
 from ...registry import Plugin, Registry
 
 
+VENDOR_SUFFIXES = frozenset(
+    {".svs", ".svslide", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".czi", ".zvi", ".dcm", ".qptiff"}
+)
+"""Suffixes of slide formats: such a file is never read as the plain image (a preview, say) that it may be as well."""
+
+
 class DeclinedError(Exception):
-    """A reader's constructor raises it for a file that is not of its kind: the next reader is tried."""
+    """A reader's constructor raises it for a file that is not of its kind: the next reader is tried.
+
+    Its text, if any, says what else the file is, and is shown where no reader takes it.
+    """
 
 
 class SlideReader(Plugin, ABC):
@@ -95,16 +104,20 @@ def open_reader(path: Path, choice: str | type[SlideReader] | None = None) -> Sl
         LongslideError: No such reader, no reader for this file, or a broken file.
     """
     tried = READERS.names() if choice is None else [choice]
+    reasons = []
     for name in tried:
         try:
             return READERS.create(name, path)
         except DeclinedError as declined:
-            reason = declined
+            reasons += [" ".join(str(declined).split())] if str(declined) else []
+    why = "; ".join(dict.fromkeys(reasons))
     if choice is not None:
-        why = f" ({reason})" if str(reason) else ""
+        why = f" ({why})" if why else ""
         raise LongslideError(f"{path}: the slide reader {READERS.name_of(READERS.get(choice))} does not take it{why}")
+    why = f"{why}; " if why else ""
     raise LongslideError(
-        f"{path}: not a slide or image in a format that is read here (tried the readers {', '.join(map(str, tried))})"
+        f"{path}: not a slide or image in a format that is read here "
+        f"({why}tried the readers {', '.join(map(str, tried))})"
     )
 
 

@@ -7,7 +7,7 @@ import openslide
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ...errors import LongslideError
-from .base import DeclinedError, SlideReader, over_background
+from .base import VENDOR_SUFFIXES, DeclinedError, SlideReader, over_background
 
 Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
 
@@ -19,6 +19,11 @@ class ImageReader(SlideReader):
         self.path = path
         try:
             with Image.open(path) as picture:
+                if path.suffix.lower() in VENDOR_SUFFIXES:
+                    raise DeclinedError(
+                        f"under the suffix {path.suffix} stands a plain {picture.format} image: a preview, or misnamed, "
+                        "or a broken or truncated slide"
+                    )
                 if isinstance(picture, ImageFile.StubImageFile):  # known to Pillow but not read, such as a feature file
                     raise DeclinedError
                 if picture.mode.startswith(("I", "F")):  # Pillow would clip it to white

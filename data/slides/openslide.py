@@ -10,6 +10,7 @@ from openslide import lowlevel
 
 from ...errors import LongslideError
 from .base import DeclinedError, SlideReader, over_background
+from .parts import missing_part
 
 CACHE_BYTES = 256 * 2**20
 """Decoded native tiles kept per slide: several rows of a 100,000 px wide level, so neighbours are not decoded twice."""
@@ -24,6 +25,8 @@ class OpenSlideReader(SlideReader):
         try:
             self._handle = handle = self._open()
         except openslide.OpenSlideUnsupportedFormatError as error:
+            if (missing := missing_part(path)) is not None:
+                raise LongslideError(f"{path}: {missing} is missing beside it; copy it too") from error
             raise DeclinedError from error
         self._lock = threading.Lock()
         self.dimensions = handle.dimensions
@@ -84,6 +87,8 @@ class OpenSlideReader(SlideReader):
         except openslide.OpenSlideUnsupportedFormatError:
             raise
         except openslide.OpenSlideError as error:
+            if (missing := missing_part(self.path)) is not None:
+                raise LongslideError(f"{self.path}: {missing} is missing beside it; copy it too") from error
             raise LongslideError(f"{self.path}: a broken or truncated slide ({error}); copy it again") from error
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import LongslideError
 from ..patients import patient_column
 from ..table import ID_COLUMNS, SLIDE_COLUMNS, decimal_points, find_column, is_table, listed, read_table
+from .base import VENDOR_SUFFIXES
 from .mpp import plausible
 
 if TYPE_CHECKING:
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """Plain images: slides only in a folder without others. Beside slides they are thumbnails, masks or parts of a .vms."""
 
-SLIDE_SUFFIXES = IMAGE_SUFFIXES | frozenset(
-    {".svs", ".svslide", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".czi", ".zvi", ".dcm"}
-)
+SLIDE_SUFFIXES = IMAGE_SUFFIXES | VENDOR_SUFFIXES | frozenset({".tif", ".tiff", ".ptif", ".jp2"})
 """Files of a folder that are taken for slides; a file named by the user is tried whatever its suffix."""
 
 logger = logging.getLogger(__name__)

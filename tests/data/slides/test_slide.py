@@ -206,12 +206,12 @@ def hdf5(path: Path) -> None:
         (zero_bytes, "empty"),
         (truncated_slide, "truncated|broken"),
         (truncated_image, "truncated|broken"),
-        (sixteen_bits, "8-bit"),
+        (sixteen_bits, "8-bit|plain PNG image"),
         (Path.mkdir, "folder"),
         (lambda path: None, "No such file"),
     ],
 )
-@pytest.mark.parametrize("suffix", [".svs", ".png", ".tif"])
+@pytest.mark.parametrize("suffix", [".svs", ".ptif", ".png", ".tif"])
 def test_what_cannot_be_opened_is_one_line_that_names_the_file(
     tmp_path: Path, make: Callable[[Path], None], message: str, suffix: str
 ) -> None:
