@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib.util
 import inspect
 import logging
 import signal
@@ -155,10 +156,27 @@ def _add_trainer(parser: OptionParser) -> None:
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
 
 
+class _PrintCompletion(argparse.Action):
+    """Prints the script by which a shell completes commands and options."""
+
+    def __call__(self, parser: Any, _: Any, shell: Any, option: str | None = None) -> None:
+        if importlib.util.find_spec("shtab") is None:
+            parser.error(f"{option} needs the package shtab: pip install 'longslide[completion]'")
+        print(_top_parser(complete=True).get_completion_script(f"shtab-{shell}"))
+        sys.exit(0)
+
+
 def _top_parser(*, complete: bool = False) -> OptionParser:
     """The parser of `longslide` itself, which lists the commands; for tab completion with all their options."""
     parser = OptionParser(
         prog="longslide", description="Whole-slide images to slide-level predictions.", version=__version__
+    )
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=["bash", "zsh", "tcsh"],
+        default=argparse.SUPPRESS,
+        help="Print the script by which this shell completes commands and options.",
     )
     subcommands = parser.add_subcommands(required=False)
     for name, (_, summary) in COMMANDS.items():

@@ -166,6 +166,12 @@ class LongNetAggregator(SlideEncoderAggregator):
             encoder = SlideEncoder(spec, pool, "random")
         super().__init__(encoder)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options, with the size that the encoder has: a checkpoint's comes before the constructor's."""
+        given = super().options
+        return given | {name: self.spec[name] for name in given.keys() & self.spec.keys()}
+
 
 class GigaPathAggregator(SlideEncoderAggregator):
     """A pretrained slide encoder, frozen or to fine-tune.

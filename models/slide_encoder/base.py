@@ -110,7 +110,7 @@ def read_pretrained(file: Path, pool: Literal["mean", "cls"] = "mean", **changes
     description = read_description(file)
     if description is None or description.get("kind") != "mae":
         raise LongslideError(
-            f"{file}: not a checkpoint of the masked autoencoder (`longslide fit --config mae`); "
+            f"{file}: not a checkpoint of the masked autoencoder (`longslide pretrain`); "
             "published weights go with --model.aggregator gigapath"
         )
     encoder = from_architecture(description["slide_encoder"] | {"weights": f"{file} {digest(file)}"} | changes, pool)

@@ -65,6 +65,11 @@ class Run:
         """Name of the model that pools the tiles."""
         return str(self.facts.get("aggregator", {}).get("name", ""))
 
+    @property
+    def parameters(self) -> int | None:
+        """Number of the model's parameters; None where an older version wrote the run."""
+        return self.facts.get("aggregator", {}).get("parameters")  # type: ignore[no-any-return]
+
     def noun(self, level: str) -> str:
         """What a row of a level is called: where the table names no patients, each slide stands for itself."""
         return "slide" if level == "slide" or self.facts.get("patient_column", "") is None else "patient"

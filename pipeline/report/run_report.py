@@ -219,7 +219,7 @@ def _facts(run: Run, metrics: "pd.DataFrame", rows: "pd.DataFrame", noun: str) -
     if run.task.kind == "survival":
         facts.append(("Events", f"{int(one_each['event'].sum()):,}", f"among the test {noun}s"))
     if run.aggregator:
-        facts.append(("Model", run.aggregator, ""))
+        facts.append(("Model", run.aggregator, f"{parameters:,} parameters" if (parameters := run.parameters) else ""))
     return facts
 
 

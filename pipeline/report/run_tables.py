@@ -153,11 +153,15 @@ def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
     return found
 
 
+_OF_A_SLIDE_ENCODER = ("name", "weights", "tile_encoder", "layers", "width", "heads", "ffn_width", "dilated_ratios")
+
+
 def settings_table(run: Run) -> Table:
     """What `run.json` says of the run, without what is stated elsewhere."""
     stated_elsewhere = {
         "seen",
         "task",
+        "aggregator",
         "without_features",
         "without_label",
         "notes",
@@ -165,7 +169,16 @@ def settings_table(run: Run) -> Table:
         "finished",
         "trained_folds",
     }
-    facts = {name: _fact(value) for name, value in run.facts.items() if name not in stated_elsewhere}
+    built = run.facts.get("aggregator") or {}
+    encoder = {name: value for name, value in (built.get("architecture") or {}).items() if name in _OF_A_SLIDE_ENCODER}
+    model = {
+        "model": built.get("name"),
+        "model options": built.get("options"),
+        "slide encoder": encoder,
+        "parameters": built.get("parameters"),
+    }
+    others = {name: value for name, value in run.facts.items() if name not in stated_elsewhere}
+    facts = {name: _fact(value) for name, value in (model | others).items()}
     rows: list[list[Cell]] = [[name.replace("_", " "), text] for name, text in facts.items() if text]
     return Table(["Setting", "Value"], rows, [])
 

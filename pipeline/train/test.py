@@ -52,7 +52,7 @@ def test(
     options |= {"accelerator": accelerator, "precision": precision, "allow_seen": allow_seen}
     record = TrainingRun(folder, configuration("test", options), column_names(subgroups))
 
-    from .training import open_test_data, predict_test_part, quieten
+    from .training import describe_model, open_test_data, predict_test_part, quieten
 
     quieten()
     classifier, tested, seen = open_test_data(checkpoint, data, allow_seen)
@@ -61,7 +61,7 @@ def test(
         tested,
         command="test",
         checkpoint=str(checkpoint),
-        aggregator={"name": classifier.aggregator_name},
+        aggregator=describe_model(classifier),
         counts=[row | {"fold": 0} for row in tested.counts()],
         seen=seen.to_dict(),
         risk_threshold=(classifier.thresholds or {}).get("risk"),

@@ -69,12 +69,20 @@ class Training:
 
     @property
     def aggregator(self) -> dict[str, Any]:
-        """Name, options and size of the model, for `run.json`."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        if isinstance(self.model, MaskedAutoencoder):
-            return {"name": "mae", "parameters": parameters}
-        described = self.model.describe()["aggregator"]
-        return {"name": described["name"], "options": described["options"], "parameters": parameters}
+        """The model that was built, for `run.json`."""
+        return describe_model(self.model)
+
+
+def describe_model(model: SlideClassifier | MaskedAutoencoder) -> dict[str, Any]:
+    """Name, options, slide encoder and size of a model as it is, whatever the options asked for.
+
+    Returns:
+        `name`, `options` (of a classifier), `architecture` (spec and first weights of its slide encoder; None for none) and
+        `parameters`, their number.
+    """
+    described = model.describe()
+    built = described.get("aggregator") or {"name": "mae", "architecture": described["slide_encoder"]}
+    return built | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
 def quieten() -> None:

@@ -1,5 +1,6 @@
 """The command line as users meet it: subprocesses, exit statuses, help, YAML."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +159,45 @@ def test_every_option_is_also_a_yaml_key(tmp_path: Path) -> None:
     result = run("embed", "--config", tmp_path / "job.yaml")
     assert result.returncode == 2
     assert "none.svs" in result.stderr
+
+
+COMPLETE = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+_shtab_longslide
+echo "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["pre"], {"pretrain", "predict"}),
+        (["embed", "--tile-"], {"--tile-encoder", "--tile-checkpoint", "--tile-mpp", "--tile-px"}),
+        (["fit", "--data.feat"], {"--data.features"}),
+        (["fit", "--monitor", "val_"], {"val_metric", "val_loss"}),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
+)
+def test_bash_completes_commands_options_and_values(
+    words: list[str], offered: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--print-completion", "bash"])
+    script = tmp_path / "longslide.bash"
+    script.write_text(capsys.readouterr().out)
+    command = ["bash", "-c", COMPLETE, "bash", str(script), "longslide", *words]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert set(result.stdout.split()) == offered
+
+
+def test_completion_is_printed_for_three_shells_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in ("zsh", "tcsh"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--print-completion", shell])
+        script = capsys.readouterr().out
+        assert all(command in script for command in COMMANDS)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--print-completion", "fish"])
+    assert "'bash', 'zsh', 'tcsh'" in capsys.readouterr().err

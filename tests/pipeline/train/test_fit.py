@@ -84,7 +84,7 @@ def test_the_checkpoint_is_plain_tensors_and_says_all_that_inference_needs(finis
         "tissue_method": "otsu",
     }
     assert content["thresholds"].keys() == {"positive"}
-    assert content["temperature"] > 0
+    assert content["temperature"] is None, "4 validation patients are too few to fit one"
     assert content["training_features"]["dim"] == 6
     assert content["slide_ids"]["train"] > content["slide_ids"]["val"] > 0
     torch.load(finished / "last.ckpt", weights_only=True)
