@@ -16,10 +16,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from longslide.data.cohort.options import DataOptions
 from longslide.data.features.feature_file import read_features, write_features
+from longslide.errors import LongslideError
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.pipeline.cli import main
 from longslide.pipeline.report.report import report
+from longslide.pipeline.train.fit import fit
 from longslide.pipeline.train.settings import list_recipes, recipes
 from longslide.prediction_columns import PredictionColumns
 from training_cohort import quick, write_cohort
@@ -489,6 +492,42 @@ def test_a_mistake_is_one_line_before_training(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("longslide fit: ")
     assert said in error
+
+
+@pytest.mark.parametrize("command", ["fit", "crossval", "pretrain"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--trainer.max_epochs", "many"], "--trainer.max-epochs cannot be many"),
+        (["--trainer.max-epcohs", "3"], "trainer.max_epcohs"),
+        (["--trainer.precision", "17"], "--trainer.precision cannot be 17"),
+    ],
+)
+def test_a_mistyped_option_of_the_trainer_is_one_line_and_status_2(
+    command: str, words: list[str], said: str, cohort: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
+    task = [] if command == "pretrain" else ["--data.task", "binary"]
+    with pytest.raises(SystemExit, match="2"):
+        main([command, *task, *cohort[1], "--run", str(tmp_path / "run"), *words])
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"longslide {command}: ")
+    assert said in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_in_python_is_a_longslide_error(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
+    data = DataOptions(cohort[0] / "features", cohort[0] / "cohort.csv", "binary", workers=0)
+    with pytest.raises(LongslideError, match=r"--trainer\.max-epochs cannot be many"):
+        fit(data, run=tmp_path / "run", trainer={"max_epochs": "many"})
+
+
+def test_a_checkpoint_of_a_classifier_is_no_pretrained_one(
+    finished: Path, cohort: tuple[Path, list[str]], tmp_path: Path, capsys
+) -> None:
+    words = [*BINARY[2:4], *cohort[1], *quick(tmp_path / "run"), "--model.checkpoint", str(finished / "best.ckpt")]
+    assert main(["fit", "--config", "binary", *words]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "best.ckpt: not a checkpoint of the masked autoencoder (`longslide pretrain`)" in line
 
 
 def test_after_a_mistake_the_corrected_command_takes_the_same_run_folder(

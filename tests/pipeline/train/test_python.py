@@ -42,7 +42,9 @@ def test_pretrain_fit_test_compare_and_explain_hand_over_their_results(tmp_path:
     assert f"{built['parameters']:,} parameters" in page
     assert "layers 1, width 16, heads 2" in page
     assert "width 256" not in page.partition("config.yaml")[0]
-    assert json.loads((pretrained.folder / "run.json").read_text())["aggregator"]["architecture"].items() >= size.items()
+    assert (
+        json.loads((pretrained.folder / "run.json").read_text())["aggregator"]["architecture"].items() >= size.items()
+    )
 
     mean = longslide.ClassifierOptions("mean")
     folds = longslide.crossval(data, mean, folds=2, run=str(tmp_path / "cv"), trainer=CPU, monitor="val_loss")
