@@ -149,12 +149,15 @@ def train_recipe(folder: Path, kind: str, recipe: str, seed: int, run: Path, dev
     name, _, aggregator = recipe.partition("+")
     words = ["fit", "--config", name, "--data.task", kind, "--data.label", "label", "--run", str(run)]
     words += ["--data.table", f"{folder}/cohort.csv", "--data.features", f"{folder}/features"]
-    words += ["--data.workers", "0", "--seed_everything", str(seed), "--trainer.enable_progress_bar", "false"]
+    words += ["--data.workers", "0", "--seed", str(seed), "--trainer.enable_progress_bar", "false"]
     words += ["--trainer.accelerator", device.replace("cuda", "gpu")]
     words += ["--model.aggregator", aggregator] if aggregator else []
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = longslide(words)
+        try:
+            status: object = longslide(words)
+        except SystemExit as end:  # of a wrong word
+            status = end.code
     if status:
         raise RuntimeError(output.getvalue())
     metrics = pd.read_csv(run / "metrics.csv")

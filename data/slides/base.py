@@ -10,7 +10,6 @@ import numpy as np
 from ...errors import LongslideError
 from ...registry import Plugin, Registry
 
-
 VENDOR_SUFFIXES = frozenset(
     {".svs", ".svslide", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".czi", ".zvi", ".dcm", ".qptiff"}
 )
