@@ -58,7 +58,7 @@ def calibration(curves: Mapping[str, Curve], noun: str, positive: str | None) ->
         *run_figures.calibration(curves, of, share),
         "Calibration curve",
         f"Calibration in bins of 0.1; larger points hold more {noun}s, bins of fewer than {run_figures.SMALLEST_BIN} are "
-        "not drawn.",
+        "drawn only where there is no larger one.",
     )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...evaluation.classification import Labels
 from ...evaluation.evaluate import PRIMARY_METRIC, evaluate, headline_scope
@@ -14,6 +15,7 @@ from ...evaluation.scopes import select
 from ...evaluation.survival import Survival, log_rank
 from ...task import Task
 from . import run_figures
+from .methods import METHODS, methods_paragraph
 from .mistakes import mistakes_table
 from .page import Cell, Page, Picture, Table
 from .pictures import calibration, calibration_of, class_curves, discrimination
@@ -29,10 +31,10 @@ from .run_tables import (
     splits_table,
 )
 from .wording import (
-    INTERVALS,
     MEAN_OVER_FOLDS,
     held_out,
     interval,
+    intervals_text,
     metric_name,
     number,
     p_text,
@@ -48,7 +50,7 @@ MOST_CURVES = 8
 
 
 def write_run_report(run: Path) -> Path:
-    """Write `report.html` into a run folder.
+    """Write `report.html` and `methods.txt` into a run folder.
 
     Args:
         run: The run folder; `metrics.csv` is made anew in memory if it is not there.
@@ -91,6 +93,11 @@ def write_run_report(run: Path) -> Path:
         page.heading("Training")
         page.pictures(learning)
     _add_cohort(page, read)
+    methods = methods_paragraph(read, here)
+    write_whole(read.folder / METHODS, f"{methods}\n".encode(), "--run")
+    page.heading("Methods")
+    page.note("For a paper, from the records of this run. In brackets: items of TRIPOD+AI (Collins et al. 2024).")
+    page.text(methods)
     page.heading("Configuration")
     page.table(settings_table(read))
     if read.configuration:
@@ -113,10 +120,9 @@ def _add_metrics(
     page.heading("Metrics")
     page.table(metrics_table(here, run.task))
     folds = folds_table(here)
-    biased = ", and none of the calibration error, which is biased upwards in small samples"
     page.note(
         held_out(run.facts.get("seen"), noun),
-        INTERVALS + ("" if kind in ("regression", "survival") else biased) + ".",
+        intervals_text(here),
         "AUROC and AUPRC are means over the classes, each against the rest."
         if kind in ("multiclass", "ordinal")
         else "",

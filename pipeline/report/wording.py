@@ -1,11 +1,14 @@
 """The words and numbers of pages and of the terminal: each name, each way to write a number, each sentence once."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...task import CLASSIFICATION, Task
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 METRIC_NAMES = {
     "auroc": "AUROC",
@@ -137,13 +140,30 @@ def task_text(task: Task) -> str:
     return text
 
 
-INTERVALS = (
-    "Intervals are of 95%, over patients with all their slides: Newcombe's method 5 for AUROC, widened to DeLong's variance "
-    "where that is larger; Wilson's for proportions and, by the number of positives, average precision; means of these by "
-    "MOVER (Zou & Donner 2008); a jackknife with Student's quantile, on a scale without ends, for the rest. There is none "
-    "of fewer than five patients"
-)
-"""How the intervals of a page were made; goes on or ends with a full stop."""
+_MADE_BY = {
+    "newcombe": "Newcombe's method 5 for AUROC, widened to DeLong's variance where that is larger",
+    "wilson": "Wilson's for proportions, average precision (by the number of positives) and what is at the end of its scale",
+    "mover": "MOVER (Zou & Donner 2008) for means of metrics",
+    "jackknife": "a jackknife with Student's quantile, on a scale without ends, for the rest",
+}
+
+
+def intervals_text(metrics: "pd.DataFrame") -> str:
+    """How the intervals of a table of metrics were made: of the methods, those that are in it.
+
+    Args:
+        metrics: Rows of `metrics.csv`.
+    """
+    used = {str(method).partition(",")[0] for method in metrics["method"]}
+    methods = [text for name, text in _MADE_BY.items() if name in used]
+    if not methods:
+        return "There are no intervals."
+    biased = ", and none of the calibration error, which is biased upwards in small samples"
+    return (
+        f"Intervals are of 95%, over patients with all their slides: {'; '.join(methods)}. There is none of fewer than five "
+        f"patients{biased if (metrics['metric'] == 'ece').any() else ''}."
+    )
+
 
 MEAN_OVER_FOLDS = (
     "The mean over folds is the result: its interval also holds what training on other patients would change (Nadeau & "

@@ -113,7 +113,7 @@ class TrainingRun:
         for column in self.subgroups:
             subgroup_of_slide(cohort.rows, column)
         self.facts |= {
-            "task": None if cohort.task is None else cohort.task.to_dict(),
+            "task": None if cohort.task is None else data.task.to_dict(),
             "preprocessing": data.preprocessing,
             "without_features": list(cohort.without_features),
             "without_label": list(cohort.without_label),

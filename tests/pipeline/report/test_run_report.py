@@ -125,6 +125,46 @@ def test_the_figures_lie_beside_the_page_for_a_paper(tmp_path: Path, write_run: 
         assert set(roc["curve"]) == {"", "fold 0", "fold 1"}
 
 
+@pytest.mark.parametrize("kind", ["binary", "ordinal", "multilabel", "regression", "survival"])
+def test_the_methods_paragraph_says_what_is_on_record_and_no_more(
+    tmp_path: Path, write_run: WriteRun, kind: str
+) -> None:
+    folder = write_run(tmp_path / kind, kind, patients=60, folds=2)
+    facts = json.loads((folder / "run.json").read_text())
+    bare = dict(facts)
+    facts |= {
+        "command": "crossval",
+        "counts": [{"fold": 0}, {"fold": 1}],
+        "steps": [{"fold": fold, "bags": 40, "steps_per_epoch": 5} for fold in (0, 1)],
+        "seen": {"checked": True, "slides": 0, "patients": 0},
+    }
+    (folder / "run.json").write_text(json.dumps(facts))
+    (folder / "config.yaml").write_text("monitor: val_loss\ndata: {splits: null}\n")
+    page = assert_stands_alone(write_run_report(folder).read_text(encoding="utf-8"))
+    text = (folder / "methods.txt").read_text(encoding="utf-8").strip()
+    assert text in page.text
+    run = read_run(folder)
+    assert run.cohort is not None
+    assert f"{len(run.cohort)} slides of 60 patients with features and a label were used" in text
+    assert "2 slides without features were left out" in text
+    assert "estimated by 2-fold cross-validation" in text
+    assert "Sites were not kept apart." in text
+    assert "The checkpoint with the lowest validation loss was used." in text
+    assert "(fold 1)" in text
+    assert "torch 2.11.0" in text
+    assert ("Newcombe" in text) == (kind in ("binary", "ordinal", "multilabel")), "methods that made an interval"
+    assert ("maximised sensitivity + specificity" in text) == (kind in ("binary", "multilabel"))
+    assert "Temperature" not in text, "nothing is on record of it"
+    assert "learning rate" not in text
+
+    (folder / "run.json").write_text(json.dumps(bare))
+    (folder / "config.yaml").unlink()
+    write_run_report(folder)
+    text = (folder / "methods.txt").read_text(encoding="utf-8")
+    for word in ("cross-validation", "epoch", "checkpoint", "threshold", "None of the test", "site"):
+        assert word not in text, word
+
+
 def test_slides_are_not_called_patients(tmp_path: Path, write_run: WriteRun) -> None:
     folder = write_run(tmp_path / "run", "regression", patients=40, folds=1)
     assert "Test patients" in assert_stands_alone(write_run_report(folder).read_text(encoding="utf-8")).text

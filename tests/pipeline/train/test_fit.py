@@ -54,7 +54,7 @@ def cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
 def test_a_run_leaves_what_comparison_report_and_inference_need(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *("config.yaml", "run.json", "splits.csv", "cohort.csv", "history.csv", "predictions.csv", "metrics.csv"),
-        *("report.html", "figures", "best.ckpt", "last.ckpt"),
+        *("report.html", "methods.txt", "figures", "best.ckpt", "last.ckpt"),
     }
     facts = json.loads((finished / "run.json").read_text())
     assert facts["task"]["classes"] == ["negative", "positive"]
