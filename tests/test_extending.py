@@ -203,7 +203,7 @@ def test_a_network_of_ones_own_embeds_tiles_from_the_command_line_from_yaml_and_
 
     # The same from Python: known as done by the digest of its tensors; with other weights it is another encoder.
     [again] = embed(["slides"], "features", encoder, device="cpu")
-    assert (again.status, again.reason) == ("done", "was there already")
+    assert (again.status, again.reason) == ("done", "already complete")
     with pytest.raises(LongslideError, match="tile_weights SmallCNN sha256:"):
         embed(["slides"], "features", small_cnn(seed=1), device="cpu")
 
@@ -379,7 +379,7 @@ def test_a_pretrained_slide_encoder_is_used_as_it_is_and_exported_in_the_publish
 
 
 def test_the_hooks_into_jsonargparse_are_there() -> None:
-    """Private names that `plugin_options` builds on: an upgrade that moves them is told here by name."""
+    """Private names that `plugin_options` builds on: an upgrade that moves them fails here by name."""
     from jsonargparse._typehints import ActionTypeHint
     from jsonargparse._util import NestedArg
 

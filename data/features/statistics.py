@@ -1,4 +1,4 @@
-"""What training features look like: to standardise them, and to tell later how far a new slide is from them."""
+"""What training features look like: to standardise them, and to measure later how far a new slide is from them."""
 
 import hashlib
 from collections.abc import Sequence

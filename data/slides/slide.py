@@ -40,9 +40,9 @@ class Slide:
         reader: Name of the slide reader that reads the pixels, or its dotted path.
     """
 
-    def __init__(self, path: Path, reader: SlideReader, slide_mpp: float | None, slide_id: str | None) -> None:
-        self.path = path
-        self.slide_id = slide_id or path.stem
+    def __init__(self, path: str | Path, reader: SlideReader, slide_mpp: float | None, slide_id: str | None) -> None:
+        self.path = Path(path)
+        self.slide_id = slide_id or self.path.stem
         self._given_mpp = slide_mpp
         self._reader = reader
         self.reader = READERS.name_of(reader)

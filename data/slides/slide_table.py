@@ -187,5 +187,5 @@ def _check_ids(entries: list[SlideEntry]) -> None:
         if other is not entry.path:
             raise LongslideError(
                 f"two slides have the id {entry.slide_id!r}: {other} and {entry.path}; "
-                "list them in a table with a column `slide_id` that tells them apart"
+                "list them in a table with a column `slide_id` that distinguishes them"
             )

@@ -1,4 +1,4 @@
-"""Ink of markers on a slide: what tells it from stained tissue of the same colour.
+"""Ink of markers on a slide: what distinguishes it from stained tissue of the same colour.
 
 Ink is one dye: its hue does not change, and its density hardly; tissue holds two stains in uneven shares, and nuclei. Ink
 lies in strokes, beside or across tissue, in a colour that the bulk of the tissue lacks.

@@ -1,6 +1,7 @@
 """Aggregators: the tile embeddings of a bag in, one vector out; one interface, so that a baseline is one option away."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Aggregator(Plugin, nn.Module):
 
 
 def create_aggregator(
-    choice: str | AggregatorChoice, checkpoint: str | None, feature_dim: int, tile_encoder: str | None
+    choice: str | AggregatorChoice, checkpoint: str | Path | None, feature_dim: int, tile_encoder: str | None
 ) -> Aggregator:
     """A new aggregator, for training.
 
@@ -84,7 +85,7 @@ def create_aggregator(
             raise LongslideError(
                 f"--model.checkpoint {checkpoint}: {chosen.class_path} has no slide encoder to load it into"
             )
-        options["checkpoint"] = checkpoint
+        options["checkpoint"] = str(checkpoint)  # plain, for the checkpoint to come
     aggregator = AGGREGATORS.create(chosen.class_path, feature_dim, **options)
     if not isinstance(getattr(aggregator, "width", None), int):
         raise LongslideError(f"aggregator {aggregator.name}: sets no `width`, the length of a bag's vector")

@@ -151,7 +151,7 @@ def load_ensemble(paths: Sequence[Path]) -> ClassifierEnsemble:
 
 
 def checkpoint_digests(ensemble: ClassifierEnsemble) -> list[str]:
-    """Digest of each checkpoint file, to tell later whether a prediction is of the same ones."""
+    """Digest of each checkpoint file, by which later runs recognise predictions of the same ones."""
     return [digest(Path(source)) for source in ensemble.sources]
 
 

@@ -190,7 +190,7 @@ class Cox(Objective):
     An event is compared with the bags that are still at risk at its time, so bags must be seen together: those at risk are
     the bags of the batch and, in training, those of the earlier batches whose gradients are accumulated with it
     (`start_group` forgets them). The outputs of the earlier ones are constants: a bag learns from its comparison with those
-    beside and before it. With one bag a batch and no accumulation there is nothing to learn. Devices do not see one
+    beside and before it. With one bag per batch and no accumulation there is nothing to learn. Devices do not see one
     another's bags. The loss is a mean over events.
 
     Args:

@@ -1,6 +1,7 @@
 """The options of a slide classifier. Nothing here imports torch, so that a command line is parsed without it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ..aggregators.registry import AggregatorChoice
@@ -48,7 +49,7 @@ class ClassifierOptions:
     """
 
     aggregator: str | AggregatorChoice = "longnet"
-    checkpoint: str | None = None
+    checkpoint: str | Path | None = None
     head_dropout: float = 0.0
     class_weights: Literal["none", "balanced"] | list[float] = "none"
     cox_ties: Literal["breslow", "efron"] = "breslow"

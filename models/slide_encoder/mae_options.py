@@ -1,6 +1,7 @@
 """The options of masked autoencoding. Nothing here imports torch, so that a command line is parsed without it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..aggregators.registry import AggregatorChoice
 from ..classifier.options import OptimiserOptions
@@ -40,7 +41,7 @@ class PretrainingOptions:
     """
 
     encoder: str | AggregatorChoice = "longnet"
-    checkpoint: str | None = None
+    checkpoint: str | Path | None = None
     decoder: DecoderOptions = DecoderOptions()
     mask_ratio: float = 0.75
     normalise_targets: bool = True

@@ -79,7 +79,7 @@ def attention_map(
             "branch, such as [16,32,64] and [1,2,4]"
         )
     if len(branches) > MAX_BRANCHES:
-        raise LongslideError(f"{len(branches)} branches are more than the {MAX_BRANCHES} that can be told apart")
+        raise LongslideError(f"{len(branches)} branches are more than the {MAX_BRANCHES} that can be distinguished")
     if not 1 <= tokens <= MAX_TOKENS or heads < 1:
         raise LongslideError(
             f"--tokens {tokens} and --heads {heads}: a picture takes 1 to {MAX_TOKENS:,} tokens and a head or more; draw "

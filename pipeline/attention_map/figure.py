@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 MAX_HEADS_SHOWN = 8
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; the nearest branch first.
+# Okabe and Ito's colours, distinguishable to colour-blind readers too; the nearest branch first.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#555555")
 MAX_BRANCHES = len(COLOURS)
 NOTHING = "#F0F0F0"

@@ -40,7 +40,7 @@ def run_batch(
         job: What is done to each slide.
         entries: The slides.
         output: Folder of the summary.
-        notes: What the user should be told first.
+        notes: Notes to print first.
 
     Returns:
         One result per slide, in the order of the input.

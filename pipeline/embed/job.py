@@ -152,7 +152,7 @@ class EmbedJob:
                 existing = self._existing_or_none(entry) if self.overwrite else self.existing(entry)
                 if existing is not None:
                     if self.slide_encoder is None or existing.slide_embedding is not None:
-                        return SlideResult.done(entry, existing, self.path(entry), "was there already")
+                        return SlideResult.done(entry, existing, self.path(entry), "already complete")
                     return PreparedSlide(entry, None, resources.pop_all(), started)
                 for path in (self.path(entry), self._qc_path(entry)):
                     remove_leftovers(path)

@@ -244,7 +244,7 @@ class SlideEmbeddingJob:
                     return SlideResult.skipped(entry, BUSY)
                 resources.callback(lock.release)
                 if not self.overwrite and (existing := self.existing(entry)) is not None:
-                    return SlideResult.done(_entry_of(entry, existing), existing, self.path(entry), "was there already")
+                    return SlideResult.done(_entry_of(entry, existing), existing, self.path(entry), "already complete")
                 features = read_features(entry.path)
                 self.reads.check(entry.path, features, self.output)
                 if not len(features.features):

@@ -468,7 +468,7 @@ class _Job:
             entry.slide_id,
             str(entry.path),
             "done",
-            "was there already",
+            "already complete",
             tiles=quality["tiles"],
             bad_tiles=quality["bad_tiles"],
             slide_mpp=quality["slide_mpp"],

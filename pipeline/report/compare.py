@@ -104,7 +104,7 @@ def compare(
 
 
 def _named(runs: Sequence[Run]) -> dict[str, Run]:
-    """Runs by the name of their folder, or by as much of the path as tells them apart."""
+    """Runs by the name of their folder, or by as much of the path as distinguishes them."""
     folders = [run.folder.resolve() for run in runs]
     if len(set(folders)) < len(folders):
         raise LongslideError("the same run is named twice; a comparison needs different runs")

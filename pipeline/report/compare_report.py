@@ -234,7 +234,7 @@ def _pictures(
         (f"{row['run_a']} − {row['run_b']}", row["difference"], row["low"], row["high"])
         for row in headline[headline["metric"] == primary].head(MOST_BARS).to_dict("records")
     ]
-    caption = "Paired differences with 95% intervals: an interval that holds 0 does not tell the two runs apart."
+    caption = "Paired differences with 95% intervals: an interval that holds 0 does not distinguish the two runs."
     difference = run_figures.forest(pairs, f"Difference in {name}", 0.0)
     pictures = [
         Picture(*run_figures.forest(bars, name), f"{name} of each run", f"{name} with 95% intervals."),

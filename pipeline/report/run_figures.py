@@ -21,7 +21,7 @@ Drawing = tuple[Figure, pd.DataFrame]
 Curve = tuple["np.ndarray", "np.ndarray"]
 """`(n,)` bool whether each row is positive, and its `(n,)` score."""
 
-# Okabe & Ito: told apart with any colour vision.
+# Okabe & Ito: distinguishable with any colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b", "#b8a800")
 SMALLEST_BIN = 5
 """Rows that a point of a calibration curve rests on at least."""

@@ -1,4 +1,4 @@
-"""Cross-validation: a model a fold, and the predictions of every patient by the model that has not seen it."""
+"""Cross-validation: one model per fold, and the predictions of every patient by the model that has not seen it."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -128,7 +128,7 @@ class TrainingRun:
         self.write()
 
     def remark(self, text: str) -> None:
-        """Tell the user, now and in `run.json`."""
+        """Print a remark, and record it in `run.json`."""
         print(text, file=sys.stderr)
         self.remarks.append(text)
         self.facts["notes"] = [*self.facts.get("notes", []), text]

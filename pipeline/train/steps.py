@@ -48,7 +48,7 @@ class Steps:
 
     @property
     def warning(self) -> str | None:
-        """What the user is told of an epoch of few steps."""
+        """A warning about an epoch of few steps."""
         if self.per_epoch >= FEW_STEPS:
             return None
         return (
@@ -75,7 +75,7 @@ def plan_steps(data: BagDataModule, trainer: Trainer, epochs: int | None, min_st
         min_steps: Optimiser steps at least.
 
     Raises:
-        LongslideError: The trainer was told how many batches to accumulate.
+        LongslideError: The trainer is given a number of batches to accumulate.
     """
     if trainer.accumulate_grad_batches != 1:
         raise LongslideError(

@@ -42,7 +42,7 @@ def test_the_demo_embeds_trains_and_predicts_and_can_be_run_again(tmp_path: Path
 
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("was there already") == 13
+    assert again.stderr.count("already complete") == 13
     assert "fold 0" not in again.stdout
 
 

@@ -303,7 +303,7 @@ def test_a_mask_or_mpp_given_or_taken_back_later_is_another_setting(job: dict[st
     assert "tissue_method longslide-tissue-2 instead of mask:one.png" in made_anew("mask")
     assert "tissue_method mask:one.png" in made_anew("other mask")
     assert "instead of longslide-tissue-2" in made_anew("plain")
-    assert made_anew("plain") == "done: was there already"
+    assert made_anew("plain") == "done: already complete"
 
 
 def test_weights_are_the_same_wherever_they_lie(
@@ -344,7 +344,7 @@ def test_a_slide_that_has_moved_is_the_same_slide(job: dict[str, Any], slides: P
     (tmp_path / "linked" / "a.svs").symlink_to(slides / "a.svs")
     for folder in ("moved", "linked"):
         [result] = embed(**job | {"slides": [tmp_path / folder / "a.svs"]})
-        assert (result.status, result.reason) == ("done", "was there already")
+        assert (result.status, result.reason) == ("done", "already complete")
 
 
 def test_a_slide_copied_again_after_damage_is_another_slide(job: dict[str, Any], slides: Path, tmp_path: Path) -> None:
@@ -646,7 +646,7 @@ def test_more_unreadable_tiles_than_allowed_fail_the_slide_and_fewer_are_left_ou
     assert result.bad_tiles
     assert 0 < result.bad_tiles <= 16
     [again] = embed(**job | {"slides": [broken]}, max_bad_tiles=16)
-    assert (again.reason, again.bad_tiles) == ("was there already", result.bad_tiles)
+    assert (again.reason, again.bad_tiles) == ("already complete", result.bad_tiles)
     with pytest.raises(LongslideError, match="more unreadable tiles than --max-bad-tiles 0"):
         embed(**job | {"slides": [broken]})
     coords = read_features(result.features or "").coords

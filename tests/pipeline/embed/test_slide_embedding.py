@@ -70,10 +70,10 @@ def test_they_are_those_that_one_command_makes_from_the_slides(tmp_path: Path) -
         assert one.slide == other.slide
     # The slides' own command finds all done, and this one too.
     assert {one.reason for one in embed([tmp_path / "slides"], tmp_path / "features", **tiles | OPTIONS)} == {
-        "was there already"
+        "already complete"
     }
     assert {one.reason for one in embed([tmp_path / "features"], tmp_path / "features", **OPTIONS)} == {
-        "was there already"
+        "already complete"
     }
     with pytest.raises(LongslideError, match=r"all 2 existing results .* otherwise \(pool mean instead of cls"):
         embed([tmp_path / "features"], tmp_path / "features", pool="cls", **OPTIONS)
@@ -160,7 +160,7 @@ def test_other_tile_embeddings_under_a_name_that_is_taken_are_not_passed_over(tm
         embed([tmp_path / "other"], tmp_path / "out", **OPTIONS)
     shutil.copytree(tmp_path / "one", tmp_path / "copy")
     [again] = embed([tmp_path / "copy"], tmp_path / "out", **OPTIONS)
-    assert again.reason == "was there already"
+    assert again.reason == "already complete"
     with pytest.raises(LongslideError, match="two feature files of one name"):
         embed([tmp_path / "one", tmp_path / "other"], tmp_path / "out", **OPTIONS)
 
