@@ -144,12 +144,12 @@ class Registry(Generic[T]):
         if name not in self._paths:
             self._classes[name] = cls
 
-    def get(self, choice: str | type[T], *, by_stranger: bool = False) -> type[T]:
+    def get(self, choice: str | type[T], *, from_file: bool = False) -> type[T]:
         """The class of a name or a dotted path.
 
         Args:
             choice: A registered name, a dotted path, or the class itself.
-            by_stranger: Whether the choice was read from a file. A file never causes an import: a dotted path then counts
+            from_file: Whether the choice was read from a file. A file never causes an import: a dotted path then counts
                 only if its module has been imported already, on the user's word.
 
         Raises:
@@ -166,21 +166,21 @@ class Registry(Generic[T]):
                 f"no {self.what} {choice!r}: there are {', '.join(self.names())}; a class of your own is named by its "
                 "dotted path, such as mypkg.MyClass"
             )
-        return self._check(choice, import_object(choice, f"{self.what} {choice!r}", by_stranger=by_stranger))
+        return self._check(choice, import_object(choice, f"{self.what} {choice!r}", from_file=from_file))
 
-    def create(self, choice: str | type[T], *args: Any, by_stranger: bool = False, **options: Any) -> T:
+    def create(self, choice: str | type[T], *args: Any, from_file: bool = False, **options: Any) -> T:
         """Make an instance.
 
         Args:
             choice: As for `get`.
             *args: What every constructor of this kind gets.
-            by_stranger: As for `get`.
+            from_file: As for `get`.
             **options: Options of this one, of the types of its constructor or as text that says them.
 
         Raises:
             LongslideError: As for `get`; or the constructor does not take these options.
         """
-        cls = self.get(choice, by_stranger=by_stranger)
+        cls = self.get(choice, from_file=from_file)
         what = f"{self.what} {self.name_of(cls)}"
         try:
             inspect.signature(cls).bind(*args, **options)
@@ -265,13 +265,13 @@ def import_plugins(modules: str | Sequence[str] | None) -> None:
         _import(module.strip(), f"--plugins {module.strip()}")
 
 
-def import_object(path: str, what: str, *, by_stranger: bool = False) -> Any:
+def import_object(path: str, what: str, *, from_file: bool = False) -> Any:
     """What a dotted path names.
 
     Args:
         path: `package.module.Name` or `package.module:Name`.
         what: What asks for it, for the messages.
-        by_stranger: Whether only modules count that have been imported already.
+        from_file: Whether only modules count that have been imported already.
 
     Raises:
         LongslideError: No such module, one that cannot be imported, or no such attribute.
@@ -279,7 +279,7 @@ def import_object(path: str, what: str, *, by_stranger: bool = False) -> Any:
     module_name, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
     if not module_name or not attribute:
         raise LongslideError(f"{what}: not a dotted path such as mypkg.MyClass or mypkg.module:MyClass")
-    if by_stranger and module_name not in sys.modules:
+    if from_file and module_name not in sys.modules:
         raise LongslideError(
             f"{what} is code outside Longslide, which a file alone may not run: if you trust it, import it by "
             f"--plugins {module_name.partition('.')[0]} (in Python by `import`)"

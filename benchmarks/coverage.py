@@ -45,7 +45,7 @@ class Scenario(NamedTuple):
         names = {
             "binary": "prevalence {:g}, AUROC {:g}",
             "spread": "prevalence {:g}, AUROC {:g}, positives 2.5 times as spread",
-            "slides": "prevalence {:g}, AUROC {:g}, 3 slides a patient",
+            "slides": "prevalence {:g}, AUROC {:g}, 3 slides per patient",
             "ordinal": "4 grades, noise {:g}",
             "regression": "R2 {:g}",
             "survival": "log hazard ratio {:g}, censoring at {:g} lives",

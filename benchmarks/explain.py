@@ -1,4 +1,4 @@
-"""Explanations by number of tiles: seconds a slide and GPU memory of each method, for each model.
+"""Explanations by number of tiles: seconds per slide and GPU memory of each method, for each model.
 
     python benchmarks/explain.py [--tiles 1000 10000 50000] [--models longnet gigapath abmil] [--device cuda]
 

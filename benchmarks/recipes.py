@@ -1,6 +1,6 @@
 """Do the recipes train? Each beside a reference in plain PyTorch, tuned on the validation part, over several seeds.
 
-The reference is gated attention (https://arxiv.org/abs/1802.04712) trained by a loop of 40 lines: 8 bags a step, learning
+The reference is gated attention (https://arxiv.org/abs/1802.04712) trained by a loop of 40 lines: 8 bags per step, learning
 rates tried from 1e-4 to 3e-3, the epoch and the rate with the lowest validation loss. A recipe gets no such choice: it runs
 with its own defaults.
 

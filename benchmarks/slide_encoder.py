@@ -122,7 +122,7 @@ def linear() -> None:
         each = 1e6 * time / tiles
         first = each if tiles == 128_000 else first
         print(
-            f"{tiles:9,} tiles, segments to {max(encoder.spec.segment_lengths):,}: {time:8.1f} ms, {each:.1f} ns a tile, "
+            f"{tiles:9,} tiles, segments to {max(encoder.spec.segment_lengths):,}: {time:8.1f} ms, {each:.1f} ns per tile, "
             f"{each / first:.3f} of that at 128,000; peak {peak:.1f} GiB",
             flush=True,
         )

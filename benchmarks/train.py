@@ -66,7 +66,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(
-        f"gigapath, {torch.cuda.get_device_name()}, torch {torch.__version__}, bf16-mixed, {options.tiles:,} tiles a slide"
+        f"gigapath, {torch.cuda.get_device_name()}, torch {torch.__version__}, bf16-mixed, {options.tiles:,} tiles per slide"
     )
     print(
         f"{'max tokens':>11} {'checkpointing':>14} {'training':>10} {'model':>10}  slides/s {'idle':>6} {'peak GiB':>9}"

@@ -31,7 +31,7 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
     """Make synthetic slides of two kinds of tissue, embed them, train on them, and predict a slide that was kept apart.
 
     Args:
-        output: Folder for all that is made. What is there already is kept.
+        output: Folder for all that is made. Results that exist are kept.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         patients: Patients, each with one slide; at least 12.
 
@@ -95,7 +95,7 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
         f"""\
   {output / "slides"}  the slides: open them in QuPath, or with longslide.open_slide
   {table}  the slide table, with labels; solid-2.tif has no microns per pixel of its own, the table gives them
-  {features}  one feature file a slide, read by longslide.read_features({example!r}); pictures of the tiles in qc/
+  {features}  one feature file per slide, read by longslide.read_features({example!r}); pictures of the tiles in qc/
 {_findings(runs)}
   {predictions[0].slide_id}, which no model has seen: {predictions[0].text}
   {pages[0].path}  that prediction, and what speaks for it

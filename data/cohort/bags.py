@@ -53,7 +53,7 @@ def make_bags(cohort: Cohort, rows: np.ndarray, tiles: np.ndarray, unit: Literal
         The bags in the order of the rows; a patient comes where the first of its slides is.
 
     Raises:
-        LongslideError: A bag a patient was asked for, and the slides of a patient have different labels.
+        LongslideError: One bag per patient was asked for, and the slides of a patient have different labels.
     """
     patients = cohort.rows["patient_id"]
     if unit == "slide":

@@ -132,7 +132,7 @@ def recorded_reader(name: str | None) -> type[SlideReader] | None:
         LongslideError: There is no such reader here, or it is not imported: see `Registry.get`.
     """
     name = reader_to_obey(name)
-    return None if name is None else READERS.get(name, by_stranger=True)
+    return None if name is None else READERS.get(name, from_file=True)
 
 
 def over_background(bgra: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:

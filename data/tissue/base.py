@@ -125,7 +125,7 @@ def segmenter_of(name: str | None, settings: str | None) -> TissueSegmenter:
         LongslideError: There is no such segmenter here, or it does not take these options.
     """
     options = json.loads(settings) if settings else {}
-    return SEGMENTERS.create(name or SEGMENTERS.names()[0], by_stranger=True, **options)
+    return SEGMENTERS.create(name or SEGMENTERS.names()[0], from_file=True, **options)
 
 
 def _signed_area(points: np.ndarray) -> float:

@@ -43,7 +43,7 @@ def load_classifier(path: str | Path) -> SlideClassifier:
                 target_std=description["target"]["std"],
                 preprocessing=description["preprocessing"],
             ),
-            aggregator=AGGREGATORS.create(made["name"], description["feature_dim"], by_stranger=True, **options),
+            aggregator=AGGREGATORS.create(made["name"], description["feature_dim"], from_file=True, **options),
         )
         classifier.load_state_dict(description["state_dict"])
     except LongslideError as error:

@@ -374,7 +374,7 @@ class TileEngine:
 
 
 def placed(encoder: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy of an encoder whose weights are on a device and in a dtype; it shares those that are there already.
+    """A copy of an encoder whose weights are on a device and in a dtype; it shares those that already are.
 
     Batch norms keep float32, in which their statistics are exact and which their kernels take with any input.
     """

@@ -208,7 +208,7 @@ def doctor(
     _print_problems(console, [*checks, *encoders, disk])
     _print_machine(console, encoders)
     _print_totals(console, checks, encoders)
-    note = "" if spec else f" at {DIM_WITHOUT_ENCODER:,} numbers a tile"
+    note = "" if spec else f" at {DIM_WITHOUT_ENCODER:,} numbers per tile"
     console.print(f"disk          {_size(disk.need)}{note}, {_size(disk.free)} free in {escape(str(disk.folder))}")
     return [*checks, *encoders, disk]
 
@@ -346,7 +346,7 @@ def _print_machine(console: Console, encoders: list[EncoderCheck]) -> None:
             f"{properties.total_memory / 2**30:.0f} GiB, {bfloat16}"
         )
     else:
-        console.print("GPU           none: encoders run on the CPU in float32, a large ViT takes seconds a tile there")
+        console.print("GPU           none: encoders run on the CPU in float32, a large ViT takes seconds per tile")
     for kind, encoder in zip(("tile encoder ", "slide encoder"), encoders, strict=False):
         if encoder.ok:
             speed = ""

@@ -173,7 +173,7 @@ class FeatureMaker:
         recorded = made.tile_encoder
         try:
             if self.tile_encoder is None and is_factory(recorded):
-                import_object(str(recorded), f"tile encoder {recorded!r}", by_stranger=True)
+                import_object(str(recorded), f"tile encoder {recorded!r}", from_file=True)
             choice = str(recorded) if self.tile_encoder is None else self.tile_encoder
             _, choice, tile_weights = look_at_tile_encoder(choice, checkpoint, seed)
         except LongslideError as error:

@@ -230,7 +230,7 @@ def _ends(name: str, signed: bool) -> tuple[str, str]:
 
 
 def _write_table(path: Path, explanation: Explanation) -> None:
-    """A row a tile: x and y in level-0 pixels, a column of scores for each name."""
+    """One row per tile: x and y in level-0 pixels, one column of scores per name."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["x", "y", *(f"score_{name}" for name in explanation.names)])

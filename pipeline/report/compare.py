@@ -59,7 +59,7 @@ def compare(
         common_patients: Compare on the patients that all runs were tested on, where they differ.
 
     Returns:
-        One result a run, in their order.
+        One result per run, in their order.
 
     Raises:
         LongslideError: Fewer than two runs, no run folders, other tasks, other patients or other targets.

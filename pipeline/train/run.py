@@ -58,7 +58,7 @@ class TrainingRun:
         self._began = time.monotonic()
         before = self._read()
         if before.get("finished"):
-            raise LongslideError(f"{folder}: a finished run is there; choose another --run, or delete the folder")
+            raise LongslideError(f"{folder}: holds a finished run; choose another --run, or delete the folder")
         old = folder / "config.yaml"
         if before and old.is_file():  # without run.json its input was refused, and other options are what it needs
             different = _different(yaml.safe_load(old.read_text("utf-8")), self._configuration)

@@ -62,7 +62,7 @@ OPTIONS = ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni"]
         ([*OPTIONS, "--batch-size", "x"], "--batch-size cannot be x;"),
         (
             [*OPTIONS, "--precision", "half"],
-            "--precision cannot be half, but 'auto', 'float32', 'float16', 'bfloat16';",
+            "--precision cannot be half, but 'auto', 'float32', 'float16', 'bfloat16', 'float8';",
         ),
         ([*OPTIONS, "--no-such-option", "1"], "--no-such-option"),
         ([*OPTIONS, "--pool", "max"], "max"),

@@ -124,7 +124,7 @@ def test_a_finished_run_is_not_overwritten(finished: Path, cohort: tuple[Path, l
     before = (finished / "best.ckpt").read_bytes()
     assert main(["fit", *BINARY, *cohort[1], *quick(finished)]) == 2
     error = capsys.readouterr().err
-    assert "a finished run is there" in error
+    assert "holds a finished run" in error
     assert "Traceback" not in error
     assert (finished / "best.ckpt").read_bytes() == before
 
@@ -298,7 +298,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     callback = {"class_path": "stopping.StopOnce", "init_args": {"flag": f"{tmp_path}/flag", "epoch": 2, "batch": 4}}
     config.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
     words = [*BINARY, *cohort[1], "--config", str(config), "--ema", "0.9", "--data.bags_per_step", "6"]
-    words += ["--data.max_tokens", "40", "--trainer.max_epochs", "4", "--data.augment.noise", "0.1"]  # 2 batches a step
+    words += ["--data.max_tokens", "40", "--trainer.max_epochs", "4", "--data.augment.noise", "0.1"]
     words += ["--checkpoint_every_n_steps", "1"] if within else []
 
     (tmp_path / "flag").touch()
