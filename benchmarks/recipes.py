@@ -70,7 +70,7 @@ def write_cohort(folder: Path, name: str, seed: int) -> None:
             if KINDS[name] == "binary":
                 label, share = ("yes", 0.1) if number % 2 else ("no", 0.0)
             elif KINDS[name] == "ordinal":
-                label, share = f"grade {number % 4}", (0.0, 0.05, 0.1, 0.2)[number % 4]
+                label, share = str(number % 4), (0.0, 0.05, 0.1, 0.2)[number % 4]
             else:
                 share = float(rng.uniform(0, 0.4))
                 label = f"{share:.6f}"
@@ -107,7 +107,7 @@ class Reference(nn.Module):
 def train_reference(folder: Path, kind: str, seed: int, device: str, epochs: int = 60) -> float:
     """The metric of the test part, by the learning rate and epoch with the lowest validation loss."""
     table = pd.read_csv(folder / "cohort.csv")
-    classes = sorted(table["label"].unique()) if kind != "regression" else []
+    classes = sorted(table["label"].unique().tolist()) if kind != "regression" else []
     target = torch.tensor([classes.index(label) if classes else label for label in table["label"]], device=device)
     bags = [torch.from_numpy(read_features(folder / "features" / f"{slide}.h5").features).to(device).float()
             for slide in table["slide_id"]]  # fmt: skip

@@ -28,7 +28,7 @@ Precision = Literal["float32", "float16", "bfloat16", "float8"]
 """float8: linear layers in float8, everything else in float16."""
 
 BATCH_SIZE = 256
-"""Tiles of a batch on a GPU: more are no faster for any encoder of the package on an H100."""
+"""Tiles of a batch on a GPU."""
 IN_FLIGHT = 3
 """Batches handed to the device before the oldest one's embeddings are fetched: copies hide, memory stays bounded."""
 LEAST_COSINE = 0.999

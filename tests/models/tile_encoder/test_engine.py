@@ -274,7 +274,7 @@ GPU = torch.device("cuda")
 
 
 @needs_gpu
-@pytest.mark.parametrize(("precision", "cosine"), [("float32", 0.9999999), ("float16", 0.99999), ("bfloat16", 0.999)])
+@pytest.mark.parametrize(("precision", "cosine"), [("float32", 0.999999), ("float16", 0.99999), ("bfloat16", 0.999)])
 def test_on_a_gpu_graphs_of_compiled_blocks_give_the_embeddings_of_any_number_of_tiles(
     encoder: TileEncoder, precision: Any, cosine: float
 ) -> None:
@@ -283,11 +283,11 @@ def test_on_a_gpu_graphs_of_compiled_blocks_give_the_embeddings_of_any_number_of
     for count in (11, 8, 3, 11):
         found = engine(TILES[:count])
         assert found.device.type == "cuda"
-        assert torch.cosine_similarity(found.float().cpu(), wanted[:count]).min() > cosine
+        assert torch.cosine_similarity(found.double().cpu(), wanted[:count].double()).min() > cosine
     parts = [TILES[:5].numpy(), TILES[5:6].numpy(), TILES[6:].numpy()]
     for _ in range(3):
         streamed = np.concatenate(list(engine.stream(parts * 4)))
-        assert torch.cosine_similarity(torch.from_numpy(streamed).float(), wanted.repeat(4, 1)).min() > cosine
+        assert torch.cosine_similarity(torch.from_numpy(streamed).double(), wanted.repeat(4, 1).double()).min() > cosine
     assert engine.remarks == []
 
 
