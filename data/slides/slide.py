@@ -4,6 +4,7 @@ import base64
 import hashlib
 import html
 import io
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from ..tissue.base import Tissue, TissueSegmenter
 
 _BLOCK = 2048  # pixels of a level read at once for a thumbnail
-_MAX_UNREADABLE = 256  # failed reads after which a slide has no thumbnail: each one reopens the file
+_NATIVE_TILE = 256  # an unreadable region is not divided further
+_MAX_UNREADABLE = 256  # failed reads of level 0 after which a slide has no thumbnail: each one reopens the file
+_MAX_UNREADABLE_REDUCED = 32  # failed reads of a reduced level after which it is not read again
 
 
 class Slide:
@@ -37,6 +40,7 @@ class Slide:
         properties: What the file says of itself, under OpenSlide's names.
         vendor: OpenSlide's name of the format, or `image` for a plain image.
         background: RGB shown where the slide has no pixels.
+        unreadable_levels: Reduced levels of which a thumbnail could not read some region; no tile is read from them.
         reader: Name of the slide reader that reads the pixels, or its dotted path.
     """
 
@@ -52,6 +56,7 @@ class Slide:
         self.properties = reader.properties
         self.vendor = reader.vendor
         self.background = reader.background
+        self.unreadable_levels: set[int] = set()
 
     def __repr__(self) -> str:
         width, height = self.dimensions
@@ -89,6 +94,13 @@ class Slide:
         """
         return resolve_mpp(self.properties, self.path, self._given_mpp)
 
+    @property
+    def remark(self) -> str:
+        """What a person should look at: a given `slide_mpp` far off the file's own, damaged levels; empty if nothing."""
+        return "; ".join(
+            filter(None, [self.mpp.remark, levels_remark(", ".join(map(str, sorted(self.unreadable_levels))))])
+        )
+
     @cached_property
     def quickhash(self) -> str:
         """Identity of the image data: OpenSlide's quickhash, or the SHA-256 of the file."""
@@ -119,13 +131,14 @@ class Slide:
     def thumbnail(self, max_px: int = 2048) -> np.ndarray:
         """The whole slide, antialiased, with no edge longer than `max_px`.
 
-        A region that cannot be read shows as background: the tile stream will count it, where it matters.
+        A region of a reduced level that cannot be read is taken from the next finer level, and the level listed in
+        `unreadable_levels`. One of level 0 shows as background: the tile stream will count it, where it matters.
 
         Returns:
             `(h, w, 3)` uint8 RGB.
 
         Raises:
-            LongslideError: Hardly anything of the slide can be read.
+            LongslideError: Hardly anything of level 0 can be read, where it is needed.
         """
         scale = min(1.0, max_px / max(self.dimensions))
         width, height = (max(1, round(edge * scale)) for edge in self.dimensions)
@@ -136,7 +149,7 @@ class Slide:
         factor = max(1, min(level_width // width, level_height // height))
         block = max(1, _BLOCK // factor) * factor
         small = np.empty((-(-level_height // factor), -(-level_width // factor), 3), np.uint8)
-        unreadable: list[LongslideError] = []
+        unreadable: Counter[int] = Counter()
         for top in range(0, level_height, block):
             for left in range(0, level_width, block):
                 w, h = min(block, level_width - left), min(block, level_height - top)
@@ -202,26 +215,71 @@ class Slide:
         return TileStream(self, grid, batch_size=batch_size, threads=threads, max_bad_tiles=max_bad_tiles)
 
     def _read_what_can_be_read(
-        self, left: int, top: int, level: int, width: int, height: int, unreadable: list[LongslideError]
+        self, left: int, top: int, level: int, width: int, height: int, unreadable: Counter[int]
     ) -> np.ndarray:
-        """Read a rectangle given in pixels of the level; on an error its quarters, down to a native tile's size."""
+        """Read a rectangle given in pixels of the level; on an error its quarters, down to a native tile's size.
+
+        Args:
+            left: Left edge, in pixels of the level.
+            top: Top edge, in pixels of the level.
+            level: The level.
+            width: Pixels of the level.
+            height: Pixels of the level.
+            unreadable: Failed reads of each level so far. No error is kept: its traceback would hold an open file.
+        """
+        if level > 0 and unreadable[level] >= _MAX_UNREADABLE_REDUCED:
+            return self._from_finer_level(left, top, level, width, height, unreadable)
         scale_x, scale_y = (a / b for a, b in zip(self.dimensions, self.level_dimensions[level], strict=True))
         try:
             return self.read_region(round(left * scale_x), round(top * scale_y), level, width, height)
         except LongslideError as error:
-            unreadable.append(error)
-            if len(unreadable) > _MAX_UNREADABLE:
-                raise
+            unreadable[level] += 1
+            if level > 0:
+                self.unreadable_levels.add(level)
+            elif unreadable[0] > _MAX_UNREADABLE:
+                levels = ", ".join(str(one) for one in sorted({0, *self.unreadable_levels}))
+                raise LongslideError(
+                    f"{self.path}: hardly anything of it can be read (level{'s' * (levels != '0')} {levels} damaged: "
+                    f"{str(error).removeprefix(f'{self.path}: ')}); copy it again"
+                ) from None
+        if max(width, height) <= _NATIVE_TILE:
+            if level > 0:
+                return self._from_finer_level(left, top, level, width, height, unreadable)
+            return np.full((height, width, 3), self.background, np.uint8)
         region = np.empty((height, width, 3), np.uint8)
-        region[...] = self.background
-        if max(width, height) > 256:
-            for y, h in ((0, height // 2), (height // 2, height - height // 2)):
-                for x, w in ((0, width // 2), (width // 2, width - width // 2)):
-                    if w and h:
-                        region[y : y + h, x : x + w] = self._read_what_can_be_read(
-                            left + x, top + y, level, w, h, unreadable
-                        )
+        for y, h in ((0, height // 2), (height // 2, height - height // 2)):
+            for x, w in ((0, width // 2), (width // 2, width - width // 2)):
+                if w and h:
+                    region[y : y + h, x : x + w] = self._read_what_can_be_read(
+                        left + x, top + y, level, w, h, unreadable
+                    )
         return region
+
+    def _from_finer_level(
+        self, left: int, top: int, level: int, width: int, height: int, unreadable: Counter[int]
+    ) -> np.ndarray:
+        """A rectangle given in pixels of a reduced level, made of the next finer one."""
+        finer = level - 1
+        scale_x, scale_y = (
+            a / b for a, b in zip(self.level_dimensions[finer], self.level_dimensions[level], strict=True)
+        )
+        region = np.empty((height, width, 3), np.uint8)
+        step = max(1, int(_BLOCK / max(scale_x, scale_y)))  # no more than a block of the finer level in memory
+        for y in range(0, height, step):
+            for x in range(0, width, step):
+                w, h = min(step, width - x), min(step, height - y)
+                x0, y0 = round((left + x) * scale_x), round((top + y) * scale_y)
+                x1, y1 = round((left + x + w) * scale_x), round((top + y + h) * scale_y)
+                read = self._read_what_can_be_read(x0, y0, finer, max(1, x1 - x0), max(1, y1 - y0), unreadable)
+                region[y : y + h, x : x + w] = cv2.resize(read, (w, h), interpolation=cv2.INTER_AREA)
+        return region
+
+
+def levels_remark(levels: str) -> str:
+    """What to remark on the reduced levels that cannot be read, such as `1, 2`; empty if there are none."""
+    if not levels:
+        return ""
+    return f"level{'s' * (',' in levels)} {levels} unreadable, in part or whole: finer ones were used"
 
 
 def open_slide(

@@ -12,6 +12,7 @@ from ...errors import LongslideError
 from ..patients import patient_column
 from ..table import ID_COLUMNS, SLIDE_COLUMNS, decimal_points, find_column, is_table, listed, read_table
 from .base import VENDOR_SUFFIXES
+from .dicom import series_of
 from .mpp import plausible
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def find_slides(
     """List the slides of a job.
 
     Args:
-        inputs: Slide files, folders (searched through all their subfolders; a folder of DICOM files is one slide, with
-            the folder's name as its id) and tables (see `read_table`). A table has a column `slide` or `slide_path` (paths
-            relative to the table) and optionally `slide_id`, `slide_mpp` (or `mpp`), `patient_id`, `tissue_mask`.
+        inputs: Slide files, folders (searched through all their subfolders; the DICOM files of one series are one slide,
+            with the folder's name as its id, or its first file's where a folder holds several series) and tables (see
+            `read_table`). A table has a column `slide` or `slide_path` (paths relative to the table) and
+            optionally `slide_id`, `slide_mpp` (or `mpp`), `patient_id`, `tissue_mask`.
         slide_mpp: Microns per pixel at level 0 for all slides that have none in a table.
         patients: The column of tables that names the patient, or `none`. Default: `patient_id`, `pat_id` or `case_id`.
         ask: Whether a column that only looks like the patient is an error; else it is logged.
@@ -80,7 +82,7 @@ def find_slides(
         if not os.path.exists(item):  # Path.exists raises where a folder above may not be entered
             raise LongslideError(f"{item}: no such file or folder, or no permission to see it")
         if item.is_dir():
-            found = list(_slides_in(item))
+            found = sorted(_slides_in(item), key=lambda entry: entry.path)
             if not found:
                 raise LongslideError(
                     f"{item}: no slides in this folder (looked for {', '.join(sorted(SLIDE_SUFFIXES))})"
@@ -98,7 +100,7 @@ def find_slides(
 
 
 def _slides_in(folder: Path) -> Iterator[SlideEntry]:
-    dicom_folders: set[Path] = set()
+    dicom: dict[Path, dict[str | None, Path]] = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if path.suffix.lower() not in SLIDE_SUFFIXES or any(part.startswith(".") for part in inside.parts):
@@ -110,9 +112,11 @@ def _slides_in(folder: Path) -> Iterator[SlideEntry]:
             continue  # a folder, or a picture that an earlier job made
         if path.suffix.lower() != ".dcm":
             yield SlideEntry(path, path.stem)
-        elif path.parent not in dicom_folders:  # a folder of DICOM files is one slide, and any of its files opens it
-            dicom_folders.add(path.parent)
-            yield SlideEntry(path, path.parent.resolve().name)
+        else:  # a series is one slide, and any of its files opens it
+            dicom.setdefault(path.parent, {}).setdefault(series_of(path), path)
+    for parent, series in dicom.items():
+        for path in series.values():
+            yield SlideEntry(path, parent.resolve().name if len(series) == 1 else path.stem)
 
 
 def slide_ids(frame: "pd.DataFrame") -> "pd.Series[Any] | None":

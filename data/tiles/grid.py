@@ -109,10 +109,11 @@ def make_grid(
 
 def _choose_level(slide: Slide, wanted: float, tile_px: int, tile_mpp: float) -> tuple[int, int, int]:
     """Level, edge to read there, edge in level-0 pixels."""
-    closest = min(range(len(slide.level_downsamples)), key=lambda i: abs(slide.level_downsamples[i] / wanted - 1))
+    levels = [i for i in range(len(slide.level_downsamples)) if i not in slide.unreadable_levels]
+    closest = min(levels, key=lambda i: abs(slide.level_downsamples[i] / wanted - 1))
     if abs(slide.level_downsamples[closest] / wanted - 1) <= LEVEL_TOLERANCE:
         return closest, tile_px, round(tile_px * slide.level_downsamples[closest])
-    finer = [i for i, downsample in enumerate(slide.level_downsamples) if downsample < wanted]
+    finer = [i for i in levels if slide.level_downsamples[i] < wanted]
     if not finer:
         raise LongslideError(
             f"{slide.path}: level 0 has {slide.mpp.value:g} um/px, coarser than the {tile_mpp:g} asked for; "

@@ -118,7 +118,9 @@ def segment_tissue(
 
     foreground = closing(_within_half_density(stained | dark, np.maximum(strength, 0.5 * absorbed), mpp), 1.0)
     ink = np.zeros_like(dark)
-    if not (grey or keep_ink):
+    if not (
+        grey or keep_ink or foreground.mean() > 0.9
+    ):  # without glass there is nothing that a stroke stands out from
         ink = find_ink(opening(foreground, 0.9), density, mpp)
         rim = 2 * max(2, round(25 / mpp)) + 1
         ink = cv2.dilate(ink.astype(np.uint8), np.ones((rim, rim), np.uint8)) > 0

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from ...data.features.feature_file import Features
 from ...data.slides.mpp import mpp_remark
+from ...data.slides.slide import levels_remark
 from ...data.slides.slide_table import SlideEntry
 from ...errors import LongslideError
 
@@ -68,6 +69,7 @@ class SlideResult:
         remarks = [
             reason,
             mpp_remark(features.slide_mpp, features.settings.get("file_mpp")) if features.slide_mpp else "",
+            levels_remark(features.settings.get("unreadable_levels", "")),
         ]
         return cls(
             entry.slide_id,

@@ -230,10 +230,12 @@ def _check_slide(
             check = replace(
                 check, width=width, height=height, levels=len(slide.level_dimensions), quickhash=slide.quickhash
             )
-            check = replace(check, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source, remark=slide.mpp.remark)
+            check = replace(check, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source)
             tissue = (Mask(entry.tissue_mask) if entry.tissue_mask else segmenter)(slide)
             grid = make_grid(slide, tissue, tile_mpp=tile_mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
-            check = replace(check, tissue_mm2=tissue.area_mm2(slide.mpp.value), tiles=len(grid.coords))
+            check = replace(
+                check, remark=slide.remark, tissue_mm2=tissue.area_mm2(slide.mpp.value), tiles=len(grid.coords)
+            )
             if not len(grid.coords):
                 remarks = filter(None, [why_no_tiles(tissue, min_tissue), check.remark])
                 return replace(check, remark="; ".join(remarks))

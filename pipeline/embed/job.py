@@ -248,6 +248,8 @@ class EmbedJob:
         }
         if slide.mpp.in_file is not None:
             settings["file_mpp"] = slide.mpp.in_file
+        if slide.unreadable_levels:
+            settings["unreadable_levels"] = ", ".join(map(str, sorted(slide.unreadable_levels)))
         return Features(
             slide_id=entry.slide_id,
             features=embeddings,
@@ -274,8 +276,8 @@ class EmbedJob:
     def _nothing_to_embed(self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid) -> SlideResult:
         self.path(entry).unlink(missing_ok=True)  # with --overwrite there may be one, of other settings
         why = f"{why_no_tiles(tissue, self.min_tissue)}; see qc/{entry.slide_id}.jpg"
-        if slide.mpp.remark:
-            why += f"; {slide.mpp.remark}"
+        if slide.remark:
+            why += f"; {slide.remark}"
         return replace(
             SlideResult.skipped(entry, why),
             tiles=0,

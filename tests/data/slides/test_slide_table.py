@@ -1,9 +1,12 @@
 """Files, folders and tables as the slides of a job."""
 
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from longslide.data.slides.dicom import series_of
+from longslide.data.slides.slide import open_slide
 from longslide.data.slides.slide_table import SlideEntry, find_slides
 from longslide.errors import LongslideError
 
@@ -201,3 +204,55 @@ def test_a_column_that_may_be_the_patient_is_asked_for_where_patients_matter(
     assert [entry.patient_id for entry in find_slides([table], patients="none")] == [None]
     assert [entry.patient_id for entry in find_slides([table], ask=False)] == [None]
     assert "Give `predict` --patient-column subject" in caplog.text
+
+
+def write_dicom(path: Path, series: str, *, implicit: bool = False) -> None:
+    """A DICOM file as far as its series, after a sequence of unknown length."""
+
+    def element(group: int, number: int, kind: bytes, value: bytes, plain: bool = False) -> bytes:
+        tag = group.to_bytes(2, "little") + number.to_bytes(2, "little")
+        return tag + (len(value).to_bytes(4, "little") if plain else kind + len(value).to_bytes(2, "little")) + value
+
+    syntax = b"1.2.840.10008.1.2\0" if implicit else b"1.2.840.10008.1.2.1\0"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sequence = b"\x08\x00\x40\x11" + (b"" if implicit else b"SQ\0\0") + b"\xff\xff\xff\xff\xfe\xff\xdd\xe0\0\0\0\0"
+    path.write_bytes(
+        bytes(128)
+        + b"DICM"
+        + element(2, 0x10, b"UI", syntax)
+        + element(8, 8, b"CS", b"ORIGINAL", implicit)
+        + sequence
+        + element(0x20, 0xE, b"UI", series.encode(), implicit)
+    )
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_each_series_of_a_folder_of_dicom_files_is_one_slide(tmp_path: Path, implicit: bool) -> None:
+    for name, series in (("b1", "1.2.3.4"), ("a2", "1.2.3.5"), ("a1", "1.2.3.4"), ("b2", "1.2.3.5")):
+        write_dicom(tmp_path / "case" / f"{name}.dcm", series, implicit=implicit)
+    assert [(entry.slide_id, entry.path.name) for entry in find_slides(tmp_path)] == [
+        ("a1", "a1.dcm"),
+        ("a2", "a2.dcm"),
+    ]
+    for name in ("a2", "b2"):
+        (tmp_path / "case" / f"{name}.dcm").unlink()
+    assert [entry.slide_id for entry in find_slides(tmp_path)] == ["case"]
+    assert [entry.slide_id for entry in find_slides(tmp_path / "case" / "b1.dcm")] == ["b1"]
+
+
+def test_a_dicom_file_that_cannot_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    write_dicom(tmp_path / "a.dcm", "1.2.3.4")
+    touch(tmp_path / "b.dcm")
+    assert [entry.slide_id for entry in find_slides(tmp_path)] == ["a", "b"]
+
+
+def test_two_real_series_in_one_folder_are_two_slides() -> None:
+    folder = os.environ.get("LONGSLIDE_TEST_CASES")
+    if not folder:
+        pytest.skip("LONGSLIDE_TEST_CASES, the folder with dicom_two_series, is not set")
+    entries = find_slides(Path(folder) / "dicom_two_series")
+    assert [entry.slide_id for entry in entries] == ["s1_34553435", "s2_51548755"]
+    with open_slide(entries[0].path) as one, open_slide(entries[1].path) as other:
+        assert one.quickhash != other.quickhash
+        for entry, slide in zip(entries, (one, other), strict=True):
+            assert slide.properties["dicom.SeriesInstanceUID"] == series_of(entry.path)

@@ -18,6 +18,7 @@ import h5py
 import numpy as np
 import openslide
 import pytest
+import tifffile
 import torch
 from classifier_files import ENCODER
 from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
@@ -652,3 +653,19 @@ def test_more_unreadable_tiles_than_allowed_fail_the_slide_and_fewer_are_left_ou
     coords = read_features(result.features or "").coords
     inside = (coords // 256 == [x // 256, y // 256]).all(1)
     assert not inside.any(), "no tile of the unreadable region"
+
+
+def test_a_damaged_reduced_level_is_a_remark_in_the_row(job: dict[str, Any], tmp_path: Path) -> None:
+    path = write_synthetic_slide(tmp_path / "x.svs", size=(2048, 1536))
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[2]
+        places = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    with path.open("r+b") as raw:
+        for offset, count in places:
+            raw.seek(offset)
+            raw.write(b"\xff" * count)
+    for _ in range(2):  # also when it was there already
+        [result] = embed(**job | {"slides": [path]})
+        assert result.status == "done"
+        assert "level 2 unreadable" in result.reason
+    assert "level 2 unreadable" in summary(job["output"])["x"]["reason"]

@@ -1,0 +1,54 @@
+"""DICOM files: which slide (series) each belongs to, from its header alone."""
+
+import struct
+from pathlib import Path
+
+SERIES_INSTANCE_UID = (0x0020, 0x000E)
+
+_LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
+_EXPLICIT_BIG_ENDIAN, _IMPLICIT, _DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99"
+_HEADER_BYTES = 2**20  # the series stands near the beginning: tags ascend
+
+
+def series_of(path: Path) -> str | None:
+    """The SeriesInstanceUID of a DICOM file; None if it is no DICOM file, or cannot be read or found.
+
+    The files of one series are the levels, the label and the concatenated parts of one slide.
+    """
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+    except OSError:
+        return None
+    if header[128:132] != b"DICM":
+        return None
+    position, syntax = 132, ""
+    try:
+        while True:
+            group, element = struct.unpack_from("<HH", header, position)
+            implicit = group != 2 and syntax == _IMPLICIT
+            kind = header[position + 4 : position + 6]
+            if implicit:
+                length, start = struct.unpack_from("<I", header, position + 4)[0], position + 8
+            elif kind in _LONG:
+                length, start = struct.unpack_from("<I", header, position + 8)[0], position + 12
+            else:
+                length, start = struct.unpack_from("<H", header, position + 6)[0], position + 8
+            value = header[start : start + length]
+            if (group, element) == (0x0002, 0x0010):
+                syntax = value.decode("ascii", "replace").rstrip("\0 ")
+            if group != 2 and syntax in (_EXPLICIT_BIG_ENDIAN, _DEFLATED):
+                return None
+            if (group, element) == SERIES_INSTANCE_UID:
+                return value.decode("ascii", "replace").rstrip("\0 ") or None
+            if (group, element) > SERIES_INSTANCE_UID:
+                return None
+            if length == 0xFFFFFFFF:  # a sequence of unknown length ends at its delimiter
+                end = header.find(b"\xfe\xff\xdd\xe0", start)
+                if end < 0:
+                    return None
+                position = end + 8
+            else:
+                position = start + length
+    except struct.error:  # the header ends here
+        return None
