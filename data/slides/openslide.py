@@ -63,8 +63,8 @@ class OpenSlideReader(SlideReader):
             try:
                 return _read_bgra(fresh, x, y, level, width, height)
             except (openslide.OpenSlideError, OSError) as error:
-                fresh.close()
-                fresh = self._open_again()
+                failed, fresh = fresh, self._open_again()
+                failed.close()
                 raise LongslideError(
                     f"{self.path}: cannot read {width} x {height} px at ({x}, {y}), level {level}: {error}"
                 ) from error
