@@ -8,8 +8,12 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ...errors import LongslideError
 from .base import VENDOR_SUFFIXES, DeclinedError, SlideReader, over_background
+from .tiff import tiff_facts
 
 Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
+
+MAX_PX = 500_000_000
+"""Pixels of a plain image, which is whole in memory at 4 bytes a pixel, above which it is refused."""
 
 
 class ImageReader(SlideReader):
@@ -17,6 +21,9 @@ class ImageReader(SlideReader):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        facts = tiff_facts(path)
+        if facts is not None and facts.refusal:
+            raise DeclinedError(facts.refusal)
         try:
             with Image.open(path) as picture:
                 if path.suffix.lower() in VENDOR_SUFFIXES:
@@ -28,6 +35,12 @@ class ImageReader(SlideReader):
                     raise DeclinedError
                 if picture.mode.startswith(("I", "F")):  # Pillow would clip it to white
                     raise LongslideError(f"{path}: an image of more than 8 bits a channel; convert it to 8-bit RGB")
+                if picture.width * picture.height > MAX_PX:
+                    raise LongslideError(
+                        f"{path}: {picture.width:,} x {picture.height:,} px would take "
+                        f"{picture.width * picture.height * 4 / 1e9:,.1f} GB of memory, as a plain image has no tiles; "
+                        "convert it by `vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg`"
+                    )
                 x, y = picture.info.get("dpi", (0, 0))
             self._image = openslide.ImageSlide(str(path))
             self._image.read_region((0, 0), 0, (1, 1))  # decodes the image: a truncated one fails here

@@ -11,6 +11,7 @@ from openslide import lowlevel
 from ...errors import LongslideError
 from .base import DeclinedError, SlideReader, over_background
 from .parts import missing_part
+from .tiff import tiff_facts
 
 CACHE_BYTES = 256 * 2**20
 """Decoded native tiles kept per slide: several rows of a 100,000 px wide level, so neighbours are not decoded twice."""
@@ -27,13 +28,21 @@ class OpenSlideReader(SlideReader):
         except openslide.OpenSlideUnsupportedFormatError as error:
             if (missing := missing_part(path)) is not None:
                 raise LongslideError(f"{path}: {missing} is missing beside it; copy it too") from error
-            raise DeclinedError from error
+            facts = tiff_facts(path)
+            raise DeclinedError(facts.refusal if facts else "") from error
         self._lock = threading.Lock()
         self.dimensions = handle.dimensions
         self.level_dimensions = handle.level_dimensions
         self.level_downsamples = handle.level_downsamples
         self.properties = dict(handle.properties)
         self.vendor = self.properties["openslide.vendor"]
+        if self.vendor == "generic-tiff" and (facts := tiff_facts(path)) is not None:
+            if facts.refusal:
+                handle.close()
+                raise DeclinedError(facts.refusal)
+            if facts.mpp is not None:
+                self.properties["openslide.mpp-x"], self.properties["openslide.mpp-y"] = facts.mpp
+                del self.properties["openslide.vendor"]  # these are no resolution tags, as those of a generic TIFF are
         colour = self.properties.get("openslide.background-color", "FFFFFF")
         self.background = (int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16))
 
@@ -77,7 +86,7 @@ class OpenSlideReader(SlideReader):
     def _open_again(self) -> openslide.OpenSlide:
         try:
             return self._open()
-        except openslide.OpenSlideUnsupportedFormatError as error:
+        except (openslide.OpenSlideUnsupportedFormatError, DeclinedError) as error:
             raise LongslideError(f"{self.path}: no longer there, or no longer a slide ({error})") from error
 
     def _open(self) -> openslide.OpenSlide:
@@ -90,6 +99,9 @@ class OpenSlideReader(SlideReader):
         except openslide.OpenSlideError as error:
             if (missing := missing_part(self.path)) is not None:
                 raise LongslideError(f"{self.path}: {missing} is missing beside it; copy it too") from error
+            facts = tiff_facts(self.path)
+            if facts is not None and facts.refusal:
+                raise DeclinedError(facts.refusal) from error
             raise LongslideError(f"{self.path}: a broken or truncated slide ({error}); copy it again") from error
 
 

@@ -1,0 +1,110 @@
+"""What a TIFF file says of its pixels, and why OpenSlide or Pillow would read it wrongly or not at all."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import tifffile
+
+CODECS = {34712: "JPEG 2000", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL", 34887: "LERC", 50000: "Zstandard"}
+"""Compressions of TIFF files that OpenSlide does not read, by their numbers."""
+
+_CONVERT = "convert it, for instance by `vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg`"
+_MICRONS = {
+    "nm": 1e-3,
+    "um": 1.0,
+    "µm": 1.0,
+    "μm": 1.0,
+    "micron": 1.0,
+    "microns": 1.0,
+    "mm": 1e3,
+    "cm": 1e4,
+    "inch": 25_400.0,
+}
+
+
+@dataclass(frozen=True)
+class TiffFacts:
+    """What a TIFF file says of its first image.
+
+    Attributes:
+        refusal: Why its pixels cannot be read here, and what to do; empty if nothing is against it.
+        mpp: Microns per pixel in x and y by its OME or ImageJ metadata, as text.
+    """
+
+    refusal: str = ""
+    mpp: tuple[str, str] | None = None
+
+
+def tiff_facts(path: Path) -> TiffFacts | None:
+    """Look at a file's TIFF directory; None if it is no TIFF file."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return None
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return _facts(tiff, tiff.pages.first)
+    except Exception as error:  # whatever a broken directory makes of the parser
+        reason = " ".join(str(error).split())
+        return TiffFacts(f"a truncated or broken TIFF ({reason or type(error).__name__}); copy it again")
+
+
+def _facts(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> TiffFacts:
+    size = tiff.filehandle.size
+    ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False)]
+    if ends and max(ends) > size:
+        return TiffFacts(f"truncated: its pixels end at byte {max(ends):,}, the file at {size:,}; copy it again")
+    mpp = _ome_mpp(tiff.ome_metadata or "") if tiff.is_ome else _imagej_mpp(page)
+    codec = CODECS.get(int(page.compression))
+    if codec is not None:
+        return TiffFacts(f"its pixels are compressed by {codec}, which is not read here; {_CONVERT}", mpp)
+    bits = page.bitspersample
+    if isinstance(bits, tuple):
+        bits = max(bits)
+    if bits > 8:
+        what = f"{page.samplesperpixel} channel{'s' * (page.samplesperpixel > 1)} of {bits} bits"
+        return TiffFacts(f"{what}, not 8-bit RGB brightfield; scale and {_CONVERT}", mpp)
+    if page.samplesperpixel > 1 and int(page.planarconfig) == 2:
+        return TiffFacts(f"its colours are stored in separate planes, which are not read here; {_CONVERT}", mpp)
+    if page.samplesperpixel == 1 and (channels := _channels(tiff)) > 1:
+        return TiffFacts(f"{channels} grey channels: fluorescence or multiplex, not 8-bit RGB brightfield", mpp)
+    return TiffFacts("", mpp)
+
+
+def _channels(tiff: tifffile.TiffFile) -> int:
+    if not (tiff.is_ome or tiff.is_imagej or tiff.is_qpi):
+        return 1
+    series = tiff.series[0]
+    return int(dict(zip(series.axes, series.shape, strict=False)).get("C", 1))
+
+
+def _ome_mpp(metadata: str) -> tuple[str, str] | None:
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", metadata)
+    if pixels is None:
+        return None
+    stated = dict(re.findall(r'(\w+)="([^"]*)"', pixels.group()))
+    found = []
+    for axis in "XY":
+        size, unit = stated.get(f"PhysicalSize{axis}"), stated.get(f"PhysicalSize{axis}Unit", "µm")
+        if size is None or unit not in _MICRONS:
+            return None
+        try:
+            found.append(f"{float(size) * _MICRONS[unit]:.12g}")
+        except ValueError:
+            return None
+    return found[0], found[1]
+
+
+def _imagej_mpp(page: tifffile.TiffPage) -> tuple[str, str] | None:
+    if not page.is_imagej:
+        return None
+    unit = re.search(r"^unit=(.+)$", page.description, re.MULTILINE)
+    name = unit.group(1).strip().replace("\\u00B5", "µ") if unit else ""
+    found = []
+    for code in (282, 283):  # XResolution, YResolution: pixels per unit
+        tag = page.tags.get(code)
+        if tag is None or name not in _MICRONS or not tag.value[0]:
+            return None
+        found.append(f"{_MICRONS[name] * tag.value[1] / tag.value[0]:.12g}")
+    return found[0], found[1]

@@ -1,0 +1,84 @@
+"""TIFF files that would be read wrongly are refused by what they are; their own microns per pixel count."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from longslide.data.slides.slide import open_slide
+from longslide.data.synthetic import write_synthetic_slide
+from longslide.errors import LongslideError
+
+RGB = np.full((512, 512, 3), 180, np.uint8)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(LongslideError) as caught:
+        open_slide(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def case(name: str) -> Path:
+    folder = os.environ.get("LONGSLIDE_TEST_CASES")
+    if not folder:
+        pytest.skip(f"LONGSLIDE_TEST_CASES, the folder with {name}, is not set")
+    return Path(folder) / name
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("comp_webp.tif", "WebP"), ("comp_jpeg2000.tif", "JPEG 2000"), ("twelve_bit_in_16.tif", "3 channels of 16 bits")],
+)
+def test_a_real_intact_tiff_is_refused_by_what_it_is(name: str, what: str) -> None:
+    message = refusal(case(name))
+    assert what in message
+    assert "convert it" in message
+    assert "truncated" not in message
+
+
+def test_the_real_ome_tiff_keeps_its_own_mpp() -> None:
+    with open_slide(case("ome_subifd.ome.tif")) as slide:
+        assert slide.mpp.value == pytest.approx(0.2525)
+        assert slide.mpp.source == "file"
+
+
+@pytest.mark.parametrize("tile", [None, (256, 256)])
+def test_what_is_not_8_bit_chunky_rgb_is_refused(tmp_path: Path, tile: tuple[int, int] | None) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, RGB.astype(np.uint16) * 16, tile=tile, photometric="rgb")
+    assert "3 channels of 16 bits" in refusal(path)
+    tifffile.imwrite(path, np.moveaxis(RGB, -1, 0), tile=tile, photometric="rgb", planarconfig="separate")
+    assert "separate planes" in refusal(path)
+    stack = np.zeros((4, 512, 512), np.uint8)
+    tifffile.imwrite(tmp_path / "a.ome.tif", stack, tile=tile, photometric="minisblack", metadata={"axes": "CYX"})
+    assert "4 grey channels" in refusal(tmp_path / "a.ome.tif")
+
+
+@pytest.mark.parametrize(("unit", "size"), [("µm", 0.2525), ("nm", 252.5), ("mm", 0.0002525)])
+def test_ome_metadata_state_the_mpp_in_any_unit(tmp_path: Path, unit: str, size: float) -> None:
+    stated = {"PhysicalSizeX": size, "PhysicalSizeXUnit": unit, "PhysicalSizeY": size, "PhysicalSizeYUnit": unit}
+    tifffile.imwrite(tmp_path / "a.ome.tif", RGB, tile=(256, 256), photometric="rgb", metadata={"axes": "YXS"} | stated)
+    with open_slide(tmp_path / "a.ome.tif") as slide:
+        assert slide.mpp.value == pytest.approx(0.2525)
+
+
+def test_a_truncated_svs_is_called_truncated(tmp_path: Path) -> None:
+    path = write_synthetic_slide(tmp_path / "a.svs", size=(1536, 1024))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    assert "truncated" in refusal(path)
+
+
+def test_a_plain_image_too_large_for_memory_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 40_000, 30_000, 8, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
+    assert "4.8 GB of memory" in refusal(tmp_path / "a.png")
