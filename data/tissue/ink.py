@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from .channels import average, length, spread, unit
 from .morphology import closing, connected_to, depth, local_deviation, opening
 
 HALF_WIDTHS_UM = (40.0, 80.0, 160.0, 320.0, 640.0, 1200.0)
@@ -54,8 +55,8 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
     Returns:
         `(h, w)` bool; without the soft rim of the strokes.
     """
-    direction = _unit(density)
-    relative = local_deviation(density.mean(-1), 5) / np.maximum(density.mean(-1), 0.05)
+    direction, darkness = unit(density), average(density)
+    relative = local_deviation(darkness, 5) / np.maximum(darkness, 0.05)
     ink = np.zeros_like(foreground)
     inks: list[np.ndarray] = []
 
@@ -63,16 +64,18 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
         ink[piece.where] |= piece.mask
         inks.append(piece.density)
 
-    rest = foreground.copy()
+    rest, depths = foreground.copy(), depth(foreground)
     for half_width in HALF_WIDTHS_UM:
         if half_width < 1.2 * mpp:
             continue
-        bulk = opening(rest, half_width / mpp)
+        bulk = opening(rest, half_width / mpp, depths)
         sample = density[bulk][::7]
         for piece in _pieces(rest & ~bulk, density, direction, relative, max(8.0, (160 / mpp) ** 2)):
             if _is_stroke(piece, sample, 7):
                 take(piece)
-        rest &= ~ink
+        if np.any(rest & ink):
+            rest &= ~ink
+            depths = depth(rest)
     for piece in _pieces(rest, density, direction, relative, 8):  # blots, and hatching that runs together
         if piece.flatness < 0.035 and piece.hue_spread < 0.03:
             take(piece)
@@ -81,10 +84,6 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
         ink |= vivid
         rest &= ~vivid
     return np.asarray(ink | _over_tissue(ink, rest, foreground, density, inks))
-
-
-def _unit(density: np.ndarray) -> np.ndarray:
-    return np.asarray(density / np.maximum(np.linalg.norm(density, axis=-1, keepdims=True), 1e-3))
 
 
 def _pieces(
@@ -104,22 +103,22 @@ def _pieces(
         if radius < 1 or np.count_nonzero(core) < 4:
             continue
         colours = density[where][core]
-        chroma, darkness = np.ptp(colours, axis=1), colours.mean(1)
+        chroma, darkness = spread(colours), average(colours)
         slenderness = area / (np.pi * radius**2)
         least = MIN_CHROMA if slenderness < 15 else 0.75 * MIN_CHROMA
         if np.mean((chroma > least) | (darkness > MIN_DARKNESS)) < 0.3:
             continue
         densest = chroma + 0.5 * darkness >= np.median(chroma + 0.5 * darkness)
         directions = direction[where][core][densest]
-        typical = _unit(np.median(directions, axis=0))
+        typical = unit(np.median(directions, axis=0))
         inner = piece & (depths >= min(2.0, 0.6 * radius))
-        if np.mean(np.linalg.norm(direction[where][inner] - typical, axis=1) < 0.13) < 0.5:
+        if np.mean(length(direction[where][inner] - typical) < 0.13) < 0.5:
             continue
         flatness = float(np.median(relative[where][core]))
         if slenderness < 6:  # short and thick: all of it must be flat, or it is tissue that a stroke crosses
             flatness = max(flatness, float(np.percentile(relative[where][piece & (depths >= 0.35 * radius)], 70)))
-        hue_spread = float(np.median(np.linalg.norm(directions - typical, axis=1)))
-        own = piece & (np.linalg.norm(direction[where] - typical, axis=-1) < 0.2)  # without tissue that hangs on to it
+        hue_spread = float(np.median(length(directions - typical)))
+        own = piece & (length(direction[where] - typical) < 0.2)  # without tissue that hangs on to it
         yield _Piece(where, own, slenderness, flatness, hue_spread, typical, np.median(colours[densest], axis=0))
 
 
@@ -129,8 +128,8 @@ def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
         return False
     if not (piece.flatness < 0.06 or len(bulk) or piece.slenderness > 25):
         return False  # thin biopsies of a single stain, with nothing to compare them with
-    alike = (np.linalg.norm(_unit(bulk) - piece.direction, axis=1) < 0.1) & (
-        np.linalg.norm(bulk, axis=1) > 0.5 * np.linalg.norm(piece.density)
+    alike = (length(unit(bulk) - piece.direction) < 0.1) & (
+        length(bulk) > 0.5 * np.linalg.norm(piece.density)
     )
     # A stroke goes on over tissue; a margin of the tissue is of its colour, and uneven.
     one_dye = piece.flatness < 0.03 or (piece.flatness < 0.06 and piece.hue_spread < 0.006)
@@ -140,7 +139,7 @@ def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
 def _vivid_strokes(rest: np.ndarray, density: np.ndarray, mpp: float) -> Iterator[np.ndarray]:
     """Real strokes that tissue joins and that are uneven: vivid colours that are few, thin and lie along the glass."""
     red, green, blue = (density[..., channel] for channel in range(3))
-    chroma = np.ptp(density, axis=-1)
+    chroma = spread(density)
     on_glass = red < 0.08  # red light passes red ink whole: where it is absorbed, tissue lies below
     hues = (
         ((green < 0.8 * red) & (green < 1.25 * blue), (green < 0.85 * red) & (green < 1.3 * blue), 0.15, 0.075),
@@ -172,17 +171,21 @@ def _over_tissue(
     if not inks or len(sample) < 50:
         return over
     mean = np.median(sample, axis=0)
-    distance = np.linalg.norm(sample - mean, axis=1)
+    distance = length(sample - mean)
     central = sample[distance <= np.percentile(distance, 60)]
     inverse = np.linalg.inv(np.cov(central.T) + 1e-4 * np.eye(3))
-    direction, length = _unit(density), np.linalg.norm(density, axis=-1)
+    where = foreground & ~ink
+    colours = density[where]
+    lengths = length(colours)
     for colour in inks:
         axis = inverse @ colour
         strength = float(colour @ axis)
-        alike = (direction @ _unit(colour) > 0.99) & (length > 0.5 * np.linalg.norm(colour))
+        alike = (colours @ unit(colour) > 0.99 * lengths) & (lengths > 0.5 * length(colour))
         if strength >= MIN_SIGNIFICANCE**2:
-            alike |= (density - mean.astype(np.float32)) @ (axis / strength).astype(np.float32) > 0.6
-        inked = opening(alike & foreground & ~ink, 1.5)
+            alike |= (colours - mean.astype(np.float32)) @ (axis / strength).astype(np.float32) > 0.6
+        inked = np.zeros_like(ink)
+        inked[where] = alike
+        inked = opening(inked, 1.5)
         inked &= connected_to(inked | ink, ink)
         if np.count_nonzero(inked) < 0.25 * np.count_nonzero(tissue):
             over |= inked

@@ -8,6 +8,7 @@ import numpy as np
 from ...errors import LongslideError
 from ..slides.slide import Slide
 from .base import MAX_MASK_PX, Tissue, TissueSegmenter
+from .channels import average, highest, lowest, spread
 from .ink import find_ink
 from .morphology import closing, depth, local_deviation, opening, without_small
 
@@ -105,8 +106,8 @@ def segment_tissue(
     glass = _glass(picture, mpp)
     density = _optical_density(cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 0.8), glass)
     red, green, blue = (density[..., channel] for channel in range(3))
-    absorbed, chroma = density.mean(-1), np.ptp(density, axis=-1)
-    grey = np.percentile(np.ptp(picture.reshape(-1, 3).astype(np.int16), axis=1), 99.5) < 3
+    absorbed, chroma = average(density), spread(density)
+    grey = np.mean(spread(picture) < 3) > 0.995
     if grey:  # a grey scan: darkness is all there is
         strength = absorbed / 1.5
         stained = strength > threshold
@@ -125,7 +126,7 @@ def segment_tissue(
         rim = 2 * max(2, round(25 / mpp)) + 1
         ink = cv2.dilate(ink.astype(np.uint8), np.ones((rim, rim), np.uint8)) > 0
     if glass.max() < 252:
-        ink |= picture.min(-1) > 253  # a gap between the parts that the scanner stitched
+        ink |= lowest(picture) > 253  # a gap between the parts that the scanner stitched
     not_tissue = dark | ink
     solid = _within_half_density(stained & foreground & ~not_tissue, strength, mpp)
     solid = opening(solid, 0.9)
@@ -142,16 +143,16 @@ def _glass(picture: np.ndarray, mpp: float) -> np.ndarray:
     """The colour of glass, whatever it is: the brightest one that is flat, as no tissue is."""
     smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 1.5)
     near, wide = (2 * max(2, round(microns / mpp / 2)) + 1 for microns in (60, 300))
-    flat = local_deviation(smooth, near).max(-1) < _FLAT
-    flat &= local_deviation(smooth, wide).max(-1) < _FLAT_WIDELY
-    darkest = smooth.min(-1)
+    flat = highest(local_deviation(smooth, near)) < _FLAT
+    flat &= highest(local_deviation(smooth, wide)) < _FLAT_WIDELY
+    darkest = lowest(smooth)
     flat &= darkest > 120
     if np.mean(coloured := flat & (darkest < 253.5)) > 0.02:
         flat = coloured  # the pure white of stitching gaps is no glass
     if np.mean(flat) < 0.01:  # tissue fills the picture: glass would be neutral, and as bright as anything
-        return np.full(3, max(200.0, float(np.percentile(smooth.max(-1), 99.5))), np.float32)
+        return np.full(3, max(200.0, float(np.percentile(highest(smooth), 99.5))), np.float32)
     colours = smooth[flat]
-    level = colours.mean(-1)
+    level = average(colours)
     counts, edges = np.histogram(level, bins=np.arange(120, 260, 4))
     peak = int(np.flatnonzero(np.convolve(counts, [1, 1, 1], "same") > 0.15 * counts.sum())[-1])
     while peak > 0 and counts[peak - 1] > counts[peak]:
