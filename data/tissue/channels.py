@@ -15,7 +15,7 @@ def lowest(colours: np.ndarray) -> np.ndarray:
 
 def spread(colours: np.ndarray) -> np.ndarray:
     """The highest less the lowest channel; `(..., 3)` to `(...)`."""
-    return highest(colours) - lowest(colours)
+    return np.asarray(highest(colours) - lowest(colours))
 
 
 def average(colours: np.ndarray) -> np.ndarray:

@@ -69,13 +69,15 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
         if half_width < 1.2 * mpp:
             continue
         bulk = opening(rest, half_width / mpp, depths)
-        sample = density[bulk][::7]
+        sample = density.reshape(-1, 3)[np.flatnonzero(bulk)[::7]]
         for piece in _pieces(rest & ~bulk, density, direction, relative, max(8.0, (160 / mpp) ** 2)):
             if _is_stroke(piece, sample, 7):
                 take(piece)
         if np.any(rest & ink):
             rest &= ~ink
             depths = depth(rest)
+        elif not len(sample):
+            break  # wider strokes would be the same pieces
     for piece in _pieces(rest, density, direction, relative, 8):  # blots, and hatching that runs together
         if piece.flatness < 0.035 and piece.hue_spread < 0.03:
             take(piece)
@@ -128,9 +130,7 @@ def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
         return False
     if not (piece.flatness < 0.06 or len(bulk) or piece.slenderness > 25):
         return False  # thin biopsies of a single stain, with nothing to compare them with
-    alike = (length(unit(bulk) - piece.direction) < 0.1) & (
-        length(bulk) > 0.5 * np.linalg.norm(piece.density)
-    )
+    alike = (length(unit(bulk) - piece.direction) < 0.1) & (length(bulk) > 0.5 * np.linalg.norm(piece.density))
     # A stroke goes on over tissue; a margin of the tissue is of its colour, and uneven.
     one_dye = piece.flatness < 0.03 or (piece.flatness < 0.06 and piece.hue_spread < 0.006)
     return every * int(np.count_nonzero(alike)) < (8.0 if one_dye else 0.5) * piece.area
@@ -183,6 +183,8 @@ def _over_tissue(
         alike = (colours @ unit(colour) > 0.99 * lengths) & (lengths > 0.5 * length(colour))
         if strength >= MIN_SIGNIFICANCE**2:
             alike |= (colours - mean.astype(np.float32)) @ (axis / strength).astype(np.float32) > 0.6
+        if not alike.any():
+            continue
         inked = np.zeros_like(ink)
         inked[where] = alike
         inked = opening(inked, 1.5)

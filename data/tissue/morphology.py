@@ -3,7 +3,6 @@
 import cv2
 import numpy as np
 
-
 _SMALL = 6.0  # pixels; up to here a kernel is faster than two distance transforms, and gives the same
 
 
@@ -59,4 +58,6 @@ def connected_to(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
 def local_deviation(values: np.ndarray, window: int) -> np.ndarray:
     """Standard deviation in a square window around each pixel."""
     mean = cv2.blur(values, (window, window))
-    return np.asarray(np.sqrt(np.maximum(cv2.blur(values * values, (window, window)) - mean * mean, 0)))
+    variance = cv2.blur(values * values, (window, window))
+    variance -= np.multiply(mean, mean, out=mean)
+    return np.asarray(np.sqrt(np.maximum(variance, 0, out=variance), out=variance))

@@ -36,7 +36,8 @@ class OpticalDensity(TissueSegmenter):
     """Tissue by its optical density; see `find_tissue`.
 
     Attributes:
-        threshold: Least optical density of green above the lower of red and blue; less finds paler tissue, and dirt.
+        threshold: Least optical density of green above the lower of red and blue; or, for stains that absorb green least,
+            of the highest channel above the lowest, then 1.25 times as much. Less finds paler tissue, and dirt.
         min_area: Smallest piece of tissue in square microns.
         keep_ink: Whether ink of a marker counts as tissue, for slides whose stain looks like ink.
     """
@@ -162,7 +163,7 @@ def _glass(picture: np.ndarray, mpp: float) -> np.ndarray:
 
 def _optical_density(picture: np.ndarray, glass: np.ndarray) -> np.ndarray:
     """-log10 of the share of light that passes, in each channel: 0 for glass, below for what is brighter; float32."""
-    return np.asarray(-np.log10(np.maximum(picture, 1) / glass), np.float32)
+    return np.asarray(cv2.log(np.maximum(glass, 1) / np.maximum(picture, 1)) * np.float32(1 / np.log(10)))
 
 
 def _within_half_density(mask: np.ndarray, strength: np.ndarray, mpp: float) -> np.ndarray:
