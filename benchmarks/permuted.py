@@ -64,8 +64,9 @@ def auroc_of(folder: Path, command: str, aggregator: str, seed: int, min_steps: 
             raise RuntimeError(output.getvalue())
     metrics = pd.read_csv(run / "metrics.csv")
     rows = metrics[(metrics["metric"] == "auroc") & (metrics["level"] == "patient")].set_index("scope")
-    row = rows.loc["mean" if command == "crossval" else "fold_0"]
-    return float(row["value"]), float(row["low"]), float(row["high"])
+    scope = "mean" if command == "crossval" else "fold_0"
+    value, low, high = rows.loc[[scope], ["value", "low", "high"]].to_numpy(float)[0].tolist()
+    return value, low, high
 
 
 def main() -> None:
