@@ -146,7 +146,7 @@ def test_the_default_segmenter_takes_options_without_being_named(outside: Path) 
     assert main([*words, "--output", "two", "--config", "embed.yaml"]) == 0
     settings = read_features("two/a.h5").settings
     assert settings["tissue_segmenter"] == "optical-density"
-    assert json.loads(settings["tissue_settings"]) == {"keep_ink": False, "min_area": 20_000.0, "threshold": 0.05}
+    assert json.loads(settings["tissue_settings"]) == {"keep_ink": False, "min_area": 2_500.0, "threshold": 0.05}
 
 
 @pytest.mark.parametrize(
