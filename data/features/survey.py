@@ -71,7 +71,8 @@ def survey_features(
             raise LongslideError(f"{path}: no tiles, an empty bag; leave the slide out of the table, or embed it again")
         if cache.slide_embeddings and header.slide_embedding is None:
             raise LongslideError(
-                f"{path}: no slide embedding; run `longslide embed` with --slide-encoder, or choose an aggregator that reads tiles (--model.aggregator)"
+                f"{path}: no slide embedding; run `longslide embed` with --slide-encoder, or choose an aggregator "
+                "that reads tiles (--model.aggregator)"
             )
         _check_width(files[0], headers[0], path, header)
         if twice:

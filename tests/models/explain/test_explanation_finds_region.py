@@ -40,6 +40,7 @@ SMALL = {
     "abmil": {"width": 32, "attention_width": 16, "dropout": 0.0},
     "transmil": {"width": 32, "heads": 4, "landmarks": 16, "dropout": 0.0},
     "mean": {"width": 32, "dropout": 0.0},
+    "max": {"width": 32, "dropout": 0.0},
 }
 
 

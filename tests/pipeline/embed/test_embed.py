@@ -22,6 +22,7 @@ import tifffile
 import torch
 from classifier_files import ENCODER
 from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
+from longslide.data.tissue.optical_density import OpticalDensity
 from longslide.models.slide_encoder.encoder import SlideEncoder
 from longslide.pipeline.batch.claims import claim
 from PIL import Image
@@ -398,7 +399,7 @@ def test_a_given_mpp_far_off_the_files_own_is_remarked(job: dict[str, Any], slid
     assert (far.status, far.reason) == ("done", "slide_mpp 0.4 was given, the file says 0.5")
     row = summary(job["output"])["a"]
     assert (row["reason"], row["slide_mpp"], row["tile_mpp"]) == (far.reason, "0.4", "0.5")
-    [none] = embed(**job, slide_mpp=0.1, overwrite=True)
+    [none] = embed(**job, slide_mpp=0.1, overwrite=True, tissue=OpticalDensity(min_area=1e7))
     assert none.status == "skipped"
     assert none.reason.endswith("; slide_mpp 0.1 was given, the file says 0.5"), "perhaps that is why"
 
