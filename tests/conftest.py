@@ -4,6 +4,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 # The tensors of the tests are tiny: threads would only get in each other's way, and a forked process would wait for ever for
 # those of its parent.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -12,3 +14,20 @@ if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 # A job that a script runs in the background ignores Ctrl-C, and so would the commands that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+SLOW = (
+    "pipeline/",
+    "models/explain/",
+    "models/slide_encoder/test_dilated_attention.py",
+    "models/slide_encoder/test_fused_dilated_attention.py",
+    "models/slide_encoder/test_mae.py",
+    "data/slides/test_damaged_levels.py",
+    "test_extending.py",
+)
+"""What `-m "not slow"` leaves out beside the tests that are marked: whole jobs, and kernels in Triton's interpreter."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
