@@ -18,9 +18,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SLOW = (
     "pipeline/",
     "models/explain/",
-    "models/slide_encoder/test_dilated_attention.py",
-    "models/slide_encoder/test_fused_dilated_attention.py",
-    "models/slide_encoder/test_mae.py",
+    "models/slide_encoder/",
+    "models/classifier/",
     "data/slides/test_damaged_levels.py",
     "test_extending.py",
 )
