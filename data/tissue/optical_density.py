@@ -124,6 +124,8 @@ def segment_tissue(
         grey or keep_ink or foreground.mean() > 0.9
     ):  # without glass there is nothing that a stroke stands out from
         ink = find_ink(opening(foreground, 0.9), density, mpp)
+        if ink.sum() > 0.5 * foreground.sum() and foreground.mean() > 0.5:  # no marker covers half of a picture
+            ink = np.zeros_like(dark)
         rim = 2 * max(2, round(25 / mpp)) + 1
         ink = cv2.dilate(ink.astype(np.uint8), np.ones((rim, rim), np.uint8)) > 0
     if glass.max() < 252:

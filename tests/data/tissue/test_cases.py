@@ -70,3 +70,12 @@ def test_glass_of_any_colour_has_no_tissue() -> None:
     for seed in range(4):
         slide = DRAWN.draw_slide("empty", seed)
         assert segment_tissue(slide.picture, slide.mpp).mean() < 0.002
+
+
+@pytest.mark.parametrize("name", ["s1_34553435.dcm", "s2_51548755.dcm"])
+def test_strongly_stained_tissue_that_nearly_fills_the_picture_is_no_ink(name: str) -> None:
+    folder = os.environ.get("LONGSLIDE_TEST_CASES")
+    if not folder:
+        pytest.skip("LONGSLIDE_TEST_CASES is not set")
+    with open_slide(Path(folder) / "dicom_two_series" / name) as slide:
+        assert find_tissue(slide).mask.mean() > 0.9
