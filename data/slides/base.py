@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -14,6 +15,12 @@ VENDOR_SUFFIXES = frozenset(
     {".svs", ".svslide", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".bif", ".czi", ".zvi", ".dcm", ".qptiff"}
 )
 """Suffixes of slide formats: such a file is never read as the plain image (a preview, say) that it may be as well."""
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+"""Plain images: slides only in a folder without others. Beside slides they are thumbnails, masks or parts of a .vms."""
+
+TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".ptif", ".btf"})
+"""Suffixes of TIFF files that say nothing of who wrote them; `.ome.tif` ends with one of them."""
 
 
 class DeclinedError(Exception):
@@ -40,6 +47,8 @@ class SlideReader(Plugin, ABC):
             data, the file is not hashed.
         vendor: Name of the format.
         background: RGB shown where the slide has no pixels.
+        SUFFIXES: Suffixes, in small letters and with the dot, that a folder is searched for; a file that the user names is
+            tried whatever its suffix.
 
     Raises:
         DeclinedError: The file is not of a kind that this reader reads.
@@ -47,6 +56,7 @@ class SlideReader(Plugin, ABC):
     """
 
     GIVEN = frozenset({"path"})
+    SUFFIXES: ClassVar[frozenset[str]] = frozenset()
 
     dimensions: tuple[int, int]
     level_dimensions: tuple[tuple[int, int], ...]

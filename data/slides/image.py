@@ -7,7 +7,7 @@ import openslide
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ...errors import LongslideError
-from .base import VENDOR_SUFFIXES, DeclinedError, SlideReader, over_background
+from .base import IMAGE_SUFFIXES, TIFF_SUFFIXES, VENDOR_SUFFIXES, DeclinedError, SlideReader, over_background
 from .tiff import tiff_facts
 
 Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
@@ -18,6 +18,8 @@ MAX_PX = 500_000_000
 
 class ImageReader(SlideReader):
     """An image that Pillow reads, whole in memory; its DPI tags appear as TIFF resolution tags."""
+
+    SUFFIXES = IMAGE_SUFFIXES | TIFF_SUFFIXES | {".jp2"}
 
     def __init__(self, path: Path) -> None:
         self.path = path

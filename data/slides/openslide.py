@@ -9,7 +9,7 @@ import openslide
 from openslide import lowlevel
 
 from ...errors import LongslideError
-from .base import DeclinedError, SlideReader, over_background
+from .base import TIFF_SUFFIXES, VENDOR_SUFFIXES, DeclinedError, SlideReader, over_background
 from .parts import missing_part
 from .tiff import tiff_facts
 
@@ -19,6 +19,8 @@ CACHE_BYTES = 256 * 2**20
 
 class OpenSlideReader(SlideReader):
     """A slide file read by OpenSlide: its own pixels, without Pillow's copies."""
+
+    SUFFIXES = VENDOR_SUFFIXES | TIFF_SUFFIXES
 
     def __init__(self, path: Path) -> None:
         self.path = path

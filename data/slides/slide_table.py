@@ -3,30 +3,25 @@
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import LongslideError
 from ..patients import patient_column
 from ..table import ID_COLUMNS, SLIDE_COLUMNS, decimal_points, find_column, is_table, listed, read_table
-from .base import VENDOR_SUFFIXES
-from .dicom import series_of
+from .base import SlideReader
+from .folder import looked_at, read_folder
 from .mpp import plausible
 
 if TYPE_CHECKING:
     import pandas as pd
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
-"""Plain images: slides only in a folder without others. Beside slides they are thumbnails, masks or parts of a .vms."""
-
-SLIDE_SUFFIXES = IMAGE_SUFFIXES | VENDOR_SUFFIXES | frozenset({".tif", ".tiff", ".ptif", ".jp2"})
-"""Files of a folder that are taken for slides; a file named by the user is tried whatever its suffix."""
-
 logger = logging.getLogger(__name__)
 
-_FILE_SUFFIXES = SLIDE_SUFFIXES | {".h5", ".hdf5", ".pt"}
+IdFrom = Literal["name", "path"]
+"""What the id of a slide that has none in a table is made of: the name of its file, or its path."""
 
 MPP_COLUMNS = ("slide_mpp", "mpp")
 """Columns of a slide table with the microns per pixel of level 0, the first that says something."""
@@ -56,17 +51,21 @@ def find_slides(
     slide_mpp: float | None = None,
     patients: str | None = None,
     ask: bool = True,
+    reader: str | type[SlideReader] | None = None,
+    id_from: IdFrom = "name",
 ) -> list[SlideEntry]:
     """List the slides of a job.
 
     Args:
-        inputs: Slide files, folders (searched through all their subfolders; the DICOM files of one series are one slide,
-            with the folder's name as its id, or its first file's where a folder holds several series) and tables (see
+        inputs: Slide files, folders (see `read_folder`; what in them was not looked at is logged) and tables (see
             `read_table`). A table has a column `slide` or `slide_path` (paths relative to the table) and
             optionally `slide_id`, `slide_mpp` (or `mpp`), `patient_id`, `tissue_mask`.
         slide_mpp: Microns per pixel at level 0 for all slides that have none in a table.
         patients: The column of tables that names the patient, or `none`. Default: `patient_id`, `pat_id` or `case_id`.
         ask: Whether a column that only looks like the patient is an error; else it is logged.
+        reader: The slide reader, if one is named: folders are searched for its suffixes.
+        id_from: `path` makes ids of the paths of slides, relative to the folder or as they are given, with `__` between
+            folders, so that equal names in different folders go together.
 
     Returns:
         The slides, in the order of the input; those of a folder by path.
@@ -82,69 +81,61 @@ def find_slides(
         if not os.path.exists(item):  # Path.exists raises where a folder above may not be entered
             raise LongslideError(f"{item}: no such file or folder, or no permission to see it")
         if item.is_dir():
-            found = sorted(_slides_in(item), key=lambda entry: entry.path)
-            if not found:
+            suffixes = looked_at(reader)
+            content = read_folder(item, suffixes)
+            if not content.slides:
+                there = f"; {content.remark}" if content.remark else ""
                 raise LongslideError(
-                    f"{item}: no slides in this folder (looked for {', '.join(sorted(SLIDE_SUFFIXES))})"
+                    f"{item}: no slides in this folder (looked for {', '.join(sorted(suffixes))}{there})"
                 )
-            slides = [entry for entry in found if entry.path.suffix.lower() not in IMAGE_SUFFIXES]
-            entries += slides or found
+            if content.remark:
+                logger.warning("%s: %s", item, content.remark)
+            entries += [SlideEntry(path, _id_of(name, id_from)) for path, name in content.slides]
         elif is_table(item):
-            entries += _read_slide_table(item, patients, ask)
+            entries += _read_slide_table(item, patients, ask, id_from)
         else:
-            entries.append(SlideEntry(item, item.stem))
+            entries.append(SlideEntry(item, _id_of(item.parent / item.stem, id_from)))
     if slide_mpp is not None:
         entries = [entry if entry.slide_mpp is not None else replace(entry, slide_mpp=slide_mpp) for entry in entries]
     _check_ids(entries)
     return entries
 
 
-def _slides_in(folder: Path) -> Iterator[SlideEntry]:
-    dicom: dict[Path, dict[str | None, Path]] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.suffix.lower() not in SLIDE_SUFFIXES or any(part.startswith(".") for part in inside.parts):
-            continue
-        # A folder beside a .mrxs file and of its name holds that slide's data.
-        if any((folder / f"{parent}.mrxs").is_file() for parent in inside.parents if parent.name):
-            continue
-        if path.is_dir() or (path.parent.name == "qc" and (path.parent.parent / "summary.csv").is_file()):
-            continue  # a folder, or a picture that an earlier job made
-        if path.suffix.lower() != ".dcm":
-            yield SlideEntry(path, path.stem)
-        else:  # a series is one slide, and any of its files opens it
-            dicom.setdefault(path.parent, {}).setdefault(series_of(path), path)
-    for parent, series in dicom.items():
-        for path in series.values():
-            yield SlideEntry(path, parent.resolve().name if len(series) == 1 else path.stem)
+def _id_of(name: Path, id_from: IdFrom) -> str:
+    """The id of a slide from its path without suffix."""
+    if id_from == "name":
+        return name.name
+    return "__".join(part for part in name.parts if part not in (name.anchor, ".."))
 
 
-def slide_ids(frame: "pd.DataFrame") -> "pd.Series[Any] | None":
-    """The id of each slide of a table: as it says, else the name of the slide's file without its suffix.
+def slide_ids(frame: "pd.DataFrame", id_from: IdFrom = "name") -> "pd.Series[Any] | None":
+    """The id of each slide of a table: as it says, else of the slide's file.
 
     NA where a row has neither; None if the table has no such columns.
     """
     given, slide = find_column(frame, ID_COLUMNS), find_column(frame, SLIDE_COLUMNS)
     if slide is None:
         return None if given is None else frame[given]
-    stems = frame[slide].map(lambda path: Path(path).stem, na_action="ignore")
+    stems = frame[slide].map(lambda path: _id_of(Path(path).parent / Path(path).stem, id_from), na_action="ignore")
     return stems if given is None else frame[given].where(frame[given].notna(), stems)
 
 
 def without_suffix(name: str, known: Collection[str]) -> str:
     """A slide's id from the name of its file: without the suffix, unless the id that is known has it too."""
     stem, dot, suffix = name.rpartition(".")
-    return stem if dot and f".{suffix.lower()}" in _FILE_SUFFIXES and name not in known else name
+    if not dot or name in known:
+        return name
+    return stem if f".{suffix.lower()}" in looked_at() | {".h5", ".hdf5", ".pt"} else name
 
 
-def _read_slide_table(table: Path, patients: str | None, ask: bool) -> list[SlideEntry]:
+def _read_slide_table(table: Path, patients: str | None, ask: bool, id_from: IdFrom) -> list[SlideEntry]:
     frame = read_table(table)
     slide = find_column(frame, SLIDE_COLUMNS)
     if slide is None:
         raise LongslideError(
             f"{table}: no column `slide`; it has {listed(list(frame.columns), 12)}. Name the column of slide paths `slide`"
         )
-    ids = slide_ids(frame)
+    ids = slide_ids(frame, id_from)
     assert ids is not None
     try:
         patient = patient_column(table, frame, patients, option="--patient-column")
@@ -191,5 +182,5 @@ def _check_ids(entries: list[SlideEntry]) -> None:
         if other is not entry.path:
             raise LongslideError(
                 f"two slides have the id {entry.slide_id!r}: {other} and {entry.path}; "
-                "list them in a table with a column `slide_id` that distinguishes them"
+                "list them in a table with a column `slide_id` that distinguishes them, or give --id-from path"
             )

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ...data.slides.base import READERS
 from ...data.slides.slide import Slide, open_slide
-from ...data.slides.slide_table import SlideEntry, find_slides
+from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
 from ...data.tiles.grid import Grid, make_grid
 from ...data.tiles.stream import TileBatch, TileStream
 from ...data.tissue.base import TissueSegmenter
@@ -145,6 +145,7 @@ def doctor(
     min_tissue: float = 0.1,
     tissue: TissueSegmenter | None = None,
     reader: str | None = None,
+    id_from: IdFrom = "name",
     threads: int = 4,
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
@@ -165,6 +166,7 @@ def doctor(
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
         tissue: Tissue segmenter, as `embed` takes it.
         reader: Slide reader, as `embed` takes it.
+        id_from: What ids are made of, as `embed` takes it.
         threads: Threads that read tiles.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the encoder, as `embed` takes it.
@@ -179,7 +181,7 @@ def doctor(
     console = Console(soft_wrap=True, highlight=False)
     if not console.is_terminal:
         console = Console(width=160, soft_wrap=True, highlight=False)  # a log is not 80 characters wide
-    entries = find_slides(slides, slide_mpp, ask=False)
+    entries = find_slides(slides, slide_mpp, ask=False, reader=reader, id_from=id_from)
     spec = None
     if tile_encoder is not None:
         spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...data.slides.base import READERS
-from ...data.slides.slide_table import find_slides
+from ...data.slides.slide_table import IdFrom, find_slides
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
@@ -33,6 +33,7 @@ def embed(
     min_tissue: float = 0.1,
     tissue: TissueSegmenter | None = None,
     reader: str | None = None,
+    id_from: IdFrom = "name",
     max_bad_tiles: int = 0,
     batch_size: int | None = None,
     threads: int = 4,
@@ -68,6 +69,8 @@ def embed(
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
         tissue: Tissue segmenter, with its options: `optical-density` by default.
         reader: Slide reader, by name or dotted path. Default: the first one that takes the file.
+        id_from: Makes ids of the names of slide files, or of their paths, so that equal names in different folders go
+            together: `site_a/1.svs` is `site_a__1`. A column `slide_id` comes first.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads that read tiles.
@@ -90,7 +93,7 @@ def embed(
             slides, output, slide_encoder, slide_checkpoint, pool, device, precision, seed=seed, overwrite=overwrite
         )
     else:
-        entries = find_slides(slides, slide_mpp, ask=False)
+        entries = find_slides(slides, slide_mpp, ask=False, reader=reader, id_from=id_from)
         spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, seed)
         tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
         if slide_encoder is not None:

@@ -19,7 +19,7 @@ from ...data.slides.base import recorded_reader
 from ...data.slides.identity import SlideIdentity
 from ...data.slides.mpp import mpp_remark
 from ...data.slides.slide import Slide, open_slide
-from ...data.slides.slide_table import SlideEntry, find_slides
+from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
 from ...registry import import_plugins
@@ -65,6 +65,7 @@ def predict(
     plugins: list[str] | str | None = None,
     slide_mpp: float | None = None,
     patient_column: str | None = None,
+    id_from: IdFrom = "name",
     max_bad_tiles: int = 0,
     batch_size: int | None = None,
     threads: int = 4,
@@ -96,6 +97,7 @@ def predict(
         plugins: Modules to import first: those of your own classes that the checkpoint or its feature files name.
         slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
         patient_column: Column of the tables that names the patient, if it has another name; `none` for no patients.
+        id_from: What ids are made of, as `embed` takes it.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads that read tiles.
@@ -116,7 +118,9 @@ def predict(
         given = slides.mpp.value if slides.mpp.source == "option" else slide_mpp
         entries = [SlideEntry(slides.path, slides.slide_id, given)]
     else:
-        entries = find_slides([slides] if isinstance(slides, str | Path) else slides, slide_mpp, patient_column)
+        entries = find_slides(
+            [slides] if isinstance(slides, str | Path) else slides, slide_mpp, patient_column, id_from=id_from
+        )
     if max_bad_tiles < 0 or (batch_size is not None and batch_size < 1) or threads < 1:
         raise LongslideError("--max-bad-tiles must not be negative; --batch-size and --threads must be at least 1")
     paths = [Path(path) for path in ([checkpoint] if isinstance(checkpoint, str | Path) else checkpoint)]

@@ -1,0 +1,84 @@
+"""The slides of a folder, and what in it was not looked at."""
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..table import listed
+from .base import IMAGE_SUFFIXES, READERS, SlideReader
+from .dicom import series_of
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """What a folder of slides holds.
+
+    Attributes:
+        slides: The slide files by path, and the name of each within the folder, without its suffix.
+        passed_over: How many files of each suffix (in small letters, with its dot; empty for none) are no slides, or not
+            of a format that is read.
+    """
+
+    slides: tuple[tuple[Path, Path], ...]
+    passed_over: Counter[str]
+
+    @property
+    def remark(self) -> str:
+        """What was not looked at, most first; empty if nothing."""
+        if not self.passed_over:
+            return ""
+        counts = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0]))
+        kinds = [f"{count} {suffix or 'without suffix'}" for suffix, count in counts]
+        return f"not looked at: {listed(kinds, 20)}"
+
+
+def looked_at(reader: str | type[SlideReader] | None = None) -> frozenset[str]:
+    """Suffixes of the files of a folder that are taken for slides: those of all readers, or of the one that is named."""
+    if reader is not None and (suffixes := READERS.get(reader).SUFFIXES):
+        return suffixes
+    return frozenset[str]().union(*(READERS.get(name).SUFFIXES for name in READERS.names()))
+
+
+def read_folder(folder: Path, suffixes: Collection[str]) -> FolderContent:
+    """Search a folder through all its subfolders.
+
+    The DICOM files of one series are one slide, with the folder's name, or its first file's where a folder holds several
+    series. Plain images are slides only where there are no others. Neither slides nor passed over are hidden files, the data
+    of a .mrxs file, and the pictures of an earlier job.
+
+    Args:
+        folder: The folder.
+        suffixes: Suffixes of slides, as `looked_at` gives them.
+    """
+    slides: dict[Path, Path] = {}
+    passed_over: Counter[str] = Counter()
+    dicom: dict[Path, dict[str | None, Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if any(part.startswith(".") for part in inside.parts) or path.is_dir():
+            continue
+        # A folder beside a .mrxs file and of its name holds that slide's data.
+        if any((folder / f"{parent}.mrxs").is_file() for parent in inside.parents if parent.name):
+            continue
+        if path.parent.name == "qc" and (path.parent.parent / "summary.csv").is_file():
+            continue
+        suffix = path.suffix.lower()
+        if suffix not in suffixes:
+            passed_over[suffix] += 1
+        elif suffix == ".dcm":  # a series is one slide, and any of its files opens it
+            dicom.setdefault(path.parent, {}).setdefault(series_of(path), path)
+        else:
+            slides[path] = inside.parent / inside.stem
+    for parent, series in dicom.items():
+        for path in series.values():
+            inside = path.relative_to(folder)
+            slides[path] = inside.parent if len(series) == 1 else inside.parent / inside.stem
+            if not slides[path].name:
+                slides[path] = Path(parent.resolve().name)
+    images = [path for path in slides if path.suffix.lower() in IMAGE_SUFFIXES]
+    if len(images) < len(slides):
+        for path in images:
+            del slides[path]
+            passed_over[path.suffix.lower()] += 1
+    return FolderContent(tuple(sorted(slides.items())), passed_over)
