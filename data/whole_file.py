@@ -3,17 +3,20 @@
 import errno
 import glob
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import LongslideError
 
 
-def write_whole(path: Path, content: bytes | memoryview, option: str = "--output") -> None:
-    """Write a file under a temporary name in the same folder, flush it to the disk, and rename it.
+@contextmanager
+def whole_file(path: Path, option: str = "--output") -> Iterator[BinaryIO]:
+    """Open a file to write under a temporary name in the same folder; it is flushed to the disk and renamed at the end.
 
     Args:
         path: Where to; an existing file is replaced, a missing folder made.
-        content: The content.
         option: What the user gives the folder by, for the message.
 
     Raises:
@@ -24,7 +27,7 @@ def write_whole(path: Path, content: bytes | memoryview, option: str = "--output
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
@@ -38,6 +41,12 @@ def write_whole(path: Path, content: bytes | memoryview, option: str = "--output
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         raise LongslideError(f"{path}: cannot write it ({reason}); make room or choose another {option}") from error
+
+
+def write_whole(path: Path, content: bytes | memoryview, option: str = "--output") -> None:
+    """Write a file that is in memory; see `whole_file`."""
+    with whole_file(path, option) as file:
+        file.write(content)
 
 
 def remove_leftovers(path: Path) -> None:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..errors import LongslideError
 from ..registry import plain_numbers
+from ..yaml_file import read_yaml
 
 if TYPE_CHECKING:  # where jsonargparse's types are Any
     PositiveInt = int
@@ -32,12 +32,7 @@ def read_spec(path: Path, spec: type[Spec], what: str) -> Spec:
     Raises:
         LongslideError: No such file, not YAML, or a key that is unknown, missing or of the wrong type.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LongslideError(f"{path}: no such {what} file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise LongslideError(f"{path}: not a readable YAML file ({' '.join(str(error).split())}).") from error
+    content = read_yaml(path, what)
     parser = ArgumentParser(exit_on_error=False)
     known = parser.add_class_arguments(spec)
     if not isinstance(content, dict):

@@ -18,6 +18,7 @@ from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
 from ..errors import LongslideError
 from ..version import __version__
+from ..yaml_file import read_yaml
 from .parser import OptionParser
 from .plugin_options import accept_plugin_names
 
@@ -128,13 +129,9 @@ def _config_action(command: str) -> type[ActionConfigFile]:
                 path = recipe_path(command, path)
             if Path(path).is_file():
                 try:
-                    yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-                except yaml.MarkedYAMLError as error:
-                    mark = error.problem_mark
-                    place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-                    parser.error(f"--config {path}{place}: not YAML: {error.problem}")
-                except (yaml.YAMLError, UnicodeDecodeError) as error:
-                    parser.error(f"--config {path}: not YAML: {error}")
+                    read_yaml(Path(path), "configuration")
+                except LongslideError as error:
+                    parser.error(f"--config {error}")
             super().__call__(parser, cfg, path, option_string)  # type: ignore[no-untyped-call]
 
     return Config

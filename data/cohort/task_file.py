@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...errors import LongslideError
 from ...task import TaskKind
+from ...yaml_file import read_yaml
 
 _SETTINGS: dict[str, TaskKind] = {
     "binary": "binary",
@@ -45,10 +44,7 @@ def read_task_file(path: Path) -> TaskFile:
     Raises:
         LongslideError: Not such a file.
     """
-    try:
-        content: Any = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise LongslideError(f"{path}: cannot be read as a YAML task file: {str(error).splitlines()[0]}") from error
+    content: Any = read_yaml(path, "task")
     if not isinstance(content, dict):
         raise LongslideError(f"{path}: not a task file; expected `setting` and `label_dict`")
     setting = str(content.get("setting", "multi_class"))

@@ -11,6 +11,8 @@ import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from ...data.table import read_table, typed
+from ...data.whole_file import write_whole
 from ...errors import LongslideError
 
 HISTORY_COLUMNS = ["fold", "epoch", "step", "train_loss", "val_loss", "val_metric", "learning_rate"]
@@ -51,9 +53,12 @@ class History(Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
         """Drop the rows of epochs that will be trained again."""
         if trainer.is_global_zero and self.path.is_file():
-            rows = pd.read_csv(self.path)
+            rows = self._rows()
             rows = rows[(rows["fold"] != self.fold) | (rows["epoch"] < trainer.current_epoch)]
-            rows.to_csv(self.path, index=False)
+            if len(rows):
+                self._write(rows)
+            else:
+                self.path.unlink()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
         """Add the row of the epoch."""
@@ -65,8 +70,14 @@ class History(Callback):
             row[name] = float(metrics[name]) if name in metrics else None
         # The head is in the last group: with layer-wise decay the others have less.
         row["learning_rate"] = trainer.optimizers[0].param_groups[-1]["lr"]
-        table = pd.DataFrame([row], columns=HISTORY_COLUMNS)
-        table.to_csv(self.path, mode="a", header=not self.path.is_file(), index=False)
+        new = pd.DataFrame([row], columns=HISTORY_COLUMNS)
+        self._write(pd.concat([self._rows(), new], ignore_index=True) if self.path.is_file() else new)
+
+    def _rows(self) -> pd.DataFrame:
+        return typed(read_table(self.path, ("", "nan")))
+
+    def _write(self, rows: pd.DataFrame) -> None:
+        write_whole(self.path, rows.to_csv(index=False).encode(), "--run")
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -29,7 +29,7 @@ def crossval(
 ) -> Run:
     """Train one classifier per fold, and evaluate on the patients that each has not seen.
 
-    A run that was stopped goes on when it is asked for again with the same options.
+    A run that was stopped goes on when it is asked for again with the same options; one that has finished is returned.
 
     Args:
         data: The cohort.
@@ -69,6 +69,10 @@ def crossval(
     )
     record = TrainingRun(settings.run, settings.configuration, column_names(subgroups))
     cohort = settings.read_cohort()
+    if record.finished:
+        finished = record.again(cohort)
+        print_metrics(finished)
+        return finished
     record.begin(cohort)
 
     from .training import build, held_out_predictions, open_data, train

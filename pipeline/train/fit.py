@@ -27,7 +27,7 @@ def fit(
 ) -> Run:
     """Train a slide classifier on feature files, and evaluate it on the test part.
 
-    A run that was stopped goes on when it is asked for again with the same options.
+    A run that was stopped goes on when it is asked for again with the same options; one that has finished is returned.
 
     Args:
         data: The cohort.
@@ -65,8 +65,13 @@ def fit(
         seed,
         {"subgroups": subgroups},
     )
-    record = TrainingRun(settings.run, settings.configuration, column_names(subgroups)) if first_process() else None
+    there = TrainingRun(settings.run, settings.configuration, column_names(subgroups))
     cohort = settings.read_cohort()
+    if there.finished:
+        finished = there.again(cohort)
+        print_metrics(finished)
+        return finished
+    record = there if first_process() else None
     if record is not None:
         record.begin(cohort)
 

@@ -43,7 +43,8 @@ def pretrain(
 ) -> PretrainedEncoder:
     """Pretrain a slide encoder on feature files without labels, by masked autoencoding.
 
-    A run that was stopped goes on when it is asked for again with the same options. `best.ckpt` has the lowest loss on the
+    A run that was stopped goes on when it is asked for again with the same options; one that has finished is returned.
+    `best.ckpt` has the lowest loss on the
     validation part.
 
     Args:
@@ -79,8 +80,12 @@ def pretrain(
         seed,
         {},
     )
-    record = TrainingRun(settings.run, settings.configuration) if first_process() else None
+    there = TrainingRun(settings.run, settings.configuration)
     cohort = settings.read_cohort()
+    if there.finished:
+        there.again(cohort)
+        return PretrainedEncoder(settings.run, settings.run / "best.ckpt")
+    record = there if first_process() else None
     if record is not None:
         record.begin(cohort)
 

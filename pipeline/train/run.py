@@ -17,9 +17,11 @@ from ...errors import LongslideError
 from ...prediction_columns import SEEN
 from ...task import Task
 from ...version import __version__
+from ...yaml_file import read_yaml
 from ..batch.ledger import make_output_folder
 from ..report.run_folder import Run, read_run
 from ..report.wording import seen_mark, seen_warning
+from .settings import first_process
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 HELD_OUT = {"checked": True, "slides": 0, "patients": 0}
 """What a run says of its own test part: its splits have no patient, image or features in two parts, or are refused."""
+
+EVALUATION = frozenset({"subgroups"})
+"""Options that say how predictions are evaluated, not how they are made: a run may go on with others."""
 
 _PACKAGES = ("torch", "lightning", "numpy", "pandas", "scikit-learn", "torchmetrics")
 
@@ -43,12 +48,12 @@ class TrainingRun:
 
     Attributes:
         facts: What `run.json` holds.
+        finished: Whether the run is there already, with nothing left to train.
         trained: Folds whose training is done.
         remarks: What was remarked of their training.
 
     Raises:
-        LongslideError: A finished run is there, or one of another configuration that is not finished, or the folder cannot
-            be written to.
+        LongslideError: A run of another configuration is there, or one whose files cannot be read.
     """
 
     def __init__(self, folder: Path, configuration: Mapping[str, Any], subgroups: Sequence[str] = ()) -> None:
@@ -57,20 +62,24 @@ class TrainingRun:
         self._configuration = dict(configuration)
         self._began = time.monotonic()
         before = self._read()
-        if before.get("finished"):
-            raise LongslideError(f"{folder}: holds a finished run; choose another --run, or delete the folder")
-        old = folder / "config.yaml"
-        if before and old.is_file():  # without run.json its input was refused, and other options are what it needs
-            different = _different(yaml.safe_load(old.read_text("utf-8")), self._configuration)
-            if different:
-                raise LongslideError(
-                    f"{folder}: holds a run that was stopped, with other options ({'; '.join(different[:3])}); give the "
-                    "same options to go on with it, choose another --run, or delete the folder"
-                )
-        self.facts: dict[str, Any] = {
+        self.finished = bool(before.get("finished"))
+        self._there = bool(before)  # without run.json its input was refused, and other options are what it needs
+        self._configuration_before = self._read_configuration() if before else {}
+        binding, asked = (
+            {name: value for name, value in options.items() if name not in EVALUATION}
+            for options in (self._configuration_before or self._configuration, self._configuration)
+        )
+        if different := _different(binding, asked):
+            what = "finished" if self.finished else "was stopped"
+            remedy = "" if self.finished else "give the same options to go on with it, "
+            raise LongslideError(
+                f"{folder}: holds a run that {what}, with other options ({'; '.join(different[:3])}); {remedy}choose "
+                "another --run, or delete the folder"
+            )
+        self.facts: dict[str, Any] = (before if self.finished else {}) | {
             "started": before.get("started", datetime.now(UTC).isoformat(timespec="seconds")),
-            "seconds": 0.0,
-            "finished": False,
+            "seconds": before.get("seconds", 0.0) if self.finished else 0.0,
+            "finished": self.finished,
         }
         self.trained: list[int] = list(before.get("trained_folds", []))
         self.remarks: list[str] = list(before.get("remarks", []))
@@ -86,6 +95,29 @@ class TrainingRun:
             raise LongslideError(f"{path}: not readable ({error}); delete the folder to begin anew") from error
         return content if isinstance(content, dict) else {}
 
+    def _read_configuration(self) -> dict[str, Any]:
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            return {}
+        try:
+            content = read_yaml(path, "configuration")
+        except LongslideError as error:
+            raise LongslideError(f"{error}; delete the folder to begin anew") from error
+        return content if isinstance(content, dict) else {}
+
+    def check_cohort(self, cohort: "Cohort") -> None:
+        """Refuse to go on with another cohort than the run has begun with.
+
+        Raises:
+            LongslideError: `cohort.csv` is there, and not of this cohort.
+        """
+        path = self.folder / "cohort.csv"
+        if self._there and path.is_file() and path.read_bytes() != cohort.rows.to_csv(index=False).encode():
+            raise LongslideError(
+                f"{path}: the run has begun with another table or other feature files than there are now; choose another "
+                "--run, or delete the folder"
+            )
+
     def begin(self, cohort: "Cohort") -> None:
         """Make the folder, and write `config.yaml` and `cohort.csv`.
 
@@ -93,10 +125,11 @@ class TrainingRun:
             cohort: The cohort, which is known to be sound.
 
         Raises:
-            LongslideError: The folder cannot be written to.
+            LongslideError: The folder cannot be written to, or the run has begun with another cohort.
         """
+        self.check_cohort(cohort)
         make_output_folder(self.folder, "--run")
-        self._write("config.yaml", yaml.safe_dump(self._configuration, sort_keys=False, allow_unicode=True))
+        self._write_configuration()
         self._write("cohort.csv", cohort.rows.to_csv(index=False))
 
     def describe(self, data: "BagDataModule", **facts: Any) -> None:
@@ -124,7 +157,7 @@ class TrainingRun:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             **facts,
         }
-        data.splits.to_csv(self.folder / "splits.csv", index=False)
+        self._write("splits.csv", data.splits.to_csv(index=False))
         self.write()
 
     def remark(self, text: str) -> None:
@@ -136,7 +169,8 @@ class TrainingRun:
     def write(self) -> None:
         """Write `run.json`: whole, or not at all."""
         self.facts |= {"trained_folds": self.trained, "remarks": self.remarks}
-        self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._began, 1)
+        if not self.finished:
+            self.facts["seconds"] = round(self._seconds_before + time.monotonic() - self._began, 1)
         self._write("run.json", json.dumps(self.facts, indent=2, default=str) + "\n")
 
     def finish(self, predictions: "Sequence[pd.DataFrame]", task: Task, cohort: "pd.DataFrame") -> Run:
@@ -152,25 +186,51 @@ class TrainingRun:
         """
         import pandas as pd
 
-        from ...evaluation import evaluate
-        from ..report.run_report import write_run_report
-
         if predictions:
             table = pd.concat(predictions, ignore_index=True)
             self._write("predictions.csv", table.to_csv(index=False))
-            if (table["part"] == "test").any():
-                metrics = evaluate(table, task, cohort=cohort, subgroups=self.subgroups or None)
-                metrics[SEEN] = seen_mark(self.facts.get("seen"))
-                self._write("metrics.csv", metrics.to_csv(index=False))
-                self.write()
-                write_run_report(self.folder)
+            self._evaluate(table, task, cohort)
         self.finish_without_predictions()
         return read_run(self.folder) if predictions else Run.without_predictions(self.folder, task, self.facts)
+
+    def again(self, cohort: "Cohort") -> Run:
+        """The run that is there already; evaluated anew if other options for that are given now.
+
+        Args:
+            cohort: The cohort that is asked for now.
+
+        Raises:
+            LongslideError: It is another cohort, or the files of the run cannot be read.
+        """
+        self.check_cohort(cohort)
+        print(f"{self.folder}: finished already", file=sys.stderr)
+        if not (self.folder / "predictions.csv").is_file():
+            return Run.without_predictions(self.folder, Task.from_dict(self.facts["task"]), self.facts)
+        run = read_run(self.folder)
+        if _different(self._configuration_before, self._configuration) and first_process():
+            self._write_configuration()
+            self._evaluate(run.predictions, run.task, cohort.rows)
+        return read_run(self.folder)
+
+    def _evaluate(self, predictions: "pd.DataFrame", task: Task, cohort: "pd.DataFrame") -> None:
+        """Write metrics and report, if there is a test part."""
+        from ...evaluation import evaluate
+        from ..report.run_report import write_run_report
+
+        if (predictions["part"] == "test").any():
+            metrics = evaluate(predictions, task, cohort=cohort, subgroups=self.subgroups or None)
+            metrics[SEEN] = seen_mark(self.facts.get("seen"))
+            self._write("metrics.csv", metrics.to_csv(index=False))
+            self.write()
+            write_run_report(self.folder)
 
     def finish_without_predictions(self) -> None:
         """Mark the run as finished."""
         self.facts["finished"] = True
         self.write()
+
+    def _write_configuration(self) -> None:
+        self._write("config.yaml", yaml.safe_dump(self._configuration, sort_keys=False, allow_unicode=True))
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.folder / name, text.encode(), "--run")

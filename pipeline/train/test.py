@@ -56,6 +56,10 @@ def test(
 
     quieten()
     classifier, tested, seen = open_test_data(checkpoint, data, allow_seen)
+    if record.finished:
+        finished = record.again(tested.cohort)
+        print_metrics(finished)
+        return finished
     record.begin(tested.cohort)
     record.describe(
         tested,

@@ -1,6 +1,5 @@
 """Training of one fold: model, data and trainer from the settings, the training itself, and what it predicts."""
 
-import io
 import logging
 import sys
 import warnings
@@ -13,6 +12,7 @@ import pandas as pd
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning import Trainer, seed_everything
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 
@@ -21,9 +21,10 @@ from ...data.cohort.datamodule import BagDataModule
 from ...data.cohort.options import DataOptions
 from ...data.cohort.splits import PARTS, Part, check_validation
 from ...data.features.preprocessing import Preprocessing
-from ...data.whole_file import write_whole
+from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
 from ...models.aggregators.slide_encoder import use_cuda_graphs
+from ...models.checkpoint_file import read_checkpoint
 from ...models.classifier.cases import CaseRecord
 from ...models.classifier.checkpoint import load_classifier
 from ...models.classifier.classifier import SlideClassifier, TrainingFacts
@@ -33,6 +34,7 @@ from ...models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
 from ..parser import one_line
 from ..seen import Seen
 from .callbacks import BestCheckpoint, DefinedMetric, History, StepSeed
+from .checkpoint_io import WholeFileCheckpoints
 from .prediction_table import Outputs, calibrate, prediction_rows, run_classifier
 from .run import TrainingRun
 from .settings import Settings, settle
@@ -140,9 +142,13 @@ def build(settings: Settings, data: BagDataModule) -> Training:
     options = {"default_root_dir": str(settings.run)} | trainer_options(settings.trainer)
     given = options.pop("callbacks", None) or []
     callbacks = [*_callbacks(settings, folder, data), *(given if isinstance(given, list) else [given])]
+    plugins = options.pop("plugins", None) or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins = [*plugins, WholeFileCheckpoints()]
     limited = is_limited(options)
     try:
-        trainer = Trainer(**options | ({} if limited else {"max_epochs": 1}), callbacks=callbacks)
+        trainer = Trainer(**options | ({} if limited else {"max_epochs": 1}), callbacks=callbacks, plugins=plugins)
     except (MisconfigurationException, ValueError) as error:
         raise LongslideError(f"--trainer: {' '.join(str(error).split())}") from error
     steps = plan_steps(data, trainer, None if limited else settings.epochs, settings.min_steps)
@@ -226,6 +232,9 @@ def train(training: Training, run: TrainingRun | None) -> None:
     if run is not None and fold in run.trained:
         return
     last = training.folder / "last.ckpt"
+    if run is not None:
+        for checkpoint in (last, training.folder / "best.ckpt"):
+            remove_leftovers(checkpoint)
     resume = last if last.is_file() else None
     if resume is not None and run is not None:
         print(f"going on from {last}", file=sys.stderr)
@@ -251,7 +260,7 @@ def train(training: Training, run: TrainingRun | None) -> None:
 
 
 def _epoch_of(checkpoint: Path) -> int:
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"])
+    return int(read_checkpoint(checkpoint)["epoch"])
 
 
 def held_out_predictions(training: Training, record: TrainingRun | None = None) -> list[pd.DataFrame]:
@@ -300,12 +309,10 @@ def _no(patient_id: str, slide_id: str) -> bool:
 
 def store_calibration(path: Path, classifier: SlideClassifier) -> None:
     """Put temperature, thresholds and baseline hazard into a checkpoint, whole or not at all."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = read_checkpoint(path)
     content["longslide"] |= {"temperature": classifier.temperature, "thresholds": classifier.thresholds}
     content["state_dict"] |= {f"objective.{name}": value for name, value in classifier.objective.state_dict().items()}
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    write_whole(path, stream.getbuffer(), "--run")
+    WholeFileCheckpoints().save_checkpoint(content, path)
 
 
 def open_test_data(

@@ -253,7 +253,7 @@ def test_values_that_share_a_number_are_one_class(tmp_path: Path, features: Path
         ("setting: telepathy", "'telepathy' is none of binary"),
         ("setting: multi_class", "no `label_dict`"),
         ("label_dict: {a: x}", "no `label_dict`"),
-        ("[1, 2", "cannot be read"),
+        ("[1, 2", "not YAML"),
         ("- 1", "not a task file"),
         ("label_dict: {a: 0, b: 1}\nmax_tiles: 0", "`max_tiles` 0"),
     ],

@@ -124,9 +124,108 @@ def test_a_finished_run_is_not_overwritten(finished: Path, cohort: tuple[Path, l
     before = (finished / "best.ckpt").read_bytes()
     assert main(["fit", *BINARY, *cohort[1], *quick(finished)]) == 2
     error = capsys.readouterr().err
-    assert "holds a finished run" in error
+    assert "holds a run that finished, with other options" in error
     assert "Traceback" not in error
     assert (finished / "best.ckpt").read_bytes() == before
+
+
+def test_a_finished_run_asked_for_again_is_there(finished: Path, cohort: tuple[Path, list[str]], capsys) -> None:
+    before = {path: path.read_bytes() for path in finished.glob("*.*")}
+    assert main(["fit", "--config", str(finished / "config.yaml")]) == 0
+    said = capsys.readouterr()
+    assert "finished already" in said.err
+    assert "auroc" in said.out
+    assert {path: path.read_bytes() for path in finished.glob("*.*")} == before
+
+
+def test_a_finished_run_is_evaluated_anew_where_only_that_is_asked_for(finished: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert main(["fit", "--config", str(finished / "config.yaml"), "--run", str(run), "--subgroups", "grade"]) == 2
+    assert "--run was" in capsys.readouterr().err, "the folder was moved, and says so"
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"run": str(run)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(run / "config.yaml"), "--subgroups", "grade"]) == 0
+    scopes = set(pd.read_csv(run / "metrics.csv")["scope"])
+    assert any(scope.startswith("subgroup:grade=") for scope in scopes)
+    assert (run / "predictions.csv").read_bytes() == (finished / "predictions.csv").read_bytes()
+    assert "grade" in (run / "config.yaml").read_text()
+
+
+def test_a_run_does_not_go_on_with_another_table(finished: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"run": str(run)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "cohort.csv").write_text("\n".join((run / "cohort.csv").read_text().splitlines()[:-1]))
+    assert main(["fit", "--config", str(run / "config.yaml")]) == 2
+    assert "has begun with another table" in capsys.readouterr().err
+
+
+KILLED = """
+import sys, threading, time, os, signal
+from pathlib import Path
+import torch
+from longslide.pipeline.cli import main
+
+save, saved = torch.save, []
+
+def killed(content, file, *args, **options):
+    saved.append(file)
+    if len(saved) < 5:
+        return save(content, file, *args, **options)
+    file.write(b"half of a checkpoint")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = killed
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before_and_goes_on(
+    cohort: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["fit", *BINARY, *cohort[1], *quick(run)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(run.glob(".*.tmp")), "what it was writing"
+    torch.load(run / "last.ckpt", weights_only=True)
+    assert main(words) == 0
+    assert not list(run.glob(".*.tmp"))
+    assert json.loads((run / "run.json").read_text())["finished"]
+
+
+def test_a_full_disk_ends_training_in_one_line_and_keeps_the_checkpoint_before(
+    cohort: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["fit", *BINARY, *cohort[1], *quick(run)]
+    script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "raise OSError(28, 'No space left on device')")
+    ended = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert "the disk is full" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+    assert not list(run.glob(".*.tmp"))
+    torch.load(run / "last.ckpt", weights_only=True)
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "history.csv", "run.json", "config.yaml"])
+def test_an_unreadable_file_of_a_stopped_run_is_one_line(name: str, finished: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"run": str(run)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    facts = json.loads((run / "run.json").read_text()) | {"finished": False, "trained_folds": []}
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / name).write_bytes(b"{\0 not what it was" if name != "last.ckpt" else (run / name).read_bytes()[:1000])
+    assert main(["fit", "--config", str(tmp_path / "config.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert f"{run / name}" in error.splitlines()[-1]
+    assert "Traceback" not in error
 
 
 def test_a_run_is_repeated_by_its_own_configuration(finished: Path, tmp_path: Path) -> None:
