@@ -47,6 +47,7 @@ class Features:
         precision: Precision it ran in.
         tissue: Tissue contours as GeoJSON in level-0 pixels.
         tissue_method: How they were found.
+        blur: `(N,)` float32, how blurred each tile is, 0 (sharp) to 1; see `longslide.data.tiles.blur`.
         slide_embedding: `(D_slide,)` float32.
         slide_encoder: Name of the slide encoder.
         slide_weights: Source and digest of its weights.
@@ -74,6 +75,7 @@ class Features:
     precision: str | None = None
     tissue: str | None = None
     tissue_method: str | None = None
+    blur: np.ndarray | None = None
     slide_embedding: np.ndarray | None = None
     slide_encoder: str | None = None
     slide_weights: str | None = None
@@ -92,10 +94,12 @@ class Features:
         return f"Features({self.slide_id!r}, {tiles:,} tiles x {width}{made}{slide})"
 
     def to_pandas(self) -> "pd.DataFrame":
-        """One row per tile: `x`, `y` (as `coords`), `column`, `row` (the grid cell), then `feature_0`, `feature_1`, ..."""
+        """One row per tile: `x`, `y` (as `coords`), `column`, `row` (the cell), `blur`, `feature_0`, `feature_1`, ..."""
         import pandas as pd
 
         places = pd.DataFrame(np.hstack([self.coords, self.cells]), columns=["x", "y", "column", "row"])
+        if self.blur is not None:
+            places["blur"] = self.blur
         names = [f"feature_{number}" for number in range(self.features.shape[1])]
         return pd.concat([places, pd.DataFrame(self.features, columns=names)], axis=1)
 
@@ -103,8 +107,8 @@ class Features:
         """The tiles as observations of an AnnData, as scanpy, squidpy and spatialdata read it.
 
         Returns:
-            `X` the embeddings, float32; `obs` with `slide_id`, `x`, `y`, `column`, `row`; `obsm["spatial"]` the centres of
-            the tiles in the units of `coords`; `uns["longslide"]` what the features were made with, and
+            `X` the embeddings, float32; `obs` with `slide_id`, `x`, `y`, `column`, `row`, `blur`; `obsm["spatial"]` the
+            centres of the tiles in the units of `coords`; `uns["longslide"]` what the features were made with, and
             `uns["slide_embedding"]` if there is one.
 
         Raises:
@@ -115,7 +119,7 @@ class Features:
         except ModuleNotFoundError as error:
             raise LongslideError("to_anndata needs the package anndata: pip install 'longslide[anndata]'") from error
 
-        places = self.to_pandas()[["x", "y", "column", "row"]]
+        places = replace(self, features=self.features[:, :0]).to_pandas()
         places.insert(0, "slide_id", self.slide_id)
         places.index = places.index.astype(str)
         names = (
@@ -190,6 +194,8 @@ def _fill(file: h5py.File, features: Features) -> None:
     coords = file.create_dataset("coords", data=features.coords.astype(np.int64, copy=False))
     attributes(coords.attrs, _COORDS)
     coords.attrs.update(features.settings)
+    if features.blur is not None:
+        file.create_dataset("blur", data=features.blur.astype(np.float32, copy=False))
     if features.level0_size is not None:
         coords.attrs["level0_width"], coords.attrs["level0_height"] = features.level0_size
     if features.tissue is not None:
@@ -311,6 +317,12 @@ def _read_longslide(path: Path, file: h5py.File, features: np.ndarray, coords: n
     rest = {key: plain(value) for key, value in file["coords"].attrs.items() if key not in _COORDS}
     if all(key in rest for key in size):
         content["level0_size"] = (rest.pop(size[0]), rest.pop(size[1]))
+    if "blur" in file:
+        content["blur"] = file["blur"][()]
+        if content["blur"].shape != (len(coords),):
+            raise LongslideError(
+                f"{path}: `blur` {content['blur'].shape} and `coords` {coords.shape} do not belong together"
+            )
     if "tissue" in file:
         content["tissue"] = file["tissue"].asstr()[()]
         content["tissue_method"] = str(file["tissue"].attrs["method"])

@@ -60,6 +60,7 @@ class Preprocessing:
         pool: How it pools.
         precision: Precision of the encoders.
         min_tissue: Smallest share of a tile that must be tissue.
+        max_blur: Tiles more blurred than this were left out.
         tissue_method: How tissue was found; `mask:...` for a mask of the user's.
         tissue_segmenter: The segmenter that found it.
         tissue_settings: The segmenter's options, as JSON.
@@ -76,6 +77,7 @@ class Preprocessing:
     pool: str | None = _decisive()
     precision: str | None = None
     min_tissue: float | None = None
+    max_blur: float | None = None
     tissue_method: str | None = None
     tissue_segmenter: str | None = None
     tissue_settings: str | None = None

@@ -187,6 +187,7 @@ class Slide:
         batch_size: int = 64,
         threads: int = 4,
         max_bad_tiles: int = 0,
+        max_blur: float = 1.0,
     ) -> "TileStream":
         """The tiles on tissue, row by row, as batches that threads read ahead.
 
@@ -199,6 +200,7 @@ class Slide:
             batch_size: Tiles of a batch.
             threads: Threads that read.
             max_bad_tiles: Unreadable tiles that are left out; with more of them reading ends in an error.
+            max_blur: Tiles more blurred than this, 0 (sharp) to 1, are left out.
 
         Returns:
             Batches with `.tiles` `(B, px, px, 3)` uint8 RGB and `.coords` `(B, 2)` int64 (x, y) in level-0 pixels. It may be
@@ -212,7 +214,9 @@ class Slide:
 
         found = self.tissue() if tissue is None else tissue
         grid = make_grid(self, found, tile_mpp=mpp, tile_px=px, overlap=overlap, min_tissue=min_tissue)
-        return TileStream(self, grid, batch_size=batch_size, threads=threads, max_bad_tiles=max_bad_tiles)
+        return TileStream(
+            self, grid, batch_size=batch_size, threads=threads, max_bad_tiles=max_bad_tiles, max_blur=max_blur
+        )
 
     def _read_what_can_be_read(
         self, left: int, top: int, level: int, width: int, height: int, unreadable: Counter[int]

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...errors import LongslideError
 from ..slides.slide import Slide
+from .blur import blur_of
 from .grid import Grid
 
 _RUN = 8  # tiles a thread reads before it asks for more: handing them over one by one costs a twentieth
@@ -45,9 +46,11 @@ class TileStream:
         threads: Threads that read.
         read_ahead: Batches read ahead.
         max_bad_tiles: Unreadable tiles to put up with; they are left out of the batches.
+        max_blur: Tiles more blurred than this are left out too; see `blur_of`.
 
     Attributes:
         bad_tiles: (x, y) in level-0 pixels of the unreadable tiles met so far.
+        blur: `(N,)` float32, how blurred each tile of the grid is; NaN where it is unreadable or not read yet.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TileStream:
         threads: int = 4,
         read_ahead: int = 4,
         max_bad_tiles: int = 0,
+        max_blur: float = 1.0,
     ) -> None:
         self.slide = slide
         self.grid = grid
@@ -66,7 +70,9 @@ class TileStream:
         self.threads = threads
         self.read_ahead = read_ahead
         self.max_bad_tiles = max_bad_tiles
+        self.max_blur = max_blur
         self.bad_tiles: list[tuple[int, int]] = []
+        self.blur = np.full(len(self), np.nan, np.float32)
 
     def __repr__(self) -> str:
         return f"TileStream({self.slide.slide_id!r}, {len(self):,} tiles of {self.grid.tile_px} px)"
@@ -83,8 +89,9 @@ class TileStream:
         """
         starts = iter(range(0, len(self), self.batch_size))
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tiles")
-        pending: deque[tuple[int, np.ndarray, list[Future[list[bool]]]]] = deque()
+        pending: deque[tuple[int, np.ndarray, list[Future[list[float]]]]] = deque()
         self.bad_tiles.clear()
+        self.blur[:] = np.nan
         try:
             while True:
                 while len(pending) <= self.read_ahead and (start := next(starts, None)) is not None:
@@ -92,9 +99,12 @@ class TileStream:
                 if not pending:
                     return
                 start, tiles, reads = pending.popleft()
-                good = np.array([ok for read in reads for ok in read.result()])
+                blur = np.array([one for read in reads for one in read.result()], np.float32)
+                self.blur[start : start + len(blur)] = blur
+                if np.isnan(blur).any():
+                    self._count_bad(start + np.flatnonzero(np.isnan(blur)))
+                good = blur <= self.max_blur
                 if not good.all():
-                    self._count_bad(start + np.flatnonzero(~good))
                     tiles = tiles[good]
                 if len(tiles):
                     index = start + np.flatnonzero(good)
@@ -102,21 +112,21 @@ class TileStream:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, pool: ThreadPoolExecutor, start: int) -> tuple[np.ndarray, list[Future[list[bool]]]]:
+    def _submit(self, pool: ThreadPoolExecutor, start: int) -> tuple[np.ndarray, list[Future[list[float]]]]:
         coords = self.grid.coords[start : start + self.batch_size]
         tiles = np.empty((len(coords), self.grid.tile_px, self.grid.tile_px, 3), np.uint8)
         runs = range(0, len(coords), _RUN)
         return tiles, [pool.submit(self._read_run, coords[i : i + _RUN], tiles[i : i + _RUN]) for i in runs]
 
-    def _read_run(self, coords: np.ndarray, out: np.ndarray) -> list[bool]:
+    def _read_run(self, coords: np.ndarray, out: np.ndarray) -> list[float]:
         return [self._read(x, y, tile) for (x, y), tile in zip(coords.tolist(), out, strict=True)]
 
-    def _read(self, x: int, y: int, out: np.ndarray) -> bool:
+    def _read(self, x: int, y: int, out: np.ndarray) -> float:
         try:
             read_tile(self.slide, self.grid, x, y, out)
         except LongslideError:
-            return False
-        return True
+            return float("nan")
+        return blur_of(out)
 
     def _count_bad(self, rows: np.ndarray) -> None:
         self.bad_tiles += [(x, y) for x, y in self.grid.coords[rows].tolist()]

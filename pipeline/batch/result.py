@@ -27,6 +27,7 @@ class SlideResult:
         reason: Why it failed or was skipped, or a remark on a slide that is done.
         tiles: Tiles embedded.
         bad_tiles: Tiles that could not be read and were left out.
+        blurred_tiles: Tiles that were left out for their blur.
         slide_mpp: Microns per pixel at level 0.
         mpp_source: Where that came from.
         tile_mpp: Microns per pixel of the tiles.
@@ -41,6 +42,7 @@ class SlideResult:
     reason: str = ""
     tiles: int | None = None
     bad_tiles: int | None = None
+    blurred_tiles: int | None = None
     slide_mpp: float | None = None
     mpp_source: str | None = None
     tile_mpp: float | None = None
@@ -78,6 +80,7 @@ class SlideResult:
             "; ".join(filter(None, remarks)),
             tiles=len(features.coords),
             bad_tiles=features.settings.get("bad_tiles"),
+            blurred_tiles=features.settings.get("blurred_tiles"),
             slide_mpp=features.slide_mpp,
             mpp_source=features.settings.get("mpp_source"),
             tile_mpp=features.tile_mpp,

@@ -35,6 +35,7 @@ def embed(
     reader: str | None = None,
     id_from: IdFrom = "name",
     max_bad_tiles: int = 0,
+    max_blur: float = 1.0,
     batch_size: int | None = None,
     threads: int = 4,
     device: str = "auto",
@@ -72,6 +73,7 @@ def embed(
         id_from: Makes ids of the names of slide files, or of their paths, so that equal names in different folders go
             together: `site_a/1.svs` is `site_a__1`. A column `slide_id` comes first.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
+        max_blur: Tiles more blurred than this are left out: 0 is sharp, out of focus more than 0.45. Default: none is.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads that read tiles.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
@@ -88,6 +90,8 @@ def embed(
     output = Path(output)
     if (batch_size is not None and batch_size < 1) or threads < 1 or max_bad_tiles < 0:
         raise LongslideError("--batch-size and --threads must be at least 1, and --max-bad-tiles at least 0")
+    if not 0 < max_blur <= 1:
+        raise LongslideError(f"--max-blur {max_blur:g} must be above 0 and at most 1")
     if tile_encoder is None:
         results = embed_features(
             slides, output, slide_encoder, slide_checkpoint, pool, device, precision, seed=seed, overwrite=overwrite
@@ -132,6 +136,7 @@ def embed(
             tissue=tissue or OpticalDensity(),
             reader=reader,
             max_bad_tiles=max_bad_tiles,
+            max_blur=max_blur,
             threads=threads,
             overwrite=overwrite,
         )

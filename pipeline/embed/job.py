@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...data.features.feature_file import Features, read_features, write_features
 from ...data.features.preprocessing import Preprocessing
 from ...data.slides.base import reader_to_obey
@@ -57,6 +59,7 @@ class EmbedJob:
         tissue: The tissue segmenter, for slides without a mask.
         reader: The slide reader, if one is named.
         max_bad_tiles: Unreadable tiles that a slide may have.
+        max_blur: Tiles more blurred than this are left out.
         threads: Threads that read tiles.
         overwrite: Whether files that were made otherwise are replaced.
     """
@@ -71,6 +74,7 @@ class EmbedJob:
     tissue: TissueSegmenter
     reader: str | None
     max_bad_tiles: int
+    max_blur: float
     threads: int
     overwrite: bool
 
@@ -98,6 +102,7 @@ class EmbedJob:
             overlap=self.overlap,
             precision=self.embedder.precision,
             min_tissue=self.min_tissue,
+            max_blur=self.max_blur,
             tissue_method=segmenter.method,
             reader=reader_to_obey(self.reader),
             **settings_of(segmenter),
@@ -132,6 +137,8 @@ class EmbedJob:
         recorded = reader_to_obey(features.settings.get("reader"))
         if recorded is not None and reader_to_obey(self.reader) is None:
             ways.append(f"reader {recorded} instead of {self.reader or 'none named'}")
+        if self.max_blur < 1 and "max_blur" not in features.settings:
+            ways.append(f"before blur was measured, which --max-blur {self.max_blur:g} needs")
         if features.settings.get("bad_tiles", 0) > self.max_bad_tiles:
             ways.append(f"more unreadable tiles than --max-bad-tiles {self.max_bad_tiles}")
         if (mismatch := features.slide.mismatch(entry.path)) is not None:
@@ -158,7 +165,7 @@ class EmbedJob:
                     remove_leftovers(path)
                 tiled = self._tile(entry, resources)
                 if not len(tiled[2].coords):
-                    return self._nothing_to_embed(entry, *tiled)
+                    return self._nothing_to_embed(entry, *tiled[:2], why_no_tiles(tiled[1], self.min_tissue))
                 return PreparedSlide(entry, tiled, resources.pop_all(), started)
             except Exception as error:
                 return SlideResult.failed(entry, error)
@@ -171,7 +178,10 @@ class EmbedJob:
                 if prepared.tiled is None:
                     features = read_features(self.path(entry))
                 else:
-                    features = self._embed_tiles(entry, *prepared.tiled, progress)
+                    embedded = self._embed_tiles(entry, *prepared.tiled, progress)
+                    if isinstance(embedded, SlideResult):
+                        return embedded
+                    features = embedded
                 if self.slide_encoder is not None:
                     from .tile_embedding import embed_slide
 
@@ -224,13 +234,24 @@ class EmbedJob:
 
     def _embed_tiles(
         self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid, progress: JobProgress
-    ) -> Features:
+    ) -> Features | SlideResult:
         progress.slide_started(entry.slide_id, len(grid.coords))
         identity = SlideIdentity.of(slide)  # before it is read: a change while it is read is one since then
         stream = TileStream(
-            slide, grid, batch_size=self.embedder.reading_batch, threads=self.threads, max_bad_tiles=self.max_bad_tiles
+            slide,
+            grid,
+            batch_size=self.embedder.reading_batch,
+            threads=self.threads,
+            max_bad_tiles=self.max_bad_tiles,
+            max_blur=self.max_blur,
         )
         embeddings, index = self.embedder(stream, progress.tiles_done)
+        blurred = int(np.count_nonzero(stream.blur > self.max_blur))
+        if blurred or stream.bad_tiles:
+            save_qc(self._qc_path(entry), draw_qc(slide, tissue, grid, stream.blur, self.max_blur))
+        if blurred and not len(index):
+            why = f"all {blurred} readable tiles are more blurred than --max-blur {self.max_blur:g}"
+            return replace(self._nothing_to_embed(entry, slide, tissue, why), blurred_tiles=blurred)
         if not len(index):
             raise LongslideError(
                 f"{entry.path}: none of the {len(grid.coords)} tiles can be read; copy the slide again"
@@ -238,11 +259,13 @@ class EmbedJob:
         made_with = self.preprocessing(entry)
         settings = {
             "min_tissue": made_with.min_tissue,
+            "max_blur": made_with.max_blur,
             "reader": slide.reader,
             "mpp_source": slide.mpp.source,
             "level": grid.level,
             "tissue_mm2": tissue.area_mm2(slide.mpp.value),
             "bad_tiles": len(stream.bad_tiles),
+            "blurred_tiles": blurred,
             **self.embedder.fidelity,
             **settings_of(self._segmenter(entry)),
         }
@@ -255,6 +278,7 @@ class EmbedJob:
             features=embeddings,
             coords=grid.coords[index],
             step_level0=grid.step_level0,
+            blur=stream.blur[index],
             tile_size_level0=grid.tile_size_level0,
             tile_px=made_with.tile_px,
             overlap=made_with.overlap,
@@ -273,9 +297,9 @@ class EmbedJob:
             settings=settings,
         )
 
-    def _nothing_to_embed(self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid) -> SlideResult:
+    def _nothing_to_embed(self, entry: SlideEntry, slide: Slide, tissue: Tissue, why: str) -> SlideResult:
         self.path(entry).unlink(missing_ok=True)  # with --overwrite there may be one, of other settings
-        why = f"{why_no_tiles(tissue, self.min_tissue)}; see qc/{entry.slide_id}.jpg"
+        why += f"; see qc/{entry.slide_id}.jpg"
         if slide.remark:
             why += f"; {slide.remark}"
         return replace(

@@ -219,6 +219,7 @@ class FeatureMaker:
             tile_px=tile_px,
             overlap=overlap,
             min_tissue=0.1 if made.min_tissue is None else made.min_tissue,
+            max_blur=1.0 if made.max_blur is None else made.max_blur,
             tissue=segmenter_of(made.tissue_segmenter, made.tissue_settings),
             reader=None if reader is None else READERS.name_of(reader),
             max_bad_tiles=self.max_bad_tiles,

@@ -368,6 +368,7 @@ class _Job:
             reason="; ".join(prediction.warnings),
             tiles=len(features.coords),
             bad_tiles=features.settings.get("bad_tiles"),
+            blurred_tiles=features.settings.get("blurred_tiles"),
             slide_mpp=features.slide_mpp,
             mpp_source=features.settings.get("mpp_source"),
             tile_mpp=features.tile_mpp,
@@ -423,6 +424,7 @@ class _Job:
             "quality": {
                 "tiles": result.tiles,
                 "bad_tiles": result.bad_tiles,
+                "blurred_tiles": result.blurred_tiles,
                 "tissue_mm2": result.tissue_mm2,
                 "slide_mpp": result.slide_mpp,
                 "mpp_source": result.mpp_source,
@@ -475,6 +477,7 @@ class _Job:
             "already complete",
             tiles=quality["tiles"],
             bad_tiles=quality["bad_tiles"],
+            blurred_tiles=quality.get("blurred_tiles"),  # not in the files of earlier versions
             slide_mpp=quality["slide_mpp"],
             mpp_source=quality["mpp_source"],
             tile_mpp=quality["tile_mpp"],

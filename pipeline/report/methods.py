@@ -77,6 +77,8 @@ def _preprocessing(made: dict[str, Any]) -> list[str]:
     if "min_tissue" in made:
         method = f" (tissue by {made['tissue_method']})" if "tissue_method" in made else ""
         sentences.append(f"Tiles with at least {made['min_tissue']:.0%} of tissue were kept{method}.")
+    if made.get("max_blur", 1.0) < 1:
+        sentences.append(f"Tiles with a blur effect (Crete et al., 2007) above {made['max_blur']:g} were left out.")
     for encoder, weights, what in (
         ("tile_encoder", "tile_weights", "Tiles"),
         ("slide_encoder", "slide_weights", "Slides"),

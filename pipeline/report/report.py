@@ -314,7 +314,9 @@ def _quality(content: dict[str, Any]) -> list[tuple[str, str]]:
         ("Tissue", known(quality["tissue_mm2"], "{:.3g} mm²")),
         (
             "Tiles",
-            known(quality["tiles"], "{:,}") + (f", {quality['bad_tiles']} unreadable" if quality["bad_tiles"] else ""),
+            known(quality["tiles"], "{:,}")
+            + (f", {quality['bad_tiles']} unreadable" if quality["bad_tiles"] else "")
+            + (f", {quality['blurred_tiles']} too blurred" if quality.get("blurred_tiles") else ""),
         ),
         ("Scanned at", known(quality["slide_mpp"], "{:.4g} µm/px") + source),
         ("Tile size", f"{known(quality['tile_px'], '{} px')} at {known(quality['tile_mpp'], '{:g} µm/px')}"),

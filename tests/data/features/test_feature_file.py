@@ -34,6 +34,7 @@ def complete() -> Features:
         precision="float16",
         tissue='{"type": "FeatureCollection", "features": []}',
         tissue_method="longslide-tissue-1",
+        blur=rng.random(20).astype(np.float32),
         slide_embedding=rng.normal(size=16).astype(np.float32),
         slide_encoder="gigapath",
         slide_weights="random seed=0",
@@ -71,9 +72,9 @@ def test_a_look_at_a_file_leaves_the_embeddings_on_the_disk(tmp_path: Path) -> N
 def test_the_layout_is_the_documented_one(tmp_path: Path) -> None:
     write_features(tmp_path / "a.h5", complete())
     with h5py.File(tmp_path / "a.h5") as file:
-        assert set(file) == {"features", "coords", "tissue", "slide_embedding"}
+        assert set(file) == {"features", "coords", "blur", "tissue", "slide_embedding"}
         assert (file["features"].dtype, file["coords"].dtype) == (np.float16, np.int64)
-        assert file["slide_embedding"].dtype == np.float32
+        assert (file["slide_embedding"].dtype, file["blur"].dtype) == (np.float32, np.float32)
         assert dict(file["features"].attrs) == {
             "encoder": "uni2-h", "weights": "random seed=0", "precision": "float16",
         }  # fmt: skip
