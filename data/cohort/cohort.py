@@ -1,6 +1,6 @@
 """The cohort: which slides there are, whose they are, what is to be predicted of them, where their features lie."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,7 +79,7 @@ class Cohort:
 
 def read_cohort(
     table: Path | None,
-    features: Path,
+    features: Path | Mapping[str, Path],
     *,
     task: TaskKind | None = None,
     label: str | Sequence[str] | None = None,
@@ -91,14 +91,15 @@ def read_cohort(
     all_classes: bool = True,
     patients: str | None = None,
 ) -> Cohort:
-    """Join a table of labels with a folder of feature files.
+    """Join a table of labels with a folder of feature files, or with slides.
 
     Args:
         table: A table (see `read_table`) with `slide_id` (a suffix such as `.svs` is taken off) or `slide`, the path of the
             slide; optionally `patient_id` (also `pat_id`, `case_id`), `site`, columns `fold_0`, `fold_1`, ... or `split` of
             train/val/test, and any others; or a folder of `train_0.csv`, `val_0.csv`, `test_0.csv`, ... as prov-gigapath
             writes them. None: every feature file is a slide and a patient of its own.
-        features: Folder with `<slide_id>.h5` of any layout that `read_features` takes.
+        features: Folder with `<slide_id>.h5` of any layout that `read_features` takes; or, before there are any, the slide
+            files by their ids, which then stand for feature files in the result.
         task: Kind of task; None reads no labels.
         label: The label column; several for `multilabel`, time and event for `survival`. Default: `label`.
         classes: The values of the label column in the order wanted (negative first for `binary`, low to high for
@@ -119,7 +120,7 @@ def read_cohort(
             looks like the patient, and is neither known nor given; a label is not what the task needs; no slide has both
             features and a label.
     """
-    if not features.is_dir():
+    if isinstance(features, Path) and not features.is_dir():
         raise LongslideError(
             f"{features}: no such folder of feature files; give the output folder of `longslide embed`"
         )
@@ -132,11 +133,17 @@ def read_cohort(
         raise LongslideError(f"--data.positive {chosen}: only a binary task has a positive class, this is {what}")
     notes: list[str] = []
 
-    source = table if table is not None else features
-    there = {path.stem: path for path in features.glob("*.h5") if not path.name.startswith(".")}
+    if isinstance(features, Path):
+        there = {path.stem: path for path in features.glob("*.h5") if not path.name.startswith(".")}
+    else:
+        there = dict(features)
+    what = "feature file" if isinstance(features, Path) else "slide"
     if table is None:
+        assert isinstance(features, Path), "slides without a table have no labels"
+        source = features
         frame, splits = _every_file(there, features), None
     else:
+        source = table
         frame, splits = _read_table(table, frozenset(names) | ({chosen} if chosen else set()), patients)
     frame, column = _with_ids(frame, source, there, patients, labels, notes)
     words = ("slide_id", "patient_id", *(labels if asked is not None and asked.kind in CLASSIFICATION else ()))
@@ -146,8 +153,13 @@ def read_cohort(
     splits = _split_columns(frame) if splits is None else splits.assign(**own)
     has_features = ids.isin(there).to_numpy()
     if not has_features.any():
+        there_is_none = f"{source}: none of its {len(frame)} slides "
+        if not isinstance(features, Path):
+            raise LongslideError(
+                f"{there_is_none}is among those given; its slide_id must be theirs, such as {min(there)}"
+            )
         raise LongslideError(
-            f"{source}: none of its {len(frame)} slides has a feature file such as {features / ids[0]}.h5"
+            f"{there_is_none}has a feature file such as {features / ids[0]}.h5"
             + (" (.pt files, which hold no coordinates, are not read)" if any(features.glob("*.pt")) else "")
         )
     problem, targets, has_label = None, None, np.ones(len(frame), bool)
@@ -158,9 +170,9 @@ def read_cohort(
     without_features = tuple(ids[~has_features])
     without_label = tuple(ids[has_features & ~has_label]) + tuple(sorted(set(there) - set(ids)))
     if without_features:
-        notes.append(f"{len(without_features)} slides of {source} have no feature file: {listed(without_features)}")
+        notes.append(f"{len(without_features)} slides of {source} have no {what}: {listed(without_features)}")
     if without_label:
-        notes.append(f"{len(without_label)} feature files have no label: {listed(without_label)}")
+        notes.append(f"{len(without_label)} {what}s have no label: {listed(without_label)}")
     if problem is not None:
         notes += _choices(problem, settled=bool(names))
     rows = frame[keep].reset_index(drop=True)

@@ -47,6 +47,7 @@ class SlideReader(Plugin, ABC):
             data, the file is not hashed.
         vendor: Name of the format.
         background: RGB shown where the slide has no pixels.
+        memory_bytes: Memory that the open slide takes for pixels, beyond a cache; 0 where they are read as they are needed.
         SUFFIXES: Suffixes, in small letters and with the dot, that a folder is searched for; a file that the user names is
             tried whatever its suffix.
 
@@ -64,6 +65,7 @@ class SlideReader(Plugin, ABC):
     properties: Mapping[str, str]
     vendor: str
     background: tuple[int, int, int] = (255, 255, 255)
+    memory_bytes: int = 0
 
     @abstractmethod
     def __init__(self, path: Path) -> None: ...

@@ -1,13 +1,15 @@
 """Plain images (PNG, JPEG, ...) as slides of one level."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import openslide
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from ...errors import LongslideError
 from .base import IMAGE_SUFFIXES, TIFF_SUFFIXES, VENDOR_SUFFIXES, DeclinedError, SlideReader, over_background
+from .metadata import icc_properties
 from .tiff import tiff_facts
 
 Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
@@ -44,6 +46,7 @@ class ImageReader(SlideReader):
                         "convert it by `vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg`"
                     )
                 x, y = picture.info.get("dpi", (0, 0))
+                icc = icc_properties(_icc_profile(picture))
             self._image = openslide.ImageSlide(str(path))
             self._image.read_region((0, 0), 0, (1, 1))  # decodes the image: a truncated one fails here
         except UnidentifiedImageError as error:
@@ -54,7 +57,8 @@ class ImageReader(SlideReader):
         self.level_dimensions = (self.dimensions,)
         self.level_downsamples = (1.0,)
         resolution = {"tiff.XResolution": str(float(x)), "tiff.YResolution": str(float(y))}
-        self.properties = {"tiff.ResolutionUnit": "inch"} | resolution
+        self.properties = {"tiff.ResolutionUnit": "inch"} | resolution | icc
+        self.memory_bytes = 4 * self.dimensions[0] * self.dimensions[1]
         self.vendor = "image"
 
     def close(self) -> None:
@@ -69,3 +73,10 @@ class ImageReader(SlideReader):
             raise LongslideError(f"{self.path}: cannot read {width} x {height} px at ({x}, {y}): {error}") from error
         premultiplied = np.asarray(region.convert("RGBa"))
         return over_background(np.ascontiguousarray(premultiplied[..., [2, 1, 0, 3]]), self.background)
+
+
+def _icc_profile(picture: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    try:
+        return ImageCms.ImageCmsProfile(io.BytesIO(picture.info["icc_profile"]))
+    except (KeyError, OSError, TypeError):  # none, or a broken one
+        return None

@@ -13,7 +13,8 @@ PLAUSIBLE = (0.05, 10.0)
 FAR_OFF = 0.1
 """Relative difference to the file's own above which a given value is remarked."""
 
-_MICRONS_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
+MICRONS_PER_UNIT = {"inch": 25_400.0, "centimeter": 10_000.0}
+"""Of the units of TIFF's resolution tags."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +65,19 @@ def resolve_mpp(properties: Mapping[str, str], path: Path, given: float | None =
         except LongslideError:
             in_file = None
         return Mpp(plausible(given, f"{path}: {given:g} microns per pixel"), "option", in_file)
-    x, y = _number(properties.get("openslide.mpp-x")), _number(properties.get("openslide.mpp-y"))
+    x, y = number(properties.get("openslide.mpp-x")), number(properties.get("openslide.mpp-y"))
     if properties.get("openslide.vendor") == "generic-tiff":
         x = y = None  # OpenSlide took them from the resolution tags, whether they are plausible or not
     if x is not None or y is not None:
         value = _mean(x if x is not None else y, y if y is not None else x, path, remedy)
         return Mpp(plausible(value, f"{path}: the file's {value:g} microns per pixel", remedy), "file")
-    unit = _MICRONS_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
-    x, y = _number(properties.get("tiff.XResolution")), _number(properties.get("tiff.YResolution"))
+    unit = MICRONS_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
+    x, y = number(properties.get("tiff.XResolution")), number(properties.get("tiff.YResolution"))
     if unit and x and y:
         value = _mean(unit / x, unit / y, path, remedy)
         if PLAUSIBLE[0] <= value <= PLAUSIBLE[1]:  # else it is a screen's or a printer's resolution, 72 dpi
             return Mpp(value, "tiff-resolution")
-    power = _number(properties.get("openslide.objective-power"))
+    power = number(properties.get("openslide.objective-power"))
     if power:
         value = 10 / power
         return Mpp(
@@ -86,7 +87,8 @@ def resolve_mpp(properties: Mapping[str, str], path: Path, given: float | None =
     raise LongslideError(f"{path}: the file does not say its microns per pixel; {remedy}")
 
 
-def _number(text: str | None) -> float | None:
+def number(text: str | None) -> float | None:
+    """A positive, finite number of a slide's properties; None if it is none."""
     try:
         value = float(text) if text is not None else math.nan
     except ValueError:

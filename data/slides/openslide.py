@@ -10,6 +10,7 @@ from openslide import lowlevel
 
 from ...errors import LongslideError
 from .base import TIFF_SUFFIXES, VENDOR_SUFFIXES, DeclinedError, SlideReader, over_background
+from .metadata import icc_properties
 from .parts import missing_part
 from .tiff import tiff_facts
 
@@ -37,6 +38,12 @@ class OpenSlideReader(SlideReader):
         self.level_dimensions = handle.level_dimensions
         self.level_downsamples = handle.level_downsamples
         self.properties = dict(handle.properties)
+        if "openslide.icc-size" in self.properties:
+            try:
+                self.properties |= icc_properties(handle.color_profile)
+            except (openslide.OpenSlideError, OSError):  # unreadable: after that OpenSlide reads nothing by this handle
+                handle.close()
+                self._handle = handle = self._open()
         self.vendor = self.properties["openslide.vendor"]
         if self.vendor == "generic-tiff" and (facts := tiff_facts(path)) is not None:
             if facts.refusal:

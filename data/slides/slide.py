@@ -16,6 +16,7 @@ from PIL import Image
 
 from ...errors import LongslideError
 from .base import READERS, SlideReader, open_reader
+from .metadata import metadata_remark
 from .mpp import Mpp, resolve_mpp
 
 if TYPE_CHECKING:
@@ -96,10 +97,10 @@ class Slide:
 
     @property
     def remark(self) -> str:
-        """What a person should look at: a given `slide_mpp` far off the file's own, damaged levels; empty if nothing."""
-        return "; ".join(
-            filter(None, [self.mpp.remark, levels_remark(", ".join(map(str, sorted(self.unreadable_levels))))])
-        )
+        """What a person should look at: a given `slide_mpp` far off the file's own, metadata that contradict one another,
+        damaged levels; empty if nothing."""
+        damaged = levels_remark(", ".join(map(str, sorted(self.unreadable_levels))))
+        return "; ".join(filter(None, [self.mpp.remark, metadata_remark(self.properties), damaged]))
 
     @cached_property
     def quickhash(self) -> str:

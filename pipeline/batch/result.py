@@ -71,6 +71,7 @@ class SlideResult:
         remarks = [
             reason,
             mpp_remark(features.slide_mpp, features.settings.get("file_mpp")) if features.slide_mpp else "",
+            features.settings.get("metadata_remark", ""),
             levels_remark(features.settings.get("unreadable_levels", "")),
         ]
         return cls(

@@ -13,6 +13,7 @@ from ...data.features.feature_file import Features, read_features, write_feature
 from ...data.features.preprocessing import Preprocessing
 from ...data.slides.base import reader_to_obey
 from ...data.slides.identity import SlideIdentity
+from ...data.slides.metadata import metadata_remark
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.grid import Grid, make_grid
@@ -271,6 +272,8 @@ class EmbedJob:
         }
         if slide.mpp.in_file is not None:
             settings["file_mpp"] = slide.mpp.in_file
+        if remark := metadata_remark(slide.properties):
+            settings["metadata_remark"] = remark
         if slide.unreadable_levels:
             settings["unreadable_levels"] = ", ".join(map(str, sorted(slide.unreadable_levels)))
         return Features(

@@ -324,6 +324,8 @@ class _Job:
             remark := mpp_remark(features.slide_mpp, features.settings.get("file_mpp"))
         ):
             remarks = [*remarks, remark]
+        if metadata := features.settings.get("metadata_remark"):
+            remarks = [*remarks, metadata]
         warnings = remarks + distribution_warnings(list(self.ensemble.classifiers), features.slide_mpp, mean)
         found = self._classify([bag])
         cases = {
