@@ -41,6 +41,7 @@ class Slide:
         properties: What the file says of itself, under OpenSlide's names.
         vendor: OpenSlide's name of the format, or `image` for a plain image.
         background: RGB shown where the slide has no pixels.
+        memory_bytes: Memory that it takes for pixels while it is open; 0 where they are read as they are needed.
         unreadable_levels: Reduced levels of which a thumbnail could not read some region; no tile is read from them.
         reader: Name of the slide reader that reads the pixels, or its dotted path.
     """
@@ -57,6 +58,7 @@ class Slide:
         self.properties = reader.properties
         self.vendor = reader.vendor
         self.background = reader.background
+        self.memory_bytes = reader.memory_bytes
         self.unreadable_levels: set[int] = set()
 
     def __repr__(self) -> str:

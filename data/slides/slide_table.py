@@ -64,8 +64,9 @@ def find_slides(
         patients: The column of tables that names the patient, or `none`. Default: `patient_id`, `pat_id` or `case_id`.
         ask: Whether a column that only looks like the patient is an error; else it is logged.
         reader: The slide reader, if one is named: folders are searched for its suffixes.
-        id_from: `path` makes ids of the paths of slides, relative to the folder or as they are given, with `__` between
-            folders, so that equal names in different folders go together.
+        id_from: `path` makes ids of the paths of slides, with `__` between folders, so that equal names in different folders
+            go together: relative to the folder that is given (with its name, if it is one of several inputs), or as they
+            are given.
 
     Returns:
         The slides, in the order of the input; those of a folder by path.
@@ -77,7 +78,8 @@ def find_slides(
     if slide_mpp is not None:
         plausible(slide_mpp, f"--slide-mpp {slide_mpp:g}", "it is microns per pixel of level 0")
     entries: list[SlideEntry] = []
-    for item in map(Path, [inputs] if isinstance(inputs, str | Path) else inputs):
+    items = [Path(item) for item in ([inputs] if isinstance(inputs, str | Path) else inputs)]
+    for item in items:
         if not os.path.exists(item):  # Path.exists raises where a folder above may not be entered
             raise LongslideError(f"{item}: no such file or folder, or no permission to see it")
         if item.is_dir():
@@ -90,7 +92,8 @@ def find_slides(
                 )
             if content.remark:
                 logger.warning("%s: %s", item, content.remark)
-            entries += [SlideEntry(path, _id_of(name, id_from)) for path, name in content.slides]
+            above = item.resolve().name if len(items) > 1 else ""
+            entries += [SlideEntry(path, _id_of(above / name, id_from)) for path, name in content.slides]
         elif is_table(item):
             entries += _read_slide_table(item, patients, ask, id_from)
         else:

@@ -1,13 +1,11 @@
 """The check before the GPU hours: what will go wrong with these slides, these weights, this machine."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import numpy as np
 import rich.box
 from rich.console import Console
 from rich.markup import escape
@@ -18,22 +16,33 @@ from ...data.slides.base import READERS
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
 from ...data.tiles.grid import Grid, make_grid
-from ...data.tiles.stream import TileBatch, TileStream
+from ...data.tiles.stream import TileStream
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.mask import Mask
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
+from ...task import TaskKind
 from ..batch.result import SlideResult
-from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder, look_at_tile_encoder, resolve_tiles
+from .choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder, resolve_tiles
 from .job import why_no_tiles
-
-if TYPE_CHECKING:
-    from ...models.tile_encoder.spec import TileEncoderSpec
+from .label_check import LabelCheck, check_labels, with_twins
+from .machine_check import (
+    DiskCheck,
+    EncoderCheck,
+    check_disk,
+    check_slide_encoder_weights,
+    check_tile_encoder,
+    print_machine,
+    size,
+)
+from .starter_table import check_starter_table, write_starter_table
 
 # Tiles read from each slide to time the reading: a contiguous run, as the job itself reads them.
 SAMPLE_TILES = 64
 # The width of GigaPath's and UNI2's embeddings; only for the disk estimate when no encoder is named.
 DIM_WITHOUT_ENCODER = 1536
+# Memory of a slide without tiles that is worth a word: it is whole in memory, and so is the next one.
+MUCH_MEMORY = 100e6
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,8 @@ class SlideCheck:
     Attributes:
         slide_id: The slide's id.
         slide: Path of the slide file.
-        problem: Why `embed` would fail on it, or which other slide it is a copy of; empty when all is well.
-        remark: What a person should look at: no tissue, a given `slide_mpp` far off the file's own.
+        problem: Why `embed` would fail on it or find nothing, and which other slide it is a copy of; empty when all is well.
+        remark: What a person should look at: see `Slide.remark`; and much memory that it takes.
         width: Level-0 pixels.
         height: Level-0 pixels.
         levels: Pyramid levels.
@@ -54,6 +63,7 @@ class SlideCheck:
         tiles: Tiles that would be embedded.
         tiles_per_second: Tiles read per second.
         quickhash: Identity of the slide's image data.
+        memory_bytes: Memory that the open slide takes for pixels: a plain image has no tiles, and is read whole.
     """
 
     slide_id: str
@@ -69,66 +79,11 @@ class SlideCheck:
     tiles: int = 0
     tiles_per_second: float | None = None
     quickhash: str | None = None
+    memory_bytes: int = 0
 
     @property
     def ok(self) -> bool:
         """Whether there is no problem with this slide."""
-        return not self.problem
-
-
-@dataclass(frozen=True)
-class EncoderCheck:
-    """What `doctor` found about the tile encoder or the slide encoder.
-
-    Attributes:
-        name: The encoder's name.
-        problem: Why `embed` could not use it; empty when it could.
-        weights: Source and digest of its weights.
-        device: Where the tile encoder would run.
-        precision: In what precision.
-        tiles_per_second: Tiles it embeds per second there.
-    """
-
-    name: str
-    problem: str = ""
-    weights: str | None = None
-    device: str | None = None
-    precision: str | None = None
-    tiles_per_second: float | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether `embed` can use it."""
-        return not self.problem
-
-
-@dataclass(frozen=True)
-class DiskCheck:
-    """What `doctor` found about the disk.
-
-    Attributes:
-        folder: The folder on it.
-        need: Bytes that the feature files of all slides need.
-        free: Bytes that are free.
-    """
-
-    folder: Path
-    need: int
-    free: int
-
-    @property
-    def problem(self) -> str:
-        """Why `embed` would fail; empty when there is room."""
-        if self.need <= self.free:
-            return ""
-        return (
-            f"{self.folder}: the feature files need {_size(self.need)}, {_size(self.free)} are free; make room or choose "
-            "another --output"
-        )
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is room."""
         return not self.problem
 
 
@@ -150,8 +105,13 @@ def doctor(
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     output: str | Path = ".",
-) -> "list[SlideCheck | EncoderCheck | DiskCheck]":
-    """Open every slide, find its tissue, read some tiles, and look at the weights, the GPU and the disk.
+    label: str | Path | None = None,
+    label_column: list[str] | str | None = None,
+    task: TaskKind | None = None,
+    patient_column: str | None = None,
+    write_table: str | Path | None = None,
+) -> "list[SlideCheck | LabelCheck | EncoderCheck | DiskCheck]":
+    """Open every slide, find its tissue, read some tiles, and look at the labels, the weights, the GPU and the disk.
 
     Args:
         slides: Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`.
@@ -171,9 +131,15 @@ def doctor(
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the encoder, as `embed` takes it.
         output: Folder whose disk must hold the feature files.
+        label: Table of labels, as `fit` takes it: its classes, sites and patients, slides without label, labels without
+            slide, and which splits it allows.
+        label_column: Its label column; several for a multilabel task, time and event for survival. Default: `label`.
+        task: What is to be predicted. Default: as the labels look (binary, multiclass, regression or multilabel).
+        patient_column: Column of that table that names the patient, if it has another name; `none` for no patients.
+        write_table: Write a CSV to start from: one row per slide, with the columns that `embed` and `fit` take.
 
     Returns:
-        What was found about each slide, then about the encoders that were named, and last about the disk.
+        What was found about each slide, then about the labels and the encoders that were named, and last about the disk.
 
     Raises:
         LongslideError: Wrong usage, found before any slide is touched.
@@ -192,6 +158,14 @@ def doctor(
         reader = READERS.name_of(READERS.get(reader))
     if slide_encoder is not None and spec is None:
         raise LongslideError("--slide-encoder needs --tile-encoder: it reads the embeddings of that one")
+    if write_table is not None:
+        check_starter_table(Path(write_table))
+    labels: list[LabelCheck] = []
+    if label is not None:
+        files = {entry.slide_id: entry.path for entry in entries}
+        labels.append(check_labels(Path(label), files, label_column, task, patient_column))
+    elif label_column or task or patient_column:
+        raise LongslideError("--label-column, --task and --patient-column are about a table: give --label")
 
     checks = [
         _check_slide(entry, tile_mpp, tile_px, overlap, min_tissue, tissue or OpticalDensity(), reader, threads)
@@ -200,19 +174,27 @@ def doctor(
     checks = _mark_duplicates(checks)
     encoders = []
     if tile_encoder is not None and spec is not None:
-        encoders.append(_check_tile_encoder(spec.name, tile_encoder, tile_checkpoint, tile_px, device, precision))
+        encoders.append(check_tile_encoder(spec.name, tile_encoder, tile_checkpoint, tile_px, device, precision))
         if slide_encoder is not None:
-            encoders.append(_check_slide_encoder(slide_encoder, slide_checkpoint, spec))
+            encoders.append(check_slide_encoder_weights(slide_encoder, slide_checkpoint, spec))
 
-    disk = _check_disk(checks, encoders, spec.dim if spec else DIM_WITHOUT_ENCODER, Path(output))
+    tiles = sum(check.tiles for check in _readable(checks))
+    disk = check_disk(tiles, encoders, spec.dim if spec else DIM_WITHOUT_ENCODER, Path(output))
+    labels = [with_twins(found, checks) for found in labels]
+    if write_table is not None:
+        write_starter_table(Path(write_table), entries, checks, labels[0].cells if labels else {})
 
     console.print(_table(checks))
-    _print_problems(console, [*checks, *encoders, disk])
-    _print_machine(console, encoders)
+    _print_problems(console, [*checks, *labels, *encoders, disk])
+    for heading, text in (line for found in labels for line in found.lines):
+        console.print(escape(f"{heading:13} {text}"))
+    print_machine(console, encoders)
     _print_totals(console, checks, encoders)
     note = "" if spec else f" at {DIM_WITHOUT_ENCODER:,} numbers per tile"
-    console.print(f"disk          {_size(disk.need)}{note}, {_size(disk.free)} free in {escape(str(disk.folder))}")
-    return [*checks, *encoders, disk]
+    console.print(f"disk          {size(disk.need)}{note}, {size(disk.free)} free in {escape(str(disk.folder))}")
+    if write_table is not None:
+        console.print(f"table         {escape(str(write_table))}: one row per slide, to fill in")
+    return [*checks, *labels, *encoders, disk]
 
 
 def _check_slide(
@@ -230,17 +212,24 @@ def _check_slide(
         with open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader) as slide:
             width, height = slide.dimensions
             check = replace(
-                check, width=width, height=height, levels=len(slide.level_dimensions), quickhash=slide.quickhash
+                check,
+                width=width,
+                height=height,
+                levels=len(slide.level_dimensions),
+                quickhash=slide.quickhash,
+                memory_bytes=slide.memory_bytes,
             )
             check = replace(check, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source)
             tissue = (Mask(entry.tissue_mask) if entry.tissue_mask else segmenter)(slide)
             grid = make_grid(slide, tissue, tile_mpp=tile_mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
-            check = replace(
-                check, remark=slide.remark, tissue_mm2=tissue.area_mm2(slide.mpp.value), tiles=len(grid.coords)
-            )
+            remark = slide.remark
+            if slide.memory_bytes > MUCH_MEMORY:
+                memory = f"takes {size(slide.memory_bytes)} of memory, as a plain image has no tiles"
+                remark = "; ".join(filter(None, [remark, memory]))
+            area = tissue.area_mm2(slide.mpp.value)
+            check = replace(check, remark=remark, tissue_mm2=area, tiles=len(grid.coords))
             if not len(grid.coords):
-                remarks = filter(None, [why_no_tiles(tissue, min_tissue), check.remark])
-                return replace(check, remark="; ".join(remarks))
+                return replace(check, problem=f"{entry.path}: {why_no_tiles(tissue, min_tissue)}")
             return replace(check, tiles_per_second=_reading_speed(slide, grid, threads))
     except Exception as error:
         return replace(check, problem=SlideResult.failed(entry, error).reason)
@@ -261,58 +250,10 @@ def _mark_duplicates(checks: list[SlideCheck]) -> list[SlideCheck]:
     marked = []
     for check in checks:
         twin = first.setdefault(check.quickhash, check.slide_id) if check.quickhash else check.slide_id
-        marked.append(check if twin == check.slide_id else replace(check, problem=f"same image as {twin}"))
+        if twin != check.slide_id:
+            check = replace(check, problem="; ".join(filter(None, [f"same image as {twin}", check.problem])))
+        marked.append(check)
     return marked
-
-
-def _check_tile_encoder(
-    name: str, choice: TileEncoderChoice, checkpoint: str | Path | None, tile_px: int, device: str, precision: str
-) -> EncoderCheck:
-    """Load the weights for real, and time a few batches of noise."""
-    from ...models.tile_encoder.encoder import create_tile_encoder
-    from .tile_embedding import TileEmbedder, resolve_device, resolve_precision
-
-    try:
-        torch_device = resolve_device(device)
-        encoder = create_tile_encoder(choice, checkpoint=checkpoint)
-    except LongslideError as error:
-        return EncoderCheck(name, problem=str(error))
-    resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
-    batch, batches = (64, 16) if torch_device.type == "cuda" else (2, 2)
-    rng = np.random.default_rng(0)
-    noise = TileBatch(
-        rng.integers(0, 256, (batch, tile_px, tile_px, 3), np.uint8), np.arange(batch), np.zeros((batch, 2), np.int64)
-    )
-    embedder = TileEmbedder(encoder, torch_device, resolved)
-    embedder([noise] * batches)  # compiled, and kernels chosen
-    started = time.perf_counter()
-    embedder([noise] * batches)
-    speed = batch * batches / (time.perf_counter() - started)
-    return EncoderCheck(name, "", encoder.weights, str(torch_device), resolved, speed)
-
-
-def _check_slide_encoder(
-    choice: SlideEncoderChoice, checkpoint: str | Path | None, tile_encoder: "TileEncoderSpec"
-) -> EncoderCheck:
-    from ...models.slide_encoder.base import load_slide_encoder
-
-    try:
-        check_slide_encoder(choice, checkpoint, tile_encoder.name)
-        encoder = load_slide_encoder(
-            choice, checkpoint=checkpoint, tile_encoder=tile_encoder.name, tile_dim=tile_encoder.dim
-        )
-    except LongslideError as error:
-        return EncoderCheck(str(choice), problem=str(error))
-    return EncoderCheck(encoder.name, weights=encoder.weights)
-
-
-def _check_disk(checks: list[SlideCheck], encoders: list[EncoderCheck], dim: int, output: Path) -> DiskCheck:
-    folder = output.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    number_bytes = 4 if encoders and encoders[0].precision == "float32" else 2
-    tiles = sum(check.tiles for check in _readable(checks))
-    return DiskCheck(folder, tiles * (dim * number_bytes + 16), shutil.disk_usage(folder).free)
 
 
 def _table(checks: list[SlideCheck]) -> Table:
@@ -332,31 +273,11 @@ def _table(checks: list[SlideCheck]) -> Table:
     return table
 
 
-def _print_problems(console: Console, checks: Sequence[SlideCheck | EncoderCheck | DiskCheck]) -> None:
+def _print_problems(console: Console, checks: Sequence[SlideCheck | LabelCheck | EncoderCheck | DiskCheck]) -> None:
     for check in checks:
         if check.problem:
             name = f"{check.slide_id}: " if isinstance(check, SlideCheck) else ""
             console.print(f"[bold red]problem[/] {escape(name + check.problem)}")
-
-
-def _print_machine(console: Console, encoders: list[EncoderCheck]) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        bfloat16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16: use --precision float16"
-        console.print(
-            f"GPU           {torch.cuda.device_count()} x {properties.name}, "
-            f"{properties.total_memory / 2**30:.0f} GiB, {bfloat16}"
-        )
-    else:
-        console.print("GPU           none: encoders run on the CPU in float32, a large ViT takes seconds per tile")
-    for kind, encoder in zip(("tile encoder ", "slide encoder"), encoders, strict=False):
-        if encoder.ok:
-            speed = ""
-            if encoder.tiles_per_second:
-                speed = f": {encoder.tiles_per_second:,.1f} tiles/s on {encoder.device} in {encoder.precision}"
-            console.print(f"{kind} {escape(f'{encoder.name} ({encoder.weights})')}{speed}")
 
 
 def _readable(checks: list[SlideCheck]) -> list[SlideCheck]:
@@ -383,7 +304,3 @@ def _duration(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.1f} s"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -85,6 +85,8 @@ def test_equal_names_in_different_folders_go_together_with_ids_of_paths(tmp_path
         find_slides(tmp_path)
     ids = [entry.slide_id for entry in find_slides(tmp_path, id_from="path")]
     assert ids == ["2", "site_a__1", "site_b__1", "site_b__case", "site_b__deep__1"]
+    both = find_slides([tmp_path / "site_a", tmp_path / "site_b"], id_from="path")
+    assert [entry.slide_id for entry in both] == ids[1:]
 
 
 def test_ids_of_paths_are_of_files_and_cells_as_they_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import pytest
 from classifier_files import ENCODER
 from longslide import LongslideError, doctor, write_synthetic_slide
 from longslide.pipeline.cli import main
-from longslide.pipeline.embed.doctor import DiskCheck, EncoderCheck, SlideCheck
+from longslide.pipeline.embed.doctor import SlideCheck
+from longslide.pipeline.embed.machine_check import DiskCheck, EncoderCheck
 from PIL import Image
 
 
@@ -38,10 +39,9 @@ def test_each_slide_gets_its_facts_or_its_problem(slides: Path, capsys: pytest.C
     assert "--slide-mpp" in checks["no-mpp"].problem
     assert "same image as good" in checks["twin"].problem
     assert "not a slide" in checks["text"].problem
-    assert checks["blank"].ok
-    assert "no tissue" in checks["blank"].remark
+    assert "blank.png: no tissue found" in checks["blank"].problem
     printed = capsys.readouterr().out
-    for words in ("good", "no-mpp", "same image as good", "GPU", "2 of 5 without problem", "disk"):
+    for words in ("good", "no-mpp", "same image as good", "GPU", "1 of 5 without problem", "disk"):
         assert words in printed
 
 
@@ -123,8 +123,8 @@ def test_wrong_usage_is_refused_before_any_slide_is_touched(slides: Path, wrong:
 def test_tissue_below_min_tissue_is_not_called_none(slides: Path) -> None:
     check, _ = doctor([slides / "good.svs"], tile_px=700, min_tissue=1.0)
     assert isinstance(check, SlideCheck)
-    assert check.ok
-    assert "--min-tissue" in check.remark
+    assert "no tile has 100% tissue or more (--min-tissue)" in check.problem
+    assert not check.ok
 
 
 def test_the_exit_status_says_whether_there_is_a_problem(slides: Path) -> None:
