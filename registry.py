@@ -251,6 +251,22 @@ def register(name: str, cls: type[Plugin]) -> None:
     raise LongslideError(f"{name!r}: {cls!r} is not derived from a base class of longslide that can be plugged in")
 
 
+def registered() -> list[tuple[str, type[Plugin]]]:
+    """The classes that were registered in this process."""
+    return [
+        (name, cls)
+        for registry in _registries
+        for name, cls in registry._classes.items()
+        if name not in registry._paths
+    ]
+
+
+def adopt(plugins: Sequence[tuple[str, type[Plugin]]]) -> None:
+    """Register what another process has `registered`."""
+    for name, cls in plugins:
+        register(name, cls)
+
+
 def import_plugins(modules: str | Sequence[str] | None) -> None:
     """Import modules by the user's word, so that files may name the classes in them.
 

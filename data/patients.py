@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LongslideError
-from .table import listed, plain_name, require_columns
+from .table import listed, plain_name, require_columns, require_printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,8 +38,16 @@ def patient_column(
         The column as it is spelt in the table; None if it has none.
 
     Raises:
-        LongslideError: The chosen column is not there; or columns look like one, and which it is must be asked.
+        LongslideError: The chosen column is not there; columns look like one, and which it is must be asked; or a patient is
+            a text with control characters.
     """
+    column = _column(path, frame, chosen, option, others)
+    if column is not None:
+        require_printable(path, column, frame[column])
+    return column
+
+
+def _column(path: Path, frame: "pd.DataFrame", chosen: str | None, option: str, others: Collection[str]) -> str | None:
     if chosen is not None and chosen.lower() == NO_COLUMN and chosen not in frame.columns:
         return None
     if chosen is not None:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LongslideError
+from ..errors import LongslideError, is_printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,8 @@ def read_table(path: Path, missing: Collection[str] = MISSING) -> "pd.DataFrame"
         without a name, such as the index that pandas writes, are left out.
 
     Raises:
-        LongslideError: It is not there, cannot be read, has two columns of one name, or has no rows.
+        LongslideError: It is not there, cannot be read, has two columns of one name or no rows, or names a slide by a text
+            with control characters.
     """
     import pandas as pd
 
@@ -70,6 +71,8 @@ def read_table(path: Path, missing: Collection[str] = MISSING) -> "pd.DataFrame"
     for number, name in enumerate(header):
         if not name or name.startswith("Unnamed: "):
             continue
+        if plain_name(name) in (*SLIDE_COLUMNS, *ID_COLUMNS):
+            require_printable(path, name, (row[number] for row in rows))
         nothing = {""} if plain_name(name) in (*SLIDE_COLUMNS, *ID_COLUMNS) else missing
         columns[name] = pd.Series([pd.NA if row[number] in nothing else row[number] for row in rows], dtype=object)
     return pd.DataFrame(columns)
@@ -143,6 +146,19 @@ def require_columns(path: Path, frame: "pd.DataFrame", names: Iterable[str]) -> 
         if not near:
             hint = f"it has {listed(list(frame.columns), 12)}"
         raise LongslideError(f"{path}: no column {name!r}; {hint}")
+
+
+def require_printable(path: Path, column: str, cells: Iterable[Any]) -> None:
+    """Refuse ids with line breaks, escape sequences of terminals and the like: they name files, and are printed.
+
+    Raises:
+        LongslideError: There is one; names the column and the cell.
+    """
+    for cell in cells:
+        if isinstance(cell, str) and not is_printable(cell):
+            raise LongslideError(
+                f"{path}: column {column!r} has {cell!r}, with a line break or control character; mend it"
+            )
 
 
 def find_column(frame: "pd.DataFrame", names: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import LongslideError
 from ...version import __version__
+from ..regular_file import check_regular
 from ..slides.identity import SlideIdentity
 from ..whole_file import write_whole
 
@@ -227,6 +228,7 @@ def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
     """
     path = Path(path)
     try:
+        check_regular(path)
         with h5py.File(path, "r") as file:
             return _read(path, file, embeddings)
     except (FileNotFoundError, IsADirectoryError):

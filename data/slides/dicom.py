@@ -3,6 +3,9 @@
 import struct
 from pathlib import Path
 
+from ...errors import LongslideError
+from ..regular_file import check_regular
+
 SERIES_INSTANCE_UID = (0x0020, 0x000E)
 
 _LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
@@ -16,9 +19,10 @@ def series_of(path: Path) -> str | None:
     The files of one series are the levels, the label and the concatenated parts of one slide.
     """
     try:
+        check_regular(path)
         with path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
-    except OSError:
+    except (OSError, LongslideError):
         return None
     if header[128:132] != b"DICM":
         return None

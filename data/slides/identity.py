@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...errors import printable
+
 if TYPE_CHECKING:
     from .slide import Slide
 
@@ -29,7 +31,7 @@ class SlideIdentity:
         """Of an open slide."""
         path = slide.path.absolute()
         now = path.stat()
-        return cls(str(path), slide.quickhash, now.st_size, now.st_mtime_ns)
+        return cls(printable(str(path)), slide.quickhash, now.st_size, now.st_mtime_ns)
 
     def mismatch(self, path: Path) -> str | None:
         """Why a slide file is not the one recorded here; None if it is, or nothing was recorded.
@@ -42,7 +44,7 @@ class SlideIdentity:
         """
         if self.path is None:
             return None
-        in_place = Path(self.path).resolve() == path.resolve()
+        in_place = self.path == printable(str(path.absolute())) or Path(self.path).resolve() == path.resolve()
         try:
             now = path.stat()
         except OSError:  # the slide is away: its path is all there is to compare

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ...errors import LongslideError
+from ..regular_file import check_regular
 from .base import READERS, SlideReader, open_reader
 from .metadata import metadata_remark
 from .mpp import Mpp, resolve_mpp
@@ -312,6 +313,7 @@ def open_slide(
     """
     path = Path(path)
     try:
+        check_regular(path)
         with path.open("rb") as file:
             first = file.read(1)
     except IsADirectoryError:

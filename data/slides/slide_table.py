@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...errors import LongslideError
+from ...errors import LongslideError, is_printable, printable
 from ..patients import patient_column
 from ..table import ID_COLUMNS, SLIDE_COLUMNS, decimal_points, find_column, is_table, listed, read_table
 from .base import SlideReader
@@ -44,6 +44,11 @@ class SlideEntry:
     slide_mpp: float | None = None
     patient_id: str | None = None
     tissue_mask: Path | None = None
+
+    @property
+    def shown(self) -> str:
+        """The path as text that can be written anywhere."""
+        return printable(str(self.path)).replace("\n", "\\n")
 
 
 def find_slides(
@@ -100,15 +105,16 @@ def find_slides(
             entries.append(SlideEntry(item, _id_of(item.parent / item.stem, id_from)))
     if slide_mpp is not None:
         entries = [entry if entry.slide_mpp is not None else replace(entry, slide_mpp=slide_mpp) for entry in entries]
-    _check_ids(entries)
-    return entries
+    return _distinct(entries)
 
 
 def _id_of(name: Path, id_from: IdFrom) -> str:
-    """The id of a slide from its path without suffix."""
-    if id_from == "name":
-        return name.name
-    return "__".join(part for part in name.parts if part not in (name.anchor, ".."))
+    """The id of a slide from its path without suffix; what of it cannot be printed is spelt as in a URL: `%0A`, `%E9`."""
+    parts = [name.name] if id_from == "name" else [part for part in name.parts if part not in (name.anchor, "..")]
+    return "".join(
+        letter if is_printable(letter) else "".join(f"%{byte:02X}" for byte in os.fsencode(letter))
+        for letter in "__".join(parts)
+    )
 
 
 def slide_ids(frame: "pd.DataFrame", id_from: IdFrom = "name") -> "pd.Series[Any] | None":
@@ -175,15 +181,40 @@ def _read_slide_table(table: Path, patients: str | None, ask: bool, id_from: IdF
     return entries
 
 
-def _check_ids(entries: list[SlideEntry]) -> None:
-    paths: dict[str, Path] = {}
+def _distinct(entries: list[SlideEntry]) -> list[SlideEntry]:
+    """Each slide once: a file that was given twice, such as by itself and with its folder, is one slide.
+
+    Raises:
+        LongslideError: An id that cannot be the name of a file, or one of two slides.
+    """
+    first: dict[str, SlideEntry] = {}
     for entry in entries:
         if not re.fullmatch(r"[^/\\\0]+", entry.slide_id) or entry.slide_id.startswith("."):
             raise LongslideError(f"{entry.path}: the slide_id {entry.slide_id!r} cannot be a file name; give another")
         # Case is ignored: on some file systems a.h5 and A.h5 are one file.
-        other = paths.setdefault(entry.slide_id.casefold(), entry.path)
-        if other is not entry.path:
+        other = first.setdefault(entry.slide_id.casefold(), entry)
+        if other is entry:
+            continue
+        if other.path.resolve() != entry.path.resolve():
             raise LongslideError(
-                f"two slides have the id {entry.slide_id!r}: {other} and {entry.path}; "
+                f"two slides have the id {entry.slide_id!r}: {other.path} and {entry.path}; "
                 "list them in a table with a column `slide_id` that distinguishes them, or give --id-from path"
             )
+        first[entry.slide_id.casefold()] = _of_both(other, entry)
+    if len(first) < len(entries):
+        logger.warning("%d slides are given twice; each counts once", len(entries) - len(first))
+    return list(first.values())
+
+
+def _of_both(one: SlideEntry, other: SlideEntry) -> SlideEntry:
+    """What two entries say of one slide.
+
+    Raises:
+        LongslideError: They contradict each other.
+    """
+    for name in ("slide_mpp", "patient_id", "tissue_mask"):
+        said = [getattr(entry, name) for entry in (one, other) if getattr(entry, name) is not None]
+        if len(said) == 2 and said[0] != said[1]:
+            raise LongslideError(f"{one.path}: given twice, with {name} {said[0]} and {said[1]}; give it once")
+        one = replace(one, **{name: said[0] if said else None})
+    return one

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from ...errors import LongslideError
+from ..regular_file import check_regular
 from ..slides.slide import Slide
 from .base import MAX_MASK_PX, Tissue, TissueSegmenter
 
@@ -69,6 +70,7 @@ def mask_method(path: Path) -> str:
 
 def _read_bytes(path: Path) -> bytes:
     try:
+        check_regular(path)
         return path.read_bytes()
     except OSError as error:
         raise LongslideError(f"{path}: cannot read the tissue mask ({error.strerror})") from error

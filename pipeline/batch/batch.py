@@ -1,7 +1,8 @@
 """The loop of every batch job: prepare a slide ahead, finish it, record how it ended."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -30,6 +31,10 @@ class BatchJob(Protocol[T]):
         """All that needs the models."""
         ...
 
+    def stop(self) -> None:
+        """End what `prepare` is at work on."""
+        ...
+
 
 def run_batch(
     job: BatchJob[T], entries: Sequence[SlideEntry], output: Path, notes: Sequence[str] = ()
@@ -46,10 +51,11 @@ def run_batch(
         One result per slide, in the order of the input.
     """
     results = []
-    with JobProgress(len(entries)) as progress:
+    with JobProgress(len(entries)) as progress, ExitStack() as resources:
         for note in (job.description, *notes):
             progress.note(note)
-        for prepared in _one_ahead(job.prepare, entries):
+        ahead = resources.enter_context(closing(_one_ahead(job.prepare, job.stop, entries)))
+        for prepared in ahead:
             result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
             try:
                 record(output, result)
@@ -60,12 +66,18 @@ def run_batch(
     return results
 
 
-def _one_ahead(prepare: Callable[[SlideEntry], T], entries: Sequence[SlideEntry]) -> Iterator[T]:
+def _one_ahead(
+    prepare: Callable[[SlideEntry], T], stop: Callable[[], None], entries: Sequence[SlideEntry]
+) -> Generator[T]:
     """Prepare the next slide (open it, find tissue) while the models work on the present one."""
     with ThreadPoolExecutor(1, thread_name_prefix="prepare") as executor:
         following = executor.submit(prepare, entries[0])
-        for entry in [*entries[1:], None]:
-            current = following.result()
-            if entry is not None:
-                following = executor.submit(prepare, entry)
-            yield current
+        try:
+            for entry in [*entries[1:], None]:
+                current = following.result()
+                if entry is not None:
+                    following = executor.submit(prepare, entry)
+                yield current
+        except BaseException:  # Ctrl-C, for one: the executor waits for the slide that is being prepared
+            stop()
+            raise

@@ -9,7 +9,7 @@ from ...data.features.feature_file import Features
 from ...data.slides.mpp import mpp_remark
 from ...data.slides.slide import levels_remark
 from ...data.slides.slide_table import SlideEntry
-from ...errors import LongslideError
+from ...errors import LongslideError, printable
 
 BUSY = "another process is working on it"
 """Why a slide is skipped that another process has claimed."""
@@ -76,7 +76,7 @@ class SlideResult:
         ]
         return cls(
             entry.slide_id,
-            str(entry.path),
+            entry.shown,
             "done",
             "; ".join(filter(None, remarks)),
             tiles=len(features.coords),
@@ -93,16 +93,16 @@ class SlideResult:
     @classmethod
     def skipped(cls, entry: SlideEntry, reason: str) -> Self:
         """Of a slide with nothing to do."""
-        return cls(entry.slide_id, str(entry.path), "skipped", reason)
+        return cls(entry.slide_id, entry.shown, "skipped", reason)
 
     @classmethod
     def failed(cls, entry: SlideEntry, error: Exception) -> Self:
         """Of a slide that an exception ended; one that is no user's mistake is printed with its traceback."""
         if isinstance(error, LongslideError):
-            reason = str(error)
+            reason = " ".join(str(error).splitlines())
         elif isinstance(error, OSError):  # the disk, not the program
-            reason = f"{error.filename or entry.path}: {error.strerror or error}"
+            reason = printable(f"{error.filename or entry.path}: {error.strerror or error}")
         else:
             traceback.print_exception(error)  # not the user's mistake: whoever reports it needs to know where
-            reason = f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return cls(entry.slide_id, str(entry.path), "failed", reason)
+            reason = printable(f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return cls(entry.slide_id, entry.shown, "failed", reason)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ...data.slides.base import READERS
+from ...data.slides.base import READERS, SlideReader
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
 from ...data.tiles.grid import Grid, make_grid
@@ -23,6 +24,7 @@ from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from ...task import TaskKind
 from ..batch.result import SlideResult
+from ..batch.watched import WatchedProcess
 from .choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder, resolve_tiles
 from .job import why_no_tiles
 from .label_check import LabelCheck, check_labels, with_twins
@@ -101,6 +103,7 @@ def doctor(
     tissue: TissueSegmenter | None = None,
     reader: str | None = None,
     id_from: IdFrom = "name",
+    slide_timeout: float = 600.0,
     threads: int = 4,
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
@@ -127,6 +130,7 @@ def doctor(
         tissue: Tissue segmenter, as `embed` takes it.
         reader: Slide reader, as `embed` takes it.
         id_from: What ids are made of, as `embed` takes it.
+        slide_timeout: Seconds that the check of a slide may take.
         threads: Threads that read tiles.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the encoder, as `embed` takes it.
@@ -154,8 +158,6 @@ def doctor(
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if threads < 1:
         raise LongslideError("--threads must be at least 1")
-    if reader is not None:
-        reader = READERS.name_of(READERS.get(reader))
     if slide_encoder is not None and spec is None:
         raise LongslideError("--slide-encoder needs --tile-encoder: it reads the embeddings of that one")
     if write_table is not None:
@@ -167,10 +169,23 @@ def doctor(
     elif label_column or task or patient_column:
         raise LongslideError("--label-column, --task and --patient-column are about a table: give --label")
 
-    checks = [
-        _check_slide(entry, tile_mpp, tile_px, overlap, min_tissue, tissue or OpticalDensity(), reader, threads)
-        for entry in track(entries, "checking slides", console=Console(stderr=True), transient=True)
-    ]
+    look = partial(
+        check_slide,
+        tile_mpp=tile_mpp,
+        tile_px=tile_px,
+        overlap=overlap,
+        min_tissue=min_tissue,
+        segmenter=tissue or OpticalDensity(),
+        reader=None if reader is None else READERS.get(reader),
+        threads=threads,
+    )
+    checks = []
+    with WatchedProcess(slide_timeout) as watched:
+        for entry in track(entries, "checking slides", console=Console(stderr=True), transient=True):
+            try:
+                checks.append(watched.call(entry.path, look, entry))
+            except LongslideError as error:
+                checks.append(SlideCheck(entry.slide_id, entry.shown, problem=str(error)))
     checks = _mark_duplicates(checks)
     encoders = []
     if tile_encoder is not None and spec is not None:
@@ -197,17 +212,18 @@ def doctor(
     return [*checks, *labels, *encoders, disk]
 
 
-def _check_slide(
+def check_slide(
     entry: SlideEntry,
     tile_mpp: float,
     tile_px: int,
     overlap: int,
     min_tissue: float,
     segmenter: TissueSegmenter,
-    reader: str | None,
+    reader: type[SlideReader] | None,
     threads: int,
 ) -> SlideCheck:
-    check = SlideCheck(entry.slide_id, str(entry.path))
+    """Open a slide, find its tissue and read some of its tiles."""
+    check = SlideCheck(entry.slide_id, entry.shown)
     try:
         with open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader) as slide:
             width, height = slide.dimensions
@@ -231,6 +247,8 @@ def _check_slide(
             if not len(grid.coords):
                 return replace(check, problem=f"{entry.path}: {why_no_tiles(tissue, min_tissue)}")
             return replace(check, tiles_per_second=_reading_speed(slide, grid, threads))
+    except MemoryError:
+        raise
     except Exception as error:
         return replace(check, problem=SlideResult.failed(entry, error).reason)
 

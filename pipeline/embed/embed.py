@@ -13,6 +13,7 @@ from ..batch.batch import run_batch
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
 from ..batch.result import SlideResult
+from ..batch.watched import WatchedProcess
 from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder, look_at_tile_encoder, resolve_tiles
 from .job import EmbedJob
 from .slide_embedding import embed_features
@@ -36,6 +37,7 @@ def embed(
     id_from: IdFrom = "name",
     max_bad_tiles: int = 0,
     max_blur: float = 1.0,
+    slide_timeout: float = 600.0,
     batch_size: int | None = None,
     threads: int = 4,
     device: str = "auto",
@@ -74,6 +76,7 @@ def embed(
             together: `site_a/1.svs` is `site_a__1`. A column `slide_id` comes first.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         max_blur: Tiles more blurred than this are left out: 0 is sharp, out of focus more than 0.45. Default: none is.
+        slide_timeout: Seconds that opening a slide and finding its tissue may take; then it fails, and the next one begins.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads that read tiles.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
@@ -110,39 +113,41 @@ def embed(
         from ...models.tile_encoder.encoder import create_tile_encoder
         from .tile_embedding import TileEmbedder, resolve_device, resolve_precision, slide_encoder_on
 
-        torch_device = resolve_device(device)
-        slide_model = None
-        if slide_encoder is not None:  # before the tile encoder, whose weights are far larger
-            slide_model = load_slide_encoder(
-                slide_encoder,
-                checkpoint=slide_checkpoint,
-                pool=pool,
-                seed=seed,
-                tile_encoder=spec.name,
-                tile_dim=spec.dim,
+        with WatchedProcess(slide_timeout) as watched:
+            torch_device = resolve_device(device)
+            slide_model = None
+            if slide_encoder is not None:  # before the tile encoder, whose weights are far larger
+                slide_model = load_slide_encoder(
+                    slide_encoder,
+                    checkpoint=slide_checkpoint,
+                    pool=pool,
+                    seed=seed,
+                    tile_encoder=spec.name,
+                    tile_dim=spec.dim,
+                )
+                slide_model = slide_encoder_on(torch_device, slide_model)
+            encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed)
+            job = EmbedJob(
+                output=output,
+                embedder=TileEmbedder(
+                    encoder, torch_device, resolve_precision(precision, spec.precision, torch_device), batch_size
+                ),
+                slide_encoder=slide_model,
+                tile_mpp=tile_mpp,
+                tile_px=tile_px,
+                overlap=overlap,
+                min_tissue=min_tissue,
+                tissue=tissue or OpticalDensity(),
+                reader=reader,
+                max_bad_tiles=max_bad_tiles,
+                max_blur=max_blur,
+                threads=threads,
+                overwrite=overwrite,
+                watched=watched,
             )
-            slide_model = slide_encoder_on(torch_device, slide_model)
-        encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed)
-        job = EmbedJob(
-            output=output,
-            embedder=TileEmbedder(
-                encoder, torch_device, resolve_precision(precision, spec.precision, torch_device), batch_size
-            ),
-            slide_encoder=slide_model,
-            tile_mpp=tile_mpp,
-            tile_px=tile_px,
-            overlap=overlap,
-            min_tissue=min_tissue,
-            tissue=tissue or OpticalDensity(),
-            reader=reader,
-            max_bad_tiles=max_bad_tiles,
-            max_blur=max_blur,
-            threads=threads,
-            overwrite=overwrite,
-        )
-        if not overwrite:
-            refuse_mistaken_rerun(entries, job.existing, output)
-        results = run_batch(job, entries, output)
+            if not overwrite:
+                refuse_mistaken_rerun(entries, job.existing, output)
+            results = run_batch(job, entries, output)
     counts = {status: sum(result.status == status for result in results) for status in ("done", "failed", "skipped")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; see {output / SUMMARY}")
     return results

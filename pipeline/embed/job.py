@@ -11,12 +11,12 @@ import numpy as np
 
 from ...data.features.feature_file import Features, read_features, write_features
 from ...data.features.preprocessing import Preprocessing
-from ...data.slides.base import reader_to_obey
+from ...data.slides.base import READERS, reader_to_obey
 from ...data.slides.identity import SlideIdentity
 from ...data.slides.metadata import metadata_remark
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry
-from ...data.tiles.grid import Grid, make_grid
+from ...data.tiles.grid import Grid
 from ...data.tiles.stream import TileStream
 from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
 from ...data.tissue.mask import Mask
@@ -26,7 +26,8 @@ from ..batch.claims import claim
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import BUSY, SlideResult
-from .qc import draw_qc, save_qc
+from ..batch.watched import WatchedProcess
+from .layout import lay_out
 
 if TYPE_CHECKING:
     from ...models.slide_encoder.base import AnySlideEncoder
@@ -63,6 +64,7 @@ class EmbedJob:
         max_blur: Tiles more blurred than this are left out.
         threads: Threads that read tiles.
         overwrite: Whether files that were made otherwise are replaced.
+        watched: The process in which slides are opened and tissue is found.
     """
 
     output: Path
@@ -78,6 +80,7 @@ class EmbedJob:
     max_blur: float
     threads: int
     overwrite: bool
+    watched: WatchedProcess
 
     @property
     def description(self) -> str:
@@ -199,6 +202,10 @@ class EmbedJob:
             except Exception as error:
                 return SlideResult.failed(entry, error)
 
+    def stop(self) -> None:
+        """End what `prepare` is at work on."""
+        self.watched.stop()
+
     def _segmenter(self, entry: SlideEntry) -> TissueSegmenter:
         return self.tissue if entry.tissue_mask is None else Mask(entry.tissue_mask)
 
@@ -212,26 +219,31 @@ class EmbedJob:
             return None
 
     def _tile(self, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
-        slide = resources.enter_context(
-            open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=self.reader)
-        )
-        tissue = self._segmenter(entry)(slide)
-        grid = make_grid(
-            slide,
-            tissue,
+        reader = None if self.reader is None else READERS.get(self.reader)
+        layout = self.watched.call(
+            entry.path,
+            lay_out,
+            entry,
+            reader,
+            self._segmenter(entry),
+            self._qc_path(entry),
             tile_mpp=self.tile_mpp,
             tile_px=self.tile_px,
             overlap=self.overlap,
             min_tissue=self.min_tissue,
         )
-        save_qc(self._qc_path(entry), draw_qc(slide, tissue, grid))
+        grid = layout.grid
         need = len(grid.coords) * (self.embedder.encoder.dim * 4 + 16) + 2**20
         free = shutil.disk_usage(self.output).free
         if need > free:
             raise LongslideError(
                 f"{self.output}: the disk is full ({free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB needed); make room"
             )
-        return slide, tissue, grid
+        slide = resources.enter_context(
+            open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader)
+        )
+        slide.unreadable_levels |= layout.unreadable_levels
+        return slide, layout.tissue, grid
 
     def _embed_tiles(
         self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid, progress: JobProgress

@@ -275,6 +275,9 @@ class SlideEmbeddingJob:
             except Exception as error:
                 return SlideResult.failed(entry, error)
 
+    def stop(self) -> None:
+        """Nothing to end: a feature file is read at once."""
+
     def _precision(self, features: Features) -> "Precision":
         from .tile_embedding import resolve_precision
 

@@ -18,6 +18,7 @@ from ..batch.ledger import make_output_folder
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
+from ..batch.watched import WatchedProcess
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder
 from ..embed.job import EmbedJob, PreparedSlide
 
@@ -70,6 +71,7 @@ class FeatureMaker:
         threads: Threads that read tiles.
         device: Where the encoders run.
         precision: Precision of the encoders, or `auto`.
+        watched: The process in which slides are opened and tissue is found.
     """
 
     preprocessing: Preprocessing
@@ -84,6 +86,7 @@ class FeatureMaker:
     threads: int
     device: "torch.device"
     precision: str
+    watched: WatchedProcess
     _job: EmbedJob | None = field(default=None, init=False)
 
     @property
@@ -225,6 +228,7 @@ class FeatureMaker:
             max_bad_tiles=self.max_bad_tiles,
             threads=self.threads,
             overwrite=False,
+            watched=self.watched,
         )
 
 

@@ -21,7 +21,7 @@ from ...data.slides.mpp import mpp_remark
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
 from ...data.whole_file import remove_leftovers
-from ...errors import LongslideError
+from ...errors import LongslideError, printable
 from ...registry import import_plugins
 from ...version import __version__
 from ..batch.batch import run_batch
@@ -30,8 +30,10 @@ from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import BUSY, SlideResult
+from ..batch.watched import WatchedProcess
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
 from ..embed.job import PreparedSlide
+from ..embed.layout import look_at
 from ..seen import Seen
 from .checkpoint_features import FeatureMaker, check_exist, distribution_warnings, trained_on
 from .explain import explain_features, write_explanation
@@ -67,6 +69,7 @@ def predict(
     patient_column: str | None = None,
     id_from: IdFrom = "name",
     max_bad_tiles: int = 0,
+    slide_timeout: float = 600.0,
     batch_size: int | None = None,
     threads: int = 4,
     device: str = "auto",
@@ -99,6 +102,7 @@ def predict(
         patient_column: Column of the tables that names the patient, if it has another name; `none` for no patients.
         id_from: What ids are made of, as `embed` takes it.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
+        slide_timeout: Seconds that opening a slide and finding its tissue may take; then it fails, and the next one begins.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads that read tiles.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
@@ -129,6 +133,7 @@ def predict(
         kept = output is not None
         output = Path(output or resources.enter_context(tempfile.TemporaryDirectory(prefix="longslide-")))
         make_output_folder(output)
+        watched = resources.enter_context(WatchedProcess(slide_timeout))
 
         from ...models.aggregators.slide_encoder import use_cuda_graphs
         from ...models.classifier.ensemble import checkpoint_digests, load_ensemble
@@ -157,6 +162,7 @@ def predict(
             threads=threads,
             device=torch_device,
             precision=precision,
+            watched=watched,
         )
         job = _Job(
             output, ensemble, checkpoint_digests(ensemble), maker, explain, torch_device, overwrite, records, allow_seen
@@ -313,6 +319,10 @@ class _Job:
             except Exception as error:
                 return SlideResult.failed(entry, error)
 
+    def stop(self) -> None:
+        """End what `prepare` is at work on."""
+        self.maker.watched.stop()
+
     def _predict(self, entry: SlideEntry, remarks: list[str], started: float) -> SlideResult:
         from ...data.features.statistics import feature_digest
 
@@ -343,19 +353,15 @@ class _Job:
         folder = self.output / "slides" / entry.slide_id
         folder.mkdir(parents=True, exist_ok=True)
         explanation = None
-        identity = replace(features.slide, path=str(entry.path.absolute()))
+        identity = replace(features.slide, path=printable(str(entry.path.absolute())))
         with ExitStack() as resources:
             slide = thumbnail = None
             try:
+                reader = recorded_reader(features.settings.get("reader"))
+                identity, thumbnail = self.maker.watched.call(entry.path, look_at, entry.path, reader, OVERLAY_PX)
                 slide = resources.enter_context(
-                    open_slide(
-                        entry.path,
-                        slide_mpp=entry.slide_mpp or features.slide_mpp,
-                        reader=recorded_reader(features.settings.get("reader")),
-                    )
+                    open_slide(entry.path, slide_mpp=entry.slide_mpp or features.slide_mpp, reader=reader)
                 )
-                identity = SlideIdentity.of(slide)
-                thumbnail = slide.thumbnail(OVERLAY_PX)
                 _save_thumbnail(folder / "thumbnail.jpg", thumbnail)
             except LongslideError as error:  # the features are there, and enough for a prediction
                 prediction = replace(prediction, warnings=(*prediction.warnings, f"no pictures: {error}"))
@@ -365,7 +371,7 @@ class _Job:
                 explanation = write_explanation(folder, scores, prediction, slide, thumbnail)
         result = SlideResult(
             slide_id=entry.slide_id,
-            slide=str(entry.path),
+            slide=entry.shown,
             status="done",
             reason="; ".join(prediction.warnings),
             tiles=len(features.coords),
@@ -416,7 +422,7 @@ class _Job:
         identity: SlideIdentity,
     ) -> None:
         content = prediction.to_dict() | {
-            "slide": str(entry.path),
+            "slide": entry.shown,
             "slide_file": asdict(identity),
             "task": self.ensemble.task.to_dict(),
             "checkpoints": [
@@ -474,7 +480,7 @@ class _Job:
         quality = content["quality"]
         return SlideResult(
             entry.slide_id,
-            str(entry.path),
+            entry.shown,
             "done",
             "already complete",
             tiles=quality["tiles"],

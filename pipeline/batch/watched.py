@@ -1,0 +1,222 @@
+"""Work on files from outside, in a process that may crash or hang in the job's stead."""
+
+import importlib
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from types import TracebackType
+from typing import Any, Literal, ParamSpec, Self, TypeVar, cast
+
+from ...errors import LongslideError
+from ...registry import adopt, registered
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MEMORY_BYTES = 4 * 2**30
+"""Memory that the process may take: more is an error there, not the end of the job."""
+
+_CHILD = (
+    "import json, sys; fd, parent, package, path = sys.argv[1:]; sys.path[:] = json.loads(path); "
+    "import importlib; importlib.import_module(f'{package}.pipeline.batch.watched').serve(int(fd), int(parent))"
+)
+
+logger = logging.getLogger(__name__)
+
+
+class WatchedProcess:
+    """Calls functions, one at a time, in a process of its own; one that crashes or hangs there is an error of that call.
+
+    The process is no fork of this one, whose threads and GPU it would break, and does not run the user's script again, as
+    those of `multiprocessing` do. What it cannot be sent, such as a class of a notebook, is called here.
+
+    Args:
+        timeout: Seconds that a call may take.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the process; a call that is under way raises."""
+        self._stopped = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def call(self, what: object, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function there.
+
+        Args:
+            what: What it is about, such as the path of a slide, for the messages.
+            function: The function.
+            *args: Its arguments.
+            **kwargs: Its arguments by name.
+
+        Returns:
+            What it returns.
+
+        Raises:
+            LongslideError: It crashed, or was not done in time.
+            Exception: What the function raises.
+        """
+        with self._lock:
+            try:
+                request = pickle.dumps((registered(), function, args, kwargs))
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                return self._here(error, function, *args, **kwargs)
+            answer, value, messages = self._answer(what, request)
+        for name, level, message in messages:
+            logging.getLogger(name).log(level, "%s", message)
+        if answer == "unknown":
+            return self._here(value, function, *args, **kwargs)
+        if answer == "no memory":
+            raise LongslideError(f"{what}: needs more than {MEMORY_BYTES / 1e9:.1f} GB of memory; convert it")
+        if answer == "raised":
+            raise value
+        return cast(T, value)
+
+    def _here(self, why: Any, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        logger.debug("called without a watch: %s", why)
+        return function(*args, **kwargs)
+
+    def _answer(self, what: object, request: bytes) -> tuple[str, Any, list[tuple[str, int, str]]]:
+        if self._stopped:
+            raise LongslideError(f"{what}: the job was stopped")
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._pipe is not None
+        assert self._process is not None
+        try:
+            self._pipe.send_bytes(request)
+            if self._pipe.poll(self.timeout):
+                return cast(tuple[str, Any, list[tuple[str, int, str]]], pickle.loads(self._pipe.recv_bytes()))
+        except (EOFError, OSError):
+            status = self._process.wait()
+            if self._stopped:
+                raise LongslideError(f"{what}: the job was stopped") from None
+            name = signal.Signals(-status).name if status < 0 else f"status {status}"
+            raise LongslideError(
+                f"{what}: the library that reads it crashed ({name}); it is damaged, or needs more than "
+                f"{MEMORY_BYTES / 1e9:.1f} GB: copy it again, or convert it"
+            ) from None
+        self._process.kill()
+        self._process.wait()
+        raise LongslideError(
+            f"{what}: not done within {self.timeout:g} s: damaged, or on a slow disk; look at it, or raise --slide-timeout"
+        )
+
+    def _start(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+        self._pipe, theirs = Pipe()
+        package = __name__.partition(".")[0]
+        words = [str(theirs.fileno()), str(os.getpid()), package, json.dumps(sys.path)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, *words], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+        )
+        theirs.close()
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """Answer calls until the other end of the pipe is closed."""
+    for ending in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # sent to all processes of a job: the parent ends this one
+        signal.signal(ending, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _limit_memory()
+    messages = _Messages()
+    logging.getLogger(__name__.partition(".")[0]).addHandler(messages)
+    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
+    for module in (
+        "data.slides.openslide",
+        "data.slides.image",
+        "data.tissue.optical_density",
+        "pipeline.embed.layout",
+    ):
+        importlib.import_module(f"{__name__.partition('.')[0]}.{module}")  # while the parent loads its models
+    pipe = Connection(descriptor)
+    while True:
+        try:
+            request = pipe.recv_bytes()
+        except EOFError:
+            return
+        messages.clear()
+        pipe.send_bytes(pickle.dumps((*_reply(request), messages.all)))
+
+
+def _reply(request: bytes) -> tuple[Literal["returned", "raised", "unknown", "no memory"], Any]:
+    try:
+        plugins, function, args, kwargs = pickle.loads(request)
+        adopt(plugins)
+    except Exception as error:  # a module or a class that only the parent has
+        return "unknown", repr(error)
+    try:
+        return "returned", function(*args, **kwargs)
+    except MemoryError:
+        return "no memory", None
+    except Exception as error:
+        if not isinstance(error, LongslideError):
+            error.add_note("".join(traceback.format_exception(error)))
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return "raised", RuntimeError(repr(error))
+        return "raised", error
+
+
+class _Messages(logging.Handler):
+    """Keeps what the library logs, for the parent to say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[tuple[str, int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.all.append((record.name, record.levelno, record.getMessage()))
+
+    def clear(self) -> None:
+        self.all = []
+
+
+def _end_with(parent: int) -> None:
+    """End when the parent was killed, whatever the main thread hangs in."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        soft = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    except (ImportError, OSError, ValueError):  # not on this system
+        pass
