@@ -28,6 +28,7 @@ from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import BUSY, SlideResult
 from ..batch.watched import WatchedProcess
 from .layout import lay_out
+from .qc import draw_qc, save_qc
 
 if TYPE_CHECKING:
     from ...models.slide_encoder.base import AnySlideEncoder
