@@ -216,5 +216,9 @@ def _of_both(one: SlideEntry, other: SlideEntry) -> SlideEntry:
         said = [getattr(entry, name) for entry in (one, other) if getattr(entry, name) is not None]
         if len(said) == 2 and said[0] != said[1]:
             raise LongslideError(f"{one.path}: given twice, with {name} {said[0]} and {said[1]}; give it once")
-        one = replace(one, **{name: said[0] if said else None})
-    return one
+    return replace(
+        one,
+        slide_mpp=other.slide_mpp if one.slide_mpp is None else one.slide_mpp,
+        patient_id=one.patient_id or other.patient_id,
+        tissue_mask=one.tissue_mask or other.tissue_mask,
+    )
