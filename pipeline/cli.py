@@ -4,10 +4,9 @@ import argparse
 import difflib
 import importlib.util
 import inspect
+import io
 import logging
-import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ from ..version import __version__
 from ..yaml_file import read_yaml
 from .parser import OptionParser
 from .plugin_options import accept_plugin_names
+from .signals import ending_signals
 
 if TYPE_CHECKING:
     from .train.settings import Command
@@ -204,15 +204,6 @@ def parse(command: str, words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _ctrl_c_again(dropped: "sys.UnraisableHookArgs") -> None:
-    """Python drops a Ctrl-C that comes while an object is destroyed, a slide's cache for one: repeat it soon after."""
-    if issubclass(dropped.exc_type, KeyboardInterrupt):
-        repeat = (threading.main_thread().ident, signal.SIGINT)  # to that thread: it ends a wait, too
-        threading.Timer(0.05, signal.pthread_kill, repeat).start()
-    else:
-        sys.__unraisablehook__(dropped)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -220,30 +211,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after `longslide`; those of the process by default.
 
     Returns:
-        The exit status: 0 when all is well, 1 when something failed, 2 for wrong usage, 130 after Ctrl-C.
+        The exit status: 0 when all is well, 1 when something failed, 2 for wrong usage, 130 after Ctrl-C,
+        143 after SIGTERM, 129 after SIGHUP.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command, words = (argv[0], argv[1:]) if argv else ("--help", [])
     if command not in COMMANDS:
         return _without_command(command, argv)
-    default_hook, sys.unraisablehook = sys.unraisablehook, _ctrl_c_again
     messages = logging.StreamHandler(sys.stderr)  # what the library logs is said on the command line
     library = logging.getLogger("longslide")
     level = library.level
     library.addHandler(messages)
     library.setLevel(logging.INFO)
-    try:
-        results = command_function(command)(**parse(command, words))
-    except LongslideError as error:
-        print(f"longslide {command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    finally:
-        library.removeHandler(messages)
-        library.setLevel(level)
-        sys.unraisablehook = default_hook
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the terminal's encoding does not have
+    with ending_signals() as signals:
+        try:
+            results = command_function(command)(**parse(command, words))
+        except LongslideError as error:
+            print(f"longslide {command}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
+            return signals.status
+        finally:
+            library.removeHandler(messages)
+            library.setLevel(level)
     return 0 if all(result.ok for result in (results if isinstance(results, list) else [results])) else 1
 
 
