@@ -1,0 +1,208 @@
+"""The native tiles of one pyramid level of a TIFF file: where their bytes are, and how they become pixels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import imagecodecs
+import numpy as np
+import simplejpeg
+import tifffile
+
+from .base import DeclinedError
+
+MAX_TILE_BYTES = 256 * 2**20
+"""A native tile that would take more memory than this is not read."""
+
+_NONE, _LZW, _JPEG, _DEFLATE, _ADOBE_DEFLATE, _PACKBITS = 1, 5, 7, 8, 32946, 32773
+_APERIO_JPEG2000 = 33005  # 33003, its YCbCr, is left to OpenSlide
+_JPEG2000, _WEBP, _ZSTD, _JPEGXL, _JPEGXL_DNG = 34712, 50001, 50000, 50002, 52546
+
+_TO_BYTES: dict[int, Callable[..., bytes | bytearray]] = {
+    _LZW: imagecodecs.lzw_decode,
+    _DEFLATE: imagecodecs.zlib_decode,
+    _ADOBE_DEFLATE: imagecodecs.zlib_decode,
+    _PACKBITS: imagecodecs.packbits_decode,
+    _ZSTD: imagecodecs.zstd_decode,
+}
+_TO_PIXELS: dict[int, Callable[..., np.ndarray]] = {
+    _APERIO_JPEG2000: imagecodecs.jpeg2k_decode,
+    _JPEG2000: imagecodecs.jpeg2k_decode,
+    _WEBP: imagecodecs.webp_decode,
+    _JPEGXL: imagecodecs.jpegxl_decode,
+    _JPEGXL_DNG: imagecodecs.jpegxl_decode,
+}
+_RGB, _YCBCR, _CHUNKY, _PLANES = 2, 6, 1, 2
+_SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
+# An Adobe marker says which colours a JPEG stream has, as TIFF's tag does; its last byte is 0 for RGB and 1 for YCbCr.
+_ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
+
+
+class DamagedTileError(Exception):
+    """A native tile whose bytes are not what its encoder wrote."""
+
+
+@dataclass(frozen=True)
+class NativeTiles:
+    """The native tiles of a level.
+
+    Attributes:
+        width: Of the level in pixels.
+        height: Of the level in pixels.
+        tile_width: Of a native tile in pixels; those at the right border are padded to it.
+        tile_height: Of a native tile in pixels.
+        offsets: `(planes * rows * columns,)` int64, first byte of each tile.
+        counts: Bytes of each tile; 0 where the file has none.
+        compression: TIFF's number of the codec.
+        jpeg_prefix: What precedes the stream of each JPEG tile: start, colours and shared tables.
+        planes: Planes in which the colours are stored: 1 if together, else 3.
+        dtype: numpy's name of a sample's type, with its byte order.
+        white: Value of a sample that stands for 255.
+        predicted: Whether differences between neighbouring pixels are stored.
+    """
+
+    width: int
+    height: int
+    tile_width: int
+    tile_height: int
+    offsets: np.ndarray
+    counts: np.ndarray
+    compression: int
+    jpeg_prefix: bytes
+    planes: int
+    dtype: str
+    white: int
+    predicted: bool
+
+    @classmethod
+    def of(cls, page: tifffile.TiffPage, white: int | None = None) -> "NativeTiles":
+        """Of a page of a TIFF file.
+
+        Args:
+            page: The page.
+            white: Value of a sample that stands for 255, for samples of 16 bits.
+
+        Raises:
+            DeclinedError: It is not tiled, or not RGB of a kind that is read here.
+        """
+        compression, photometric = int(page.compression), int(page.photometric)
+        bits = page.bitspersample
+        planes = 3 if int(page.planarconfig) == _PLANES else 1
+        if not page.is_tiled:
+            raise DeclinedError
+        if page.samplesperpixel != 3 or photometric not in (_RGB, _YCBCR):
+            raise DeclinedError
+        if bits != 8 and (bits != 16 or white is None or compression == _JPEG):
+            raise DeclinedError
+        if page.sampleformat not in (None, 1) or page.fillorder != 1 or page.tags.valueof(274, 1) != 1:
+            raise DeclinedError
+        if compression == _JPEG:
+            if planes != 1:
+                raise DeclinedError
+        elif compression not in {_NONE, *_TO_BYTES, *_TO_PIXELS} or page.predictor not in (1, 2):
+            raise DeclinedError
+        elif photometric == _YCBCR and compression not in _TO_PIXELS:  # subsampled rows of blocks
+            raise DeclinedError
+        tables = page.jpegtables or _SOI + _EOI
+        if tables[:2] != _SOI or tables[-2:] != _EOI:
+            raise DeclinedError("broken JPEG tables")
+        if min(page.imagewidth, page.imagelength, page.tilewidth, page.tilelength) < 1:
+            raise DeclinedError("a TIFF page or tile without pixels")
+        if page.tilewidth * page.tilelength * 3 * bits // 8 > MAX_TILE_BYTES:
+            raise DeclinedError(f"native tiles of {page.tilewidth:,} x {page.tilelength:,} px")
+        tiles = cls(
+            width=page.imagewidth,
+            height=page.imagelength,
+            tile_width=page.tilewidth,
+            tile_height=page.tilelength,
+            offsets=np.array(page.dataoffsets, np.int64),
+            counts=np.array(page.databytecounts, np.int64),
+            compression=compression,
+            jpeg_prefix=_SOI + _ADOBE + bytes([photometric == _YCBCR]) + tables[2:-2],
+            planes=planes,
+            dtype=f"{page.parent.byteorder}u{bits // 8}",
+            white=255 if bits == 8 else int(white or 0),
+            predicted=page.predictor == 2,
+        )
+        if not len(tiles.offsets) == len(tiles.counts) == tiles.columns * tiles.rows * planes:
+            raise DeclinedError(
+                f"a broken TIFF: {len(tiles.offsets):,} native tiles where {tiles.columns * tiles.rows * planes:,} belong"
+            )
+        return tiles
+
+    @property
+    def columns(self) -> int:
+        """Native tiles side by side."""
+        return -(-self.width // self.tile_width)
+
+    @property
+    def rows(self) -> int:
+        """Native tiles one below the other."""
+        return -(-self.height // self.tile_height)
+
+    @property
+    def end(self) -> int:
+        """Byte at which the last tile ends."""
+        return int((self.offsets + self.counts)[self.counts > 0].max(initial=0))
+
+    def parts(self, column: int, row: int) -> list[tuple[int, int]]:
+        """(first byte, bytes) of a tile: one part for each plane."""
+        first, step = row * self.columns + column, self.columns * self.rows
+        numbers = range(first, first + step * self.planes, step)
+        return [(int(self.offsets[number]), int(self.counts[number])) for number in numbers]
+
+    def decode(self, parts: list[bytes], out: np.ndarray | None = None) -> np.ndarray:
+        """The pixels of a tile.
+
+        Args:
+            parts: Its bytes, one part for each plane.
+            out: Contiguous `(tile_height, tile_width, 3)` uint8, where they may go.
+
+        Returns:
+            `(tile_height, tile_width, 3)` uint8 RGB: `out`, or an array of its own.
+
+        Raises:
+            DamagedTileError: The bytes are damaged.
+        """
+        try:
+            if self.compression == _JPEG:
+                return self._jpeg(parts[0], out)
+            pixels = [self._samples(part) for part in parts]
+        except DamagedTileError:
+            raise
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:  # errors of imagecodecs are RuntimeErrors
+            raise DamagedTileError(" ".join(str(error).split()) or type(error).__name__) from error
+        together = pixels[0] if self.planes == 1 else np.concatenate(pixels, axis=-1)
+        if self.white != 255:
+            together = ((together.astype(np.uint32) * 255 + self.white // 2) // self.white).clip(0, 255)
+        return np.ascontiguousarray(together, np.uint8)
+
+    def _jpeg(self, stream: bytes, out: np.ndarray | None) -> np.ndarray:
+        if stream[:2] != _SOI:
+            raise DamagedTileError("no JPEG stream")
+        shape = (self.tile_height, self.tile_width, 3)
+        # Tiles without an end marker are intact for OpenSlide; a second one does no harm. What libjpeg warns of is damage.
+        whole = b"".join((self.jpeg_prefix, stream[2:], _EOI))
+        pixels = np.empty(shape, np.uint8) if out is None else out
+        decoded = simplejpeg.decode_jpeg(whole, "RGB", buffer=pixels)
+        if decoded.shape != shape:
+            raise DamagedTileError(f"pixels of the shape {decoded.shape} where {shape} belongs")
+        return pixels
+
+    def _samples(self, part: bytes) -> np.ndarray:
+        samples = 3 // self.planes
+        shape = (self.tile_height, self.tile_width, samples)
+        dtype = np.dtype(self.dtype)
+        if self.compression in _TO_PIXELS:
+            pixels = _TO_PIXELS[self.compression](part)
+            pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+            if pixels.shape != shape or pixels.dtype != dtype.newbyteorder("="):
+                raise DamagedTileError(f"pixels of the shape {pixels.shape} where {shape} belongs")
+            return pixels
+        size = int(np.prod(shape)) * dtype.itemsize
+        raw = part if self.compression == _NONE else _TO_BYTES[self.compression](part, out=size)
+        if len(raw) < size:
+            raise DamagedTileError(f"{len(raw):,} bytes of pixels where {size:,} belong")
+        pixels = np.frombuffer(raw, dtype, count=size // dtype.itemsize).reshape(shape).astype(dtype.newbyteorder("="))
+        if self.predicted:
+            np.cumsum(pixels, axis=1, dtype=pixels.dtype, out=pixels)
+        return pixels
