@@ -26,8 +26,14 @@ TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".ptif", ".btf"})
 class DeclinedError(Exception):
     """A reader's constructor raises it for a file that is not of its kind: the next reader is tried.
 
-    Its text, if any, says what else the file is, and is shown where no reader takes it.
+    Args:
+        reason: What else the file is, shown where no reader takes it.
+        remark: What a person should know where another reader takes it.
     """
+
+    def __init__(self, reason: str = "", remark: str = "") -> None:
+        super().__init__(reason)
+        self.remark = remark
 
 
 class SlideReader(Plugin, ABC):
@@ -50,6 +56,9 @@ class SlideReader(Plugin, ABC):
         memory_bytes: Memory that the open slide takes for pixels, beyond a cache; 0 where they are read as they are needed.
         SUFFIXES: Suffixes, in small letters and with the dot, that a folder is searched for; a file that the user names is
             tried whatever its suffix.
+        remark: What a person should know of how the file is read; set by `open_reader`.
+        reopens: Whether other processes may open the file for themselves: a pickled reader is then opened again where it is
+            unpickled. Of others all tiles are read by threads of one process.
 
     Raises:
         DeclinedError: The file is not of a kind that this reader reads.
@@ -66,6 +75,8 @@ class SlideReader(Plugin, ABC):
     vendor: str
     background: tuple[int, int, int] = (255, 255, 255)
     memory_bytes: int = 0
+    remark: str = ""
+    reopens: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, path: Path) -> None: ...
@@ -97,6 +108,7 @@ READERS: Registry[SlideReader] = Registry(
     "slide reader",
     SlideReader,
     {
+        "tiff": "longslide.data.slides.tiled_tiff:TiledTiffReader",
         "openslide": "longslide.data.slides.openslide:OpenSlideReader",
         "image": "longslide.data.slides.image:ImageReader",
     },
@@ -115,12 +127,16 @@ def open_reader(path: Path, choice: str | type[SlideReader] | None = None) -> Sl
         LongslideError: No such reader, no reader for this file, or a broken file.
     """
     tried = READERS.names() if choice is None else [choice]
-    reasons = []
+    reasons, remarks = [], []
     for name in tried:
         try:
-            return READERS.create(name, path)
+            reader = READERS.create(name, path)
         except DeclinedError as declined:
             reasons += [" ".join(str(declined).split())] if str(declined) else []
+            remarks += [declined.remark] if declined.remark else []
+        else:
+            reader.remark = "; ".join(remarks)
+            return reader
     why = "; ".join(dict.fromkeys(reasons))
     if choice is not None:
         why = f" ({why})" if why else ""
@@ -157,9 +173,20 @@ def over_background(bgra: np.ndarray, background: tuple[int, int, int]) -> np.nd
     Returns:
         `(h, w, 3)` uint8 RGB.
     """
-    rgb = cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGB)
+    rgb = np.asarray(cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGB))
     if bgra.view("<u4").min() < 0xFF000000:  # some alpha, the highest byte, is below 255
-        missing = cv2.bitwise_not(cv2.extractChannel(bgra, 3))
-        shining_through = cv2.merge([cv2.convertScaleAbs(missing, alpha=colour / 255) for colour in background])
-        cv2.add(rgb, shining_through, dst=rgb)
-    return np.asarray(rgb)
+        shine_through(rgb, cv2.extractChannel(bgra, 3), background)
+    return rgb
+
+
+def shine_through(rgb: np.ndarray, alpha: np.ndarray, background: tuple[int, int, int]) -> None:
+    """Add a background to pixels that are not opaque.
+
+    Args:
+        rgb: `(h, w, 3)` uint8, colours multiplied by alpha; changed in place.
+        alpha: `(h, w)` uint8.
+        background: RGB.
+    """
+    missing = cv2.bitwise_not(alpha)
+    shining_through = cv2.merge([cv2.convertScaleAbs(missing, alpha=colour / 255) for colour in background])
+    cv2.add(rgb, shining_through, dst=rgb)

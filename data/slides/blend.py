@@ -22,8 +22,8 @@ def split(position: float) -> tuple[int, float]:
 def blend(rgba: np.ndarray, corner: tuple[int, int], weights: tuple[float, float], tile: tuple[int, int]) -> np.ndarray:
     """Pixels that lie between those of a level.
 
-    OpenSlide paints native tile by native tile, from the last to the first, each with a transparent surrounding, and adds them
-    up (cairo's operator "saturate").
+    OpenSlide paints native tile by native tile, from the last to the first, each with a transparent surrounding, and adds
+    them up (cairo's operator "saturate").
 
     Args:
         rgba: `(h + 1, w + 1, 4)` uint8 of the level; colours and alpha are 0 where it has no pixels. Without the alpha,
@@ -80,10 +80,10 @@ def _sample(source: np.ndarray, shares: tuple[np.float32, ...]) -> np.ndarray:
 
 def _paint(share: np.ndarray, alpha: np.ndarray, painted: np.ndarray | None) -> np.ndarray:
     """One tile's share added to what is painted already, as far as that is transparent."""
-    below = np.float32(0) if painted is None else painted * np.float32(1 / 255)
-    room = np.float32(1) - (below if painted is None else below[..., 3:])
+    below = np.zeros((1, 1, 4), np.float32) if painted is None else painted * np.float32(1 / 255)
+    room = np.float32(1) - below[..., 3:]
     fits = np.where(alpha == 0, np.float32(1), np.clip(room / np.where(alpha == 0, np.float32(1), alpha), 0, 1))
-    return np.minimum(share * fits.astype(np.float32) + below, np.float32(1))
+    return np.asarray(np.minimum(share * fits.astype(np.float32) + below[..., : share.shape[-1]], np.float32(1)))
 
 
 def _to_bytes(colours: np.ndarray) -> np.ndarray:

@@ -98,10 +98,10 @@ class NativeTiles:
         if compression == _JPEG:
             if planes != 1:
                 raise DeclinedError
-        elif compression not in {_NONE, *_TO_BYTES, *_TO_PIXELS} or page.predictor not in (1, 2):
-            raise DeclinedError
-        elif photometric == _YCBCR and compression not in _TO_PIXELS:  # subsampled rows of blocks
-            raise DeclinedError
+        else:
+            known = {_NONE, *_TO_BYTES, *_TO_PIXELS} if photometric == _RGB else {*_TO_PIXELS}  # else subsampled blocks
+            if compression not in known or page.predictor not in (1, 2):
+                raise DeclinedError
         tables = page.jpegtables or _SOI + _EOI
         if tables[:2] != _SOI or tables[-2:] != _EOI:
             raise DeclinedError("broken JPEG tables")
@@ -143,6 +143,12 @@ class NativeTiles:
     def end(self) -> int:
         """Byte at which the last tile ends."""
         return int((self.offsets + self.counts)[self.counts > 0].max(initial=0))
+
+    def telling(self) -> list[tuple[int, int]]:
+        """(column, row) of a few tiles: the one with most bytes, the last one, and one that is missing, if any is."""
+        counts = self.counts[: self.columns * self.rows]
+        numbers = [int(counts.argmax()), len(counts) - 1, *np.flatnonzero(counts == 0)[:1].tolist()]
+        return [(number % self.columns, number // self.columns) for number in dict.fromkeys(numbers)]
 
     def parts(self, column: int, row: int) -> list[tuple[int, int]]:
         """(first byte, bytes) of a tile: one part for each plane."""

@@ -22,6 +22,10 @@ class OpenSlideReader(SlideReader):
     """A slide file read by OpenSlide: its own pixels, without Pillow's copies."""
 
     SUFFIXES = VENDOR_SUFFIXES | TIFF_SUFFIXES
+    reopens = True
+
+    def __reduce__(self) -> tuple[type["OpenSlideReader"], tuple[Path]]:
+        return OpenSlideReader, (self.path,)
 
     def __init__(self, path: Path) -> None:
         self.path = path

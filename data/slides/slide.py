@@ -101,9 +101,11 @@ class Slide:
     @property
     def remark(self) -> str:
         """What a person should look at: a given `slide_mpp` far off the file's own, metadata that contradict one another,
-        damaged levels; empty if nothing."""
+        how the file is read, damaged levels; empty if nothing."""
         damaged = levels_remark(", ".join(map(str, sorted(self.unreadable_levels))))
-        return "; ".join(filter(None, [self.mpp.remark, metadata_remark(self.properties), damaged]))
+        return "; ".join(
+            filter(None, [self.mpp.remark, metadata_remark(self.properties), self._reader.remark, damaged])
+        )
 
     @cached_property
     def quickhash(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tifffile
 
-CODECS = {34712: "JPEG 2000", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL", 34887: "LERC", 50000: "Zstandard"}
+CODECS = {34712: "JPEG 2000", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL", 34887: "LERC"}
 """Compressions of TIFF files that OpenSlide does not read, by their numbers."""
 
 _CONVERT = "convert it, for instance by `vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg`"
@@ -36,11 +36,15 @@ class TiffFacts:
     mpp: tuple[str, str] | None = None
 
 
+def is_tiff(path: Path) -> bool:
+    """Whether a file begins as a TIFF file does."""
+    with path.open("rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
 def tiff_facts(path: Path) -> TiffFacts | None:
     """Look at a file's TIFF directory; None if it is no TIFF file."""
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+    if not is_tiff(path):
         return None
     try:
         with tifffile.TiffFile(path) as tiff:
@@ -48,6 +52,17 @@ def tiff_facts(path: Path) -> TiffFacts | None:
     except Exception as error:  # whatever a broken directory makes of the parser
         reason = " ".join(str(error).split())
         return TiffFacts(f"a truncated or broken TIFF ({reason or type(error).__name__}); copy it again")
+
+
+def white_of(tiff: tifffile.TiffFile) -> int | None:
+    """The largest value of a sample of 16 bits by the file's own word; None if it does not say."""
+    tags = tiff.pages.first.tags
+    stated = tags.valueof(281) or tags.valueof(341)  # MaxSampleValue, SMaxSampleValue
+    if stated is not None:
+        white = max(stated) if isinstance(stated, tuple) else stated
+        return int(white) if 0 < white < 2**16 else None
+    bits = re.search(r'<(?:\w+:)?Pixels\b[^>]*\bSignificantBits="(\d+)"', tiff.ome_metadata or "")
+    return 2 ** int(bits.group(1)) - 1 if bits and 8 <= int(bits.group(1)) <= 16 else None
 
 
 def _facts(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> TiffFacts:

@@ -1,6 +1,5 @@
-"""Tiled TIFF files (SVS, generic, OME, Philips, QPTIFF): their native tiles read by offset, decoded and put together."""
+"""Tiled TIFF files (SVS, generic, Philips, OME, QPTIFF): native tiles read by offset, decoded and put together."""
 
-import logging
 import os
 import threading
 from collections import OrderedDict
@@ -11,53 +10,65 @@ import numpy as np
 import tifffile
 
 from ...errors import LongslideError
-from .base import DeclinedError, SlideReader
-from .native_tiles import DamagedTileError, NativeTiles
+from .base import TIFF_SUFFIXES, DeclinedError, SlideReader, shine_through
+from .blend import blend, is_whole, split
+from .native_tiles import DamagedTileError
 from .openslide import OpenSlideReader
-from .tiff import TiffFacts, is_tiff, tiff_facts, white_of
+from .tiff import TiffFacts, is_tiff, tiff_facts
+from .tiff_levels import Levels, levels_like_openslide, own_levels, with_sub_directories
 
 CACHE_BYTES = 256 * 2**20
 """Decoded native tiles kept per slide: several rows of a 100,000 px wide level, so neighbours are not decoded twice."""
 
-CHECKED_VENDORS = ("aperio", "generic-tiff", "philips")
-"""Kinds, by OpenSlide's names, of which this reader knows how native tiles make up a level."""
-
-_PIECE = 4096  # OpenSlide reads larger regions in pieces, and rounds the corner of each
-_CHECKED_PX = 200  # edge of the regions compared with OpenSlide's at opening
-
-_log = logging.getLogger(__name__)
+_PIECE = 4096  # OpenSlide reads larger regions in pieces, and cuts the corner of each to whole level-0 pixels
+_COMPARED_PX = 200  # edge of the regions that are compared with OpenSlide's
 
 
 class TiledTiffReader(SlideReader):
-    """A tiled RGB TIFF file, by its own native tiles: several times as fast as OpenSlide, and codecs that it lacks.
+    """A tiled RGB TIFF file, read several times as fast as by OpenSlide, or in codecs that OpenSlide lacks.
 
-    What OpenSlide reads too has OpenSlide's levels, properties and pixels: at opening regions of each level are compared, and
-    a file with another pixel is declined with a remark. Damage is an error here, as it is for OpenSlide.
+    What OpenSlide reads too has OpenSlide's levels, properties and pixels: regions of every level are compared at opening,
+    and a file with another pixel is left to OpenSlide with a remark. A damaged native tile is an error, as for OpenSlide.
     """
 
+    SUFFIXES = TIFF_SUFFIXES | {".svs", ".qptiff"}
     reopens = True
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         if not is_tiff(path):
             raise DeclinedError
+        self.path = path
+        self.cache_bytes = CACHE_BYTES
         self._openslide: OpenSlideReader | None = None
+        openslide = _by_openslide(path)
         try:
-            self._read_directory()
+            levels = self._levels = _find_levels(path, openslide)
+            self.dimensions = levels.dimensions[0]
+            self.level_dimensions = levels.dimensions
+            self.level_downsamples = levels.downsamples
+            self.properties = levels.properties
+            self.vendor = levels.vendor
+            self.background = levels.background
+            self._start()
+            if openslide is not None and not self._agrees_with(openslide):
+                raise DeclinedError(remark="its native tiles give other pixels than OpenSlide, which reads it")
         except BaseException:
-            self._close_openslide()
+            self.close()
             raise
-        self._start()
+        finally:
+            if openslide is not None:
+                openslide.close()
 
     def _start(self) -> None:
-        self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._file: int | None = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._size = os.fstat(self._file).st_size
         self._lock = threading.Lock()
-        self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-        self._cached_bytes = 0
+        self._cache: OrderedDict[tuple[int, int, int], np.ndarray | None] = OrderedDict()
+        self._cached = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this process: another one opens the file again, as it was found here."""
-        own = ("_file", "_lock", "_cache", "_cached_bytes", "_openslide")
+        """Without what belongs to this process: another one opens the file again, with the levels found here."""
+        own = ("_file", "_size", "_lock", "_cache", "_cached", "_openslide")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -67,46 +78,187 @@ class TiledTiffReader(SlideReader):
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            if self._file >= 0:
-                os.close(self._file)
-            self._file = -1
+        file, self._file = getattr(self, "_file", None), None
+        if file is not None:
+            os.close(file)
             self._cache.clear()
-            self._cached_bytes = 0
-            self._close_openslide()
-
-    def _close_openslide(self) -> None:
+            self._cached = 0
         if self._openslide is not None:
             self._openslide.close()
-            self._openslide = None
 
-    # Opening
+    def _by_openslide(self) -> OpenSlideReader:
+        with self._lock:
+            if self._openslide is None:
+                self._openslide = OpenSlideReader(self.path)
+            return self._openslide
 
-    def _read_directory(self) -> None:
-        facts = tiff_facts(self.path) or TiffFacts()
+    def _agrees_with(self, openslide: OpenSlideReader) -> bool:
+        """Whether both readers give the same pixels of some regions of each level that both have."""
+        for level in range(len(openslide.level_dimensions)):
+            if level in self._levels.drawn_by_openslide:
+                continue
+            for column, row in self._levels.tiles[level].telling():
+                tiles = self._levels.tiles[level]
+                x = round((column * tiles.tile_width + tiles.tile_width / 2) * self.level_downsamples[level])
+                y = round((row * tiles.tile_height + tiles.tile_height / 2) * self.level_downsamples[level])
+                try:
+                    expected = openslide.read_region(x, y, level, _COMPARED_PX, _COMPARED_PX)
+                except LongslideError:  # a damaged region tells nothing
+                    continue
+                try:
+                    equal = np.array_equal(self.read_region(x, y, level, _COMPARED_PX, _COMPARED_PX), expected)
+                except LongslideError:
+                    equal = False
+                if not equal:
+                    return False
+        return True
+
+    def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
+        """See `SlideReader.read_region`."""
+        if level in self._levels.drawn_by_openslide:
+            return self._by_openslide().read_region(x, y, level, width, height)
+        out = np.empty((height, width, 3), np.uint8)
+        downsample = self.level_downsamples[level]
         try:
-            with tifffile.TiffFile(self.path) as tiff:
-                if not tiff.pages.first.is_tiled:
-                    raise DeclinedError
-                self._find_levels(tiff, facts)
-        except (DeclinedError, LongslideError):
-            raise
-        except Exception as error:  # whatever a broken directory makes of the parser
-            raise DeclinedError(facts.refusal) from error
-        end, size = self._levels[0].end, self.path.stat().st_size
-        if end > size:
+            for top in range(0, height, _PIECE):
+                for left in range(0, width, _PIECE):
+                    piece = out[top : top + _PIECE, left : left + _PIECE]
+                    self._read_piece(int(x + left * downsample), int(y + top * downsample), level, piece)
+        except (DamagedTileError, OSError) as error:
             raise LongslideError(
-                f"{self.path}: truncated: its pixels end at byte {end:,}, the file at {size:,}; copy it again"
-            )
+                f"{self.path}: cannot read {width} x {height} px at ({x}, {y}), level {level}: {error}"
+            ) from error
+        return out
 
-    def _find_levels(self, tiff: tifffile.TiffFile, facts: TiffFacts) -> None:
-        white = white_of(tiff)
+    def _read_piece(self, x: int, y: int, level: int, out: np.ndarray) -> None:
+        """Read at a place in level-0 pixels, as OpenSlide does: what lies left of or above the slide takes whole pixels."""
+        downsample = self.level_downsamples[level]
+        blank_x, blank_y = (int(max(0, -corner) / downsample) for corner in (x, y))
+        if blank_x or blank_y:
+            out[:blank_y] = out[:, :blank_x] = self.background
+            out = out[blank_y:, blank_x:]
+        if not out.size:
+            return
+        level_x, level_y = max(0, x) / downsample, max(0, y) / downsample
+        if self._levels.rounded or (is_whole(level_x) and is_whole(level_y)):
+            self._put_together(level, round(level_x), round(level_y), out, self.background)
+            return
+        (left, weight_x), (top, weight_y) = split(level_x), split(level_y)
+        rgba = np.zeros((out.shape[0] + 1, out.shape[1] + 1, 4), np.uint8)
+        opaque = self._put_together(level, left, top, rgba[..., :3], (0, 0, 0), alpha=rgba[..., 3])
+        tiles = self._levels.tiles[level]
+        blended = blend(
+            rgba[..., :3] if opaque else rgba,
+            (left, top),
+            (weight_x, weight_y),
+            (tiles.tile_width, tiles.tile_height),
+        )
+        rgb = np.ascontiguousarray(blended[..., :3])
+        if blended[..., 3].min() < 255:
+            shine_through(rgb, np.ascontiguousarray(blended[..., 3]), self.background)
+        out[...] = rgb
+
+    def _put_together(
+        self,
+        level: int,
+        left: int,
+        top: int,
+        out: np.ndarray,
+        hole: tuple[int, int, int],
+        alpha: np.ndarray | None = None,
+    ) -> bool:
+        """Fill `out` with the pixels of a level, and with `hole` where it has none; whether it has some everywhere.
+
+        `alpha` becomes 255 where there are pixels.
+        """
+        tiles = self._levels.tiles[level]
+        width, height = self.level_dimensions[level]
+        right, bottom = min(left + out.shape[1], width), min(top + out.shape[0], height)
+        opaque = (right - left, bottom - top) == out.shape[1::-1]
+        if not opaque:
+            out[max(0, bottom - top) :] = hole
+            out[:, max(0, right - left) :] = hole
+            if right <= left or bottom <= top:
+                return False
+        for row in range(top // tiles.tile_height, -(-bottom // tiles.tile_height)):
+            y = row * tiles.tile_height
+            y0, y1 = max(y, top), min(y + tiles.tile_height, bottom)
+            for column in range(left // tiles.tile_width, -(-right // tiles.tile_width)):
+                x = column * tiles.tile_width
+                x0, x1 = max(x, left), min(x + tiles.tile_width, right)
+                place = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
+                tile = self._tile(level, column, row)
+                if tile is None:
+                    out[place] = hole
+                    opaque = False
+                    continue
+                out[place] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
+                if alpha is not None:
+                    alpha[place] = 255
+        return opaque
+
+    def _tile(self, level: int, column: int, row: int) -> np.ndarray | None:
+        """`(tile_height, tile_width, 3)` uint8 pixels of a native tile, None where the file has none."""
+        key = (level, column, row)
+        with self._lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                return self._cache[key]
+        tiles = self._levels.tiles[level]
         try:
-            self._openslide = OpenSlideReader(self.path)
-        except (DeclinedError, LongslideError):
-            self._openslide = None
-        pages = [level.keyframe for level in tiff.series[0].levels] if self._openslide is None else None
-        if self._openslide is not None:
-            if self._openslide.vendor not in CHECKED_VENDORS:
+            parts = [self._bytes(*part) for part in tiles.parts(column, row)]
+            pixels = tiles.decode(parts) if all(parts) else None
+        except DamagedTileError as error:
+            raise DamagedTileError(f"native tile ({column}, {row}): {error}") from error
+        with self._lock:
+            if key not in self._cache:
+                self._cache[key] = pixels
+                self._cached += 0 if pixels is None else pixels.nbytes
+            while self._cached > self.cache_bytes:
+                _, oldest = self._cache.popitem(last=False)
+                self._cached -= 0 if oldest is None else oldest.nbytes
+        return pixels
+
+    def _bytes(self, offset: int, count: int) -> bytes:
+        if count and offset + count > self._size:
+            raise DamagedTileError("the file ends before it")
+        if self._file is None:
+            raise DamagedTileError("the file is closed")
+        if hasattr(os, "pread"):
+            read = os.pread(self._file, count, offset)
+        else:
+            with self._lock:
+                os.lseek(self._file, offset, os.SEEK_SET)
+                read = os.read(self._file, count)
+        if len(read) != count:
+            raise DamagedTileError("the file ends before it")
+        return read
+
+
+def _by_openslide(path: Path) -> OpenSlideReader | None:
+    try:
+        return OpenSlideReader(path)
+    except (DeclinedError, LongslideError):
+        return None
+
+
+def _find_levels(path: Path, openslide: OpenSlideReader | None) -> Levels:
+    facts = tiff_facts(path) or TiffFacts()
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            if not tiff.pages.first.is_tiled:
                 raise DeclinedError
-            pages = _pages_of_openslide(tiff, self._openslide)
+            if openslide is None:
+                levels = own_levels(tiff, facts)
+            else:
+                levels = levels_like_openslide(tiff, openslide)
+                if len(levels.tiles) == 1:
+                    levels = with_sub_directories(levels, tiff, facts)
+    except (DeclinedError, LongslideError):
+        raise
+    except Exception as error:  # whatever a broken directory makes of the parser
+        raise DeclinedError(facts.refusal) from error
+    end, size = levels.tiles[0].end, path.stat().st_size
+    if end > size:
+        raise LongslideError(f"{path}: truncated: its pixels end at byte {end:,}, the file at {size:,}; copy it again")
+    return levels

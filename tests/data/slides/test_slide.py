@@ -257,7 +257,7 @@ def test_a_slide_that_goes_away_under_a_failed_read_stays_one_clear_error(
                 path.unlink(missing_ok=True)
             raise
 
-    with open_slide(path) as slide:
+    with open_slide(path, reader="openslide") as slide:
         first = slide._reader._handle
         monkeypatch.setattr(openslide_module, "_read_bgra", read_and_lose_the_file)
         for x in (20, 300):
@@ -269,7 +269,7 @@ def test_failed_reads_leave_no_open_handles_behind(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     write_pyramid(path, picture(), mpp=0.5)
     corrupt_native_tile(path, 0)
-    with open_slide(path) as slide, ThreadPoolExecutor(4) as pool:
+    with open_slide(path, reader="openslide") as slide, ThreadPoolExecutor(4) as pool:
 
         def fails(number: int) -> bool:
             try:
