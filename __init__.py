@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from .pipeline.demo import demo as demo
     from .pipeline.embed.doctor import doctor as doctor
     from .pipeline.embed.embed import embed as embed
-    from .pipeline.export import export as export
+    from .pipeline.export.export import export as export
     from .pipeline.predict.explain import Explanation as Explanation
     from .pipeline.predict.explain import explain as explain
     from .pipeline.predict.predict import predict as predict
@@ -111,7 +111,7 @@ _HOME = {
     "demo": ".pipeline.demo",
     "doctor": ".pipeline.embed.doctor",
     "embed": ".pipeline.embed.embed",
-    "export": ".pipeline.export",
+    "export": ".pipeline.export.export",
     "Explanation": ".pipeline.predict.explain",
     "explain": ".pipeline.predict.explain",
     "predict": ".pipeline.predict.predict",

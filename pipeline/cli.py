@@ -50,7 +50,10 @@ COMMANDS = {
         ".attention_map.attention_map",
         "Draw which keys each query sees under an attention pattern, and what it costs.",
     ),
-    "export": (".export", "Write a trained slide encoder in the layout in which slide encoders are published."),
+    "export": (
+        ".export.export",
+        "Write feature files in the layout of another tool, or a trained slide encoder as they are published.",
+    ),
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
 }
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of the layout, in the file attribute `schema`."""
 
-Layout = Literal["longslide", "trident", "clam", "prov-gigapath", "stamp"]
+Layout = Literal["longslide", "trident", "atlaspatch", "clam", "prov-gigapath", "stamp"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,6 +199,7 @@ def _fill(file: h5py.File, features: Features) -> None:
         file.create_dataset("blur", data=features.blur.astype(np.float32, copy=False))
     if features.level0_size is not None:
         coords.attrs["level0_width"], coords.attrs["level0_height"] = features.level0_size
+    coords.attrs.update(magnifications(features))
     if features.tissue is not None:
         tissue = file.create_dataset("tissue", data=features.tissue, dtype=h5py.string_dtype())
         tissue.attrs["method"] = features.tissue_method or ""
@@ -211,11 +212,24 @@ def _fill(file: h5py.File, features: Features) -> None:
     file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
-    """Read a feature file of Longslide, TRIDENT, CLAM, prov-gigapath or STAMP.
+def magnifications(features: Features) -> dict[str, float]:
+    """The attributes of `coords` by which TRIDENT's tools find the tiles' size; empty where the features do not say.
+
+    Their quotient is that of `patch_size_level0` and `patch_size`, so that the same pixels are read.
+    """
+    if not (features.slide_mpp and features.tile_px and features.tile_size_level0):
+        return {}
+    of_level0 = 10 / features.slide_mpp
+    of_tiles = of_level0 * features.tile_px / features.tile_size_level0
+    return {"level0_magnification": of_level0, "target_magnification": of_tiles}
+
+
+def read_features(path: str | Path, *, embeddings: bool = True, encoder: str | None = None) -> Features:
+    """Read a feature file of Longslide, TRIDENT, AtlasPatch, CLAM, prov-gigapath or STAMP.
 
     Args:
         path: The file.
+        encoder: Which tile encoder's features to read, of a file of AtlasPatch that holds several.
         embeddings: False leaves the tile embeddings on the disk: `features` then has their shape and dtype, is all zeros
             and takes no memory. For a look at how many tiles there are, and what made them.
 
@@ -230,7 +244,7 @@ def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
     try:
         check_regular(path)
         with h5py.File(path, "r") as file:
-            return _read(path, file, embeddings)
+            return _read(path, file, embeddings, encoder)
     except (FileNotFoundError, IsADirectoryError):
         raise LongslideError(f"{path}: no such feature file") from None
     except PermissionError as error:
@@ -242,12 +256,15 @@ def read_features(path: str | Path, *, embeddings: bool = True) -> Features:
         ) from error
 
 
-def _read(path: Path, file: h5py.File, embeddings: bool) -> Features:
+def _read(path: Path, file: h5py.File, embeddings: bool, wanted: str | None) -> Features:
     name = next((name for name in ("features", "feats", "tile_embeds") if name in file), None)
     if name is None or "coords" not in file:
         raise LongslideError(
             f"{path}: not a feature file: it has {', '.join(file) or 'nothing'}, and not `features` and `coords`"
         )
+    several = isinstance(file[name], h5py.Group)  # AtlasPatch: a dataset for each encoder
+    if several:
+        name = f"{name}/{_one_encoder(path, list(file[name]), wanted)}"
     raw = file["coords"][()]
     features = file[name][()] if embeddings else np.broadcast_to(np.zeros((), file[name].dtype), file[name].shape)
     batched = features.ndim == 3 and features.shape[0] == 1
@@ -272,12 +289,14 @@ def _read(path: Path, file: h5py.File, embeddings: bool) -> Features:
     layout: Layout = "trident" if tile_size else "clam"
     if name == "tile_embeds" or (batched and not tile_size):
         layout = "prov-gigapath"
+    if several:
+        layout = "atlaspatch"
     if tile_size and tile_px and overlap is not None:
         step = round(tile_size * (tile_px - float(overlap)) / tile_px)
     else:
         step = _most_common_step(path, coords)
     width, height = attributes.get("level0_width"), attributes.get("level0_height")
-    encoder = file[name].attrs.get("encoder")
+    encoder = name.partition("/")[2] if several else file[name].attrs.get("encoder")
     found = Features(
         slide_id=path.stem,
         features=features,
@@ -291,6 +310,24 @@ def _read(path: Path, file: h5py.File, embeddings: bool) -> Features:
         layout=layout,
     )
     return _row_by_row(found)
+
+
+def _one_encoder(path: Path, there: list[str], wanted: str | None) -> str:
+    """The encoder whose features are read, of those that a file of AtlasPatch holds."""
+    there = [name for name in there if not name.startswith("__tmp_")]  # what it had not finished
+    if wanted is None and len(there) == 1:
+        return there[0]
+    if wanted in there:
+        return str(wanted)
+    if not there:
+        raise LongslideError(
+            f"{path}: coordinates of AtlasPatch without features; let it embed the tiles, or embed the slide"
+        )
+    which = f"none of {wanted}" if wanted else "which is wanted is not said"
+    raise LongslideError(
+        f"{path}: features of {', '.join(there)}, {which}; name one: "
+        f"`longslide export --features {path.parent} --to trident --encoder {there[0]}`, or read_features(..., encoder=...)"
+    )
 
 
 def _row_by_row(features: Features) -> Features:
@@ -316,7 +353,10 @@ def _read_longslide(path: Path, file: h5py.File, features: np.ndarray, coords: n
     for attributes, table in groups:
         content |= {ours: plain(attributes[name]) for name, ours in table.items() if name in attributes}
     size = ("level0_width", "level0_height")
-    rest = {key: plain(value) for key, value in file["coords"].attrs.items() if key not in _COORDS}
+    derived = ("level0_magnification", "target_magnification")
+    rest = {
+        key: plain(value) for key, value in file["coords"].attrs.items() if key not in _COORDS and key not in derived
+    }
     if all(key in rest for key in size):
         content["level0_size"] = (rest.pop(size[0]), rest.pop(size[1]))
     if "blur" in file:

@@ -1,5 +1,6 @@
 """The tile grid of a slide: level choice, tile size in level-0 pixels, coordinates of the tiles on tissue."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,62 @@ class Grid:
     def cells(self) -> np.ndarray:
         """`(N, 2)` int64 (column, row) of each tile."""
         return self.coords // self.step_level0
+
+    def custom_downsample(self, level_downsamples: Sequence[float]) -> float:
+        """How much coarser the tiles are than the level they are read from: 1 where they are not resampled."""
+        return self.tile_size_level0 / (self.tile_px * level_downsamples[self.level])
+
+
+def grid_of_tiles(
+    slide: Slide,
+    coords: np.ndarray,
+    *,
+    tile_px: int,
+    tile_size_level0: int,
+    step_level0: int,
+    overlap: int = 0,
+    level: int | None = None,
+) -> Grid:
+    """The grid of tiles that are known, such as those of a feature file: it reads the pixels that its encoder saw.
+
+    Args:
+        slide: The slide.
+        coords: `(N, 2)` top-left corners (x, y) in level-0 pixels.
+        tile_px: Edge of a tile in pixels.
+        tile_size_level0: Edge of a tile in level-0 pixels.
+        step_level0: Distance between tiles in level-0 pixels.
+        overlap: Pixels that neighbouring tiles share.
+        level: Pyramid level they are read from. Default: as `make_grid` chooses it.
+
+    Raises:
+        LongslideError: The slide has no microns per pixel, or no such level, or tiles lie outside it.
+    """
+    slide_mpp = slide.mpp.value
+    downsample = tile_size_level0 / tile_px
+    if level is None:
+        level = _choose_level(slide, downsample, tile_px, downsample * slide_mpp)[0]
+    if not 0 <= level < len(slide.level_downsamples):
+        raise LongslideError(
+            f"{slide.path}: no level {level}, from which its tiles were read: another slide of this name?"
+        )
+    if len(coords) and ((coords < 0).any() or (coords >= slide.dimensions).any()):
+        raise LongslideError(f"{slide.path}: tiles lie outside its {slide.dimensions[0]} x {slide.dimensions[1]} px")
+    level_downsample = slide.level_downsamples[level]
+    read_px = (
+        tile_px if round(tile_px * level_downsample) == tile_size_level0 else round(tile_size_level0 / level_downsample)
+    )
+    return Grid(
+        tile_px=tile_px,
+        overlap=overlap,
+        tile_mpp=downsample * slide_mpp,
+        slide_mpp=slide_mpp,
+        level=level,
+        read_px=read_px,
+        tile_size_level0=tile_size_level0,
+        step_level0=step_level0,
+        coords=np.asarray(coords, np.int64),
+        tissue_fraction=np.ones(len(coords), np.float32),
+    )
 
 
 def make_grid(

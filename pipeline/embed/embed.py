@@ -47,8 +47,8 @@ def embed(
 ) -> list[SlideResult]:
     """Embed slides: one feature file per slide, a picture of its tiles in `qc/`, and `summary.csv`.
 
-    Without a tile encoder the input is feature files, of Longslide, TRIDENT, CLAM, prov-gigapath or STAMP, and the slide
-    encoder makes slide embeddings from them: into the files themselves where they are in the output folder.
+    Without a tile encoder the input is feature files, of Longslide, TRIDENT, AtlasPatch, CLAM, prov-gigapath or STAMP, and
+    the slide encoder makes slide embeddings from them: into the files themselves where they are in the output folder.
 
     Running it again does only what is missing. Several processes may share one output folder. One bad slide never ends
     the job.

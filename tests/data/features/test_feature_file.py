@@ -322,3 +322,46 @@ def test_a_file_that_is_not_there_or_of_a_newer_version_is_named(tmp_path: Path)
         file.attrs["schema"] = 99
     with pytest.raises(LongslideError, match="newer Longslide"):
         read_features(tmp_path / "a.h5")
+
+
+def write_atlaspatch(path: Path, encoders: dict[str, np.ndarray], coords: np.ndarray) -> None:
+    """As AtlasPatch 1.0 writes it: five columns, attributes of the file, a dataset for each encoder."""
+    with h5py.File(path, "w") as file:
+        columns = np.hstack([coords, np.full((len(coords), 2), 512), np.zeros((len(coords), 1))])
+        file["coords"] = columns.astype(np.int32)
+        file["passports"] = np.full(len(coords), b"a__x0_y0", "S160")
+        file.attrs.update(
+            {
+                "patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40, "target_magnification": 20,
+                "overlap": 0, "level0_width": 9000, "level0_height": 7000, "wsi_path": "a.svs", "num_patches": len(coords),
+            }
+        )  # fmt: skip
+        for name, values in encoders.items():
+            file[f"features/{name}"] = values
+
+
+def test_a_file_of_atlaspatch_is_read_with_the_encoder_that_it_names(tmp_path: Path) -> None:
+    coords = np.array([[512, 0], [0, 512], [0, 0]])
+    values = np.arange(12, dtype=np.float32).reshape(3, 4)
+    write_atlaspatch(tmp_path / "a.h5", {"uni_v1": values}, coords)
+    read = read_features(tmp_path / "a.h5")
+    assert (read.layout, read.encoder, read.tile_px, read.tile_size_level0) == ("atlaspatch", "uni_v1", 256, 512)
+    assert read.level0_size == (9000, 7000)
+    np.testing.assert_array_equal(read.cells, [[0, 0], [1, 0], [0, 1]])
+    np.testing.assert_array_equal(read.features, values[[2, 0, 1]])
+
+
+def test_of_several_encoders_of_atlaspatch_one_is_named(tmp_path: Path) -> None:
+    coords = np.array([[0, 0], [512, 0]])
+    many = {"gigapath": np.ones((2, 3), np.float32), "uni_v1": np.zeros((2, 2), np.float32)}
+    write_atlaspatch(tmp_path / "a.h5", many, coords)
+    with pytest.raises(LongslideError, match=r"features of gigapath, uni_v1, which is wanted is not said; name one"):
+        read_features(tmp_path / "a.h5")
+    with pytest.raises(LongslideError, match=r"none of resnet"):
+        read_features(tmp_path / "a.h5", encoder="resnet")
+    assert read_features(tmp_path / "a.h5", encoder="gigapath").features.shape == (2, 3)
+    write_atlaspatch(tmp_path / "b.h5", {}, coords)
+    with h5py.File(tmp_path / "b.h5", "a") as file:
+        file.create_group("features")
+    with pytest.raises(LongslideError, match="coordinates of AtlasPatch without features"):
+        read_features(tmp_path / "b.h5")

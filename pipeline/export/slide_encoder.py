@@ -5,13 +5,13 @@ from pathlib import Path
 
 import yaml
 
-from ..data.whole_file import write_whole
-from ..errors import LongslideError
+from ...data.whole_file import write_whole
+from ...errors import LongslideError
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
+    """What `export` wrote of a checkpoint.
 
     Attributes:
         weights: The weights file.
@@ -27,7 +27,7 @@ class Exported:
         return True
 
 
-def export(checkpoint: str | Path, output: str | Path, name: str | None = None) -> list[Exported]:
+def export_slide_encoder(checkpoint: Path, output: Path, name: str | None = None) -> Exported:
     """Write the slide encoder of a checkpoint in the published layout, `{"model": state_dict}`.
 
     Beside it goes a YAML file of its size, so that `embed` takes the two with --slide-encoder and --slide-checkpoint.
@@ -44,14 +44,13 @@ def export(checkpoint: str | Path, output: str | Path, name: str | None = None) 
 
     import torch
 
-    from ..models.aggregators.slide_encoder import SlideEncoderAggregator
-    from ..models.checkpoint_file import read_description
-    from ..models.classifier.checkpoint import load_classifier
-    from ..models.slide_encoder.base import read_pretrained
-    from ..models.slide_encoder.checkpoint import to_published
-    from ..models.slide_encoder.spec import list_slide_encoders
+    from ...models.aggregators.slide_encoder import SlideEncoderAggregator
+    from ...models.checkpoint_file import read_description
+    from ...models.classifier.checkpoint import load_classifier
+    from ...models.slide_encoder.base import read_pretrained
+    from ...models.slide_encoder.checkpoint import to_published
+    from ...models.slide_encoder.spec import list_slide_encoders
 
-    checkpoint, output = Path(checkpoint), Path(output)
     name = output.stem if name is None else name
     if name in list_slide_encoders():
         raise LongslideError(f"the name {name!r} is taken by a slide encoder of the package; give another --name")
@@ -76,4 +75,4 @@ def export(checkpoint: str | Path, output: str | Path, name: str | None = None) 
     content = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(spec).items()}
     write_whole(exported.spec, yaml.safe_dump(content, sort_keys=False).encode(), "--output")
     print(f"use it by --slide-encoder {exported.spec} --slide-checkpoint {exported.weights}")
-    return [exported]
+    return exported

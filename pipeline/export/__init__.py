@@ -1,0 +1,1 @@
+"""What was made here in the layouts of other tools."""

@@ -1,0 +1,92 @@
+"""`longslide export`: a slide encoder as they are published, or feature files in the layout of another tool."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from ...data.features.feature_file import read_features
+from ...errors import LongslideError
+from ..batch.ledger import make_output_folder
+from ..embed.slide_embedding import find_feature_files
+from .layouts import WRITERS, Target
+from .slide_encoder import Exported, export_slide_encoder
+
+
+@dataclass(frozen=True)
+class ExportedFeatures:
+    """What `export` wrote of a feature file.
+
+    Attributes:
+        source: The feature file.
+        files: The files, or the folder, that were written; empty if it could not be exported.
+        problem: Why it could not; empty if it could.
+    """
+
+    source: Path
+    files: tuple[Path, ...] = ()
+    problem: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was exported."""
+        return not self.problem
+
+
+def export(
+    checkpoint: str | Path | None = None,
+    output: str | Path | None = None,
+    name: str | None = None,
+    features: str | Path | list[str | Path] | None = None,
+    to: Target | None = None,
+    encoder: str | None = None,
+) -> "list[Exported] | list[ExportedFeatures]":
+    """Write a trained slide encoder in the layout in which they are published, or feature files in that of another tool.
+
+    A slide encoder is `{"model": state_dict}`; beside it goes a YAML file of its size, so that `embed` takes the two with
+    --slide-encoder and --slide-checkpoint.
+
+    Args:
+        checkpoint: A checkpoint of `longslide fit`: of the masked autoencoder, or of a classifier with a slide encoder.
+        output: The weights file to write, such as `slide_encoder.pth` (the YAML file has the same name with `.yaml`); for
+            features a folder.
+        name: The slide encoder's name, recorded in feature files. Default: the stem of `output`.
+        features: Feature files, or folders of them, of any layout that `read_features` takes.
+        to: Whose layout: `trident`, `clam`, `stamp` or `spatialdata`.
+        encoder: Which tile encoder's features, of files of AtlasPatch that hold several.
+
+    Returns:
+        What was written: of a checkpoint, or of each feature file.
+
+    Raises:
+        LongslideError: Wrong usage, no slide encoder in the checkpoint, or the files cannot be written.
+    """
+    if (checkpoint is None) == (features is None):
+        raise LongslideError(
+            "export takes one of --checkpoint (its slide encoder) and --features (for --to another tool)"
+        )
+    if output is None:
+        raise LongslideError("export needs --output: the weights file, or the folder of the features")
+    if checkpoint is not None:
+        if to is not None or encoder is not None:
+            raise LongslideError("--to and --encoder go with --features, not with --checkpoint")
+        return [export_slide_encoder(Path(checkpoint), Path(output), name)]
+    if to is None:
+        raise LongslideError(f"--features needs --to: {', '.join(WRITERS)}")
+    if name is not None:
+        raise LongslideError("--name is that of a slide encoder: it goes with --checkpoint")
+    assert features is not None
+    files = find_feature_files(features)
+    make_output_folder(Path(output))
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    done: list[ExportedFeatures] = []
+    for path in track(files, f"exporting to {to}", console=console, transient=True, disable=not console.is_terminal):
+        try:
+            written = WRITERS[to](read_features(path, encoder=encoder), Path(output))
+            done.append(ExportedFeatures(path, tuple(written)))
+        except LongslideError as error:
+            done.append(ExportedFeatures(path, problem=str(error)))
+            console.print(f"failed  {path.stem}  {error}", markup=False)
+    print(f"{sum(one.ok for one in done)} of {len(done)} feature files exported to {output} for {to}")
+    return done
