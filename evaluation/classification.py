@@ -13,6 +13,7 @@ from .intervals import (
     Replicates,
     interval_of_auroc,
     interval_of_mean,
+    interval_of_mean_loss,
     interval_of_precision,
     interval_of_share,
     interval_on_scale,
@@ -98,10 +99,10 @@ class Classes:
             values["f1"] = np.where(np.isnan(values["balanced_accuracy"]), np.nan, f1[:, present].mean(1))
         if self.ordinal:
             values["quadratic_kappa"] = weighted.quadratic_kappa(matrix)
-            values["mae"] = weighted.mean(np.abs(self.target - self.prediction).astype(np.float64), weights)
-        values["brier"] = weighted.mean(self._brier(), weights)
+            values["mae"] = weighted.mean(self._distance(self.target), weights)
+        values["brier"] = weighted.mean(self._brier(self.target), weights)
         values["ece"] = weighted.expected_calibration_error(*self.confidence(), weights, CALIBRATION_BINS)
-        values["log_loss"] = weighted.mean(self._log_loss(), weights)
+        values["log_loss"] = weighted.mean(self._log_loss(self.target), weights)
         return values
 
     def interval(
@@ -140,7 +141,9 @@ class Classes:
             return interval_on_scale(own, "fisher", len(np.unique(patients)), inflation)
         if name == "ece":  # so biased upwards in small samples that an interval around it would mislead
             return NO_INTERVAL
-        return interval_on_scale(own, "log", len(np.unique(patients)), inflation)
+        losses = {"brier": self._brier, "log_loss": self._log_loss, "mae": self._distance}[name]
+        worst = max(float(losses(np.full(len(self), c)).max()) for c in range(len(self.names)))
+        return interval_of_mean_loss(own, worst, inflation)
 
     def _parts(self, name: str) -> list[str]:
         """The metrics that another is the mean of."""
@@ -157,15 +160,20 @@ class Classes:
         best = self.probability.argmax(1)
         return self.probability[np.arange(len(self)), best], (best == self.target).astype(np.float64)
 
-    def _brier(self) -> Floats:
+    # The loss of each row, `(n,)`, if these were the classes.
+
+    def _brier(self, classes: Integers) -> Floats:
         # Two classes: of the positive class, 0 to 1. More: the sum over classes, 0 to 2 (Brier 1950).
         if len(self.names) == 2:
-            return (self.probability[:, 1] - self.target) ** 2
-        return np.asarray(((self.probability - np.eye(len(self.names))[self.target]) ** 2).sum(1))
+            return (self.probability[:, 1] - classes) ** 2
+        return np.asarray(((self.probability - np.eye(len(self.names))[classes]) ** 2).sum(1))
 
-    def _log_loss(self) -> Floats:
-        given = self.probability[np.arange(len(self)), self.target]
+    def _log_loss(self, classes: Integers) -> Floats:
+        given = self.probability[np.arange(len(self)), classes]
         return -np.log(np.clip(given, _TINY, 1 - _TINY))
+
+    def _distance(self, classes: Integers) -> Floats:
+        return np.abs(classes - self.prediction).astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def evaluate(
         The rows of `metrics.csv`: `scope` (`mean` over the folds, `pooled`, `fold_<k>`, `subgroup:<column>=<value>`),
         `level` (`patient`, `slide`), `metric` (`auroc`; `auroc:<class>` is one class against the rest; plain names are means
         over the classes or labels), `value`, `low` and `high` (empty where there is no interval), `method` (`newcombe`,
-        `wilson`, `mover`, `jackknife`, see `intervals`; followed by `, nadeau-bengio` where training is part of the
+        `mid-p`, `gaffke`, `mover`, `jackknife`, see `intervals`; followed by `, nadeau-bengio` where training is part of the
         variance), `n` (patients or slides; once for each fold that tests them).
 
     Raises:

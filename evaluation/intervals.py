@@ -5,11 +5,12 @@ the AUROC of 20 patients cover 45 to 90% in place of 95%, and are empty where al
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import expit, logit
+from scipy.special import betainc, expit, logit
 from scipy.stats import norm
 from scipy.stats import t as student
 
@@ -25,6 +26,9 @@ MOST_GROUPS = 200
 """More patients than this are left out in groups."""
 
 Z = float(norm.ppf((1 + LEVEL) / 2))
+
+_DRAWN = 2_000_000
+"""Dirichlet weights drawn, for all values together: the ends are then off by 1% of the width."""
 
 _CELLS = 4_000_000
 """Weights held at a time: 32 MB."""
@@ -101,16 +105,26 @@ class Replicates(NamedTuple):
         return float(student.ppf((1 + LEVEL) / 2, len(self.values) - 1))
 
 
-def wilson(share: float, n: float) -> tuple[float, float]:
-    """Wilson's score interval of a proportion.
+def mid_p(share: float, n: float) -> tuple[float, float]:
+    """The exact interval of a proportion (Clopper & Pearson 1934) with mid-P: what was seen counts half in each tail.
+
+    It covers 94% and more where Wilson's covers 86%, close to the ends, and is less wide than the exact one.
 
     Args:
         share: The proportion.
         n: Of how many; need not be whole.
     """
-    centre, half = share + Z**2 / (2 * n), Z * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    low, high = (centre - half) / (1 + Z**2 / n), (centre + half) / (1 + Z**2 / n)
-    return float(low) if share > 0 else 0.0, float(high) if share < 1 else 1.0
+    k = share * n
+
+    def at_least(p: float) -> float:  # the probability of k or more, of k itself half
+        return 0.5 * float(
+            (betainc(k, n - k + 1, p) if share > 0 else 1) + (betainc(k + 1, n - k, p) if share < 1 else 0)
+        )
+
+    tail = (1 - LEVEL) / 2
+    low = 0.0 if share <= 0 else brentq(lambda p: at_least(p) - tail, 0, 1)
+    high = 1.0 if share >= 1 else brentq(lambda p: at_least(p) - 1 + tail, 0, 1)
+    return float(low), float(high)
 
 
 def newcombe_variance(auroc: float, positives: int, negatives: int) -> float:
@@ -162,7 +176,7 @@ def interval_of_auroc(replicates: Replicates, positives: int, negatives: int, in
 
 
 def interval_of_share(replicates: Replicates, rows: int, patients: int, inflation: float = 1.0) -> Interval:
-    """Wilson's interval of a proportion; where patients have several rows, of as many rows as would vary so much.
+    """The exact interval of a proportion; where patients have several rows, of as many rows as would vary so much.
 
     Args:
         replicates: The proportion.
@@ -176,11 +190,11 @@ def interval_of_share(replicates: Replicates, rows: int, patients: int, inflatio
     n = float(patients)
     if rows > patients and replicates.variance > 0:
         n = float(np.clip(share * (1 - share) / replicates.variance, patients, rows))
-    return Interval(*wilson(share, n / inflation), "wilson")
+    return Interval(*mid_p(share, n / inflation), "mid-p")
 
 
 def interval_of_precision(replicates: Replicates, positives: int, inflation: float = 1.0) -> Interval:
-    """Wilson's interval of an average precision, taken for a share of the positives (Boyd et al. 2013), or of as many fewer
+    """The exact interval of an average precision, taken for a share of the positives (Boyd et al. 2013), or of as many fewer
     as would vary so much.
 
     Args:
@@ -192,7 +206,39 @@ def interval_of_precision(replicates: Replicates, positives: int, inflation: flo
     if not (np.isfinite(value) and positives):
         return NO_INTERVAL
     n = min(float(positives), value * (1 - value) / variance) if variance > 0 and 0 < value < 1 else float(positives)
-    return Interval(*wilson(value, n / inflation), "wilson")
+    return Interval(*mid_p(value, n / inflation), "mid-p")
+
+
+@lru_cache(4)
+def _drawn(groups: int) -> Floats:
+    """`(draws, groups + 1)` Dirichlet weights of so many values and, half as heavy, of one more."""
+    shape = _DRAWN // (groups + 1), groups + 1
+    weights = np.random.default_rng(0).standard_gamma(np.r_[np.ones(groups), 0.5], shape)
+    return np.asarray(weights / weights.sum(1, keepdims=True))
+
+
+def interval_of_mean_loss(replicates: Replicates, worst: float, inflation: float = 1.0) -> Interval:
+    """Gaffke's interval of the mean of numbers between 0 and a bound (https://arxiv.org/abs/1905.06208).
+
+    The weights of the Bayesian bootstrap, with one more number at the far end: at the bound for the upper end, at 0 for the
+    lower one. So it knows of what a small sample has not seen: a few losses that are much larger than the others. Of 0 and
+    1 it is Clopper & Pearson's; here the additional number counts half, as in `mid_p`.
+
+    Args:
+        replicates: The mean.
+        worst: The bound.
+        inflation: What the variance is multiplied by.
+    """
+    value, groups = replicates.value, len(replicates.values)
+    if not (replicates.defined and worst > 0):
+        return NO_INTERVAL
+    each = np.clip(value - (groups - 1) * replicates.deviations, 0, worst)
+    weights = _drawn(groups)
+    means = weights[:, :-1] @ each
+    tail, wider = (1 - LEVEL) / 2, np.sqrt(inflation)
+    low, high = np.quantile(means, tail), np.quantile(means + weights[:, -1] * worst, 1 - tail)
+    ends = value - wider * (value - min(low, value)), value + wider * (max(high, value) - value)
+    return Interval(float(max(0.0, ends[0])), float(min(ends[1], max(worst, value))), "gaffke")
 
 
 def interval_on_scale(
@@ -206,7 +252,7 @@ def interval_on_scale(
         patients: Patients that the metric rests on.
         inflation: What the variance is multiplied by.
         extremes: Whether a metric of `logit` or `fisher` at the end of its scale, where the jackknife knows no variance,
-            gets Wilson's interval.
+            gets that of a proportion.
     """
     value, variance = replicates.value, replicates.variance
     if not np.isfinite(value):
@@ -217,8 +263,8 @@ def interval_on_scale(
         if share <= 1e-12 or share >= 1 - 1e-12:
             if not (extremes and patients):
                 return NO_INTERVAL
-            low, high = wilson(round(share), patients / inflation)
-            return Interval((1 - lowest) * low + lowest, (1 - lowest) * high + lowest, "wilson")
+            low, high = mid_p(round(share), patients / inflation)
+            return Interval((1 - lowest) * low + lowest, (1 - lowest) * high + lowest, "mid-p")
         if not variance > 1e-24:
             return NO_INTERVAL
         half = replicates.quantile * np.sqrt(variance * inflation) / ((1 - lowest) * share * (1 - share))

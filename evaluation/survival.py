@@ -10,7 +10,16 @@ from scipy.stats import chi2
 
 from . import censored
 from .classification import Score
-from .intervals import NO_INTERVAL, Interval, Replicates, Z, interval_of_mean, interval_on_scale
+from .intervals import (
+    NO_INTERVAL,
+    Interval,
+    Replicates,
+    Z,
+    interval_of_auroc,
+    interval_of_mean,
+    interval_of_mean_loss,
+    interval_on_scale,
+)
 from .weighted import Booleans, Floats, Integers
 
 GRID = 100
@@ -113,11 +122,16 @@ class Survival:
             intervals = [self.interval(name, replicates, patients, inflation) for name in parts]
             of_parts = [replicates[name] for name in parts]
             return interval_of_mean(replicates[metric].value, intervals, of_parts, independent=False)
-        events = self.event
+        if metric == "integrated_brier":
+            survival = self.on_grid()[1]
+            worst = float((np.maximum(survival, 1 - survival) ** 2).mean(1).max()) if survival.size else 0.0
+            return interval_of_mean_loss(replicates[metric], worst, inflation)
         if metric.startswith("time_auc:"):
-            events = events & (self.time <= float(metric.partition(":")[2]))
-        scale = "log" if metric == "integrated_brier" else "logit"
-        return interval_on_scale(replicates[metric], scale, len(np.unique(patients[events])), inflation)
+            time = float(metric.partition(":")[2])
+            cases, controls = self.event & (self.time <= time), self.time > time
+            counts = (len(np.unique(patients[rows])) for rows in (cases, controls))
+            return interval_of_auroc(replicates[metric], *counts, inflation)
+        return interval_on_scale(replicates[metric], "logit", len(np.unique(patients[self.event])), inflation)
 
 
 class KaplanMeier(NamedTuple):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from longslide.evaluation import censored, weighted
 from longslide.evaluation.delong import delong, delong_difference
-from longslide.evaluation.intervals import newcombe, wilson
+from longslide.evaluation.intervals import Jackknife, Replicates, interval_of_mean_loss, mid_p, newcombe
 from longslide.evaluation.regression import Values
 from longslide.evaluation.survival import Survival, kaplan_meier, log_rank
 
@@ -61,10 +61,20 @@ def test_newcombes_interval_is_its_formula_solved_by_r(name: str) -> None:
     assert high == close(f"{name}_high", rel=1e-6)
 
 
-@pytest.mark.parametrize("name", intervals_named("wilson"))
-def test_wilsons_interval_is_that_of_r(name: str) -> None:
+@pytest.mark.parametrize("name", intervals_named("mid-p"))
+def test_the_interval_of_a_proportion_is_that_of_binomial_probabilities_in_r(name: str) -> None:
     of, n = map(int, name.split("_")[1:])
-    assert wilson(of / n, n) == (close(f"{name}_low"), close(f"{name}_high"))
+    assert mid_p(of / n, n) == (close(f"{name}_low"), close(f"{name}_high"))
+
+
+@pytest.mark.parametrize("losses", [[0.01] * 18 + [0.2, 0.6], np.linspace(0, 1, 50).tolist()])
+def test_the_interval_of_a_mean_loss_is_that_drawn_by_r(losses: list[float]) -> None:
+    (weights,) = Jackknife(np.arange(len(losses))).weights()
+    replicates = Replicates(weighted.mean(np.array(losses), weights), float(np.mean(losses)))
+    low, high, _ = interval_of_mean_loss(replicates, 1.0)
+    assert (low, high) == pytest.approx(
+        (EXPECTED[f"gaffke_{len(losses)}_low"], EXPECTED[f"gaffke_{len(losses)}_high"]), abs=0.02 * (high - low)
+    )
 
 
 def test_agreement_of_ordered_classes_is_that_of_psych() -> None:

@@ -42,12 +42,29 @@ for (case in list(c(0.5, 10, 10), c(0.8, 4, 36), c(0.95, 15, 5), c(1, 2, 18), c(
   say(paste0(label, "_high"), ends[2], "Newcombe 2006, method 5, with uniroot")
 }
 
-# Proportions.
-for (case in list(c(0, 5), c(5, 5), c(2, 20), c(37, 50), c(199, 200))) {
-  ends <- suppressWarnings(prop.test(case[1], case[2], correct = FALSE))$conf.int
-  say(sprintf("wilson_%g_%g_low", case[1], case[2]), ends[1], paste("R", getRversion()))
-  say(sprintf("wilson_%g_%g_high", case[1], case[2]), ends[2], paste("R", getRversion()))
+# Proportions: the exact interval with mid-P, from binomial probabilities.
+mid_p <- function(k, n) {
+  at_least <- function(p) pbinom(k, n, p, lower.tail = FALSE) + dbinom(k, n, p) / 2
+  solve <- function(to) uniroot(function(p) at_least(p) - to, c(0, 1), tol = 1e-13)$root
+  c(if (k == 0) 0 else solve(0.025), if (k == n) 1 else solve(0.975))
 }
+for (case in list(c(0, 5), c(5, 5), c(2, 20), c(37, 50), c(199, 200))) {
+  ends <- mid_p(case[1], case[2])
+  say(sprintf("mid-p_%g_%g_low", case[1], case[2]), ends[1], paste("R", getRversion()))
+  say(sprintf("mid-p_%g_%g_high", case[1], case[2]), ends[2], paste("R", getRversion()))
+}
+
+# Gaffke's interval of the mean of losses below a bound, with an additional number that counts half.
+seed <- .Random.seed
+for (losses in list(c(rep(0.01, 18), 0.2, 0.6), seq(0, 1, length.out = 50))) {
+  n <- length(losses)
+  drawn <- cbind(matrix(rexp(n * 1e5), 1e5), rgamma(1e5, 0.5))
+  drawn <- drawn / rowSums(drawn)
+  means <- drawn[, 1:n] %*% losses
+  say(sprintf("gaffke_%g_low", n), quantile(means, 0.025), paste("R", getRversion()))
+  say(sprintf("gaffke_%g_high", n), quantile(means + drawn[, n + 1], 0.975), paste("R", getRversion()))
+}
+.Random.seed <- seed
 
 # Agreement on four ordered classes.
 latent <- rnorm(150)
