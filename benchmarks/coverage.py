@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import NamedTuple
 
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -114,7 +114,9 @@ def truth(scenario: Scenario) -> dict[str, float]:
     return values
 
 
-def simulate(scenario: Scenario, n: int, runs: int, seed: int, known: dict[str, float]) -> dict[str, np.ndarray]:
+def simulate(
+    scenario: Scenario, n: int, runs: int, seed: int, known: dict[str, float]
+) -> tuple[Scenario, int, dict[str, np.ndarray]]:
     """Of each metric: runs in which it is defined, with an interval, covered, of no width; the sum of the widths."""
     counts = {metric: np.zeros(5) for metric in known}
     for run in range(runs):
@@ -135,7 +137,7 @@ def simulate(scenario: Scenario, n: int, runs: int, seed: int, known: dict[str, 
                 there and high - low <= 1e-9,
                 high - low if there else 0,
             )
-    return counts
+    return scenario, n, counts
 
 
 def main() -> None:
@@ -144,24 +146,31 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--output", default="coverage.csv")
     parser.add_argument("--quick", action="store_true", help="200 cohorts a cell")
+    parser.add_argument("--minutes", type=float, default=1e6, help="after these no more cohorts are simulated")
     parser.add_argument("--only", default="", help="kinds of scenario, separated by commas")
     arguments = parser.parse_args()
     runs = 200 if arguments.quick else arguments.runs
     began = time.monotonic()
     chosen = [one for one in scenarios() if not arguments.only or one.kind in arguments.only.split(",")]
+    totals: dict[tuple[Scenario, int, str], np.ndarray] = {}
     with ProcessPoolExecutor(arguments.processes) as pool:
         truths = dict(zip(chosen, pool.map(truth, chosen), strict=True))
         jobs = [
-            (scenario, n, min(CHUNK, runs - start), start + 1, truths[scenario])
+            pool.submit(simulate, scenario, n, min(CHUNK, runs - start), start + 1, truths[scenario])
+            for start in range(0, runs, CHUNK)  # every cell has as many cohorts as the others when the time is over
             for n in sorted(SIZES, reverse=True)
             for scenario in chosen
-            for start in range(0, runs, CHUNK)
         ]
-        totals: dict[tuple[Scenario, int, str], np.ndarray] = {}
-        for (scenario, n, *_), counts in zip(jobs, pool.map(simulate, *zip(*jobs, strict=True)), strict=True):
-            for metric, one in counts.items():
-                key = scenario, n, metric
-                totals[key] = totals.get(key, np.zeros(5)) + one
+        try:
+            for job in as_completed(jobs, max(1.0, 60 * arguments.minutes - (time.monotonic() - began))):
+                scenario, n, counts = job.result()
+                for metric, one in counts.items():
+                    key = scenario, n, metric
+                    totals[key] = totals.get(key, np.zeros(5)) + one
+        except TimeoutError:
+            done = sum(job.done() for job in jobs)
+            print(f"the time is over after {done} of {len(jobs)} chunks of {CHUNK} cohorts")
+            pool.shutdown(cancel_futures=True)
     rows = []
     for (scenario, n, metric), (defined, there, covered, empty, width) in totals.items():
         if there:
@@ -182,7 +191,7 @@ def main() -> None:
     table["outside"] = np.where(table["coverage"] < LOW, "low", np.where(table["coverage"] > HIGH, "high", ""))
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     print(
-        f"\n{len(table)} cells of {runs} cohorts in {time.monotonic() - began:.0f} s: "
+        f"\n{len(table)} cells of {runs} cohorts at most in {time.monotonic() - began:.0f} s: "
         f"{(table['outside'] == '').sum()} from {LOW} to {HIGH}, {(table['outside'] == 'low').sum()} below, "
         f"{(table['outside'] == 'high').sum()} above; {table['empty'].sum()} intervals of no width"
     )
