@@ -226,7 +226,7 @@ def tabulate(done: list[Result]) -> None:
     for (task, recipe), rows in table.groupby(["task", "recipe"]):
         start = f"{task:12} {METRICS[KINDS[str(task)]]:15} {recipe:20}"
         if str(recipe).startswith("reference"):
-            own = tuned.sort_index().loc[(task, recipe)]
+            own = tuned.sort_index().xs((task, recipe))
             rates = " ".join(f"{rate:g}" for rate in own["rate"])
             print(f"{start} {own['value'].mean():6.3f} {rows['seconds'].mean():8.0f}  at {rates}")
             continue

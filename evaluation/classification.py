@@ -165,7 +165,7 @@ class Classes:
     def _brier(self, classes: Integers) -> Floats:
         # Two classes: of the positive class, 0 to 1. More: the sum over classes, 0 to 2 (Brier 1950).
         if len(self.names) == 2:
-            return (self.probability[:, 1] - classes) ** 2
+            return np.asarray((self.probability[:, 1] - classes) ** 2)
         return np.asarray(((self.probability - np.eye(len(self.names))[classes]) ** 2).sum(1))
 
     def _log_loss(self, classes: Integers) -> Floats:
@@ -173,7 +173,7 @@ class Classes:
         return -np.log(np.clip(given, _TINY, 1 - _TINY))
 
     def _distance(self, classes: Integers) -> Floats:
-        return np.abs(classes - self.prediction).astype(np.float64)
+        return np.asarray(np.abs(classes - self.prediction), np.float64)
 
 
 @dataclass(frozen=True)

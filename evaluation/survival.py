@@ -129,8 +129,8 @@ class Survival:
         if metric.startswith("time_auc:"):
             time = float(metric.partition(":")[2])
             cases, controls = self.event & (self.time <= time), self.time > time
-            counts = (len(np.unique(patients[rows])) for rows in (cases, controls))
-            return interval_of_auroc(replicates[metric], *counts, inflation)
+            of_cases, of_controls = len(np.unique(patients[cases])), len(np.unique(patients[controls]))
+            return interval_of_auroc(replicates[metric], of_cases, of_controls, inflation)
         return interval_on_scale(replicates[metric], "logit", len(np.unique(patients[self.event])), inflation)
 
 

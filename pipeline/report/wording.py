@@ -143,8 +143,8 @@ def task_text(task: Task) -> str:
 
 _MADE_BY = {
     "newcombe": "Newcombe's method 5 for AUROC, widened to DeLong's variance where that is larger",
-    "mid-p": "Clopper and Pearson's with mid-P for proportions, average precision (by the number of positives) and what is at "
-    "the end of its scale",
+    "mid-p": "Clopper and Pearson's with mid-P for proportions, average precision (by the number of positives) and what is "
+    "at the end of its scale",
     "gaffke": "Gaffke's for mean losses, bounded by the worst that the predictions could have given",
     "mover": "MOVER (Zou & Donner 2008) for means of metrics",
     "jackknife": "a jackknife with Student's quantile, on a scale without ends, for the rest",
