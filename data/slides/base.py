@@ -57,6 +57,7 @@ class SlideReader(Plugin, ABC):
         SUFFIXES: Suffixes, in small letters and with the dot, that a folder is searched for; a file that the user names is
             tried whatever its suffix.
         remark: What a person should know of how the file is read; set by `open_reader`.
+        cache_bytes: Memory for decoded native tiles that an open slide may keep, where it keeps any.
         reopens: Whether other processes may open the file for themselves: a pickled reader is then opened again where it is
             unpickled. Of others all tiles are read by threads of one process.
 
@@ -76,6 +77,7 @@ class SlideReader(Plugin, ABC):
     background: tuple[int, int, int] = (255, 255, 255)
     memory_bytes: int = 0
     remark: str = ""
+    cache_bytes: int = 256 * 2**20  # several rows of a 100,000 px wide level, so neighbours are not decoded twice
     reopens: ClassVar[bool] = False
 
     @abstractmethod

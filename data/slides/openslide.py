@@ -14,9 +14,6 @@ from .metadata import icc_properties
 from .parts import missing_part
 from .tiff import tiff_facts
 
-CACHE_BYTES = 256 * 2**20
-"""Decoded native tiles kept per slide: several rows of a 100,000 px wide level, so neighbours are not decoded twice."""
-
 
 class OpenSlideReader(SlideReader):
     """A slide file read by OpenSlide: its own pixels, without Pillow's copies."""
@@ -29,7 +26,7 @@ class OpenSlideReader(SlideReader):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._cache = openslide.OpenSlideCache(CACHE_BYTES)
+        self._cache = openslide.OpenSlideCache(self.cache_bytes)
         try:
             self._handle = handle = self._open()
         except openslide.OpenSlideUnsupportedFormatError as error:

@@ -116,6 +116,11 @@ class Slide:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    @property
+    def reopens(self) -> bool:
+        """Whether other processes may open it for themselves; a pickled slide is opened again where it is unpickled."""
+        return self._reader.reopens
+
     def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
         """Read a rectangle of a level.
 

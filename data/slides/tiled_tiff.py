@@ -17,9 +17,6 @@ from .openslide import OpenSlideReader
 from .tiff import TiffFacts, is_tiff, tiff_facts
 from .tiff_levels import Levels, levels_like_openslide, own_levels, with_sub_directories
 
-CACHE_BYTES = 256 * 2**20
-"""Decoded native tiles kept per slide: several rows of a 100,000 px wide level, so neighbours are not decoded twice."""
-
 _PIECE = 4096  # OpenSlide reads larger regions in pieces, and cuts the corner of each to whole level-0 pixels
 _COMPARED_PX = 200  # edge of the regions that are compared with OpenSlide's
 
@@ -38,7 +35,6 @@ class TiledTiffReader(SlideReader):
         if not is_tiff(path):
             raise DeclinedError
         self.path = path
-        self.cache_bytes = CACHE_BYTES
         self._openslide: OpenSlideReader | None = None
         openslide = _by_openslide(path)
         try:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from ..slides.slide import Slide, open_slide
 from ..tissue.base import TissueSegmenter
 from .grid import Grid, make_grid
-from .stream import read_tile
+from .read import read_tile
 
 
 class TileDataset(Dataset[dict[str, Any]]):

@@ -1,19 +1,27 @@
-"""Tiles of a slide as uint8 batches, read ahead by threads."""
+"""Tiles of a slide as uint8 batches, read ahead by threads or processes."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 
 from ...errors import LongslideError
 from ..slides.slide import Slide
-from .blur import blur_of
 from .grid import Grid
+from .read import read_tiles
+
+if TYPE_CHECKING:
+    from .pool import PendingTiles, TilePool
 
 _RUN = 8  # tiles a thread reads before it asks for more: handing them over one by one costs a twentieth
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,11 +32,13 @@ class TileBatch:
         tiles: `(B, tile_px, tile_px, 3)` uint8 RGB.
         index: `(B,)` int64 rows of the grid's `coords`.
         coords: `(B, 2)` int64 top-left corners (x, y) in level-0 pixels.
+        release: To be called when the tiles are not needed any more, if a `TilePool` read them: they lie in its memory.
     """
 
     tiles: np.ndarray
     index: np.ndarray
     coords: np.ndarray
+    release: Callable[[], None] = _nothing
 
     def __repr__(self) -> str:
         return f"TileBatch({len(self.tiles)} tiles of {self.tiles.shape[1]} px)"
@@ -47,6 +57,8 @@ class TileStream:
         read_ahead: Batches read ahead.
         max_bad_tiles: Unreadable tiles to put up with; they are left out of the batches.
         max_blur: Tiles more blurred than this are left out too; see `blur_of`.
+        pool: Processes that read in place of the threads, as far ahead as they have room, if the slide may be opened again
+            there. Each batch is then to be released.
 
     Attributes:
         bad_tiles: (x, y) in level-0 pixels of the unreadable tiles met so far.
@@ -63,6 +75,7 @@ class TileStream:
         read_ahead: int = 4,
         max_bad_tiles: int = 0,
         max_blur: float = 1.0,
+        pool: "TilePool | None" = None,
     ) -> None:
         self.slide = slide
         self.grid = grid
@@ -71,6 +84,7 @@ class TileStream:
         self.read_ahead = read_ahead
         self.max_bad_tiles = max_bad_tiles
         self.max_blur = max_blur
+        self.pool = pool if slide.reopens else None
         self.bad_tiles: list[tuple[int, int]] = []
         self.blur = np.full(len(self), np.nan, np.float32)
 
@@ -87,11 +101,14 @@ class TileStream:
         Raises:
             LongslideError: More than `max_bad_tiles` tiles cannot be read.
         """
-        starts = iter(range(0, len(self), self.batch_size))
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tiles")
-        pending: deque[tuple[int, np.ndarray, list[Future[list[float]]]]] = deque()
         self.bad_tiles.clear()
         self.blur[:] = np.nan
+        yield from self._by_threads() if self.pool is None else self._by_pool(self.pool)
+
+    def _by_threads(self) -> Iterator[TileBatch]:
+        starts = iter(range(0, len(self), self.batch_size))
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tiles")
+        pending: deque[tuple[int, np.ndarray, list[Future[np.ndarray]]]] = deque()
         try:
             while True:
                 while len(pending) <= self.read_ahead and (start := next(starts, None)) is not None:
@@ -99,34 +116,47 @@ class TileStream:
                 if not pending:
                     return
                 start, tiles, reads = pending.popleft()
-                blur = np.array([one for read in reads for one in read.result()], np.float32)
-                self.blur[start : start + len(blur)] = blur
-                if np.isnan(blur).any():
-                    self._count_bad(start + np.flatnonzero(np.isnan(blur)))
-                good = blur <= self.max_blur
-                if not good.all():
-                    tiles = tiles[good]
-                if len(tiles):
-                    index = start + np.flatnonzero(good)
-                    yield TileBatch(tiles, index, self.grid.coords[index])
+                batch = self._batch(start, tiles, np.concatenate([read.result() for read in reads]), _nothing)
+                if len(batch.tiles):
+                    yield batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, pool: ThreadPoolExecutor, start: int) -> tuple[np.ndarray, list[Future[list[float]]]]:
+    def _by_pool(self, pool: "TilePool") -> Iterator[TileBatch]:
+        starts = iter(range(0, len(self), self.batch_size))
+        pending: deque[PendingTiles] = deque()
+        try:
+            while True:
+                while (pool.room or not pending) and (start := next(starts, None)) is not None:
+                    rows = np.arange(start, min(start + self.batch_size, len(self)))
+                    pending.append(pool.read(self.slide, self.grid, rows))
+                if not pending:
+                    return
+                first = pending[0]
+                batch = self._batch(int(first.rows[0]), *first.result(), first.release)
+                pending.popleft()
+                if len(batch.tiles):
+                    yield batch
+                else:
+                    batch.release()
+        finally:
+            for one in pending:
+                one.release()
+
+    def _batch(self, start: int, tiles: np.ndarray, blur: np.ndarray, release: Callable[[], None]) -> TileBatch:
+        self.blur[start : start + len(blur)] = blur
+        if np.isnan(blur).any():
+            self._count_bad(start + np.flatnonzero(np.isnan(blur)))
+        good = blur <= self.max_blur
+        index = start + np.flatnonzero(good)
+        return TileBatch(tiles if good.all() else tiles[good], index, self.grid.coords[index], release)
+
+    def _submit(self, pool: ThreadPoolExecutor, start: int) -> tuple[np.ndarray, list[Future[np.ndarray]]]:
         coords = self.grid.coords[start : start + self.batch_size]
+        read = partial(read_tiles, self.slide, self.grid)
         tiles = np.empty((len(coords), self.grid.tile_px, self.grid.tile_px, 3), np.uint8)
         runs = range(0, len(coords), _RUN)
-        return tiles, [pool.submit(self._read_run, coords[i : i + _RUN], tiles[i : i + _RUN]) for i in runs]
-
-    def _read_run(self, coords: np.ndarray, out: np.ndarray) -> list[float]:
-        return [self._read(x, y, tile) for (x, y), tile in zip(coords.tolist(), out, strict=True)]
-
-    def _read(self, x: int, y: int, out: np.ndarray) -> float:
-        try:
-            read_tile(self.slide, self.grid, x, y, out)
-        except LongslideError:
-            return float("nan")
-        return blur_of(out)
+        return tiles, [pool.submit(read, coords[i : i + _RUN], tiles[i : i + _RUN]) for i in runs]
 
     def _count_bad(self, rows: np.ndarray) -> None:
         self.bad_tiles += [(x, y) for x, y in self.grid.coords[rows].tolist()]
@@ -136,23 +166,3 @@ class TileStream:
                 f"{self.slide.path}: {len(self.bad_tiles)} unreadable tiles (first at {first}, level-0 pixels), more "
                 f"than --max-bad-tiles {self.max_bad_tiles}; copy the slide again, or allow more"
             )
-
-
-def read_tile(slide: Slide, grid: Grid, x: int, y: int, out: np.ndarray) -> None:
-    """Read one tile of a grid.
-
-    Args:
-        slide: The slide.
-        grid: The grid: it says from which level.
-        x: Left edge in level-0 pixels.
-        y: Top edge in level-0 pixels.
-        out: `(tile_px, tile_px, 3)` uint8, where the pixels go.
-
-    Raises:
-        LongslideError: It cannot be read.
-    """
-    region = slide.read_region(x, y, grid.level, grid.read_px, grid.read_px)
-    if grid.read_px == grid.tile_px:
-        out[...] = region
-    else:  # the mean over each pixel's area: no aliasing, no shift of half a pixel
-        cv2.resize(region, (grid.tile_px, grid.tile_px), dst=out, interpolation=cv2.INTER_AREA)
