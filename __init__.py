@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .pipeline.report.report import report as report
     from .pipeline.report.run_folder import Run as Run
     from .pipeline.report.run_folder import read_run as read_run
+    from .pipeline.tiles.tiles import tiles as tiles
     from .pipeline.train.crossval import crossval as crossval
     from .pipeline.train.fit import fit as fit
     from .pipeline.train.pretrain import PretrainedEncoder as PretrainedEncoder
@@ -122,6 +123,7 @@ _HOME = {
     "report": ".pipeline.report.report",
     "Run": ".pipeline.report.run_folder",
     "read_run": ".pipeline.report.run_folder",
+    "tiles": ".pipeline.tiles.tiles",
     "crossval": ".pipeline.train.crossval",
     "fit": ".pipeline.train.fit",
     "PretrainedEncoder": ".pipeline.train.pretrain",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "doctor": (".embed.doctor", "Check slides, weights and this machine before the GPU hours are spent."),
     "embed": (".embed.embed", "Embed slides: one feature file per slide, with tile embeddings and a slide embedding."),
+    "tiles": (".tiles.tiles", "Write tiles as pictures: PNG folders or WebDataset shards."),
     "pretrain": (".train.pretrain", "Pretrain a slide encoder on feature files without labels."),
     "fit": (".train.fit", "Train a slide classifier on feature files."),
     "crossval": (".train.crossval", "Train one classifier per fold, and evaluate on the patients each has not seen."),
