@@ -232,10 +232,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ending_signals() as signals:
         try:
             results = command_function(command)(**parse(command, words))
-        except LongslideError as error:
-            print(f"longslide {command}: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
+        except (LongslideError, KeyboardInterrupt) as error:
+            if isinstance(error, LongslideError) and signals.last is None:  # else what the signal has led to
+                print(f"longslide {command}: {error}", file=sys.stderr)
+                return 2
             print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
             return signals.status
         finally:

@@ -26,15 +26,15 @@ class Signals:
     """What came while a command ran.
 
     Attributes:
-        last: The last signal that ended it; Ctrl-C if none did.
+        last: The last signal that ended it; None if none did.
     """
 
-    last: int = signal.SIGINT
+    last: int | None = None
 
     @property
     def status(self) -> int:
         """The exit status of a process that the signal has ended: 130, 143, 129."""
-        return 128 + self.last
+        return 128 + (self.last or signal.SIGINT)
 
 
 @contextmanager
@@ -49,7 +49,10 @@ def ending_signals() -> Iterator[Signals]:
     def again(dropped: "sys.UnraisableHookArgs") -> None:
         """Python drops what is raised while an object is destroyed, a slide's cache for one: repeat it soon after."""
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            repeat = (threading.main_thread().ident, signals.last)  # to that thread: it ends a wait, too
+            repeat = (
+                threading.main_thread().ident,
+                signals.last or signal.SIGINT,
+            )  # to that thread: it ends a wait, too
             threading.Timer(0.05, signal.pthread_kill, repeat).start()
         else:
             sys.__unraisablehook__(dropped)

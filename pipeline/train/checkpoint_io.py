@@ -30,7 +30,12 @@ class WholeFileCheckpoints(TorchCheckpointIO):
         with whole_file(Path(path), "--run") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer says this of a disk that filled up under it
+            except (
+                RuntimeError
+            ) as error:  # torch's writer closes its archive after whatever has ended it, and fails at that
+                before = error.__context__
+                if isinstance(before, KeyboardInterrupt | OSError):
+                    raise before from None
                 raise OSError(None, f"torch: {str(error).splitlines()[0]}") from error
 
     def load_checkpoint(

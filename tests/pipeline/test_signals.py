@@ -1,0 +1,143 @@
+"""SIGTERM and SIGHUP end a command as Ctrl-C does, and leave neither processes nor pictures of patients."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from classifier_files import ENCODER, write_classifier
+from longslide import embed, write_synthetic_slide
+from longslide.pipeline.signals import Stopped, ending_signals
+from training_cohort import quick, write_cohort
+
+SAYS = """
+import sys
+from lightning import Callback
+
+class Says(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        print("an epoch", file=sys.stderr)
+"""
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`slides/` with many slides, a tile encoder, a classifier of its features."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "tiny.yaml").write_text(ENCODER)
+    (home / "slides").mkdir()
+    write_synthetic_slide(home / "slides" / "s0.svs", size=(1024, 768))
+    embed([home / "slides"], home / "features", str(home / "tiny.yaml"), tile_checkpoint="random", device="cpu")
+    write_classifier(home / "best.ckpt", home / "features")
+    for number in range(1, 60):
+        os.link(home / "slides" / "s0.svs", home / "slides" / f"s{number}.svs")
+    return home
+
+
+def descendants(process: int) -> list[int]:
+    """Processes below a process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == process:
+            found += [int(folder.name), *descendants(int(folder.name))]
+    return found
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ended(words: list[str], number: signal.Signals, when: str, temporary: Path) -> tuple[int, str, list[int]]:
+    """Send a signal to a command alone when its standard error has a text; its status, last line, processes left."""
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    with subprocess.Popen(
+        words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    ) as command:
+        assert command.stderr is not None
+        before = []
+        for line in command.stderr:
+            before.append(line)
+            if when in line:
+                break
+        time.sleep(0.5)
+        children = descendants(command.pid)
+        command.send_signal(number)
+        error = command.communicate(timeout=60)[1]
+    deadline = time.monotonic() + 15
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return command.returncode, (error.strip() or "".join(before)).splitlines()[-1], [c for c in children if alive(c)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["embed", "predict"])
+def test_a_signal_ends_a_batch_in_one_line(command: str, number: signal.Signals, home: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "longslide", command, str(home / "slides"), "--device", "cpu"]
+    words += ["--tile-encoder", str(home / "tiny.yaml")]
+    if command == "embed":
+        words += ["--output", str(tmp_path / "out"), "--tile-checkpoint", "random"]
+    else:  # without an output folder there is a temporary one, with thumbnails of the slides
+        words += ["--checkpoint", str(home / "best.ckpt")]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    status, last, left = ended(words, number, "[2/60]", temporary)
+    assert status == STATUS[number]
+    assert last == f"longslide {command}: stopped; the same command goes on from here"
+    assert not left
+    assert not list(temporary.glob("longslide-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_training_leaves_no_worker(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "longslide",
+        "fit",
+        "--config",
+        "abmil",
+        "--data.task",
+        "binary",
+        *write_cohort(tmp_path),
+    ]
+    words += [*quick(tmp_path / "run"), "--trainer.max_epochs", "100000", "--patience", "100000", "--data.workers", "2"]
+    words += ["--trainer.callbacks", "[{class_path: says.Says}]"]
+    (tmp_path / "says.py").write_text(SAYS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    status, last, left = ended(words, number, "an epoch", tmp_path)
+    assert not left
+    if number == signal.SIGKILL:
+        assert status == -number
+    else:
+        assert status == STATUS[number], last
+        assert last == "longslide fit: stopped; the same command goes on from here"
+
+
+def test_a_signal_that_is_ignored_stays_ignored_as_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ending_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_handlers_are_as_they_were_afterwards() -> None:
+    before = [signal.getsignal(number) for number in STATUS]
+    with ending_signals() as signals, pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGTERM)
+    assert signals.status == 143
+    assert [signal.getsignal(number) for number in STATUS] == before
