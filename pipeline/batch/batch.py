@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from ...data.slides.slide_table import SlideEntry
 from ...errors import LongslideError
-from .ledger import record
+from .ledger import SUMMARY, SUMMARY_WAIT, record
 from .progress import JobProgress
 from .result import SlideResult
 
@@ -50,20 +50,33 @@ def run_batch(
     Returns:
         One result per slide, in the order of the input.
     """
-    results = []
+    results: list[SlideResult] = []
+    unrecorded: list[SlideResult] = []
     with JobProgress(len(entries)) as progress, ExitStack() as resources:
         for note in (job.description, *notes):
             progress.note(note)
         ahead = resources.enter_context(closing(_one_ahead(job.prepare, job.stop, entries)))
         for prepared in ahead:
             result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
-            try:
-                record(output, result)
-            except LongslideError as error:  # the slide's own files are there
-                progress.note(str(error))
             progress.slide_ended(result)
             results.append(result)
+            unrecorded.append(result)
+            unrecorded = _recorded(output, unrecorded, progress, last=len(results) == len(entries))
     return results
+
+
+def _recorded(output: Path, results: list[SlideResult], progress: JobProgress, *, last: bool) -> list[SlideResult]:
+    """Write results into the summary; those that could not be written, for the next time."""
+    again = len(results) > 1  # who has waited in vain once does not wait as long for each slide
+    try:
+        record(output, *results, timeout=SUMMARY_WAIT if last or not again else 1.0)
+    except LongslideError as error:  # the slides' own files are there
+        if last or not again:
+            progress.note(str(error))
+        if last:
+            progress.note(f"{len(results)} slides are missing in {output / SUMMARY}; the same command adds them")
+        return results
+    return []
 
 
 def _one_ahead(

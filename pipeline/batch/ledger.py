@@ -7,15 +7,16 @@ from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 
-from filelock import FileLock
-
 from ...data.table import decimal_point, read_rows
 from ...data.whole_file import remove_leftovers, write_whole
 from ...errors import LongslideError
-from .claims import lock_folder
+from .claims import ClaimedError, lock_folder, waited_claim
 from .result import BUSY, SlideResult
 
 SUMMARY = "summary.csv"
+
+SUMMARY_WAIT = 60.0
+"""Seconds to wait for a process that writes the summary, which takes a moment."""
 
 
 def make_output_folder(output: Path, option: str = "--output") -> None:
@@ -38,32 +39,50 @@ def make_output_folder(output: Path, option: str = "--output") -> None:
         ) from error
 
 
-def record(output: Path, result: SlideResult) -> None:
-    """Write a slide's result into `<output>/summary.csv`, replacing its earlier row.
+def record(output: Path, *results: SlideResult, timeout: float = SUMMARY_WAIT) -> None:
+    """Write the results of slides into `<output>/summary.csv`, replacing their earlier rows.
 
     Several processes may do so at once. What another process says of a slide is not replaced by the news that it is
     busy with it, nor the row of the run that embedded a slide by one that found it done.
 
+    Args:
+        output: The folder.
+        *results: The results.
+        timeout: Seconds to wait for another process that writes.
+
     Raises:
-        LongslideError: The summary cannot be written.
+        LongslideError: The summary cannot be written, or another process holds it.
     """
     path = output / SUMMARY
-    found_done = result.status == "done" and result.seconds is None
     try:
-        with FileLock(lock_folder(output) / f".{SUMMARY}.lock"):  # no slide's own lock: an id has no dot in front
+        with waited_claim(lock_folder(output) / f".{SUMMARY}.lock", timeout) as held:  # no id has a dot in front
             rows = _rows(path)
-            before = rows.get(result.slide_id)
-            if before and (result.reason == BUSY or (found_done and before["status"] == "done")):
+            new = {result.slide_id: asdict(result) for result in results if not _said_better(result, rows)}
+            if not new:
                 return
-            rows[result.slide_id] = asdict(result)
+            rows |= new
             table = io.StringIO(newline="")
             writer = csv.DictWriter(table, [field.name for field in fields(SlideResult)], extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows[slide_id] for slide_id in sorted(rows))
+            if not held.held:
+                raise LongslideError(f"{path}: another process took it over while this one was stopped; tried again")
             remove_leftovers(path)
             write_whole(path, table.getvalue().encode())
+    except ClaimedError as error:
+        holder = str(error).removeprefix(BUSY).strip(" ()")
+        raise LongslideError(
+            f"{path}: locked by {holder}, for more than {timeout:g} s: is it stopped? The job goes on, and tries again"
+        ) from error
     except OSError as error:
         raise LongslideError(f"{path}: cannot write it ({error.strerror})") from error
+
+
+def _said_better(result: SlideResult, rows: dict[str, dict[str, object]]) -> bool:
+    """Whether the row that is there says more than this result."""
+    before = rows.get(result.slide_id)
+    found_done = result.status == "done" and result.seconds is None
+    return before is not None and (result.reason.startswith(BUSY) or (found_done and before["status"] == "done"))
 
 
 def _rows(path: Path) -> dict[str, dict[str, object]]:

@@ -12,7 +12,7 @@ from ...data.slides.slide_table import SlideEntry
 from ...errors import LongslideError, printable
 
 BUSY = "another process is working on it"
-"""Why a slide is skipped that another process has claimed."""
+"""Why a slide is skipped that another process has claimed; who that is follows."""
 
 
 @dataclass(frozen=True)

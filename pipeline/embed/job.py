@@ -22,10 +22,10 @@ from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
 from ...data.tissue.mask import Mask
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
-from ..batch.claims import claim
+from ..batch.claims import ClaimedError, claim
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError
-from ..batch.result import BUSY, SlideResult
+from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcess
 from .layout import lay_out
 from .qc import draw_qc, save_qc
@@ -157,10 +157,7 @@ class EmbedJob:
         started = time.monotonic()
         with ExitStack() as resources:
             try:
-                lock = claim(self.output, entry.slide_id)
-                if lock is None:
-                    return SlideResult.skipped(entry, BUSY)
-                resources.callback(lock.release)
+                resources.callback(claim(self.output, entry.slide_id).release)
                 existing = self._existing_or_none(entry) if self.overwrite else self.existing(entry)
                 if existing is not None:
                     if self.slide_encoder is None or existing.slide_embedding is not None:
@@ -172,6 +169,8 @@ class EmbedJob:
                 if not len(tiled[2].coords):
                     return self._nothing_to_embed(entry, *tiled[:2], why_no_tiles(tiled[1], self.min_tissue))
                 return PreparedSlide(entry, tiled, resources.pop_all(), started)
+            except ClaimedError as busy:
+                return SlideResult.skipped(entry, str(busy))
             except Exception as error:
                 return SlideResult.failed(entry, error)
 

@@ -16,11 +16,11 @@ from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
 from ...registry import is_factory
 from ..batch.batch import run_batch
-from ..batch.claims import claim
+from ..batch.claims import ClaimedError, claim
 from ..batch.ledger import make_output_folder
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
-from ..batch.result import BUSY, SlideResult
+from ..batch.result import SlideResult
 from .choices import SlideEncoderChoice
 from .job import REMEDY, with_slide_encoder
 
@@ -239,10 +239,7 @@ class SlideEmbeddingJob:
         started = time.monotonic()
         with ExitStack() as resources:
             try:
-                lock = claim(self.output, entry.slide_id)
-                if lock is None:
-                    return SlideResult.skipped(entry, BUSY)
-                resources.callback(lock.release)
+                resources.callback(claim(self.output, entry.slide_id).release)
                 if not self.overwrite and (existing := self.existing(entry)) is not None:
                     return SlideResult.done(_entry_of(entry, existing), existing, self.path(entry), "already complete")
                 features = read_features(entry.path)
@@ -251,6 +248,8 @@ class SlideEmbeddingJob:
                     return SlideResult.skipped(entry, "no tiles")
                 remove_leftovers(self.path(entry))
                 return _entry_of(entry, features), features, resources.pop_all(), started
+            except ClaimedError as busy:
+                return SlideResult.skipped(entry, str(busy))
             except Exception as error:
                 return SlideResult.failed(entry, error)
 

@@ -25,11 +25,11 @@ from ...errors import LongslideError, printable
 from ...registry import import_plugins
 from ...version import __version__
 from ..batch.batch import run_batch
-from ..batch.claims import claim
+from ..batch.claims import ClaimedError, claim
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
-from ..batch.result import BUSY, SlideResult
+from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcess
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
 from ..embed.job import PreparedSlide
@@ -280,10 +280,7 @@ class _Job:
         started = time.monotonic()
         with ExitStack() as resources:
             try:
-                lock = claim(self.output, f"{entry.slide_id} prediction")
-                if lock is None:
-                    return SlideResult.skipped(entry, BUSY)
-                resources.callback(lock.release)
+                resources.callback(claim(self.output, f"{entry.slide_id} prediction").release)
                 done = None if self.overwrite else self.done_before(entry)
                 if done is not None:
                     return self._keep_patient(entry, done)
@@ -297,6 +294,8 @@ class _Job:
                     elif made.status != "done":
                         return made
                 return _Claimed(entry, prepared, remarks, resources.pop_all(), started)
+            except ClaimedError as busy:
+                return SlideResult.skipped(entry, str(busy))
             except Exception as error:
                 return SlideResult.failed(entry, error)
 
