@@ -17,6 +17,8 @@ class ABMIL(Aggregator):
         dropout: Share of values dropped after the first layer and in the attention.
     """
 
+    learning_rate = 1e-3
+
     def __init__(self, feature_dim: int, width: int = 512, attention_width: int = 256, dropout: float = 0.25) -> None:
         super().__init__()
         self.width = width

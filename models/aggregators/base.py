@@ -20,12 +20,15 @@ class Aggregator(Plugin, nn.Module):
     Attributes:
         width: Length of the vector of a bag.
         reads_slide_embedding: Whether each bag's only tile is the slide embedding of the feature file.
+        learning_rate: The highest learning rate unless another is asked for, of steps that see 8 bags
+            (`benchmarks/recipes.py`): each aggregator at its own, else a comparison is one of learning rates.
     """
 
     GIVEN = frozenset({"feature_dim", "architecture"})
 
     width: int
     reads_slide_embedding: bool = False
+    learning_rate: float = 2e-4
 
     def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Aggregate bags.

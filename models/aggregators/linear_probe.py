@@ -16,6 +16,7 @@ class LinearProbe(Aggregator):
     """
 
     reads_slide_embedding = True
+    learning_rate = 1e-2
     mean: Tensor
     std: Tensor
 

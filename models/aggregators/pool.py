@@ -17,6 +17,8 @@ class MeanPool(Aggregator):
         dropout: Share of values dropped after that layer.
     """
 
+    learning_rate = 5e-4
+
     def __init__(self, feature_dim: int, width: int = 512, dropout: float = 0.25) -> None:
         super().__init__()
         self.width = width or feature_dim

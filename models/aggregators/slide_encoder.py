@@ -194,6 +194,8 @@ class GigaPathAggregator(SlideEncoderAggregator):
         LongslideError: The weights are unavailable, or do not fit the features.
     """
 
+    learning_rate = 1.25e-4
+
     def __init__(
         self,
         feature_dim: int,

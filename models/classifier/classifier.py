@@ -50,6 +50,7 @@ class SlideClassifier(BagWeightedModule):
         aggregator: The aggregator, if it is not to be made anew by the options.
 
     Attributes:
+        learning_rate: The highest learning rate, of steps that see 8 bags.
         temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
         thresholds: Threshold of the probability, by class name (the second one of `binary`) or label; None for 0.5. Of
             survival the median `risk` of validation, above which a patient counts as of high risk.
@@ -79,6 +80,7 @@ class SlideClassifier(BagWeightedModule):
         self.aggregator = aggregator or create_aggregator(
             options.aggregator, options.checkpoint, facts.feature_dim, facts.preprocessing.get("tile_encoder")
         )
+        self.learning_rate = options.optimiser.learning_rate or self.aggregator.learning_rate
         self.head_dropout = nn.Dropout(options.head_dropout)
         self.head = nn.Linear(self.aggregator.width, facts.task.outputs)
         self.objective = create_objective(
@@ -189,7 +191,7 @@ class SlideClassifier(BagWeightedModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, with warm-up and cosine at every step."""
-        return configure(self, self.optimiser, self.trainer)
+        return configure(self, self.optimiser, self.learning_rate, self.trainer)
 
     # Checkpoints
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import replace
 from typing import Any
 
 from lightning import Trainer
@@ -33,12 +32,13 @@ class WarmupCosine:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model: nn.Module, options: OptimiserOptions) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, options: OptimiserOptions, learning_rate: float) -> list[dict[str, Any]]:
     """The parameters that train, in groups of one learning rate and one weight decay.
 
     Args:
         model: The module; parameters `...layers.<i>...` beside a `tile_projection` are taken for a slide encoder's layers.
         options: The options.
+        learning_rate: The highest learning rate.
 
     Returns:
         Groups for `AdamW`, those of the lowest layers first, in an order that depends on the names only.
@@ -54,7 +54,7 @@ def parameter_groups(model: nn.Module, options: OptimiserOptions) -> list[dict[s
     return [
         {
             "params": parameters,
-            "lr": options.learning_rate * options.layer_decay ** (top - depth),
+            "lr": learning_rate * options.layer_decay ** (top - depth),
             "weight_decay": options.weight_decay if decays else 0.0,
         }
         for (depth, decays), parameters in sorted(groups.items(), key=lambda group: group[0])
@@ -74,19 +74,20 @@ REFERENCE_BAGS = 8
 """Bags of the steps that a learning rate is stated for."""
 
 
-def configure(model: nn.Module, options: OptimiserOptions, trainer: Trainer) -> dict[str, Any]:
+def configure(model: nn.Module, options: OptimiserOptions, learning_rate: float, trainer: Trainer) -> dict[str, Any]:
     """What `LightningModule.configure_optimizers` returns: AdamW, and the learning rate set at every step.
 
     Args:
         model: The module.
         options: The options.
+        learning_rate: The highest learning rate, of steps that see 8 bags.
         trainer: Says how many steps there will be, and how many bags each sees.
     """
     total, bags = _course(trainer)
     warmup = min(total - 1, round(options.warmup * total))
-    floor = options.min_learning_rate / options.learning_rate
-    scaled = replace(options, learning_rate=options.learning_rate * math.sqrt(bags / REFERENCE_BAGS))
-    optimiser = AdamW(parameter_groups(model, scaled), betas=options.betas)
+    floor = options.min_learning_rate / learning_rate
+    scaled = learning_rate * math.sqrt(bags / REFERENCE_BAGS)
+    optimiser = AdamW(parameter_groups(model, options, scaled), betas=options.betas)
     groups = len(optimiser.param_groups)
     schedule = LambdaLR(optimiser, [WarmupCosine(warmup, total, floor) for _ in range(groups)])
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -13,7 +13,7 @@ class OptimiserOptions:
 
     Attributes:
         learning_rate: The highest learning rate, at the end of the warm-up, of steps that see 8 bags. Steps that see n bags
-            take sqrt(n / 8) of it, as suits Adam (https://arxiv.org/abs/2205.10287).
+            take sqrt(n / 8) of it, as suits Adam (https://arxiv.org/abs/2205.10287). Default: the aggregator's own.
         min_learning_rate: The one that the cosine ends at.
         weight_decay: Weight decay of matrices; biases, norms and tokens have none.
         warmup: Share of all steps over which the learning rate rises from 0.
@@ -21,7 +21,7 @@ class OptimiserOptions:
         betas: AdamW's two decay rates.
     """
 
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     min_learning_rate: float = 0.0
     weight_decay: float = 0.05
     warmup: float = 0.05

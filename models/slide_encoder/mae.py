@@ -23,7 +23,7 @@ from ..checkpoint_file import SCHEMA
 from ..classifier.bag_weights import BagWeightedModule
 from ..classifier.optimisation import configure
 from .longnet import LongNetLayer
-from .mae_options import PretrainingOptions
+from .mae_options import LEARNING_RATE, PretrainingOptions
 from .positions import grid_positions
 
 
@@ -64,6 +64,7 @@ class MaskedAutoencoder(BagWeightedModule):
         self.horizontal_flip = options.horizontal_flip
         self.shift = options.shift
         self.optimiser = options.optimiser
+        self.learning_rate = options.optimiser.learning_rate or LEARNING_RATE
         spec, decoder = self.encoder.spec, options.decoder
         self.decoder_in = nn.Linear(spec.width, decoder.width)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder.width))
@@ -167,7 +168,7 @@ class MaskedAutoencoder(BagWeightedModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW, with warm-up and cosine at every step."""
-        return configure(self, self.optimiser, self.trainer)
+        return configure(self, self.optimiser, self.learning_rate, self.trainer)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint holds under `longslide`."""

@@ -6,6 +6,9 @@ from pathlib import Path
 from ..aggregators.registry import AggregatorChoice
 from ..classifier.options import OptimiserOptions
 
+LEARNING_RATE = 5e-4
+"""The highest learning rate unless another is asked for."""
+
 
 @dataclass(frozen=True)
 class DecoderOptions:
@@ -47,4 +50,4 @@ class PretrainingOptions:
     normalise_targets: bool = True
     horizontal_flip: bool = True
     shift: int = 100
-    optimiser: OptimiserOptions = OptimiserOptions(learning_rate=5e-4)
+    optimiser: OptimiserOptions = OptimiserOptions(learning_rate=LEARNING_RATE)

@@ -134,9 +134,10 @@ def _model(run: Run, options: dict[str, Any]) -> list[str]:
     if not _trained(run):
         return sentences
     optimiser = (options.get("model") or {}).get("optimiser") or {}
-    if {"learning_rate", "weight_decay"} <= set(optimiser):
+    if "learning_rate" in model and "weight_decay" in optimiser:
         sentences.append(
-            f"The highest learning rate was {optimiser['learning_rate']:g}, the weight decay {optimiser['weight_decay']:g}."
+            f"The highest learning rate was {model['learning_rate']:g}, for steps of 8 bags, scaled by the square root "
+            f"of their number; the weight decay was {optimiser['weight_decay']:g}."
         )
     several = len(run.facts.get("steps") or []) > 1
     for course in run.facts.get("steps") or []:

@@ -145,9 +145,9 @@ def test_two_processes_train_as_one_process_with_all_their_bags(tmp_path: Path) 
 
 def test_layers_learn_slower_the_lower_they_are_and_biases_norms_and_tokens_do_not_decay() -> None:
     model = classifier("longnet")
-    options = OptimiserOptions(learning_rate=1.0, layer_decay=0.5, weight_decay=0.1)
+    options = OptimiserOptions(layer_decay=0.5, weight_decay=0.1)
     rates = {}
-    for group in parameter_groups(model, options):
+    for group in parameter_groups(model, options, 1.0):
         for parameter in group["params"]:
             rates[parameter] = (group["lr"], group["weight_decay"])
     expected = {
@@ -163,6 +163,12 @@ def test_layers_learn_slower_the_lower_they_are_and_biases_norms_and_tokens_do_n
     named = dict(model.named_parameters())
     assert {name: rates[named[name]] for name in expected} == expected
     assert len(rates) == len(named)
+
+
+def test_each_aggregator_trains_at_its_own_learning_rate_unless_another_is_asked_for() -> None:
+    for aggregator, rate in {"abmil": 1e-3, "mean": 5e-4, "longnet": 2e-4, "linear-probe": 1e-2}.items():
+        assert classifier(aggregator, optimiser=OptimiserOptions()).learning_rate == rate
+        assert classifier(aggregator, optimiser=OptimiserOptions(learning_rate=3e-3)).learning_rate == 3e-3
 
 
 def test_the_learning_rate_warms_up_and_ends_at_its_least() -> None:
