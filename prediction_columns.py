@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 from .task import CLASSIFICATION, Task
 
@@ -42,25 +42,41 @@ class PredictionColumns:
     @property
     def target(self) -> list[str]:
         """What was true."""
-        if self.task.kind == "multilabel":
-            return [f"{_TARGET}_{name}" for name in self.task.classes]
-        return [_TIME, _EVENT] if self.task.kind == "survival" else [_TARGET]
+        match self.task.kind:
+            case "multilabel":
+                return [f"{_TARGET}_{name}" for name in self.task.classes]
+            case "survival":
+                return [_TIME, _EVENT]
+            case "binary" | "multiclass" | "ordinal" | "regression":
+                return [_TARGET]
+            case _:
+                assert_never(self.task.kind)
 
     @property
     def decision(self) -> list[str]:
         """What the scores come to: a class, or whether each label is there."""
-        if self.task.kind == "multilabel":
-            return [f"{_PREDICTION}_{name}" for name in self.task.classes]
-        return [_PREDICTION] if self.task.kind in CLASSIFICATION else []
+        match self.task.kind:
+            case "multilabel":
+                return [f"{_PREDICTION}_{name}" for name in self.task.classes]
+            case "binary" | "multiclass" | "ordinal":
+                return [_PREDICTION]
+            case "regression" | "survival":
+                return []
+            case _:
+                assert_never(self.task.kind)
 
     @property
     def score(self) -> list[str]:
         """The numbers that a classifier gives: of each class or label, the value, or the risk and the survival curve."""
-        if self.task.kind == "regression":
-            return [_PREDICTION]
-        if self.task.kind == "survival":
-            return [_RISK, *(f"{_SURVIVAL}_{time_text(time)}" for time in self.task.times)]
-        return [f"{_PROBABILITY}_{name}" for name in self.task.classes]
+        match self.task.kind:
+            case "regression":
+                return [_PREDICTION]
+            case "survival":
+                return [_RISK, *(f"{_SURVIVAL}_{time_text(time)}" for time in self.task.times)]
+            case "binary" | "multiclass" | "multilabel" | "ordinal":
+                return [f"{_PROBABILITY}_{name}" for name in self.task.classes]
+            case _:
+                assert_never(self.task.kind)
 
     @property
     def spread(self) -> list[str]:

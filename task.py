@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, assert_never, get_args
 
 from .errors import LongslideError
 
@@ -43,11 +43,17 @@ class Task:
     def outputs(self) -> int:
         """Numbers that a model gives for each bag: one logit for `binary`, one per class or label, one per threshold
         between classes for `ordinal`, the value, the log-risk, or one logit per time interval."""
-        if self.kind in ("multiclass", "multilabel"):
-            return len(self.classes)
-        if self.kind == "ordinal":
-            return len(self.classes) - 1
-        return len(self.times) if self.kind == "survival" and self.discrete_time else 1
+        match self.kind:
+            case "multiclass" | "multilabel":
+                return len(self.classes)
+            case "ordinal":
+                return len(self.classes) - 1
+            case "survival":
+                return len(self.times) if self.discrete_time else 1
+            case "binary" | "regression":
+                return 1
+            case _:
+                assert_never(self.kind)
 
     @property
     def positive(self) -> str:

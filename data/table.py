@@ -157,7 +157,7 @@ def require_printable(path: Path, column: str, cells: Iterable[Any]) -> None:
     for cell in cells:
         if isinstance(cell, str) and not is_printable(cell):
             raise LongslideError(
-                f"{path}: column {column!r} has {cell!r}, with a line break or control character; mend it"
+                f"{path}: column {column!r} has {cell!r}, with a line break or control character; correct the cell"
             )
 
 
@@ -319,7 +319,7 @@ def _excel_cell(path: Path, cell: Any) -> str:
     """A cell as it is shown: a number 7 in the format `000` is 007."""
     value = cell.value
     if getattr(cell, "data_type", "") == "e" and value not in MISSING:
-        raise LongslideError(f"{path}: cell {cell.coordinate} holds the error {value}; mend it in the spreadsheet")
+        raise LongslideError(f"{path}: cell {cell.coordinate} holds the error {value}; correct it in the spreadsheet")
     zeros = re.fullmatch(r"0{2,}", getattr(cell, "number_format", "") or "")
     if zeros and isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:0{len(zeros[0])}.0f}"

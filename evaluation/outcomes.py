@@ -1,13 +1,13 @@
 """Predictions as a table -> arrays of outcomes, checked."""
 
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import pandas as pd
 
 from ..errors import LongslideError
 from ..prediction_columns import PredictionColumns, survival_times
-from ..task import CLASSIFICATION, Task
+from ..task import Task
 from .classification import Classes, Labels
 from .regression import Values
 from .survival import Survival
@@ -31,21 +31,35 @@ def read_outcomes(predictions: pd.DataFrame, task: Task) -> Outcomes:
     Raises:
         LongslideError: A column is missing, a class is unknown, or a number is missing or impossible.
     """
-    if task.kind in CLASSIFICATION:
-        return _classes(predictions, task)
+    match task.kind:
+        case "binary" | "multiclass" | "ordinal":
+            return _classes(predictions, task)
+        case "multilabel":
+            return _labels(predictions, task)
+        case "regression":
+            columns = PredictionColumns(task)
+            both = _numbers(predictions, [*columns.target, *columns.score])
+            return Values(both[:, 0], both[:, 1])
+        case "survival":
+            return _survival(predictions, task)
+        case _:
+            assert_never(task.kind)
+
+
+def _labels(predictions: pd.DataFrame, task: Task) -> Labels:
     columns = PredictionColumns(task)
-    if task.kind == "multilabel":
-        probability = _numbers(predictions, columns.score)
-        _check_probabilities(probability)
-        return Labels(
-            target=_numbers(predictions, columns.target, missing=True),
-            prediction=_numbers(predictions, columns.decision),
-            probability=probability,
-            names=task.classes,
-        )
-    if task.kind == "regression":
-        both = _numbers(predictions, [*columns.target, *columns.score])
-        return Values(both[:, 0], both[:, 1])
+    probability = _numbers(predictions, columns.score)
+    _check_probabilities(probability)
+    return Labels(
+        target=_numbers(predictions, columns.target, missing=True),
+        prediction=_numbers(predictions, columns.decision),
+        probability=probability,
+        names=task.classes,
+    )
+
+
+def _survival(predictions: pd.DataFrame, task: Task) -> Survival:
+    columns = PredictionColumns(task)
     time, event, risk = _numbers(predictions, [*columns.target, columns.score[0]]).T
     named = survival_times(map(str, predictions))
     order = sorted(named, key=named.__getitem__)
@@ -62,7 +76,9 @@ def _classes(predictions: pd.DataFrame, task: Task) -> Classes:
     _check_probabilities(probability)
     total = probability.sum(1, keepdims=True)
     if (np.abs(total - 1) > 1e-3).any():
-        raise LongslideError("the predictions have rows whose class probabilities do not sum to 1; predict anew")
+        raise LongslideError(
+            "the predictions have rows whose class probabilities do not sum to 1; run the prediction again"
+        )
     return Classes(
         target=_indices(predictions, columns.target[0], task.classes),
         prediction=_indices(predictions, columns.decision[0], task.classes),
@@ -74,7 +90,9 @@ def _classes(predictions: pd.DataFrame, task: Task) -> Classes:
 
 def _column(predictions: pd.DataFrame, name: str) -> "pd.Series[Any]":
     if name not in predictions:
-        raise LongslideError(f"the predictions have no column {name!r}, which this task needs; predict anew")
+        raise LongslideError(
+            f"the predictions have no column {name!r}, which this task needs; run the prediction again"
+        )
     return predictions[name]
 
 
@@ -96,7 +114,7 @@ def _numbers(predictions: pd.DataFrame, names: list[str], *, missing: bool = Fal
 
 def _check_probabilities(probability: Floats) -> None:
     if ((probability < 0) | (probability > 1)).any():
-        raise LongslideError("the predictions hold probabilities outside 0 to 1; predict anew")
+        raise LongslideError("the predictions hold probabilities outside 0 to 1; run the prediction again")
 
 
 def _indices(predictions: pd.DataFrame, name: str, classes: tuple[str, ...]) -> Integers:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Command -> (the module that holds the function of that name, one line for `longslide --help`), in the order of the work.
 # A module is imported only when its command is asked for, and imports torch only when it runs.
 COMMANDS = {
-    "doctor": (".embed.doctor", "Check slides, weights and this machine before the GPU hours are spent."),
+    "doctor": (".embed.doctor", "Check slides, weights and this machine before a long run."),
     "embed": (".embed.embed", "Embed slides: one feature file per slide, with tile embeddings and a slide embedding."),
     "tiles": (".tiles.tiles", "Write tiles as pictures: PNG folders or WebDataset shards."),
     "pretrain": (".train.pretrain", "Pretrain a slide encoder on feature files without labels."),
@@ -41,7 +41,7 @@ COMMANDS = {
     ),
     "predict": (
         ".predict.predict",
-        "Predict new slides with a trained classifier, and show which tiles speak for and against.",
+        "Predict new slides with a trained classifier, and show which tiles raise or lower each prediction.",
     ),
     "report": (
         ".report.report",

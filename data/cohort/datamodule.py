@@ -6,7 +6,7 @@ import multiprocessing
 import sys
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, assert_never
 
 import lightning
 import numpy as np
@@ -237,14 +237,19 @@ class BagDataModule(lightning.LightningDataModule):
         multilabel; None for other tasks.
         """
         task = self.task
-        if task.kind not in (*CLASSIFICATION, "multilabel"):
-            return None
-        targets = self.training_targets
-        if task.kind == "multilabel":
-            positives, negatives = (targets == 1).sum(0), (targets == 0).sum(0)
-            return torch.from_numpy((negatives / positives).astype(np.float32))
-        counts = np.bincount(targets, minlength=len(task.classes))
-        return torch.from_numpy((len(targets) / (len(task.classes) * counts)).astype(np.float32))
+        match task.kind:
+            case "binary" | "multiclass" | "ordinal":
+                targets = self.training_targets
+                counts = np.bincount(targets, minlength=len(task.classes))
+                return torch.from_numpy((len(targets) / (len(task.classes) * counts)).astype(np.float32))
+            case "multilabel":
+                targets = self.training_targets
+                positives, negatives = (targets == 1).sum(0), (targets == 0).sum(0)
+                return torch.from_numpy((negatives / positives).astype(np.float32))
+            case "regression" | "survival":
+                return None
+            case _:
+                assert_never(task.kind)
 
     @property
     def training_targets(self) -> np.ndarray:
@@ -388,13 +393,17 @@ class BagDataModule(lightning.LightningDataModule):
     def _stratum(self) -> np.ndarray:
         """What is balanced: the class; the combination of labels; whether there was an event."""
         task, targets = self.task, self.training_targets
-        if task.kind == "regression":
-            raise LongslideError("--data.balance needs classes; a regression task has none")
-        if task.kind == "survival":
-            return targets[:, 1].astype(np.int64)
-        if task.kind == "multilabel":
-            return np.asarray(np.unique(np.nan_to_num(targets), axis=0, return_inverse=True)[1]).reshape(-1)
-        return targets
+        match task.kind:
+            case "binary" | "multiclass" | "ordinal":
+                return targets
+            case "multilabel":
+                return np.asarray(np.unique(np.nan_to_num(targets), axis=0, return_inverse=True)[1]).reshape(-1)
+            case "survival":
+                return targets[:, 1].astype(np.int64)
+            case "regression":
+                raise LongslideError("--data.balance needs classes; a regression task has none")
+            case _:
+                assert_never(task.kind)
 
     def _loading(self) -> dict[str, Any]:
         """Options of the loaders. Forked workers share the memory of the cache, which the survey has filled."""

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import assert_never
 
 import numpy as np
 import pandas as pd
@@ -54,20 +55,30 @@ class LabelReader:
         require_columns(self.source, self.frame, self.label)
         if self.frame.loc[self.has_features, list(self.label)].isna().all(axis=None):
             raise LongslideError(f"{self.source}: {listed(self.label)} is empty for all slides that have features")
-        if kind == "multilabel":
-            targets = np.stack([self._numbers(name, _TRUTH) for name in self.label], axis=1)
-            has_label = ~np.isnan(targets).all(axis=1)
-            for column, name in zip(targets[has_label & self.has_features].T, self.label, strict=True):
-                self._varies(name, column[~np.isnan(column)])
-            return Task(kind, self.label, self.label), targets.astype(np.float32), has_label
-        if kind == "regression":
-            values = self._numbers(self.label[0])
-            has_label = ~np.isnan(values)
-            self._varies(self.label[0], values[has_label & self.has_features])
-            return Task(kind, self.label), values, has_label
-        if kind == "survival":
-            return self._survival(times, discrete_time)
-        return self._classes(kind)
+        match kind:
+            case "binary" | "multiclass" | "ordinal":
+                return self._classes(kind)
+            case "multilabel":
+                return self._labels()
+            case "regression":
+                return self._values()
+            case "survival":
+                return self._survival(times, discrete_time)
+            case _:
+                assert_never(kind)
+
+    def _labels(self) -> tuple[Task, np.ndarray, np.ndarray]:
+        targets = np.stack([self._numbers(name, _TRUTH) for name in self.label], axis=1)
+        has_label = ~np.isnan(targets).all(axis=1)
+        for column, name in zip(targets[has_label & self.has_features].T, self.label, strict=True):
+            self._varies(name, column[~np.isnan(column)])
+        return Task("multilabel", self.label, self.label), targets.astype(np.float32), has_label
+
+    def _values(self) -> tuple[Task, np.ndarray, np.ndarray]:
+        values = self._numbers(self.label[0])
+        has_label = ~np.isnan(values)
+        self._varies(self.label[0], values[has_label & self.has_features])
+        return Task("regression", self.label), values, has_label
 
     def _classes(self, kind: TaskKind) -> tuple[Task, np.ndarray, np.ndarray]:
         name = self.label[0]

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, assert_never, get_args
 
 import numpy as np
 import pandas as pd
@@ -111,18 +111,21 @@ class _Patients:
         targets, task = self.cohort.targets, self.cohort.task
         if targets is None or task is None:
             return np.zeros((len(self.ids), 1), np.int64)
-        if task.kind in CLASSIFICATION:
-            rows = np.eye(len(task.classes), dtype=np.int64)[targets]
-        elif task.kind == "multilabel":
-            rows = np.nan_to_num(targets).astype(np.int64)
-        elif task.kind == "regression":
-            rows = _quarters(targets)
-        else:
-            time, event = targets.T
-            rows = np.zeros((len(targets), 2 * _QUANTILES), np.int64)
-            for value in (0, 1):
-                chosen = event == value
-                rows[chosen, value * _QUANTILES : (value + 1) * _QUANTILES] = _quarters(time[chosen])
+        match task.kind:
+            case "binary" | "multiclass" | "ordinal":
+                rows = np.eye(len(task.classes), dtype=np.int64)[targets]
+            case "multilabel":
+                rows = np.nan_to_num(targets).astype(np.int64)
+            case "regression":
+                rows = _quarters(targets)
+            case "survival":
+                time, event = targets.T
+                rows = np.zeros((len(targets), 2 * _QUANTILES), np.int64)
+                for value in (0, 1):
+                    chosen = event == value
+                    rows[chosen, value * _QUANTILES : (value + 1) * _QUANTILES] = _quarters(time[chosen])
+            case _:
+                assert_never(task.kind)
         labels = np.zeros((len(self.ids), rows.shape[1]), np.int64)
         np.maximum.at(labels, self.of_row, rows)
         return labels
@@ -250,12 +253,20 @@ class _Patients:
     def _needed(self) -> np.ndarray:
         """`(P, G)` bool: what each part should have a patient with."""
         task = self.cohort.task
-        if task is None or task.kind == "regression":
+        if task is None:
             return np.zeros((len(self.ids), 0), bool)
-        if task.kind == "survival":
-            return np.asarray(self.labels[:, _QUANTILES:].any(1, keepdims=True))
         labels = self.labels > 0
-        return np.concatenate([labels, ~labels], axis=1) if self.several_labels else labels
+        match task.kind:
+            case "binary" | "multiclass" | "ordinal":
+                return labels
+            case "multilabel":
+                return np.concatenate([labels, ~labels], axis=1)
+            case "regression":
+                return np.zeros((len(self.ids), 0), bool)
+            case "survival":
+                return np.asarray(labels[:, _QUANTILES:].any(1, keepdims=True))
+            case _:
+                assert_never(task.kind)
 
 
 def _quarters(values: np.ndarray) -> np.ndarray:
@@ -334,7 +345,9 @@ def read_splits(path: Path, cohort: Cohort, patients: str | None = None) -> tupl
     result = pd.concat([rows, parts.reindex(own).reset_index(drop=True)], axis=1)
     missing = list(rows["slide_id"][~own.isin(parts.index)])
     if len(missing) == len(rows):
-        raise LongslideError(f"{path}: none of the cohort's slides is in it (the first is {missing[0]}); split anew")
+        raise LongslideError(
+            f"{path}: none of the cohort's slides is in it (the first is {missing[0]}); make new splits"
+        )
     notes = [f"{len(missing)} slides are not in {path} and are not used: {listed(missing)}"] if missing else []
     return result, notes
 
@@ -381,17 +394,27 @@ def check_splits(splits: pd.DataFrame, cohort: Cohort, *, keep_sites_apart: bool
             raise LongslideError(f"{fold} has no slides to train on; mark some of them train in the splits")
         if task is None or targets is None:
             continue
-        if task.kind in CLASSIFICATION:
-            for number, name in enumerate(task.classes):
-                if not (targets[train] == number).any():
-                    raise LongslideError(f"{fold}: no slide of class {name!r} is in the training part; split anew")
-        elif task.kind == "multilabel":
-            for number, name in enumerate(task.classes):
-                if len(np.unique(targets[train, number][~np.isnan(targets[train, number])])) < 2:
-                    raise LongslideError(f"{fold}: label {name!r} has one value in the training part; split anew")
-        elif task.kind == "survival" and not targets[train, 1].any():
-            raise LongslideError(f"{fold}: the training part has no event; split anew")
+        if lacking := _lacking_in_training(task, targets[train]):
+            raise LongslideError(f"{fold}: {lacking}; make new splits")
     return splits
+
+
+def _lacking_in_training(task: Task, targets: np.ndarray) -> str:
+    """Why nothing can be learnt from these targets, `(N, ...)` as in `Cohort.targets`; empty if it can."""
+    match task.kind:
+        case "binary" | "multiclass" | "ordinal":
+            absent = [name for number, name in enumerate(task.classes) if not (targets == number).any()]
+            return f"no slide of class {absent[0]!r} is in the training part" if absent else ""
+        case "multilabel":
+            values = (np.unique(column[~np.isnan(column)]) for column in targets.T)
+            single = [name for name, found in zip(task.classes, values, strict=True) if len(found) < 2]
+            return f"label {single[0]!r} has one value in the training part" if single else ""
+        case "survival":
+            return "" if targets[:, 1].any() else "the training part has no event"
+        case "regression":  # that the values differ is asked when the loss is standardised
+            return ""
+        case _:
+            assert_never(task.kind)
 
 
 def check_validation(splits: pd.DataFrame, cohort: Cohort, fold: int | None = None) -> None:
@@ -421,17 +444,21 @@ def check_validation(splits: pd.DataFrame, cohort: Cohort, fold: int | None = No
 
 def _lack(task: Task, targets: np.ndarray) -> str:
     """Why a metric is not defined on these targets, `(N, ...)` as in `Cohort.targets`; empty if it is."""
-    if task.kind in CLASSIFICATION:
-        return f"has slides of class {task.classes[targets[0]]!r} alone" if len(np.unique(targets)) == 1 else ""
-    if task.kind == "multilabel":
-        both = ((targets == 0).any(0) & (targets == 1).any(0)).any()
-        return "" if both else "has only slides with, or only slides without, each label"
-    if task.kind == "regression":
-        return f"has slides with {task.label[0]} {targets[0]:g} alone" if len(np.unique(targets)) == 1 else ""
-    time, event = targets[:, 0], targets[:, 1] > 0
-    first = time[event].min(initial=np.inf)  # who is known to be later than the first event can be compared with it
-    comparable = ((time > first) | ((time == first) & ~event)).any()
-    return "" if comparable else "has no event with a later time to compare it with"
+    match task.kind:
+        case "binary" | "multiclass" | "ordinal":
+            return f"has only slides of class {task.classes[targets[0]]!r}" if len(np.unique(targets)) == 1 else ""
+        case "multilabel":
+            both = ((targets == 0).any(0) & (targets == 1).any(0)).any()
+            return "" if both else "has only slides with, or only slides without, each label"
+        case "regression":
+            return f"has only slides with {task.label[0]} {targets[0]:g}" if len(np.unique(targets)) == 1 else ""
+        case "survival":
+            time, event = targets[:, 0], targets[:, 1] > 0
+            first = time[event].min(initial=np.inf)  # who is known to be later than it can be compared with it
+            comparable = ((time > first) | ((time == first) & ~event)).any()
+            return "" if comparable else "has no event with a later time to compare it with"
+        case _:
+            assert_never(task.kind)
 
 
 def _check_apart(fold: str, what: str, names: pd.Series, parts: pd.Series) -> None:

@@ -149,7 +149,7 @@ class Slide:
             `(h, w, 3)` uint8 RGB.
 
         Raises:
-            LongslideError: Hardly anything of level 0 can be read, where it is needed.
+            LongslideError: Level 0 is almost entirely unreadable, where it is needed.
         """
         scale = min(1.0, max_px / max(self.dimensions))
         width, height = (max(1, round(edge * scale)) for edge in self.dimensions)
@@ -181,7 +181,7 @@ class Slide:
             Its mask, and its contours in level-0 pixels.
 
         Raises:
-            LongslideError: Hardly anything of the slide can be read, or it has no microns per pixel.
+            LongslideError: The slide is almost entirely unreadable, or it has no microns per pixel.
         """
         from ..tissue.optical_density import OpticalDensity
 
@@ -254,7 +254,7 @@ class Slide:
             elif unreadable[0] > _MAX_UNREADABLE:
                 levels = ", ".join(str(one) for one in sorted({0, *self.unreadable_levels}))
                 raise LongslideError(
-                    f"{self.path}: hardly anything of it can be read (level{'s' * (levels != '0')} {levels} damaged: "
+                    f"{self.path}: almost none of it can be read (level{'s' * (levels != '0')} {levels} damaged: "
                     f"{str(error).removeprefix(f'{self.path}: ')}); copy it again"
                 ) from None
         if max(width, height) <= _NATIVE_TILE:

@@ -23,6 +23,9 @@ AGGREGATORS: "Registry[Aggregator]" = Registry(
 )
 """The aggregators."""
 
+READ_SLIDE_EMBEDDINGS = frozenset({"linear-probe"})
+"""Those of the package that read the slide embeddings of the feature files: known here without their classes."""
+
 
 @dataclass(frozen=True)
 class AggregatorChoice(Chosen):
@@ -39,5 +42,5 @@ class AggregatorChoice(Chosen):
     def reads_slide_embedding(self) -> bool:
         """Whether it reads the slide embeddings of the feature files; that of the package is known without its class."""
         if self.class_path in AGGREGATORS.builtin:
-            return self.class_path == "linear-probe"
+            return self.class_path in READ_SLIDE_EMBEDDINGS
         return AGGREGATORS.get(self.class_path).reads_slide_embedding

@@ -1,7 +1,7 @@
 """What each kind of task trains on, and what it predicts from the raw outputs of a model."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -350,11 +350,18 @@ def create_objective(
         raise LongslideError(
             f"{len(class_weights)} class weights for a {task.kind} task with {len(task.classes)} classes; give one a class"
         )
-    if task.kind == "multilabel":
-        return Multilabel(len(task.classes), class_weights)
-    if task.kind == "regression":
-        return Regression(target_mean, target_std)
-    if task.kind == "survival":
-        return DiscreteHazards(task.times) if task.discrete_time else Cox(task.times, cox_ties)
-    kinds = {"binary": Binary, "multiclass": Multiclass, "ordinal": Ordinal}
-    return kinds[task.kind](len(task.classes), class_weights)
+    match task.kind:
+        case "binary":
+            return Binary(len(task.classes), class_weights)
+        case "multiclass":
+            return Multiclass(len(task.classes), class_weights)
+        case "ordinal":
+            return Ordinal(len(task.classes), class_weights)
+        case "multilabel":
+            return Multilabel(len(task.classes), class_weights)
+        case "regression":
+            return Regression(target_mean, target_std)
+        case "survival":
+            return DiscreteHazards(task.times) if task.discrete_time else Cox(task.times, cox_ties)
+        case _:
+            assert_never(task.kind)

@@ -1,6 +1,7 @@
 """The outputs of the validation bags, and the metric by which a model is selected."""
 
 import math
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -72,24 +73,36 @@ def selection_metric(task: Task, predictions: dict[str, Tensor], target: Tensor)
     Returns:
         The metric; NaN where it is not defined, as an AUROC is with one class.
     """
-    if task.kind == "regression":
-        return float(r2_score(predictions["value"], target)) if len(target) > 1 else math.nan
-    if task.kind == "survival":
-        return _c_index(predictions["risk"].double(), *target.double().unbind(1))
-    probability = predictions["probability"]
-    if task.kind == "ordinal":
-        grades = torch.arange(len(task.classes), dtype=probability.dtype, device=probability.device)
-        expected, target = probability @ grades, target.to(probability.dtype)
-        if len(target) < 2 or target.min() == target.max():
-            return math.nan
-        return 0.0 if expected.min() == expected.max() else float(spearman_corrcoef(expected, target))
-    if task.kind == "binary":
-        return _auroc(probability[:, 1], target)
-    if task.kind == "multiclass":
-        target = torch.nn.functional.one_hot(target, len(task.classes)).to(probability.dtype)
+    match task.kind:
+        case "binary":
+            return _auroc(predictions["probability"][:, 1], target)
+        case "multiclass":
+            one_hot = torch.nn.functional.one_hot(target, len(task.classes))
+            return _mean_auroc(predictions["probability"], one_hot)
+        case "multilabel":
+            return _mean_auroc(predictions["probability"], target)
+        case "ordinal":
+            return _rank_correlation(predictions["probability"], target)
+        case "regression":
+            return float(r2_score(predictions["value"], target)) if len(target) > 1 else math.nan
+        case "survival":
+            return _c_index(predictions["risk"].double(), *target.double().unbind(1))
+        case _:
+            assert_never(task.kind)
+
+
+def _mean_auroc(probability: Tensor, target: Tensor) -> float:
     each = [_auroc(p, t) for p, t in zip(probability.T, target.T, strict=True)]
     defined = [value for value in each if not math.isnan(value)]
     return sum(defined) / len(defined) if defined else math.nan
+
+
+def _rank_correlation(probability: Tensor, target: Tensor) -> float:
+    grades = torch.arange(probability.shape[1], dtype=probability.dtype, device=probability.device)
+    expected, target = probability @ grades, target.to(probability.dtype)
+    if len(target) < 2 or target.min() == target.max():
+        return math.nan
+    return 0.0 if expected.min() == expected.max() else float(spearman_corrcoef(expected, target))
 
 
 def class_of(task: Task, probability: Tensor, thresholds: dict[str, float] | None = None) -> Tensor:
@@ -105,15 +118,21 @@ def class_of(task: Task, probability: Tensor, thresholds: dict[str, float] | Non
         than half, as in CORN. For `multilabel` `(B, C)` int64, 0 or 1.
     """
     thresholds = thresholds or {}
-    if task.kind == "binary":
-        return (probability[:, 1] >= thresholds.get(task.classes[1], 0.5)).long()
-    if task.kind == "multilabel":
-        limits = probability.new_tensor([thresholds.get(name, 0.5) for name in task.classes])
-        return (probability >= limits).long()
-    if task.kind == "ordinal":
-        above = 1 - probability.cumsum(1)[:, :-1]
-        return (above > 0.5).sum(1)
-    return probability.argmax(1)
+    match task.kind:
+        case "binary":
+            return (probability[:, 1] >= thresholds.get(task.classes[1], 0.5)).long()
+        case "multilabel":
+            limits = probability.new_tensor([thresholds.get(name, 0.5) for name in task.classes])
+            return (probability >= limits).long()
+        case "ordinal":
+            above = 1 - probability.cumsum(1)[:, :-1]
+            return (above > 0.5).sum(1)
+        case "multiclass":
+            return probability.argmax(1)
+        case "regression" | "survival":
+            raise ValueError(f"a {task.kind} task has no classes to decide between")
+        case _:
+            assert_never(task.kind)
 
 
 def _c_index(risk: Tensor, time: Tensor, event: Tensor) -> float:

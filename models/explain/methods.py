@@ -3,7 +3,7 @@
 A model here is any function of the packed interface, `(tile_features (T, D), grid_cells (T, 2), cu_seqlens (B + 1,)) ->
 (B, C)`; what is explained are its C numbers, so a caller chooses them: log-odds of classes rather than logits, whose common
 part says nothing. Every method sees one slide, keeps no more than one pass of the model in memory (half as much where the
-weights do not require gradients), and gives one score per tile and number. Scores above 0 speak for it: without the tile,
+weights do not require gradients), and gives one score per tile and number. Scores above 0 raise it: without the tile,
 the number would be lower.
 """
 

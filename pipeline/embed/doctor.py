@@ -1,4 +1,4 @@
-"""The check before the GPU hours: what will go wrong with these slides, these weights, this machine."""
+"""The check before a long run: what will go wrong with these slides, these weights, this machine."""
 
 import time
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ SCANNER_TOLERANCE = 0.02
 """Scanners of one kind differ by about a hundredth in their microns per pixel."""
 
 
-REMEDY = "choose another --features, and they are made anew"
+REMEDY = "choose another --features folder to embed the slides again"
 
 
 def trained_on(ensemble: "ClassifierEnsemble") -> Preprocessing:

@@ -90,8 +90,8 @@ def predict(
             only printed and returned.
         features: Folder of feature files: those there are used, new ones are written there. Default: `features` in the
             output folder.
-        explain: Also show which tiles speak for and against: `integrated-gradients`, `gradient-x-input`, `occlusion`, or
-            `attention` of models that have it.
+        explain: Also show which tiles raise or lower the prediction: `integrated-gradients`, `gradient-x-input`,
+            `occlusion`, or `attention` of models that have it.
         tile_encoder: The tile encoder, if it is one of your own: a YAML file, or `package.module:factory`. Default: by its
             name in the checkpoint.
         slide_encoder: Likewise the slide encoder, for classifiers of slide embeddings.

@@ -52,5 +52,5 @@ class WholeFileCheckpoints(TorchCheckpointIO):
         try:
             content: dict[str, Any] = read_checkpoint(Path(path))
         except LongslideError as error:
-            raise LongslideError(f"{error}; delete it, and the run begins anew") from error
+            raise LongslideError(f"{error}; delete it to start the run again") from error
         return content

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import pandas as pd
@@ -161,11 +161,15 @@ def _targets(columns: PredictionColumns, target: np.ndarray) -> pd.DataFrame:
 
 def _scores(columns: PredictionColumns, predictions: dict[str, np.ndarray]) -> np.ndarray:
     """What is averaged over the bags of a patient, `(n, columns)`."""
-    if columns.task.kind == "regression":
-        return predictions["value"][:, None]
-    if columns.task.kind == "survival":
-        return np.concatenate([predictions["risk"][:, None], predictions["survival"]], axis=1)
-    return predictions["probability"]
+    match columns.task.kind:
+        case "binary" | "multiclass" | "multilabel" | "ordinal":
+            return predictions["probability"]
+        case "regression":
+            return predictions["value"][:, None]
+        case "survival":
+            return np.concatenate([predictions["risk"][:, None], predictions["survival"]], axis=1)
+        case _:
+            assert_never(columns.task.kind)
 
 
 def _decide(columns: PredictionColumns, rows: pd.DataFrame, thresholds: dict[str, float] | None) -> pd.DataFrame:

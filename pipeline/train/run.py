@@ -92,7 +92,7 @@ class TrainingRun:
         try:
             content = json.loads(path.read_text("utf-8"))
         except ValueError as error:
-            raise LongslideError(f"{path}: not readable ({error}); delete the folder to begin anew") from error
+            raise LongslideError(f"{path}: not readable ({error}); delete the folder to start again") from error
         return content if isinstance(content, dict) else {}
 
     def _read_configuration(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class TrainingRun:
         try:
             content = read_yaml(path, "configuration")
         except LongslideError as error:
-            raise LongslideError(f"{error}; delete the folder to begin anew") from error
+            raise LongslideError(f"{error}; delete the folder to start again") from error
         return content if isinstance(content, dict) else {}
 
     def check_cohort(self, cohort: "Cohort") -> None:

@@ -27,7 +27,7 @@ SETTLED: dict[Command, frozenset[str]] = {
     | {"slide_embeddings", "bags", "splits", "fold", "folds", "val_share", "test_share"}
     | {"keep_sites_apart", "max_tiles", "balance", "augment"},
 }
-"""Data options that a command settles by itself: they are no options of it."""
+"""Data options that a command sets itself: it does not offer them."""
 
 TRAINER_DEFAULTS = {
     "gradient_clip_val": 1.0,
@@ -44,15 +44,15 @@ def settle(command: Command, data: DataOptions, **settled: Any) -> DataOptions:
     Args:
         command: The command.
         data: The options as they were given.
-        **settled: What the command settles.
+        **settled: What the command sets.
 
     Raises:
-        LongslideError: An option is given that the command settles by itself.
+        LongslideError: An option is given that the command sets itself.
     """
     for field in fields(data):
         if field.name in SETTLED[command] and getattr(data, field.name) != field.default:
             name = field.name.replace("_", "-")
-            raise LongslideError(f"longslide {command} settles --data.{name} by itself; leave it out")
+            raise LongslideError(f"longslide {command} sets --data.{name} itself; leave it out")
     return replace(data, **settled)
 
 
@@ -112,7 +112,7 @@ class Settings:
 
 
 def configuration(command: Command, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a command in plain types, without what the command settles by itself."""
+    """The options of a command in plain types, without what the command sets itself."""
     content = plain(options)
     content["data"] = {name: value for name, value in content["data"].items() if name not in SETTLED[command]}
     return dict(content)

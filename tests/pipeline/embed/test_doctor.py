@@ -1,4 +1,4 @@
-"""The check before the GPU hours: every problem it finds is one that `embed` would meet."""
+"""The check before a long run: every problem it finds is one that `embed` would meet."""
 
 import shutil
 from pathlib import Path

@@ -69,6 +69,6 @@ def test_pretrain_fit_test_compare_and_explain_hand_over_their_results(tmp_path:
     assert len(found.scores) == len(found.coords)
 
 
-def test_an_option_that_the_command_settles_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(longslide.LongslideError, match=r"crossval settles --data\.fold by itself"):
+def test_an_option_that_the_command_sets_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(longslide.LongslideError, match=r"crossval sets --data\.fold itself"):
         longslide.crossval(longslide.DataOptions(tmp_path, fold=1))
