@@ -133,7 +133,7 @@ def simulate(
             counts[metric] += (
                 np.isfinite(scores[metric].value),
                 there,
-                low <= known[metric] <= high,
+                low - 1e-9 <= known[metric] <= high + 1e-9,
                 there and high - low <= 1e-9,
                 high - low if there else 0,
             )

@@ -232,13 +232,14 @@ def interval_of_mean_loss(replicates: Replicates, worst: float, inflation: float
     value, groups = replicates.value, len(replicates.values)
     if not (replicates.defined and worst > 0):
         return NO_INTERVAL
-    each = np.clip(value - (groups - 1) * replicates.deviations, 0, worst)
+    each = value - (groups - 1) * replicates.deviations
+    least, most = min(0.0, float(each.min())), max(worst, float(each.max()))  # of censored losses, which weigh more
     weights = _drawn(groups)
     means = weights[:, :-1] @ each
     tail, wider = (1 - LEVEL) / 2, np.sqrt(inflation)
-    low, high = np.quantile(means, tail), np.quantile(means + weights[:, -1] * worst, 1 - tail)
-    ends = value - wider * (value - min(low, value)), value + wider * (max(high, value) - value)
-    return Interval(float(max(0.0, ends[0])), float(min(ends[1], max(worst, value))), "gaffke")
+    low, high = np.quantile(means + weights[:, -1] * least, tail), np.quantile(means + weights[:, -1] * most, 1 - tail)
+    low, high = value - wider * max(0.0, value - low), value + wider * max(0.0, high - value)
+    return Interval(float(max(0.0, low)), float(min(most, high)), "gaffke")
 
 
 def interval_on_scale(

@@ -290,15 +290,15 @@ def test_bad_splits_are_refused(tmp_path: Path, rows: Write) -> None:
 @pytest.mark.parametrize(
     ("task", "targets", "said"),
     [
-        (Task("binary", ("label",), ("no", "yes")), [1, 1], "has slides of class 'yes' alone"),
-        (Task("multiclass", ("label",), ("a", "b", "c")), [2], "has slides of class 'c' alone"),
-        (Task("ordinal", ("label",), ("low", "high")), [0, 0], "has slides of class 'low' alone"),
+        (Task("binary", ("label",), ("no", "yes")), [1, 1], "has only slides of class 'yes'"),
+        (Task("multiclass", ("label",), ("a", "b", "c")), [2], "has only slides of class 'c'"),
+        (Task("ordinal", ("label",), ("low", "high")), [0, 0], "has only slides of class 'low'"),
         (
             Task("multilabel", ("x", "y"), ("x", "y")),
             [[0, 1], [np.nan, 1]],
             "has only slides with, or only slides without, each label",
         ),
-        (Task("regression", ("age",)), [3.5, 3.5], "has slides with age 3.5 alone"),
+        (Task("regression", ("age",)), [3.5, 3.5], "has only slides with age 3.5"),
         (Task("survival", ("t", "e"), times=(5,)), [[3.0, 0.0], [9.0, 1.0]], "has no event with a later time"),
     ],
 )

@@ -11,7 +11,7 @@ from longslide.models.aggregators.abmil import ABMIL
 from longslide.models.aggregators.base import Aggregator, create_aggregator
 from longslide.models.aggregators.linear_probe import LinearProbe
 from longslide.models.aggregators.pool import MaxPool, MeanPool
-from longslide.models.aggregators.registry import AggregatorChoice
+from longslide.models.aggregators.registry import AGGREGATORS, AggregatorChoice
 from longslide.models.aggregators.slide_encoder import LongNetAggregator, SlideEncoderAggregator
 from longslide.models.aggregators.transmil import NystromAttention, TransMIL
 from longslide.models.slide_encoder.checkpoint import to_published
@@ -163,3 +163,8 @@ def test_a_checkpoint_refuses_features_that_it_was_not_trained_on(tmp_path: Path
 def test_layers_that_the_encoder_does_not_have_are_refused() -> None:
     with pytest.raises(LongslideError, match=r"has the layers 0 \(the projected tiles\) to 2, not \[3\]"):
         gigapath((3,))
+
+
+@pytest.mark.parametrize("name", sorted(AGGREGATORS.builtin))
+def test_what_reads_slide_embeddings_is_known_without_the_class(name: str) -> None:
+    assert AggregatorChoice(name).reads_slide_embedding == AGGREGATORS.get(name).reads_slide_embedding
