@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 from longslide.errors import LongslideError
+from longslide.models.aggregators import registry
 from longslide.models.aggregators.abmil import ABMIL
 from longslide.models.aggregators.base import Aggregator, create_aggregator
 from longslide.models.aggregators.linear_probe import LinearProbe
 from longslide.models.aggregators.pool import MaxPool, MeanPool
-from longslide.models.aggregators.registry import AGGREGATORS, AggregatorChoice
+from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.aggregators.slide_encoder import LongNetAggregator, SlideEncoderAggregator
 from longslide.models.aggregators.transmil import NystromAttention, TransMIL
 from longslide.models.slide_encoder.checkpoint import to_published
@@ -165,6 +166,6 @@ def test_layers_that_the_encoder_does_not_have_are_refused() -> None:
         gigapath((3,))
 
 
-@pytest.mark.parametrize("name", sorted(AGGREGATORS.builtin))
+@pytest.mark.parametrize("name", sorted(registry.AGGREGATORS.builtin))
 def test_what_reads_slide_embeddings_is_known_without_the_class(name: str) -> None:
-    assert AggregatorChoice(name).reads_slide_embedding == AGGREGATORS.get(name).reads_slide_embedding
+    assert AggregatorChoice(name).reads_slide_embedding == registry.AGGREGATORS.get(name).reads_slide_embedding

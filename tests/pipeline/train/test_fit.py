@@ -681,7 +681,7 @@ def test_every_fold_has_been_looked_at_before_the_first_is_trained(
     words = ["crossval", *BINARY, *cohort[1], "--data.table", f"{tmp_path}/cohort.csv", *quick(tmp_path / "run")]
     assert main(words) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("longslide crossval: fold_1: the validation part has slides of class 'positive' alone")
+    assert line.startswith("longslide crossval: fold_1: the validation part has only slides of class 'positive'")
     assert not (tmp_path / "run" / "fold_0").exists()
 
 
