@@ -139,8 +139,24 @@ class Slide:
         """
         return self._reader.read_region(x, y, level, width, height)
 
+    @cached_property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """x, y, width and height, in level-0 pixels, of the part of the slide that was scanned.
+
+        The whole slide, unless the file says otherwise: the canvas of a glass slide may hold a small scanned area (`.scn`,
+        `.mrxs`).
+        """
+        width, height = self.dimensions
+        try:
+            x, y, w, h = (int(self.properties[f"openslide.bounds-{name}"]) for name in ("x", "y", "width", "height"))
+        except (KeyError, ValueError):
+            return 0, 0, width, height
+        left, top = max(0, x), max(0, y)
+        w, h = min(x + w, width) - left, min(y + h, height) - top
+        return (left, top, w, h) if w > 0 and h > 0 else (0, 0, width, height)
+
     def thumbnail(self, max_px: int = 2048) -> np.ndarray:
-        """The whole slide, antialiased, with no edge longer than `max_px`.
+        """What was scanned of the slide, its `bounds`, antialiased, with no edge longer than `max_px`.
 
         A region of a reduced level that cannot be read is taken from the next finer level, and the level listed in
         `unreadable_levels`. One of level 0 shows as background: the tile stream will count it, where it matters.
@@ -151,11 +167,11 @@ class Slide:
         Raises:
             LongslideError: Level 0 is almost entirely unreadable, where it is needed.
         """
-        scale = min(1.0, max_px / max(self.dimensions))
-        width, height = (max(1, round(edge * scale)) for edge in self.dimensions)
-        large_enough = [i for i, (w, h) in enumerate(self.level_dimensions) if w >= width and h >= height]
-        level = max(large_enough, default=0)
-        level_width, level_height = self.level_dimensions[level]
+        scale = min(1.0, max_px / max(self.bounds[2:]))
+        width, height = (max(1, round(edge * scale)) for edge in self.bounds[2:])
+        parts = [self._bounds_at(level) for level in range(len(self.level_dimensions))]
+        level = max((i for i, (_, _, w, h) in enumerate(parts) if w >= width and h >= height), default=0)
+        x0, y0, level_width, level_height = parts[level]
         # First by a whole factor, block by block, so that no more than a block of the level is in memory.
         factor = max(1, min(level_width // width, level_height // height))
         block = max(1, _BLOCK // factor) * factor
@@ -164,12 +180,19 @@ class Slide:
         for top in range(0, level_height, block):
             for left in range(0, level_width, block):
                 w, h = min(block, level_width - left), min(block, level_height - top)
-                region = self._read_what_can_be_read(left, top, level, w, h, unreadable)
+                region = self._read_what_can_be_read(x0 + left, y0 + top, level, w, h, unreadable)
                 out = small[top // factor : -(-(top + h) // factor), left // factor : -(-(left + w) // factor)]
                 out[...] = cv2.resize(region, out.shape[1::-1], interpolation=cv2.INTER_AREA)
         if small.shape[:2] == (height, width):
             return small
         return np.asarray(cv2.resize(small, (width, height), interpolation=cv2.INTER_AREA))
+
+    def _bounds_at(self, level: int) -> tuple[int, int, int, int]:
+        """`bounds` in pixels of a level."""
+        x, y, w, h = self.bounds
+        scale_x, scale_y = (a / b for a, b in zip(self.level_dimensions[level], self.dimensions, strict=True))
+        left, top = round(x * scale_x), round(y * scale_y)
+        return left, top, max(1, round((x + w) * scale_x) - left), max(1, round((y + h) * scale_y) - top)
 
     def tissue(self, segmenter: "TissueSegmenter | None" = None) -> "Tissue":
         """Find the tissue.

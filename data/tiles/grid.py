@@ -186,17 +186,17 @@ def _tissue_fraction(tissue: Tissue, step: int, tile_size: int, columns: int, ro
     height, width = tissue.mask.shape
     integral = np.zeros((height + 1, width + 1))
     integral[1:, 1:] = tissue.mask.cumsum(0, dtype=np.float64).cumsum(1)
-    x = _interpolation(step, tile_size, columns, tissue.downsample[0], width)
-    y = _interpolation(step, tile_size, rows, tissue.downsample[1], height)
+    x = _interpolation(step, tile_size, columns, tissue.origin[0], tissue.downsample[0], width)
+    y = _interpolation(step, tile_size, rows, tissue.origin[1], tissue.downsample[1], height)
     return np.asarray(y @ integral @ x.T) * tissue.downsample[0] * tissue.downsample[1] / tile_size**2
 
 
-def _interpolation(step: int, tile_size: int, count: int, downsample: float, size: int) -> np.ndarray:
+def _interpolation(step: int, tile_size: int, count: int, origin: int, downsample: float, size: int) -> np.ndarray:
     """`(count, size + 1)` matrix that takes the integral over each tile; it is linear between mask pixels."""
     matrix = np.zeros((count, size + 1))
     starts = np.arange(count) * step
     for edge, sign in ((starts + tile_size, 1.0), (starts, -1.0)):
-        position = np.clip(edge / downsample, 0, size)
+        position = np.clip((edge - origin) / downsample, 0, size)
         low = np.minimum(position.astype(int), size - 1)
         np.add.at(matrix, (np.arange(count), low), sign * (1 - (position - low)))
         np.add.at(matrix, (np.arange(count), low + 1), sign * (position - low))

@@ -13,7 +13,7 @@ from ...registry import Plugin, Registry
 from ..slides.slide import Slide
 
 MAX_MASK_PX = 4096
-"""Longest edge of a mask, whatever the slide's size."""
+"""Edge of the largest mask, if it is a square; a longer one is as much narrower."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,28 @@ class Tissue:
     """The tissue of a slide.
 
     Attributes:
-        mask: `(h, w)` bool raster over the whole slide.
+        mask: `(h, w)` bool raster, from `origin` on; beyond it there is no tissue.
         downsample: Level-0 pixels per pixel of the mask, in x and y.
         method: How it was found: the name and version of the method, or the name and digest of the user's file.
+        origin: (x, y) in level-0 pixels of the mask's corner.
     """
 
     mask: np.ndarray
     downsample: tuple[float, float]
     method: str
+    origin: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def on_thumbnail(cls, mask: np.ndarray, slide: Slide, method: str) -> "Tissue":
+        """Tissue as it was found on a thumbnail of a slide.
+
+        Args:
+            mask: `(h, w)` bool over `Slide.thumbnail`, of its size or another.
+            slide: The slide.
+            method: How it was found.
+        """
+        x, y, width, height = slide.bounds
+        return cls(mask, (width / mask.shape[1], height / mask.shape[0]), method, (x, y))
 
     @cached_property
     def contours(self) -> list[list[np.ndarray]]:
@@ -42,7 +56,7 @@ class Tissue:
         for number, ring in enumerate(rings):
             parent = int(hierarchy[0][number][3])
             # The ring runs through the outermost pixels' centres: half a (doubled) pixel inside the border.
-            points = (ring[:, 0].astype(np.float64) - 0.5) * scale
+            points = (ring[:, 0].astype(np.float64) - 0.5) * scale + self.origin
             if len(points) < 3:
                 continue
             if parent < 0:

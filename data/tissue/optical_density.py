@@ -16,7 +16,7 @@ METHOD = "longslide-tissue-2"
 """Name and version of the classical method, recorded in feature files."""
 
 MASK_MPP = 10.0
-"""Microns per pixel the tissue is looked for at."""
+"""Microns per pixel the tissue is looked for at, unless that makes a mask larger than `MAX_MASK_PX` squared."""
 
 MIN_REGION_UM2 = 2_500.0
 """Smaller pieces are debris: a square of 50 um."""
@@ -75,13 +75,15 @@ def find_tissue(
         mpp = slide.mpp.value
     except LongslideError:
         mpp = 0.5  # only the sizes of debris and holes depend on it
-    longest = max(slide.dimensions)
-    max_px = int(np.clip(longest * mpp / MASK_MPP, min(longest, 512), MAX_MASK_PX))
+    *_, width, height = slide.bounds
+    longest = max(width, height)
+    most = MAX_MASK_PX * np.sqrt(longest / min(width, height))  # so many pixels in all as a square of that edge
+    max_px = int(np.clip(longest * mpp / MASK_MPP, min(longest, 512), most))
     picture = slide.thumbnail(max_px)
-    height, width = picture.shape[:2]
-    downsample = (slide.dimensions[0] / width, slide.dimensions[1] / height)
-    mask = segment_tissue(picture, downsample[0] * mpp, threshold=threshold, min_area=min_area, keep_ink=keep_ink)
-    return Tissue(mask, downsample, METHOD)
+    mask = segment_tissue(
+        picture, width / picture.shape[1] * mpp, threshold=threshold, min_area=min_area, keep_ink=keep_ink
+    )
+    return Tissue.on_thumbnail(mask, slide, METHOD)
 
 
 def segment_tissue(

@@ -46,7 +46,8 @@ def draw_qc(
     """
     picture = slide.thumbnail(max_px).copy()
     height, width = picture.shape[:2]
-    scale = np.array([width / slide.dimensions[0], height / slide.dimensions[1]])
+    *origin, bounds_width, bounds_height = slide.bounds
+    scale = np.array([width / bounds_width, height / bounds_height])
     legend: list[tuple[Colour, str]] = []
     if grid is not None:
         unreadable = np.zeros(len(grid.coords), bool) if blur is None else np.isnan(blur)
@@ -57,9 +58,11 @@ def draw_qc(
             ("unreadable, left out", UNREADABLE_COLOUR, unreadable),
         ):
             if where.any():
-                _draw_tiles(picture, grid, where, scale, colour, crossed=colour != TILE_COLOUR)
+                _draw_tiles(
+                    picture, grid.coords[where] - origin, grid.tile_size_level0, scale, colour, colour != TILE_COLOUR
+                )
                 legend.append((colour, f"{np.count_nonzero(where):,} {name}"))
-    rings = [np.rint(ring * scale).astype(np.int32) for polygon in tissue.contours for ring in polygon]
+    rings = [np.rint((ring - origin) * scale).astype(np.int32) for polygon in tissue.contours for ring in polygon]
     thickness = max(1, round(max(width, height) / 600))
     cv2.polylines(picture, rings, isClosed=True, color=CONTOUR_COLOUR, thickness=thickness, lineType=cv2.LINE_AA)
     legend.insert(0, (CONTOUR_COLOUR, f"tissue {tissue.area_mm2(slide.mpp.value):.4g} mm2"))
@@ -78,11 +81,11 @@ def save_qc(path: Path, picture: Image.Image) -> None:
 
 
 def _draw_tiles(
-    picture: np.ndarray, grid: Grid, where: np.ndarray, scale: np.ndarray, colour: Colour, *, crossed: bool
+    picture: np.ndarray, coords: np.ndarray, size: int, scale: np.ndarray, colour: Colour, crossed: bool
 ) -> None:
     """Outline tiles, each by itself; where they are too small for that, the area that they cover."""
-    corners = np.rint(grid.coords[where] * scale).astype(np.int32)
-    opposite = np.rint((grid.coords[where] + grid.tile_size_level0) * scale).astype(np.int32)
+    corners = np.rint(coords * scale).astype(np.int32)
+    opposite = np.rint((coords + size) * scale).astype(np.int32)
     lines = np.zeros(picture.shape[:2], np.uint8)
     single = (opposite - corners).min() >= 6
     for (x0, y0), (x1, y1) in zip(corners.tolist(), opposite.tolist(), strict=True):

@@ -172,7 +172,7 @@ def write_explanation(
         explanation: The scores.
         prediction: What they explain.
         slide: The open slide, if it can be read.
-        thumbnail: `(h, w, 3)` uint8 RGB of the whole slide, if there is one.
+        thumbnail: `(h, w, 3)` uint8 RGB, `Slide.thumbnail`, if there is one.
 
     Returns:
         What was written, in plain types for JSON.
@@ -209,9 +209,9 @@ def write_explanation(
     height, width = thumbnail.shape[:2]
     overlay = draw_overlay(
         thumbnail,
-        tile_raster(explanation.coords, size, shown, slide.dimensions, (width, height)),
+        tile_raster(explanation.coords, size, shown, slide.bounds, (width, height)),
         title=f"{explanation.slide_id}\n{prediction.text}   {explanation.method.replace('-', ' ')}",
-        mm_per_px=slide.mpp.value / 1000 * slide.dimensions[0] / width,
+        mm_per_px=slide.mpp.value / 1000 * slide.bounds[2] / width,
         limit=limit,
         ends=_ends(name, explanation.signed),
         signed=explanation.signed,

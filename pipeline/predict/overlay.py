@@ -36,22 +36,29 @@ def score_limit(scores: np.ndarray) -> float:
 
 
 def tile_raster(
-    coords: np.ndarray, tile_size_level0: int, scores: np.ndarray, slide_size: tuple[int, int], size: tuple[int, int]
+    coords: np.ndarray,
+    tile_size_level0: int,
+    scores: np.ndarray,
+    bounds: tuple[int, int, int, int],
+    size: tuple[int, int],
 ) -> np.ndarray:
-    """Scores of tiles as a raster over the whole slide; where tiles overlap, their mean.
+    """Scores of tiles as a raster over a slide's thumbnail; where tiles overlap, their mean.
 
     Args:
         coords: `(N, 2)` top-left corner (x, y) of each tile in level-0 pixels.
         tile_size_level0: Edge of a tile in level-0 pixels.
         scores: `(N,)` score of each tile.
-        slide_size: (width, height) of level 0.
+        bounds: `Slide.bounds`, which the thumbnail shows.
         size: (width, height) of the raster.
 
     Returns:
         `(height, width)` float64; NaN where there is no tile.
     """
     width, height = size
-    scale = np.array(size) / slide_size
+    coords = coords - bounds[:2]
+    shown = ((coords + tile_size_level0 > 0) & (coords < bounds[2:])).all(1)
+    coords, scores = coords[shown], scores[shown]
+    scale = np.array(size) / bounds[2:]
     # Edges are rounded, not sizes: neighbours meet without a gap. A tile smaller than a pixel still shows.
     first = np.clip(np.rint(coords * scale).astype(int), 0, np.array(size) - 1)
     last = np.maximum(np.rint((coords + tile_size_level0) * scale).astype(int), first + 1)
@@ -67,7 +74,7 @@ def paint_tiles(thumbnail: np.ndarray, raster: np.ndarray, limit: float, *, sign
     """Paint a raster of scores over a thumbnail.
 
     Args:
-        thumbnail: `(h, w, 3)` uint8 RGB of the whole slide.
+        thumbnail: `(h, w, 3)` uint8 RGB, `Slide.thumbnail`.
         raster: `(h, w)` scores; NaN leaves the thumbnail as it is.
         limit: Magnitude at which the colours end.
         signed: Whether scores go from -limit to limit, or from 0.
@@ -99,7 +106,7 @@ def draw_overlay(
     """The painted thumbnail between a title above and a scale bar and a legend below.
 
     Args:
-        thumbnail: `(h, w, 3)` uint8 RGB of the whole slide.
+        thumbnail: `(h, w, 3)` uint8 RGB, `Slide.thumbnail`.
         raster: `(h, w)` scores from `tile_raster`.
         title: The slide and its prediction; a line may be broken with a newline.
         mm_per_px: Millimetres per pixel of the thumbnail; None leaves the scale bar out.

@@ -43,7 +43,7 @@ def test_one_marked_tile_lights_up_where_the_thumbnail_shows_it_and_nowhere_else
         thumbnail = slide.thumbnail(700)
     assert scores.sum() == 1
     height, width = thumbnail.shape[:2]
-    raster = tile_raster(grid.coords, grid.tile_size_level0, scores, (1500, 1100), (width, height))
+    raster = tile_raster(grid.coords, grid.tile_size_level0, scores, (0, 0, 1500, 1100), (width, height))
 
     dark = thumbnail[..., 0] < 125
     certain = cv2.erode(dark.astype(np.uint8), np.ones((3, 3))).astype(bool)
@@ -62,17 +62,17 @@ def test_one_marked_tile_lights_up_where_the_thumbnail_shows_it_and_nowhere_else
 
 def test_overlapping_tiles_show_their_mean_and_neighbours_leave_no_gap() -> None:
     coords = np.array([[0, 0], [30, 0], [60, 0]])
-    raster = tile_raster(coords, 40, np.array([1.0, 3.0, 5.0]), (100, 40), (100, 40))
+    raster = tile_raster(coords, 40, np.array([1.0, 3.0, 5.0]), (0, 0, 100, 40), (100, 40))
     assert raster[0, [0, 29, 30, 39, 40, 59, 60, 69, 70, 99]].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    odd = tile_raster(np.stack([np.arange(0, 90, 7), np.zeros(13, int)], 1), 7, np.ones(13), (91, 7), (37, 3))
+    odd = tile_raster(np.stack([np.arange(0, 90, 7), np.zeros(13, int)], 1), 7, np.ones(13), (0, 0, 91, 7), (37, 3))
     assert not np.isnan(odd).any()
 
 
 def test_a_tile_smaller_than_a_pixel_still_shows() -> None:
-    raster = tile_raster(np.array([[4003, 2001]]), 2, np.array([7.0]), (10_000, 10_000), (100, 100))
+    raster = tile_raster(np.array([[4003, 2001]]), 2, np.array([7.0]), (0, 0, 10_000, 10_000), (100, 100))
     assert raster[20, 40] == 7
     assert np.isnan(raster).sum() == 9_999
-    last = tile_raster(np.array([[9_998, 9_998]]), 2, np.array([7.0]), (10_000, 10_000), (100, 100))
+    last = tile_raster(np.array([[9_998, 9_998]]), 2, np.array([7.0]), (0, 0, 10_000, 10_000), (100, 100))
     assert last[99, 99] == 7
 
 
@@ -150,7 +150,7 @@ def test_the_real_slide_lights_up_where_its_tissue_is_darkest() -> None:
             scores[batch.index] = 255 - batch.tiles.mean((1, 2, 3))
         thumbnail = slide.thumbnail(800)
         size = (thumbnail.shape[1], thumbnail.shape[0])
-        raster = tile_raster(grid.coords, grid.tile_size_level0, scores, slide.dimensions, size)
+        raster = tile_raster(grid.coords, grid.tile_size_level0, scores, slide.bounds, size)
     darkness = 255 - thumbnail.mean(-1)
     covered = ~np.isnan(raster)
     assert 0.2 < covered.mean() < 0.8
