@@ -25,6 +25,9 @@ MIN_DARKNESS = 0.45
 MAX_HUE_SPREAD = 0.035
 """Median distance of the directions of optical density from their median: ink has 0.005 to 0.02, H&E 0.04 to 0.08."""
 
+LEAST_TISSUE = 0.15
+"""Where less than this of all that absorbs light were tissue, only what can be nothing else is ink."""
+
 MIN_SIGNIFICANCE = 5.0
 """Ink is followed onto tissue where it differs from it by so many standard deviations of the tissue's colours."""
 
@@ -38,6 +41,14 @@ class _Piece:
     hue_spread: float
     direction: np.ndarray
     density: np.ndarray
+
+    @property
+    def is_no_tissue(self) -> bool:
+        """Whether it is so thin and even, or of such a colour, that no tissue is like it."""
+        red, green, blue = self.direction.tolist()
+        neutral_or_green = max(red, green, blue) < 1.3 * min(red, green, blue) or (red > blue > 1.1 * green)
+        thin = self.slenderness > 40 and self.flatness < 0.05 and self.hue_spread < 0.02
+        return thin or neutral_or_green
 
     @property
     def area(self) -> int:
@@ -58,11 +69,11 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
     direction, darkness = unit(density), average(density)
     relative = local_deviation(darkness, 5) / np.maximum(darkness, 0.05)
     ink = np.zeros_like(foreground)
-    inks: list[np.ndarray] = []
+    taken: list[_Piece] = []
 
     def take(piece: _Piece) -> None:
         ink[piece.where] |= piece.mask
-        inks.append(piece.density)
+        taken.append(piece)
 
     rest, depths = foreground.copy(), depth(foreground)
     for half_width in HALF_WIDTHS_UM:
@@ -78,14 +89,30 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
             depths = depth(rest)
         elif not len(sample):
             break  # wider strokes would be the same pieces
-    for piece in _pieces(rest, density, direction, relative, 8):  # blots, and hatching that runs together
-        if piece.flatness < 0.035 and piece.hue_spread < 0.03:
+    blots = [  # and hatching that runs together
+        piece
+        for piece in _pieces(rest, density, direction, relative, 8)
+        if piece.flatness < 0.035 and piece.hue_spread < 0.03
+    ]
+    for piece in blots:
+        rest[piece.where] &= ~piece.mask
+    others = density.reshape(-1, 3)[np.flatnonzero(rest)[::7]]
+    for piece in blots:
+        of_an_ink = any(np.linalg.norm(piece.direction - stroke.direction) < 0.1 for stroke in taken)
+        if of_an_ink or piece.is_no_tissue or (len(others) and np.mean(_alike(piece, others)) < 0.3):
             take(piece)
     rest &= ~ink
+    if np.count_nonzero(rest) < LEAST_TISSUE * np.count_nonzero(foreground):
+        # Next to nothing but ink: a slide without tissue, or tissue of one even stain.
+        taken = [piece for piece in taken if piece.is_no_tissue]
+        ink = np.zeros_like(foreground)
+        for piece in taken:
+            ink[piece.where] |= piece.mask
+        rest = foreground & ~ink
     for vivid in _vivid_strokes(rest, density, mpp):
         ink |= vivid
         rest &= ~vivid
-    return np.asarray(ink | _over_tissue(ink, rest, foreground, density, inks))
+    return np.asarray(ink | _over_tissue(ink, rest, foreground, density, [piece.density for piece in taken]))
 
 
 def _pieces(
@@ -128,12 +155,19 @@ def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
     """Whether a thin piece is ink, given each `every`-th colour of the bulk that it is not part of."""
     if piece.hue_spread > MAX_HUE_SPREAD or piece.slenderness < (3 if piece.flatness <= 0.05 else 6):
         return False
-    if not (piece.flatness < 0.06 or len(bulk) or piece.slenderness > 25):
-        return False  # thin biopsies of a single stain, with nothing to compare them with
-    alike = (length(unit(bulk) - piece.direction) < 0.1) & (length(bulk) > 0.5 * np.linalg.norm(piece.density))
+    if piece.flatness > 0.1 and (piece.slenderness < 40 or piece.hue_spread > 0.015):
+        return False  # thin strokes are all rim; all else that is so uneven is tissue
+    if not len(bulk):
+        return piece.is_no_tissue  # thin biopsies of a single stain, with nothing to compare them with
+    alike = _alike(piece, bulk)
     # A stroke goes on over tissue; a margin of the tissue is of its colour, and uneven.
     one_dye = piece.flatness < 0.03 or (piece.flatness < 0.06 and piece.hue_spread < 0.006)
-    return every * int(np.count_nonzero(alike)) < (8.0 if one_dye else 0.5) * piece.area
+    return bool(np.mean(alike) < 0.3) and every * int(np.count_nonzero(alike)) < (8.0 if one_dye else 0.5) * piece.area
+
+
+def _alike(piece: _Piece, colours: np.ndarray) -> np.ndarray:
+    """Which colours could be of the piece's dye."""
+    return (length(unit(colours) - piece.direction) < 0.1) & (length(colours) > 0.5 * np.linalg.norm(piece.density))
 
 
 def _vivid_strokes(rest: np.ndarray, density: np.ndarray, mpp: float) -> Iterator[np.ndarray]:
