@@ -43,12 +43,22 @@ class _Piece:
     density: np.ndarray
 
     @property
+    def is_green_or_black(self) -> bool:
+        """Whether it is of a colour that no stain has."""
+        red, green, blue = self.direction.tolist()
+        return max(red, green, blue) < 1.3 * min(red, green, blue) or (red > blue > 1.1 * green)
+
+    @property
+    def is_brown(self) -> bool:
+        """Whether it is of the colour of DAB, which no marker has."""
+        red, green, blue = self.direction.tolist()
+        return blue > 1.1 * green and red > 0.25 * blue and green > red
+
+    @property
     def is_no_tissue(self) -> bool:
         """Whether it is so thin and even, or of such a colour, that no tissue is like it."""
-        red, green, blue = self.direction.tolist()
-        neutral_or_green = max(red, green, blue) < 1.3 * min(red, green, blue) or (red > blue > 1.1 * green)
         thin = self.slenderness > 40 and self.flatness < 0.05 and self.hue_spread < 0.02
-        return thin or neutral_or_green
+        return self.is_green_or_black or (thin and not self.is_brown)
 
     @property
     def area(self) -> int:
@@ -92,7 +102,7 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
     blots = [  # and hatching that runs together
         piece
         for piece in _pieces(rest, density, direction, relative, 8)
-        if piece.flatness < 0.035 and piece.hue_spread < 0.03
+        if piece.flatness < 0.035 and piece.hue_spread < 0.03 and not piece.is_brown
     ]
     for piece in blots:
         rest[piece.where] &= ~piece.mask
@@ -153,10 +163,13 @@ def _pieces(
 
 def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
     """Whether a thin piece is ink, given each `every`-th colour of the bulk that it is not part of."""
-    if piece.hue_spread > MAX_HUE_SPREAD or piece.slenderness < (3 if piece.flatness <= 0.05 else 6):
+    sure = piece.is_green_or_black and piece.hue_spread < 0.02
+    if piece.hue_spread > MAX_HUE_SPREAD or piece.slenderness < (1.5 if sure else 3 if piece.flatness <= 0.05 else 6):
         return False
-    if piece.flatness > 0.1 and (piece.slenderness < 40 or piece.hue_spread > 0.015):
-        return False  # thin strokes are all rim; all else that is so uneven is tissue
+    if piece.is_brown:
+        return False
+    if piece.flatness > 0.1 and piece.hue_spread > 0.02:
+        return False  # a thin stroke is all rim, and uneven by that; not in its hue
     if not len(bulk):
         return piece.is_no_tissue  # thin biopsies of a single stain, with nothing to compare them with
     alike = _alike(piece, bulk)
