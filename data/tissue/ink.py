@@ -85,13 +85,14 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
         ink[piece.where] |= piece.mask
         taken.append(piece)
 
+    measured: dict[tuple[int, ...], _Piece | None] = {}  # most pieces are met again at the next width
     rest, depths = foreground.copy(), depth(foreground)
     for half_width in HALF_WIDTHS_UM:
         if half_width < 1.2 * mpp:
             continue
         bulk = opening(rest, half_width / mpp, depths)
         sample = density.reshape(-1, 3)[np.flatnonzero(bulk)[::7]]
-        for piece in _pieces(rest & ~bulk, density, direction, relative, max(8.0, (160 / mpp) ** 2)):
+        for piece in _pieces(rest & ~bulk, density, direction, relative, max(8.0, (160 / mpp) ** 2), measured):
             if _is_stroke(piece, sample, 7):
                 take(piece)
         if np.any(rest & ink):
@@ -101,7 +102,7 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
             break  # wider strokes would be the same pieces
     blots = [  # and hatching that runs together
         piece
-        for piece in _pieces(rest, density, direction, relative, 8)
+        for piece in _pieces(rest, density, direction, relative, 8, measured)
         if piece.flatness < 0.035 and piece.hue_spread < 0.03 and not piece.is_brown
     ]
     for piece in blots:
@@ -126,39 +127,55 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
 
 
 def _pieces(
-    mask: np.ndarray, density: np.ndarray, direction: np.ndarray, relative: np.ndarray, least_px: float
+    mask: np.ndarray,
+    density: np.ndarray,
+    direction: np.ndarray,
+    relative: np.ndarray,
+    least_px: float,
+    measured: dict[tuple[int, ...], _Piece | None],
 ) -> Iterator[_Piece]:
     """The connected pieces that are of one saturated or dark colour."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     for number in np.flatnonzero(stats[:, cv2.CC_STAT_AREA] >= least_px):
         if number == 0:
             continue
-        x, y, width, height, area = stats[number].tolist()
-        where = (slice(y, y + height), slice(x, x + width))
-        piece = labels[where] == number
-        depths = depth(np.pad(piece, 1))[1:-1, 1:-1]
-        radius = float(depths.max())
-        core = piece & (depths >= 0.6 * radius)
-        if radius < 1 or np.count_nonzero(core) < 4:
-            continue
-        colours = density[where][core]
-        chroma, darkness = spread(colours), average(colours)
-        slenderness = area / (np.pi * radius**2)
-        least = MIN_CHROMA if slenderness < 15 else 0.75 * MIN_CHROMA
-        if np.mean((chroma > least) | (darkness > MIN_DARKNESS)) < 0.3:
-            continue
-        densest = chroma + 0.5 * darkness >= np.median(chroma + 0.5 * darkness)
-        directions = direction[where][core][densest]
-        typical = unit(np.median(directions, axis=0))
-        inner = piece & (depths >= min(2.0, 0.6 * radius))
-        if np.mean(length(direction[where][inner] - typical) < 0.13) < 0.5:
-            continue
-        flatness = float(np.median(relative[where][core]))
-        if slenderness < 6:  # short and thick: all of it must be flat, or it is tissue that a stroke crosses
-            flatness = max(flatness, float(np.percentile(relative[where][piece & (depths >= 0.35 * radius)], 70)))
-        hue_spread = float(np.median(length(directions - typical)))
-        own = piece & (length(direction[where] - typical) < 0.2)  # without tissue that hangs on to it
-        yield _Piece(where, own, slenderness, flatness, hue_spread, typical, np.median(colours[densest], axis=0))
+        place = tuple(stats[number].tolist())
+        if place not in measured:
+            x, y, width, height, _ = place
+            where = (slice(y, y + height), slice(x, x + width))
+            measured[place] = _measure(where, labels[where] == number, density, direction, relative)
+        piece = measured[place]
+        if piece is not None:
+            yield piece
+
+
+def _measure(
+    where: tuple[slice, slice], piece: np.ndarray, density: np.ndarray, direction: np.ndarray, relative: np.ndarray
+) -> _Piece | None:
+    """A connected piece, if it is of one saturated or dark colour."""
+    depths = depth(np.pad(piece, 1))[1:-1, 1:-1]
+    radius = float(depths.max())
+    core = piece & (depths >= 0.6 * radius)
+    if radius < 1 or np.count_nonzero(core) < 4:
+        return None
+    colours = density[where][core]
+    chroma, darkness = spread(colours), average(colours)
+    slenderness = float(np.count_nonzero(piece) / (np.pi * radius**2))
+    least = MIN_CHROMA if slenderness < 15 else 0.75 * MIN_CHROMA
+    if np.mean((chroma > least) | (darkness > MIN_DARKNESS)) < 0.3:
+        return None
+    densest = chroma + 0.5 * darkness >= np.median(chroma + 0.5 * darkness)
+    directions = direction[where][core][densest]
+    typical = unit(np.median(directions, axis=0))
+    inner = piece & (depths >= min(2.0, 0.6 * radius))
+    if np.mean(length(direction[where][inner] - typical) < 0.13) < 0.5:
+        return None
+    flatness = float(np.median(relative[where][core]))
+    if slenderness < 6:  # short and thick: all of it must be flat, or it is tissue that a stroke crosses
+        flatness = max(flatness, float(np.percentile(relative[where][piece & (depths >= 0.35 * radius)], 70)))
+    hue_spread = float(np.median(length(directions - typical)))
+    own = piece & (length(direction[where] - typical) < 0.2)  # without tissue that hangs on to it
+    return _Piece(where, own, slenderness, flatness, hue_spread, typical, np.median(colours[densest], axis=0))
 
 
 def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:

@@ -10,19 +10,25 @@ from ..slides.slide import Slide
 from .base import MAX_MASK_PX, Tissue, TissueSegmenter
 from .channels import average, highest, lowest, spread
 from .ink import find_ink
-from .morphology import closing, depth, local_deviation, opening, without_small
+from .morphology import closing, connected_to, depth, local_deviation, opening, without_small
 
-METHOD = "longslide-tissue-2"
+METHOD = "longslide-tissue-3"
 """Name and version of the classical method, recorded in feature files."""
 
 MASK_MPP = 10.0
 """Microns per pixel the tissue is looked for at, unless that makes a mask larger than `MAX_MASK_PX` squared."""
+
+FINEST_MASK_MPP = 4.0
+"""Microns per pixel that a small piece of a slide is looked at at: finer, single nuclei would be seen."""
 
 MIN_REGION_UM2 = 2_500.0
 """Smaller pieces are debris: a square of 50 um."""
 
 MAX_HOLE_UM2 = 60_000.0
 """Smaller holes are lumens, tears and fat cells within tissue, and are filled: a square of 245 um."""
+
+MAX_HOLE_SHARE = 0.05
+"""Of a picture of a few hundred microns larger gaps are glass."""
 
 MIN_DENSITY = 0.02
 """Optical density of green above the lower of red and blue: faint eosin and fat have 0.03, noise of glass below 0.015."""
@@ -78,7 +84,8 @@ def find_tissue(
     *_, width, height = slide.bounds
     longest = max(width, height)
     most = MAX_MASK_PX * np.sqrt(longest / min(width, height))  # so many pixels in all as a square of that edge
-    max_px = int(np.clip(longest * mpp / MASK_MPP, min(longest, 512), most))
+    least = min(longest, 512, longest * mpp / FINEST_MASK_MPP)
+    max_px = int(np.clip(longest * mpp / MASK_MPP, max(16, least), most))
     picture = slide.thumbnail(max_px)
     mask = segment_tissue(
         picture, width / picture.shape[1] * mpp, threshold=threshold, min_area=min_area, keep_ink=keep_ink
@@ -134,13 +141,19 @@ def segment_tissue(
         ink |= lowest(picture) > 253  # a gap between the parts that the scanner stitched
     not_tissue = dark | ink
     solid = _within_half_density(stained & foreground & ~not_tissue, strength, mpp)
+    solid = _within_half_density(solid, absorbed, mpp)  # JPEG keeps colours at half the resolution, brightness whole
     solid = opening(solid, 0.9)
     tissue = closing(solid, max(1.0, 20 / mpp))
     loose = opening(_loose_tissue(density, solid, not_tissue, mpp) & ~tissue, max(1.5, 32 / mpp))
+    thick = opening(~without_small(~tissue, MAX_HOLE_UM2 / mpp**2), max(2.0, 40 / mpp))
+    loose = connected_to(
+        loose, loose & (thick | (depth(~thick) > max(5.0, 100 / mpp)))
+    )  # fat reaches further than blur
     if loose.any():
-        tissue = closing(tissue | loose, max(1.0, 25 / mpp))
+        both = tissue | loose
+        tissue = closing(both, max(1.0, 25 / mpp)) | (closing(both, 120 / mpp) & (depth(~loose) < 150 / mpp))
     tissue &= ~ink & (~dark | closing(solid, max(1.0, 60 / mpp)))  # what is dark amid tissue is pigment or a fold
-    filled = ~without_small(~tissue, MAX_HOLE_UM2 / mpp**2)
+    filled = ~without_small(~tissue, min(MAX_HOLE_UM2 / mpp**2, MAX_HOLE_SHARE * tissue.size))
     return without_small(filled, max(4.0, min_area / mpp**2))
 
 
@@ -191,7 +204,10 @@ def _loose_tissue(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray
     uneven = np.sqrt(smoothed(fine * fine, 60))
     quiet = mean < 0.001
     noise = float(np.median(uneven[quiet])) if np.mean(quiet) > 0.01 else 0.0
+    window = 2 * max(1, round(90 / mpp)) + 1
+    red, green = (cv2.blur(np.clip(density[..., channel], -0.05, 0.2), (window, window)) for channel in (0, 1))
     pink = (mean > 0.0018) & ((uneven > max(5 * noise, 0.0006)) | solid)
+    pink &= solid | (green > red)  # not the tint of a shadow
     margin = int(400 / mpp)
     wide = opening(np.pad(pink, margin, mode="edge"), 150 / mpp)  # not the halo of a thin core or of a few cells
     return np.asarray((depth(wide) > 72 / mpp)[margin:-margin, margin:-margin])  # back by as much as it was smoothed
