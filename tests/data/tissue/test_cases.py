@@ -32,9 +32,9 @@ def overlap(found: np.ndarray, truth: np.ndarray) -> float:
 
 CASES = {
     **dict.fromkeys(["02", "04", "07", "19", "20", "33", "34", "35", "42"], 0.97),
-    "24": 0.80,  # fat
-    "29": 0.85,  # core biopsies 90 um wide
-    "real_breast_fat_green_pen": 0.80,
+    "24": 0.90,  # fat
+    "29": 0.90,  # core biopsies 90 um wide
+    "real_breast_fat_green_pen": 0.84,
     "real_three_markers": 0.83,  # below the 0.90 asked for: the truth runs through ink that lies on tissue
 }
 
@@ -54,7 +54,8 @@ def test_the_tissue_of_a_picture_is_what_was_marked(name: str, least: float) -> 
 KINDS = [
     "clean", "faint", "magenta glass", "yellow glass", "DAB and counterstain", "pale counterstain", "Masson",
     "Masson in patches", "Alcian blue", "AEC", "AEC and counterstain", "pale, fills the picture", "shadows", "grey scan",
-    "cores", *(f"{ink} ink, ring" for ink in ("crimson", "purple", "pink", "blue", "green", "black")),
+    "cores", "clusters", "fat and stroma", "pink glass",
+    *(f"{ink} ink, ring" for ink in ("crimson", "purple", "pink", "blue", "green", "black")),
 ]  # fmt: skip
 
 
@@ -64,6 +65,46 @@ def test_the_tissue_of_a_drawn_slide_is_what_was_drawn(kind: str) -> None:
         slide = DRAWN.draw_slide(kind, seed)
         found = overlap(segment_tissue(slide.picture, slide.mpp), slide.truth)
         assert found >= DRAWN.least_overlap(kind), f"seed {seed}, {slide.mpp:g} um/px: {found:.3f}"
+
+
+REAL_FIELDS = {(640, 1024): 0.6, (100, 1400): 0.45, (780, 1400): 0.6, (600, 500): 0.5}
+
+
+@pytest.mark.parametrize(("corner", "least"), REAL_FIELDS.items())
+def test_a_small_field_of_dense_tissue_is_no_ink(corner: tuple[int, int], least: float, tmp_path: Path) -> None:
+    """Strongly stained skin that was taken for ink: of the field at 640, 1024 four percent were left."""
+    folder = os.environ.get("LONGSLIDE_TEST_SLIDES")
+    if not folder:
+        pytest.skip("LONGSLIDE_TEST_SLIDES, the folder with CMU-1-Small-Region.svs, is not set")
+    with open_slide(Path(folder) / "CMU-1-Small-Region.svs") as slide:
+        picture = slide.read_region(*corner, 0, 1536, 1536)
+    for strength in (0.4, 1.0, 1.8):
+        density = -np.log10(np.maximum(picture, 1) / np.float64(245)) * strength
+        stained = (245 * 10**-density).clip(0, 255).astype(np.uint8)
+        cv2.imwrite(str(tmp_path / "field.png"), stained[..., ::-1])
+        with open_slide(tmp_path / "field.png", slide_mpp=0.5) as field:
+            share, of_all = find_tissue(field).mask.mean(), find_tissue(field, keep_ink=True).mask.mean()
+        assert share >= max(least, 0.97 * of_all), f"strength {strength}: {share:.3f} of {of_all:.3f}"
+
+
+@pytest.mark.parametrize("stain", ["DAB", "ALCIAN", "AEC", "HAEMATOXYLIN", "BLUE_COUNTERSTAIN"])
+@pytest.mark.parametrize("shape", ["cores", "pieces", "blots"])
+def test_thin_small_and_even_tissue_of_one_stain_is_no_ink(stain: str, shape: str) -> None:
+    rng = np.random.default_rng(len(stain))
+    truth = np.zeros((500, 640), np.uint8)
+    for number in range(4):
+        x, y = 110 + 140 * number, int(rng.integers(120, 200))
+        if shape == "cores":
+            cv2.line(truth, (x, y), (x + int(rng.integers(-30, 30)), y + 240), 1, 40)
+        elif shape == "pieces":
+            cv2.ellipse(truth, (x, y + 100), (60, 90), 20.0 * number, 0, 360, 1, -1)
+        else:
+            cv2.circle(truth, (x, y + 100), 25, 1, -1)
+    noise = cv2.GaussianBlur(rng.normal(size=truth.shape), (0, 0), 1.5)
+    amount = 0.5 * truth * (1 + 0.25 * noise / noise.std())
+    picture = 243 * 10 ** -(amount[..., None] * np.array(getattr(DRAWN, stain)))
+    picture = cv2.GaussianBlur(picture + rng.normal(0, 1, picture.shape), (0, 0), 0.6).clip(0, 255).astype(np.uint8)
+    assert overlap(segment_tissue(picture, 8.0), truth > 0) > 0.9
 
 
 def test_glass_of_any_colour_has_no_tissue() -> None:

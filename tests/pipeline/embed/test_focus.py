@@ -11,7 +11,6 @@ from classifier_files import ENCODER
 from longslide import LongslideError, embed, open_slide, read_features
 from longslide.data.features.feature_file import write_features
 from longslide.data.synthetic import write_pyramid
-from longslide.data.tissue.optical_density import OpticalDensity
 from PIL import Image
 
 
@@ -39,7 +38,6 @@ def job(half_blurred: Path, tmp_path: Path) -> dict[str, Any]:
         "tile_checkpoint": "random",
         "device": "cpu",
         "tile_px": 256,
-        "tissue": OpticalDensity(keep_ink=True),
     }
 
 
