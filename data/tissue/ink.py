@@ -46,13 +46,13 @@ class _Piece:
     def is_green_or_black(self) -> bool:
         """Whether it is of a colour that no stain has."""
         red, green, blue = self.direction.tolist()
-        return max(red, green, blue) < 1.3 * min(red, green, blue) or (red > blue > 1.1 * green)
+        return bool(max(red, green, blue) < 1.3 * min(red, green, blue) or red > blue > 1.1 * green)
 
     @property
     def is_brown(self) -> bool:
         """Whether it is of the colour of DAB, which no marker has."""
         red, green, blue = self.direction.tolist()
-        return blue > 1.1 * green and red > 0.25 * blue and green > red
+        return bool(blue > 1.1 * green and red > 0.25 * blue and green > red)
 
     @property
     def is_no_tissue(self) -> bool:
