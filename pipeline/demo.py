@@ -9,9 +9,9 @@ from rich.markup import escape
 
 from ..data.cohort.options import DataOptions
 from ..data.synthetic import TEXTURES, Texture, write_synthetic_slide
-from ..errors import LongslideError
 from ..models.aggregators.registry import AggregatorChoice
 from ..models.classifier.options import ClassifierOptions, OptimiserOptions
+from ..ranges import checked
 from .batch.ledger import make_output_folder
 from .embed.embed import embed
 
@@ -27,6 +27,7 @@ MODELS = {
 }
 
 
+@checked
 def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: int = 24) -> list[Any]:
     """Make synthetic slides of two kinds of tissue, embed them, train on them, and predict a slide that was kept apart.
 
@@ -41,8 +42,7 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
     Raises:
         LongslideError: Too few patients, or the folder cannot be written to.
     """
-    if patients < 12:
-        raise LongslideError(f"--patients {patients} are too few to train and test on; at least 12")
+    trainer_device = _trainer_device(device)
     console = Console(soft_wrap=True, highlight=False)
     output = Path(output)
     make_output_folder(output)
@@ -66,7 +66,7 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
     console.rule("Train")
     runs = [output / "runs" / model for model in MODELS]
     data = DataOptions(features, table, "binary", max_tokens=64, val_share=0.3, workers=0)
-    trainer = {"max_epochs": 8, "enable_progress_bar": False, **_trainer_device(device)}
+    trainer = {"max_epochs": 8, "enable_progress_bar": False, **trainer_device}
     for (name, aggregator), run in zip(MODELS.items(), runs, strict=True):
         if (run / "metrics.csv").exists():
             continue

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...errors import LongslideError
+from ...ranges import check_options
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,7 @@ class Augmentation:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.tile_dropout < 1 or not 0 < self.crop <= 1 or self.noise < 0:
-            raise LongslideError(
-                "augment: tile_dropout must be from 0 to below 1, crop above 0 and up to 1, noise 0 or more"
-            )
+        check_options(vars(self), "data.augment.")
 
     def keep(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Tiles of a slide that stay, one at least.

@@ -1,10 +1,10 @@
 """The options of training data. Nothing here imports torch, so that a command line is parsed without it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ...errors import LongslideError
+from ...ranges import check_options
 from ...task import TaskKind
 from .augmentation import Augmentation
 
@@ -82,18 +82,7 @@ class DataOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("max_tokens", 1),
-            ("bags_per_step", 1),
-            ("max_tiles", 1),
-            ("fold", 0),
-            ("cache_gb", 0),
-            ("workers", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise LongslideError(f"--data.{name.replace('_', '-')} {value} must be at least {least}")
+        check_options({field.name: getattr(self, field.name) for field in fields(self)}, "data.")
 
     @property
     def only_part(self) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
+from ...ranges import checked
 
 if TYPE_CHECKING:
     from ...models.slide_encoder.attention_pattern import Pattern
@@ -36,6 +37,7 @@ class AttentionMap:
     ok: bool = True
 
 
+@checked
 def attention_map(
     output: str | Path = Path("attention-map.png"),
     pattern: Literal["dilated", "dense", "sliding-window", "strided"] = "dilated",

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import LongslideError
+from ...ranges import check_options
 from ...registry import is_factory
 
 if TYPE_CHECKING:
@@ -38,17 +39,9 @@ def resolve_tiles(
         tile_mpp = (spec.tile_mpp if spec else None) or DEFAULT_TILE_MPP
     if tile_px is None:
         tile_px = spec.tile_px if spec else DEFAULT_TILE_PX
-    wrong = None
-    if not 0.05 <= tile_mpp <= 100:
-        wrong = f"--tile-mpp {tile_mpp:g} is not a plausible number of microns per pixel (0.05 to 100)"
-    elif tile_px < 16:
-        wrong = f"--tile-px {tile_px} is too small (at least 16)"
-    elif not 0 <= overlap < tile_px:
-        wrong = f"--overlap {overlap} must be at least 0 and less than --tile-px {tile_px}"
-    elif not 0 <= min_tissue <= 1:
-        wrong = f"--min-tissue {min_tissue:g} must be between 0 and 1"
-    if wrong:
-        raise LongslideError(wrong)
+    check_options({"tile_mpp": tile_mpp, "tile_px": tile_px, "overlap": overlap, "min_tissue": min_tissue})
+    if overlap >= tile_px:
+        raise LongslideError(f"--overlap {overlap} must be less than --tile-px {tile_px}")
     return tile_mpp, tile_px
 
 

@@ -22,6 +22,7 @@ from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.mask import Mask
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
+from ...ranges import checked
 from ...task import TaskKind
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcess
@@ -89,6 +90,7 @@ class SlideCheck:
         return not self.problem
 
 
+@checked
 def doctor(
     slides: str | Path | Sequence[str | Path],
     tile_encoder: TileEncoderChoice | None = None,
@@ -156,8 +158,6 @@ def doctor(
     if tile_encoder is not None:
         spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, 0)
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
-    if threads < 1:
-        raise LongslideError("--threads must be at least 1")
     if slide_encoder is not None and spec is None:
         raise LongslideError("--slide-encoder needs --tile-encoder: it reads the embeddings of that one")
     if write_table is not None:

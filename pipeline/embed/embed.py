@@ -8,7 +8,7 @@ from ...data.slides.base import READERS
 from ...data.slides.slide_table import IdFrom, find_slides
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.optical_density import OpticalDensity
-from ...errors import LongslideError
+from ...ranges import checked
 from ..batch.batch import run_batch
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
@@ -19,6 +19,7 @@ from .job import EmbedJob
 from .slide_embedding import embed_features
 
 
+@checked
 def embed(
     slides: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -91,10 +92,6 @@ def embed(
         LongslideError: Wrong usage, found before any slide is touched.
     """
     output = Path(output)
-    if (batch_size is not None and batch_size < 1) or threads < 1 or max_bad_tiles < 0:
-        raise LongslideError("--batch-size and --threads must be at least 1, and --max-bad-tiles at least 0")
-    if not 0 < max_blur <= 1:
-        raise LongslideError(f"--max-blur {max_blur:g} must be above 0 and at most 1")
     if tile_encoder is None:
         results = embed_features(
             slides, output, slide_encoder, slide_checkpoint, pool, device, precision, seed=seed, overwrite=overwrite

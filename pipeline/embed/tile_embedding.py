@@ -31,8 +31,8 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=resolved).item()  # "meta" has tensors, but nothing in them
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise LongslideError(
             f"device {device!r} is not available here ({str(error).splitlines()[0]}); use --device auto"
         ) from error

@@ -8,6 +8,7 @@ from rich.progress import track
 
 from ...data.features.feature_file import read_features
 from ...errors import LongslideError
+from ...ranges import checked
 from ..batch.ledger import make_output_folder
 from ..embed.slide_embedding import find_feature_files
 from .layouts import WRITERS, Target
@@ -34,6 +35,7 @@ class ExportedFeatures:
         return not self.problem
 
 
+@checked
 def export(
     checkpoint: str | Path | None = None,
     output: str | Path | None = None,

@@ -22,6 +22,7 @@ from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError, printable
+from ...ranges import checked
 from ...registry import import_plugins
 from ...version import __version__
 from ..batch.batch import run_batch
@@ -54,6 +55,7 @@ OVERLAY_PX = 2048
 ExplainMethod = Literal["integrated-gradients", "gradient-x-input", "occlusion", "attention"]
 
 
+@checked
 def predict(
     slides: str | Path | Slide | Sequence[str | Path],
     checkpoint: list[str | Path] | str | Path,
@@ -125,8 +127,6 @@ def predict(
         entries = find_slides(
             [slides] if isinstance(slides, str | Path) else slides, slide_mpp, patient_column, id_from=id_from
         )
-    if max_bad_tiles < 0 or (batch_size is not None and batch_size < 1) or threads < 1:
-        raise LongslideError("--max-bad-tiles must not be negative; --batch-size and --threads must be at least 1")
     paths = [Path(path) for path in ([checkpoint] if isinstance(checkpoint, str | Path) else checkpoint)]
     check_exist(paths)
     with ExitStack() as resources:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...prediction_columns import survival_times
+from ...ranges import checked
 from ...task import Task
 from ..batch.ledger import make_output_folder
 from .run_folder import Run, read_run
@@ -44,6 +45,7 @@ class ComparedRun:
         return True
 
 
+@checked
 def compare(
     runs: Sequence[str | Path],
     output: str | Path = Path("comparison"),

@@ -14,6 +14,7 @@ from PIL import Image
 from ...data.table import read_rows
 from ...errors import LongslideError
 from ...prediction_columns import time_text
+from ...ranges import checked
 from ...task import Task
 from ..batch.ledger import SUMMARY
 from ..predict.prediction import PREDICTIONS, Prediction, read_json, read_predictions
@@ -52,6 +53,7 @@ class ReportResult:
         return True
 
 
+@checked
 def report(results: str | Path | Sequence[str | Path], embed_mb: float = EMBED_MB) -> list[ReportResult]:
     """Write `report.html` into folders of results: a table of the slides, and for each what it was predicted from.
 

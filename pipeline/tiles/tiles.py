@@ -8,6 +8,7 @@ from ...data.slides.slide_table import IdFrom, find_slides
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
+from ...ranges import checked
 from ..batch.batch import run_batch
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
@@ -18,6 +19,7 @@ from .job import TilesJob
 from .picture_files import Layout
 
 
+@checked
 def tiles(
     slides: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -74,10 +76,6 @@ def tiles(
         LongslideError: Wrong usage, found before any slide is touched.
     """
     output = Path(output)
-    if threads < 1 or max_bad_tiles < 0 or tiles_per_shard < 1:
-        raise LongslideError("--threads and --tiles-per-shard must be at least 1, and --max-bad-tiles at least 0")
-    if not 0 <= max_blur <= 1:
-        raise LongslideError(f"--max-blur {max_blur:g} must be between 0 and 1")
     chosen = (tile_encoder, tile_mpp, tile_px, overlap or None, tissue)
     if features is not None and any(one is not None for one in chosen):
         raise LongslideError(

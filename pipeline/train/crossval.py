@@ -7,11 +7,13 @@ from typing import Any, Literal
 from ...data.cohort.options import DataOptions
 from ...errors import LongslideError
 from ...models.classifier.options import ClassifierOptions
+from ...ranges import checked
 from ..report.run_folder import Run
 from .run import HELD_OUT, TrainingRun, print_metrics
 from .settings import TRAINER_DEFAULTS, Settings, column_names, settle
 
 
+@checked
 def crossval(
     data: DataOptions,
     model: ClassifierOptions = ClassifierOptions(),

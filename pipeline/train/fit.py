@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 from ...data.cohort.options import DataOptions
 from ...models.classifier.options import ClassifierOptions
+from ...ranges import checked
 from ..report.run_folder import Run
 from .run import HELD_OUT, TrainingRun, print_metrics
 from .settings import TRAINER_DEFAULTS, Settings, column_names, first_process, settle
 
 
+@checked
 def fit(
     data: DataOptions,
     model: ClassifierOptions = ClassifierOptions(),

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...data.cohort.options import DataOptions
 from ...models.slide_encoder.mae_options import PretrainingOptions
+from ...ranges import checked
 from .run import TrainingRun
 from .settings import TRAINER_DEFAULTS, Settings, first_process, settle
 
@@ -29,6 +30,7 @@ class PretrainedEncoder:
         return True
 
 
+@checked
 def pretrain(
     data: DataOptions,
     model: PretrainingOptions = PretrainingOptions(),

@@ -5,6 +5,7 @@ from typing import Literal
 
 from ...data.cohort.options import DataOptions
 from ...errors import LongslideError
+from ...ranges import checked
 from ...registry import import_plugins
 from ..predict.checkpoint_features import check_exist
 from ..report.run_folder import Run
@@ -12,6 +13,7 @@ from .run import TrainingRun, print_metrics
 from .settings import column_names, configuration, settle
 
 
+@checked
 def test(
     checkpoint: str | Path,
     data: DataOptions,

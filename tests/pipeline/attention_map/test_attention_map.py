@@ -86,7 +86,7 @@ def test_every_pattern_can_be_drawn(settings: dict[str, object], tmp_path: Path)
     ("settings", "message"),
     [
         ({"segment_lengths": [8, 16]}, "one of each a branch"),
-        ({"dilated_ratios": [1, 2, 0]}, "must be positive"),
+        ({"dilated_ratios": [1, 2, 0]}, "--dilated-ratios 0 must be at least 1"),
         ({"segment_lengths": [4] * 9, "dilated_ratios": [1] * 9}, "9 branches"),
         ({"tokens": 0}, "--tokens 0"),
         ({"tokens": 70_000}, "divided by one number"),
