@@ -17,6 +17,7 @@ from PIL import Image
 from ...errors import LongslideError
 from ..regular_file import check_regular
 from .base import READERS, SlideReader, open_reader
+from .level_check import differing_levels
 from .metadata import metadata_remark
 from .mpp import Mpp, resolve_mpp
 
@@ -44,6 +45,8 @@ class Slide:
         background: RGB shown where the slide has no pixels.
         memory_bytes: Memory that it takes for pixels while it is open; 0 where they are read as they are needed.
         unreadable_levels: Reduced levels of which a thumbnail could not read some region; no tile is read from them.
+        unreadable_areas: (x, y, width, height) in level-0 pixels of what a thumbnail could not read of level 0, where it
+            shows background. Whether there is tissue is unknown: a grid has tiles there, which are counted as unreadable.
         reader: Name of the slide reader that reads the pixels, or its dotted path.
     """
 
@@ -61,6 +64,7 @@ class Slide:
         self.background = reader.background
         self.memory_bytes = reader.memory_bytes
         self.unreadable_levels: set[int] = set()
+        self.unreadable_areas: set[tuple[int, int, int, int]] = set()
 
     def __repr__(self) -> str:
         width, height = self.dimensions
@@ -102,10 +106,26 @@ class Slide:
     def remark(self) -> str:
         """What a person should look at: a given `slide_mpp` far off the file's own, metadata that contradict one another,
         how the file is read, damaged levels; empty if nothing."""
-        damaged = levels_remark(", ".join(map(str, sorted(self.unreadable_levels))))
+        levels = (", ".join(map(str, sorted(one))) for one in (self.unreadable_levels, self.differing_levels))
         return "; ".join(
-            filter(None, [self.mpp.remark, metadata_remark(self.properties), self._reader.remark, damaged])
+            filter(
+                None, [self.mpp.remark, metadata_remark(self.properties), self.reader_remark, levels_remark(*levels)]
+            )
         )
+
+    @property
+    def reader_remark(self) -> str:
+        """What a person should know of how the file is read; empty if nothing."""
+        return self._reader.remark
+
+    @property
+    def trusted_levels(self) -> list[int]:
+        """Levels that tiles may be read from, finest first."""
+        return [
+            level
+            for level in range(len(self.level_dimensions))
+            if level not in self.unreadable_levels and level not in self.differing_levels
+        ]
 
     @cached_property
     def quickhash(self) -> str:
@@ -159,7 +179,7 @@ class Slide:
         """What was scanned of the slide, its `bounds`, antialiased, with no edge longer than `max_px`.
 
         A region of a reduced level that cannot be read is taken from the next finer level, and the level listed in
-        `unreadable_levels`. One of level 0 shows as background: the tile stream will count it, where it matters.
+        `unreadable_levels`. One of level 0 shows as background, and is listed in `unreadable_areas`.
 
         Returns:
             `(h, w, 3)` uint8 RGB.
@@ -170,7 +190,8 @@ class Slide:
         scale = min(1.0, max_px / max(self.bounds[2:]))
         width, height = (max(1, round(edge * scale)) for edge in self.bounds[2:])
         parts = [self._bounds_at(level) for level in range(len(self.level_dimensions))]
-        level = max((i for i, (_, _, w, h) in enumerate(parts) if w >= width and h >= height), default=0)
+        like_level_0 = self._levels_like_level_0
+        level = max((i for i in like_level_0 if parts[i][2] >= width and parts[i][3] >= height), default=0)
         x0, y0, level_width, level_height = parts[level]
         # First by a whole factor, block by block, so that no more than a block of the level is in memory.
         factor = max(1, min(level_width // width, level_height // height))
@@ -193,6 +214,15 @@ class Slide:
         scale_x, scale_y = (a / b for a, b in zip(self.level_dimensions[level], self.dimensions, strict=True))
         left, top = round(x * scale_x), round(y * scale_y)
         return left, top, max(1, round((x + w) * scale_x) - left), max(1, round((y + h) * scale_y) - top)
+
+    @cached_property
+    def differing_levels(self) -> set[int]:
+        """Reduced levels that show other colours than level 0, or the same ones elsewhere: they are not read."""
+        return differing_levels(self)
+
+    @property
+    def _levels_like_level_0(self) -> list[int]:
+        return [level for level in range(len(self.level_dimensions)) if level not in self.differing_levels]
 
     def tissue(self, segmenter: "TissueSegmenter | None" = None) -> "Tissue":
         """Find the tissue.
@@ -283,6 +313,7 @@ class Slide:
         if max(width, height) <= _NATIVE_TILE:
             if level > 0:
                 return self._from_finer_level(left, top, level, width, height, unreadable)
+            self.unreadable_areas.add((left, top, width, height))
             return np.full((height, width, 3), self.background, np.uint8)
         region = np.empty((height, width, 3), np.uint8)
         for y, h in ((0, height // 2), (height // 2, height - height // 2)):
@@ -297,7 +328,7 @@ class Slide:
         self, left: int, top: int, level: int, width: int, height: int, unreadable: Counter[int]
     ) -> np.ndarray:
         """A rectangle given in pixels of a reduced level, made of the next finer one."""
-        finer = level - 1
+        finer = max(one for one in self._levels_like_level_0 if one < level)
         scale_x, scale_y = (
             a / b for a, b in zip(self.level_dimensions[finer], self.level_dimensions[level], strict=True)
         )
@@ -313,11 +344,12 @@ class Slide:
         return region
 
 
-def levels_remark(levels: str) -> str:
-    """What to remark on the reduced levels that cannot be read, such as `1, 2`; empty if there are none."""
-    if not levels:
-        return ""
-    return f"level{'s' * (',' in levels)} {levels} unreadable, in part or whole: finer ones were used"
+def levels_remark(unreadable: str, differing: str) -> str:
+    """What to remark on reduced levels that cannot be read, such as `1, 2`, or that differ; empty if there are none."""
+    whys = ((unreadable, "unreadable, in part or whole"), (differing, "unlike level 0 in place or colours"))
+    return "; ".join(
+        f"level{'s' * (',' in levels)} {levels} {why}: finer ones were used" for levels, why in whys if levels
+    )
 
 
 def open_slide(

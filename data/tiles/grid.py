@@ -117,7 +117,7 @@ def make_grid(
     """Lay a grid over a slide from its top-left corner and keep the tiles that show tissue.
 
     A tile that crosses the right or bottom border is kept when enough of its whole area is tissue; its outside is
-    background.
+    background. Tiles that touch an area of which a thumbnail could read nothing are kept too.
 
     Args:
         slide: The slide.
@@ -148,7 +148,9 @@ def make_grid(
         )
     columns, rows = -(-width // step), -(-height // step)
     fraction = _tissue_fraction(tissue, step, tile_size, columns, rows)
-    row, column = np.nonzero((fraction >= min_tissue) & (fraction > 0))
+    # Nobody knows what is in an area that could not be read: its tiles are tried, and counted where they cannot be read.
+    unknown = _touching(slide.unreadable_areas, step, tile_size, columns, rows)
+    row, column = np.nonzero(((fraction >= min_tissue) & (fraction > 0)) | unknown)
     coords = np.stack([column, row], axis=1).astype(np.int64) * step
     return Grid(
         tile_px=tile_px,
@@ -166,7 +168,7 @@ def make_grid(
 
 def _choose_level(slide: Slide, wanted: float, tile_px: int, tile_mpp: float) -> tuple[int, int, int]:
     """Level, edge to read there, edge in level-0 pixels."""
-    levels = [i for i in range(len(slide.level_downsamples)) if i not in slide.unreadable_levels]
+    levels = slide.trusted_levels
     closest = min(levels, key=lambda i: abs(slide.level_downsamples[i] / wanted - 1))
     if abs(slide.level_downsamples[closest] / wanted - 1) <= LEVEL_TOLERANCE:
         return closest, tile_px, round(tile_px * slide.level_downsamples[closest])
@@ -179,6 +181,15 @@ def _choose_level(slide: Slide, wanted: float, tile_px: int, tile_mpp: float) ->
     level = max(finer, key=lambda i: slide.level_downsamples[i])
     tile_size = round(tile_px * wanted)
     return level, round(tile_size / slide.level_downsamples[level]), tile_size
+
+
+def _touching(areas: set[tuple[int, int, int, int]], step: int, tile_size: int, columns: int, rows: int) -> np.ndarray:
+    """`(rows, columns)` bool: the tiles that have a pixel in one of the areas."""
+    touching = np.zeros((rows, columns), bool)
+    for x, y, width, height in areas:
+        first_column, first_row = (max(0, (start - tile_size) // step + 1) for start in (x, y))
+        touching[first_row : -(-(y + height) // step), first_column : -(-(x + width) // step)] = True
+    return touching
 
 
 def _tissue_fraction(tissue: Tissue, step: int, tile_size: int, columns: int, rows: int) -> np.ndarray:

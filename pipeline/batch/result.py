@@ -72,7 +72,10 @@ class SlideResult:
             reason,
             mpp_remark(features.slide_mpp, features.settings.get("file_mpp")) if features.slide_mpp else "",
             features.settings.get("metadata_remark", ""),
-            levels_remark(features.settings.get("unreadable_levels", "")),
+            features.settings.get("reader_remark", ""),
+            levels_remark(
+                features.settings.get("unreadable_levels", ""), features.settings.get("differing_levels", "")
+            ),
         ]
         return cls(
             entry.slide_id,

@@ -243,6 +243,7 @@ class EmbedJob:
             open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader)
         )
         slide.unreadable_levels |= layout.unreadable_levels
+        slide.differing_levels = layout.differing_levels
         return slide, layout.tissue, grid
 
     def _embed_tiles(
@@ -287,8 +288,11 @@ class EmbedJob:
             settings["file_mpp"] = slide.mpp.in_file
         if remark := metadata_remark(slide.properties):
             settings["metadata_remark"] = remark
-        if slide.unreadable_levels:
-            settings["unreadable_levels"] = ", ".join(map(str, sorted(slide.unreadable_levels)))
+        if slide.reader_remark:
+            settings["reader_remark"] = slide.reader_remark
+        for name in ("unreadable_levels", "differing_levels"):
+            if levels := getattr(slide, name):
+                settings[name] = ", ".join(map(str, sorted(levels)))
         return Features(
             slide_id=entry.slide_id,
             features=embeddings,

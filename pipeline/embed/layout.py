@@ -22,11 +22,13 @@ class Layout:
         tissue: The tissue.
         grid: The tiles.
         unreadable_levels: Reduced levels of the slide that were found damaged.
+        differing_levels: Reduced levels that show something else than level 0.
     """
 
     tissue: Tissue
     grid: Grid
     unreadable_levels: set[int]
+    differing_levels: set[int]
 
 
 def lay_out(
@@ -59,7 +61,7 @@ def lay_out(
         tissue = segmenter(slide)
         grid = make_grid(slide, tissue, tile_mpp=tile_mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
         save_qc(picture, draw_qc(slide, tissue, grid))
-        return Layout(tissue, grid, slide.unreadable_levels)
+        return Layout(tissue, grid, slide.unreadable_levels, slide.differing_levels)
 
 
 def look_at(path: Path, reader: type[SlideReader] | None, max_px: int) -> tuple[SlideIdentity, np.ndarray]:

@@ -269,6 +269,7 @@ class TilesJob:
             open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader)
         )
         slide.unreadable_levels |= layout.unreadable_levels
+        slide.differing_levels = layout.differing_levels
         return slide, layout.tissue, layout.grid
 
     def _tiles_of(self, features: Features, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Grid]:

@@ -1,7 +1,7 @@
 """Tiled TIFF files of many kinds, made of synthetic tissue."""
 
 import struct
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import cv2
@@ -49,6 +49,11 @@ def jpeg(tile: np.ndarray, subsampling: str = "420", quality: int = 80) -> bytes
     return simplejpeg.encode_jpeg(tile, quality=quality, colorspace="RGB", colorsubsampling=subsampling)
 
 
+def rgb_jpeg(tile: np.ndarray) -> bytes:
+    """A JPEG stream whose colours are red, green and blue as they are."""
+    return imagecodecs.jpeg8_encode(tile, level=80, colorspace="RGB", outcolorspace="RGB")
+
+
 def split_tables(stream: bytes) -> tuple[bytes, bytes]:
     """A JPEG stream's tables, and the stream without them and without application markers."""
     tables, rest, at = b"\xff\xd8", b"\xff\xd8", 2
@@ -60,6 +65,12 @@ def split_tables(stream: bytes) -> tuple[bytes, bytes]:
             rest += stream[at:end]
         at = end
     return tables + b"\xff\xd9", rest + stream[at:]
+
+
+def unlabelled(stream: bytes) -> bytes:
+    """A JPEG stream without the markers that say what its colours are."""
+    tables, rest = split_tables(stream)
+    return tables[:-2] + rest[2:]
 
 
 def write_jpeg_tiff(
@@ -80,13 +91,8 @@ def write_jpeg_tiff(
     """
     with tifffile.TiffWriter(path) as file:
         for number, level in enumerate(levels_of(image, downsamples)):
-            if rgb:
-                streams = [
-                    imagecodecs.jpeg8_encode(one, level=80, colorspace="RGB", outcolorspace="RGB")
-                    for one in tiles_of(level, tile)
-                ]
-            else:
-                streams = [jpeg(one, subsampling) for one in tiles_of(level, tile)]
+            encode = rgb_jpeg if rgb else partial(jpeg, subsampling=subsampling)
+            streams = [encode(one) for one in tiles_of(level, tile)]
             tables, abbreviated = split_tables(streams[0])[0], [split_tables(one)[1] for one in streams]
             sampling = {"420": (2, 2), "422": (2, 1), "444": (1, 1)}[subsampling]
             file.write(
@@ -97,6 +103,7 @@ def write_jpeg_tiff(
                 photometric="rgb" if rgb else "ycbcr",
                 subsampling=None if rgb else sampling,
                 compression="jpeg",
+                compressionargs={"outcolorspace": "rgb"} if rgb else None,  # else tifffile's tag says YCbCr
                 jpegtables=tables if shared_tables else None,
                 description=APERIO.format(width=level.shape[1], height=level.shape[0], tile=tile) if aperio else None,
                 resolution=(20_000, 20_000),

@@ -126,9 +126,9 @@ def test_no_more_is_read_ahead_than_allowed(slide_path: Path, monkeypatch: pytes
         read += width // 50
         return original(self, x, y, level, width, height)
 
-    monkeypatch.setattr(Slide, "read_region", counting)
     with open_slide(slide_path) as slide:
         stream = TileStream(slide, grid_of(slide, tile_px=50), batch_size=5, threads=1, read_ahead=2)
+        monkeypatch.setattr(Slide, "read_region", counting)
         for taken, _ in enumerate(stream, start=1):
             assert read <= (taken + 2) * 5
             if taken == 20:
