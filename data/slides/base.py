@@ -56,6 +56,8 @@ class SlideReader(Plugin, ABC):
         memory_bytes: Memory that the open slide takes for pixels, beyond a cache; 0 where they are read as they are needed.
         SUFFIXES: Suffixes, in small letters and with the dot, that a folder is searched for; a file that the user names is
             tried whatever its suffix.
+        FOLDER_SUFFIXES: Suffixes of folders that are slides.
+        library: Name and version of the library that decodes, for the record; empty for none.
         remark: What a person should know of how the file is read; set by `open_reader`.
         cache_bytes: Memory for decoded native tiles that an open slide may keep, where it keeps any.
         reopens: Whether other processes may open the file for themselves: a pickled reader is then opened again where it is
@@ -68,6 +70,7 @@ class SlideReader(Plugin, ABC):
 
     GIVEN = frozenset({"path"})
     SUFFIXES: ClassVar[frozenset[str]] = frozenset()
+    FOLDER_SUFFIXES: ClassVar[frozenset[str]] = frozenset()
 
     dimensions: tuple[int, int]
     level_dimensions: tuple[tuple[int, int], ...]
@@ -76,6 +79,7 @@ class SlideReader(Plugin, ABC):
     vendor: str
     background: tuple[int, int, int] = (255, 255, 255)
     memory_bytes: int = 0
+    library: str = ""
     remark: str = ""
     cache_bytes: int = 256 * 2**20  # several rows of a 100,000 px wide level, so neighbours are not decoded twice
     reopens: ClassVar[bool] = False
@@ -112,6 +116,8 @@ READERS: Registry[SlideReader] = Registry(
     {
         "tiff": "longslide.data.slides.tiled_tiff:TiledTiffReader",
         "openslide": "longslide.data.slides.openslide:OpenSlideReader",
+        "fastslide": "longslide.data.slides.fastslide:FastSlideReader",
+        "ome-zarr": "longslide.data.slides.ome_zarr:OmeZarrReader",
         "image": "longslide.data.slides.image:ImageReader",
     },
 )
@@ -129,6 +135,8 @@ def open_reader(path: Path, choice: str | type[SlideReader] | None = None) -> Sl
         LongslideError: No such reader, no reader for this file, or a broken file.
     """
     tried = READERS.names() if choice is None else [choice]
+    if path.is_dir():  # no other reader is asked to open a folder
+        tried = [name for name in tried if path.suffix.lower() in READERS.get(name).FOLDER_SUFFIXES]
     reasons, remarks = [], []
     for name in tried:
         try:
@@ -151,7 +159,10 @@ def open_reader(path: Path, choice: str | type[SlideReader] | None = None) -> Sl
 
 
 def reader_to_obey(name: str | None) -> str | None:
-    """The recorded reader that later reading must use too; None for those of the package, which give equal pixels."""
+    """The recorded reader that later reading must use too.
+
+    None for those of the package: which of them reads a file, and so its pixels, is settled by the file.
+    """
     return None if name is None or name in READERS.builtin else name
 
 
@@ -163,6 +174,24 @@ def recorded_reader(name: str | None) -> type[SlideReader] | None:
     """
     name = reader_to_obey(name)
     return None if name is None else READERS.get(name, from_file=True)
+
+
+def inside_of(rectangle: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, slice, slice] | None:
+    """The part of a rectangle that lies inside a picture.
+
+    Args:
+        rectangle: (x, y, width, height).
+        size: (width, height) of the picture.
+
+    Returns:
+        x and y of that part in the picture, and its rows and columns within the rectangle; None if nothing lies inside.
+    """
+    x, y, width, height = rectangle
+    left, top = max(x, 0), max(y, 0)
+    right, bottom = min(x + width, size[0]), min(y + height, size[1])
+    if right <= left or bottom <= top:
+        return None
+    return left, top, slice(top - y, bottom - y), slice(left - x, right - x)
 
 
 def over_background(bgra: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """The slides of a folder, and what in it was not looked at."""
 
+import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +36,19 @@ class FolderContent:
 
 def looked_at(reader: str | type[SlideReader] | None = None) -> frozenset[str]:
     """Suffixes of the files of a folder that are taken for slides: those of all readers, or of the one that is named."""
-    if reader is not None and (suffixes := READERS.get(reader).SUFFIXES):
-        return suffixes
+    if reader is not None and ((cls := READERS.get(reader)).SUFFIXES or cls.FOLDER_SUFFIXES):
+        return cls.SUFFIXES
     return frozenset[str]().union(*(READERS.get(name).SUFFIXES for name in READERS.names()))
 
 
-def read_folder(folder: Path, suffixes: Collection[str]) -> FolderContent:
+def folders_looked_at(reader: str | type[SlideReader] | None = None) -> frozenset[str]:
+    """Suffixes of the folders that are taken for slides: those of all readers, or of the one that is named."""
+    if reader is not None and ((cls := READERS.get(reader)).SUFFIXES or cls.FOLDER_SUFFIXES):
+        return cls.FOLDER_SUFFIXES
+    return frozenset[str]().union(*(READERS.get(name).FOLDER_SUFFIXES for name in READERS.names()))
+
+
+def read_folder(folder: Path, suffixes: Collection[str], folders: Collection[str] = ()) -> FolderContent:
     """Search a folder through all its subfolders.
 
     The DICOM files of one series are one slide, with the folder's name, or its first file's where a folder holds several
@@ -50,21 +58,18 @@ def read_folder(folder: Path, suffixes: Collection[str]) -> FolderContent:
     Args:
         folder: The folder.
         suffixes: Suffixes of slides, as `looked_at` gives them.
+        folders: Suffixes of folders that are slides, as `folders_looked_at` gives them. Others that end in `.zarr` are
+            passed over as one.
     """
     slides: dict[Path, Path] = {}
     passed_over: Counter[str] = Counter()
     dicom: dict[Path, dict[str | None, Path]] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(_files(folder, {*folders, ".zarr"})):
         inside = path.relative_to(folder)
-        if any(part.startswith(".") for part in inside.parts) or path.is_dir():
-            continue
-        # A folder beside a .mrxs file and of its name holds that slide's data.
-        if any((folder / f"{parent}.mrxs").is_file() for parent in inside.parents if parent.name):
-            continue
         if path.parent.name == "qc" and (path.parent.parent / "summary.csv").is_file():
             continue
         suffix = path.suffix.lower()
-        if suffix not in suffixes:
+        if suffix not in (folders if path.is_dir() else suffixes):
             passed_over[suffix] += 1
         elif suffix == ".dcm":  # a series is one slide, and any of its files opens it
             dicom.setdefault(path.parent, {}).setdefault(series_of(path), path)
@@ -82,3 +87,15 @@ def read_folder(folder: Path, suffixes: Collection[str]) -> FolderContent:
             del slides[path]
             passed_over[path.suffix.lower()] += 1
     return FolderContent(tuple(sorted(slides.items())), passed_over)
+
+
+def _files(folder: Path, whole: Collection[str]) -> Iterator[Path]:
+    """The files below a folder that are not hidden, and the folders of these suffixes, which are not entered."""
+    for above, folders, files in os.walk(folder):
+        here = Path(above)
+        names = {name for name in folders if not name.startswith(".")}
+        yield from (here / name for name in names if Path(name).suffix.lower() in whole)
+        # A folder beside a .mrxs file and of its name holds that slide's data.
+        names -= {name.removesuffix(".mrxs") for name in files if name.endswith(".mrxs")}
+        folders[:] = [name for name in names if Path(name).suffix.lower() not in whole]
+        yield from (here / name for name in files if not name.startswith("."))

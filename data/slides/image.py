@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+import PIL
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from ...errors import LongslideError
@@ -60,6 +61,7 @@ class ImageReader(SlideReader):
         self.properties = {"tiff.ResolutionUnit": "inch"} | resolution | icc
         self.memory_bytes = 4 * self.dimensions[0] * self.dimensions[1]
         self.vendor = "image"
+        self.library = f"Pillow {PIL.__version__}"
 
     def close(self) -> None:
         """Free the image."""

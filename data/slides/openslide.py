@@ -53,6 +53,7 @@ class OpenSlideReader(SlideReader):
             if facts.mpp is not None:
                 self.properties["openslide.mpp-x"], self.properties["openslide.mpp-y"] = facts.mpp
                 del self.properties["openslide.vendor"]  # these are no resolution tags, as those of a generic TIFF are
+        self.library = f"OpenSlide {openslide.__library_version__}"
         colour = self.properties.get("openslide.background-color", "FFFFFF")
         self.background = (int(colour[0:2], 16), int(colour[2:4], 16), int(colour[4:6], 16))
 
@@ -112,6 +113,8 @@ class OpenSlideReader(SlideReader):
             facts = tiff_facts(self.path)
             if facts is not None and facts.refusal:
                 raise DeclinedError(facts.refusal) from error
+            if self.path.suffix.lower() == ".czi":  # it reads some of them; fastslide reads more
+                raise DeclinedError(f"OpenSlide does not read this one ({error})") from error
             raise LongslideError(f"{self.path}: a broken or truncated slide ({error}); copy it again") from error
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from ...errors import LongslideError
 from ..regular_file import check_regular
 from .base import READERS, SlideReader, open_reader
+from .folder import folders_looked_at
 from .level_check import differing_levels
 from .metadata import metadata_remark
 from .mpp import Mpp, resolve_mpp
@@ -48,6 +49,7 @@ class Slide:
         unreadable_areas: (x, y, width, height) in level-0 pixels of what a thumbnail could not read of level 0, where it
             shows background. Whether there is tissue is unknown: a grid has tiles there, which are counted as unreadable.
         reader: Name of the slide reader that reads the pixels, or its dotted path.
+        library: Name and version of the library that decodes them; empty for none.
     """
 
     def __init__(self, path: str | Path, reader: SlideReader, slide_mpp: float | None, slide_id: str | None) -> None:
@@ -63,6 +65,7 @@ class Slide:
         self.vendor = reader.vendor
         self.background = reader.background
         self.memory_bytes = reader.memory_bytes
+        self.library = reader.library
         self.unreadable_levels: set[int] = set()
         self.unreadable_areas: set[tuple[int, int, int, int]] = set()
 
@@ -374,6 +377,8 @@ def open_slide(
         LongslideError: No such file, not a slide that can be read, or no such reader.
     """
     path = Path(path)
+    if path.is_dir() and path.suffix.lower() in folders_looked_at(reader):
+        return Slide(path, open_reader(path, reader), slide_mpp, slide_id)
     try:
         check_regular(path)
         with path.open("rb") as file:

@@ -12,7 +12,7 @@ from ...errors import LongslideError, is_printable, printable
 from ..patients import patient_column
 from ..table import ID_COLUMNS, SLIDE_COLUMNS, decimal_points, find_column, is_table, listed, read_table
 from .base import SlideReader
-from .folder import looked_at, read_folder
+from .folder import folders_looked_at, looked_at, read_folder
 from .mpp import plausible
 
 if TYPE_CHECKING:
@@ -87,13 +87,14 @@ def find_slides(
     for item in items:
         if not os.path.exists(item):  # Path.exists raises where a folder above may not be entered
             raise LongslideError(f"{item}: no such file or folder, or no permission to see it")
-        if item.is_dir():
+        folders = folders_looked_at(reader)
+        if item.is_dir() and item.suffix.lower() not in folders:
             suffixes = looked_at(reader)
-            content = read_folder(item, suffixes)
+            content = read_folder(item, suffixes, folders)
             if not content.slides:
                 there = f"; {content.remark}" if content.remark else ""
                 raise LongslideError(
-                    f"{item}: no slides in this folder (looked for {', '.join(sorted(suffixes))}{there})"
+                    f"{item}: no slides in this folder (looked for {', '.join(sorted(suffixes | folders))}{there})"
                 )
             if content.remark:
                 logger.warning("%s: %s", item, content.remark)
@@ -134,7 +135,7 @@ def without_suffix(name: str, known: Collection[str]) -> str:
     stem, dot, suffix = name.rpartition(".")
     if not dot or name in known:
         return name
-    return stem if f".{suffix.lower()}" in looked_at() | {".h5", ".hdf5", ".pt"} else name
+    return stem if f".{suffix.lower()}" in looked_at() | folders_looked_at() | {".h5", ".hdf5", ".pt"} else name
 
 
 def _read_slide_table(table: Path, patients: str | None, ask: bool, id_from: IdFrom) -> list[SlideEntry]:

@@ -275,6 +275,7 @@ class EmbedJob:
             "min_tissue": made_with.min_tissue,
             "max_blur": made_with.max_blur,
             "reader": slide.reader,
+            "reader_library": slide.library,
             "mpp_source": slide.mpp.source,
             "patch_level": grid.level,
             "custom_downsample": grid.custom_downsample(slide.level_downsamples),

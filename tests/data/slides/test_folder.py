@@ -1,11 +1,12 @@
 """What a folder of slides is searched for, and what is said of the rest."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from longslide import LongslideError, SlideReader, register
+from longslide import LongslideError, SlideReader, open_slide, register
 from longslide.data.slides.base import READERS
 from longslide.data.slides.folder import looked_at, read_folder
 from longslide.data.slides.slide_table import find_slides
@@ -22,7 +23,7 @@ def test_what_was_not_looked_at_is_listed_by_suffix_and_count_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     touch(tmp_path, "a.svs", "b.ome.tif", "c.QPTIFF", "d.ptif", "e.jp2", "f.czi", "sub/g.tif")
-    touch(tmp_path, "h.isyntax", "sub/i.iSyntax", "j.vsi", "notes.xml", "README", "a.jpg", ".hidden.vsi")
+    touch(tmp_path, "h.sdpc", "sub/i.SDPC", "j.zip", "notes.xml", "README", "a.jpg", ".hidden.vsi")
     found = find_slides(tmp_path)
     assert [entry.path.name for entry in found] == [
         "a.svs",
@@ -34,7 +35,7 @@ def test_what_was_not_looked_at_is_listed_by_suffix_and_count_in_one_line(
         "g.tif",
     ]
     [record] = caplog.records
-    assert record.getMessage() == (f"{tmp_path}: not looked at: 2 .isyntax, 1 without suffix, 1 .jpg, 1 .vsi, 1 .xml")
+    assert record.getMessage() == (f"{tmp_path}: not looked at: 2 .sdpc, 1 without suffix, 1 .jpg, 1 .xml, 1 .zip")
 
 
 def test_nothing_is_said_of_the_parts_of_slides_and_of_pictures_of_an_earlier_job(
@@ -47,8 +48,8 @@ def test_nothing_is_said_of_the_parts_of_slides_and_of_pictures_of_an_earlier_jo
 
 
 def test_a_folder_without_slides_says_what_is_in_it(tmp_path: Path) -> None:
-    touch(tmp_path, "a.isyntax", "b.isyntax")
-    with pytest.raises(LongslideError, match=r"no slides in this folder \(looked for .*; not looked at: 2 \.isyntax\)"):
+    touch(tmp_path, "a.sdpc", "b.sdpc")
+    with pytest.raises(LongslideError, match=r"no slides in this folder \(looked for .*; not looked at: 2 \.sdpc\)"):
         find_slides(tmp_path)
 
 
@@ -103,6 +104,34 @@ def test_ids_of_paths_are_of_files_and_cells_as_they_are_given(tmp_path: Path, m
 
 
 def test_the_command_line_says_what_was_not_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    touch(tmp_path, "slides/a.svs", "slides/b.isyntax")
+    touch(tmp_path, "slides/a.svs", "slides/b.sdpc")
     assert main(["doctor", str(tmp_path / "slides")]) == 1
-    assert f"{tmp_path / 'slides'}: not looked at: 1 .isyntax" in capsys.readouterr().err
+    assert f"{tmp_path / 'slides'}: not looked at: 1 .sdpc" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_a_slide_is_one_and_its_chunks_are_not_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(tmp_path, "a.ome.zarr/0/c/0/0", "a.ome.zarr/zarr.json", "sub/b.zarr/.zattrs", "c.svs")
+    assert [entry.slide_id for entry in find_slides(tmp_path)] == ["a.ome", "c", "b"]
+    assert [entry.slide_id for entry in find_slides(tmp_path / "a.ome.zarr")] == ["a.ome"]
+    assert not caplog.records
+    assert [entry.slide_id for entry in find_slides(tmp_path, reader="openslide")] == ["c"]
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: not looked at: 2 .zarr"]
+
+
+@pytest.mark.parametrize("name", ["a.isyntax", "a.vsi", "a.czi"])
+def test_a_format_of_an_optional_reader_says_what_to_install(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastslide", None)
+    touch(tmp_path, name)
+    with pytest.raises(LongslideError, match=r"need the package fastslide: pip install 'longslide\[fastslide\]'"):
+        open_slide(tmp_path / name)
+
+
+def test_a_zarr_folder_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    touch(tmp_path, "a.ome.zarr/zarr.json")
+    with pytest.raises(LongslideError, match=r"OME-Zarr needs the package zarr: pip install 'longslide\[ome-zarr\]'"):
+        open_slide(tmp_path / "a.ome.zarr")
