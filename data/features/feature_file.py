@@ -14,6 +14,7 @@ from ...version import __version__
 from ..regular_file import check_regular
 from ..slides.identity import SlideIdentity
 from ..whole_file import write_whole
+from .trusted_hdf5 import check_file, check_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -257,6 +258,7 @@ def read_features(path: str | Path, *, embeddings: bool = True, encoder: str | N
 
 
 def _read(path: Path, file: h5py.File, embeddings: bool, wanted: str | None) -> Features:
+    check_file(path, file)
     name = next((name for name in ("features", "feats", "tile_embeds") if name in file), None)
     if name is None or "coords" not in file:
         raise LongslideError(
@@ -265,6 +267,8 @@ def _read(path: Path, file: h5py.File, embeddings: bool, wanted: str | None) -> 
     several = isinstance(file[name], h5py.Group)  # AtlasPatch: a dataset for each encoder
     if several:
         name = f"{name}/{_one_encoder(path, list(file[name]), wanted)}"
+    for read in (name, "coords", *(["slide_embedding"] if "slide_embedding" in file else [])):
+        check_numbers(path, file[read], read)
     raw = file["coords"][()]
     features = file[name][()] if embeddings else np.broadcast_to(np.zeros((), file[name].dtype), file[name].shape)
     batched = features.ndim == 3 and features.shape[0] == 1
