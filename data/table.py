@@ -1,6 +1,8 @@
 """Tables as users have them: any separator, any usual encoding, Parquet, Excel. Every cell is text, as the user spelt it.
 
-All tables that come from outside are read here and nowhere else. Those that are written are plain CSV: UTF-8, comma, point.
+All tables that come from outside are read here and nowhere else. Those that are written, by `csv_of` and `csv_of_frame`, are
+plain CSV: UTF-8, comma, point. A text that a spreadsheet would take for a formula gets an apostrophe in front, which reading
+takes away.
 """
 
 import codecs
@@ -11,7 +13,7 @@ import io
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,8 @@ _TRUTH = {"True": True, "False": False, "TRUE": True, "FALSE": False}
 _SEPARATORS = ",;\t"
 _SNIFFED = 100  # records that a separator is found by
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(?:[eE][+-]?\d+)?")
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")  # with apostrophes too: each writing adds one, each reading takes one away
+_ESCAPED = re.compile(r"'+[=+\-@\t\r]")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")  # or a decimal comma: 1,234 may be either
 
 logger = logging.getLogger(__name__)
@@ -101,6 +105,8 @@ def read_records(path: Path) -> tuple[list[str], list[list[str]]]:
     except Exception as error:  # csv.Error, UnicodeDecodeError, pyarrow's, and whatever openpyxl's zip and XML raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise LongslideError(f"{path}: cannot be read as a table: {reason}") from error
+    if suffix not in (".parquet", ".xlsx"):
+        records = [[cell[1:] if _ESCAPED.match(cell) else cell for cell in record] for record in records]
     records = [[cell.strip() for cell in record] for record in records]
     if not records or not any(records[0]):
         raise LongslideError(f"{path}: cannot be read as a table: no header in its first line")
@@ -129,6 +135,41 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     header, rows = read_records(path)
     return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def csv_of(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """A table as CSV.
+
+    Args:
+        columns: The columns.
+        rows: Cells by column; those of other columns are left out, missing ones empty.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(map(_no_formula, columns))
+    writer.writerows([_no_formula(row.get(name, "")) for name in columns] for row in rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def csv_of_frame(frame: "pd.DataFrame") -> bytes:
+    """A table as CSV, without its index."""
+    safe = frame.copy(deep=False)
+    for number, kind in enumerate(frame.dtypes):
+        if kind.kind == "O" or str(kind) in ("str", "string", "category"):
+            safe.isetitem(number, frame.iloc[:, number].astype(object).map(_no_formula).to_numpy())
+    safe.columns = [_no_formula(str(name)) for name in frame.columns]
+    return safe.to_csv(index=False).encode("utf-8", "backslashreplace")
+
+
+def _no_formula(cell: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula; numbers, also as text, stay as they are."""
+    if not isinstance(cell, str) or not _FORMULA.match(cell):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def require_columns(path: Path, frame: "pd.DataFrame", names: Iterable[str]) -> None:

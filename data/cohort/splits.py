@@ -12,7 +12,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from ...errors import LongslideError
 from ...task import CLASSIFICATION, Task
 from ..slides.slide_table import without_suffix
-from ..table import ID_COLUMNS, SLIDE_COLUMNS, find_column, listed, read_table
+from ..table import ID_COLUMNS, SLIDE_COLUMNS, csv_of_frame, find_column, listed, read_table
 from ..whole_file import write_whole
 from .cohort import Cohort
 from .split_folder import FOLD_COLUMN, names_in_splits, read_split_folder, split_key
@@ -358,7 +358,7 @@ def write_splits(path: Path, splits: pd.DataFrame) -> None:
     Raises:
         LongslideError: It cannot be written.
     """
-    write_whole(path, splits.to_csv(index=False).encode(), "--data.splits")
+    write_whole(path, csv_of_frame(splits), "--data.splits")
 
 
 def check_splits(splits: pd.DataFrame, cohort: Cohort, *, keep_sites_apart: bool = False) -> pd.DataFrame:

@@ -1,13 +1,11 @@
 """The summary of a batch job: one row per slide, written by several processes."""
 
-import csv
-import io
 import tempfile
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 
-from ...data.table import decimal_point, read_rows
+from ...data.table import csv_of, decimal_point, read_rows
 from ...data.whole_file import remove_leftovers, write_whole
 from ...errors import LongslideError
 from .claims import ClaimedError, lock_folder, waited_claim
@@ -61,14 +59,11 @@ def record(output: Path, *results: SlideResult, timeout: float = SUMMARY_WAIT) -
             if not new:
                 return
             rows |= new
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, [field.name for field in fields(SlideResult)], extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows[slide_id] for slide_id in sorted(rows))
+            columns = [field.name for field in fields(SlideResult)]
             if not held.held:
                 raise LongslideError(f"{path}: another process took it over while this one was stopped; tried again")
             remove_leftovers(path)
-            write_whole(path, table.getvalue().encode())
+            write_whole(path, csv_of(columns, (rows[slide_id] for slide_id in sorted(rows))))
     except ClaimedError as error:
         holder = str(error).removeprefix(BUSY).strip(" ()")
         raise LongslideError(

@@ -1,13 +1,12 @@
 """A table of slides to start from: to fill in, and to give to `embed` and `fit`."""
 
-import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.slides.slide_table import SlideEntry
+from ...data.table import csv_of
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 
@@ -43,10 +42,8 @@ def write_starter_table(
     Raises:
         LongslideError: It cannot be written.
     """
-    text = io.StringIO(newline="")
     extra = list(dict.fromkeys(name for cells in labels.values() for name in cells if name not in COLUMNS))
-    writer = csv.DictWriter(text, [*COLUMNS[:-1], *extra, COLUMNS[-1]], restval="")
-    writer.writeheader()
+    rows: list[dict[str, str]] = []
     for entry, check in zip(entries, checks, strict=True):
         row = {
             "slide": _seen_from(path.absolute().parent, entry.path),
@@ -56,8 +53,8 @@ def write_starter_table(
             "tissue_mask": "" if entry.tissue_mask is None else _seen_from(path.absolute().parent, entry.tissue_mask),
             "problem": check.problem,
         }
-        writer.writerow({**row, **{name: cell for name, cell in labels.get(entry.slide_id, {}).items() if cell}})
-    write_whole(path, text.getvalue().encode(), "--write-table")
+        rows.append({**row, **{name: cell for name, cell in labels.get(entry.slide_id, {}).items() if cell}})
+    write_whole(path, csv_of([*COLUMNS[:-1], *extra, COLUMNS[-1]], rows), "--write-table")
 
 
 def _seen_from(folder: Path, path: Path) -> str:

@@ -1,6 +1,5 @@
 """Explanations of predictions: scores of a feature file's tiles, and their pictures, tables and GeoJSON."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ import numpy as np
 from ...data.features.feature_file import Features, read_features
 from ...data.features.preprocessing import Preprocessing
 from ...data.slides.slide import Slide
+from ...data.table import csv_of
+from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from .checkpoint_features import check_exist, trained_on
 from .gallery import write_gallery
@@ -231,8 +232,9 @@ def _ends(name: str, signed: bool) -> tuple[str, str]:
 
 def _write_table(path: Path, explanation: Explanation) -> None:
     """One row per tile: x and y in level-0 pixels, one column of scores per name."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["x", "y", *(f"score_{name}" for name in explanation.names)])
-        for (x, y), scores in zip(explanation.coords.tolist(), explanation.scores.tolist(), strict=True):
-            writer.writerow([x, y, *(f"{score:.6g}" for score in scores)])
+    columns = ["x", "y", *(f"score_{name}" for name in explanation.names)]
+    rows = (
+        dict(zip(columns, [*place, *(f"{score:.6g}" for score in scores)], strict=True))
+        for place, scores in zip(explanation.coords.tolist(), explanation.scores.tolist(), strict=True)
+    )
+    write_whole(path, csv_of(columns, rows))

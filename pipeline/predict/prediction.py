@@ -1,14 +1,12 @@
 """Predictions as users get them: typed, a row of `predictions.csv`, JSON."""
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...data.table import read_table, typed
+from ...data.table import csv_of, read_table, typed
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...prediction_columns import SEEN, PredictionColumns, time_text
@@ -168,11 +166,7 @@ def write_predictions(output: Path, task: Task, predictions: Iterable[Prediction
         LongslideError: It cannot be written.
     """
     ordered = sorted(predictions, key=lambda one: (one.level != "slide", one.slide_id, one.patient_id))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, PredictionColumns(task).all)
-    writer.writeheader()
-    writer.writerows(row(one, task) for one in ordered)
-    write_whole(output / PREDICTIONS, text.getvalue().encode())
+    write_whole(output / PREDICTIONS, csv_of(PredictionColumns(task).all, (row(one, task) for one in ordered)))
 
 
 def read_predictions(path: Path, task: Task) -> list[Prediction]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...data.table import csv_of_frame
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...prediction_columns import survival_times
@@ -88,7 +89,7 @@ def compare(
         name: evaluate(table[table["level"] == level], task, cohort=cohort, subgroups=groups)
         for name, table in predictions.items()
     }
-    write_whole(output / TABLE, _one_table(values, differences).to_csv(index=False).encode())
+    write_whole(output / TABLE, csv_of_frame(_one_table(values, differences)))
     page = write_comparison_page(output / PAGE, named, predictions, task, values, differences, left_out, level)
     print_comparison(values, differences, task, level)
     print(f"see {page} and {output / TABLE}")

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...data.table import csv_of_frame
 from ...data.whole_file import write_whole
 from ...version import __version__
 
@@ -180,7 +181,7 @@ def write_picture(folder: Path, picture: Picture) -> None:
     name = re.sub(r"[^\w.-]+", "-", picture.alt).strip("-").lower()
     write_whole(folder / f"{name}.svg", _drawn(picture.figure, "svg", {"svg.fonttype": "none"}), "folder")
     write_whole(folder / f"{name}.pdf", _drawn(picture.figure, "pdf", {"pdf.fonttype": 42}), "folder")
-    write_whole(folder / f"{name}.csv", picture.points.to_csv(index=False).encode(), "folder")
+    write_whole(folder / f"{name}.csv", csv_of_frame(picture.points), "folder")
 
 
 def _drawn(figure: "Figure", kind: str, settings: dict[str, Any]) -> bytes:

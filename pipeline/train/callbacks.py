@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ...data.table import read_table, typed
+from ...data.table import csv_of_frame, read_table, typed
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 
@@ -77,7 +77,7 @@ class History(Callback):
         return typed(read_table(self.path, ("", "nan")))
 
     def _write(self, rows: pd.DataFrame) -> None:
-        write_whole(self.path, rows.to_csv(index=False).encode(), "--run")
+        write_whole(self.path, csv_of_frame(rows), "--run")
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ...data.table import csv_of_frame
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...prediction_columns import SEEN
@@ -112,7 +113,7 @@ class TrainingRun:
             LongslideError: `cohort.csv` is there, and not of this cohort.
         """
         path = self.folder / "cohort.csv"
-        if self._there and path.is_file() and path.read_bytes() != cohort.rows.to_csv(index=False).encode():
+        if self._there and path.is_file() and path.read_bytes() != csv_of_frame(cohort.rows):
             raise LongslideError(
                 f"{path}: the run has begun with another table or other feature files than there are now; choose another "
                 "--run, or delete the folder"
@@ -130,7 +131,7 @@ class TrainingRun:
         self.check_cohort(cohort)
         make_output_folder(self.folder, "--run")
         self._write_configuration()
-        self._write("cohort.csv", cohort.rows.to_csv(index=False))
+        self._write("cohort.csv", csv_of_frame(cohort.rows))
 
     def describe(self, data: "BagDataModule", **facts: Any) -> None:
         """Write `run.json` and `splits.csv`.
@@ -157,7 +158,7 @@ class TrainingRun:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             **facts,
         }
-        self._write("splits.csv", data.splits.to_csv(index=False))
+        self._write("splits.csv", csv_of_frame(data.splits))
         self.write()
 
     def remark(self, text: str) -> None:
@@ -188,7 +189,7 @@ class TrainingRun:
 
         if predictions:
             table = pd.concat(predictions, ignore_index=True)
-            self._write("predictions.csv", table.to_csv(index=False))
+            self._write("predictions.csv", csv_of_frame(table))
             self._evaluate(table, task, cohort)
         self.finish_without_predictions()
         return read_run(self.folder) if predictions else Run.without_predictions(self.folder, task, self.facts)
@@ -220,7 +221,7 @@ class TrainingRun:
         if (predictions["part"] == "test").any():
             metrics = evaluate(predictions, task, cohort=cohort, subgroups=self.subgroups or None)
             metrics[SEEN] = seen_mark(self.facts.get("seen"))
-            self._write("metrics.csv", metrics.to_csv(index=False))
+            self._write("metrics.csv", csv_of_frame(metrics))
             self.write()
             write_run_report(self.folder)
 
@@ -232,8 +233,8 @@ class TrainingRun:
     def _write_configuration(self) -> None:
         self._write("config.yaml", yaml.safe_dump(self._configuration, sort_keys=False, allow_unicode=True))
 
-    def _write(self, name: str, text: str) -> None:
-        write_whole(self.folder / name, text.encode(), "--run")
+    def _write(self, name: str, content: str | bytes) -> None:
+        write_whole(self.folder / name, content.encode() if isinstance(content, str) else content, "--run")
 
 
 def print_metrics(run: Run) -> None:

@@ -1,5 +1,6 @@
 """Tables as spreadsheets, statistics programs and people write them."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from longslide.data.table import decimal_points, find_column, read_table, typed
+from longslide.data.table import csv_of, csv_of_frame, decimal_points, find_column, read_table, typed
 from longslide.errors import LongslideError
 
 ROWS = [["slide_id", "Größe", "age"], ["007", "groß; sehr", "1.5"], ["1.0", 'a "b", c', ""], ["1e5", "é", "3"]]
@@ -210,3 +211,49 @@ def test_whatever_is_written_is_read_back(
     else:
         frame.to_excel(path, index=False)
     assert read_table(path, {""}).fillna("").to_numpy().tolist() == frame.to_numpy().tolist()
+
+
+FORMULAS = [
+    "=cmd|' /C calc'!A0",
+    "+A1",
+    "-x",
+    "@SUM(A1)",
+    "'=quoted",
+    "''+twice",
+    "=",
+    "-",
+    "plain",
+    "it's",
+    "'quoted'",
+]
+NUMBERS = ["-1.5", "+3", "-1e-5", "-inf", "0012"]
+
+
+def test_what_a_spreadsheet_would_take_for_a_formula_is_written_as_text_and_read_as_it_was(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"slide_id": FORMULAS, "=header": range(len(FORMULAS)), "score": -np.arange(len(FORMULAS)) / 3}
+    )
+    for number, content in enumerate((csv_of_frame(frame), csv_of(list(frame), frame.to_dict("records")))):
+        path = tmp_path / f"{number}.csv"
+        path.write_bytes(content)
+        with path.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        for row in [header, *rows]:
+            for cell in row:
+                assert cell[:1] not in ("=", "+", "@") and (cell[:1] != "-" or float(cell) <= 0), "no formula"  # noqa: PT018
+        back = typed(read_table(path, {""}), {"slide_id"})
+        assert back["slide_id"].tolist() == FORMULAS
+        assert back.columns.tolist() == frame.columns.tolist()
+        np.testing.assert_allclose(back["score"], frame["score"])
+
+
+def test_numbers_stay_numbers(tmp_path: Path) -> None:
+    content = csv_of(["a"], [{"a": number} for number in [*NUMBERS, -0.25, None]]).decode()
+    assert content.splitlines() == ["a", *NUMBERS, "-0.25", '""']
+
+
+def test_a_table_written_read_and_written_again_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    once = csv_of_frame(pd.DataFrame({"id": FORMULAS}))
+    path.write_bytes(once)
+    assert csv_of_frame(read_table(path, {""})) == once
