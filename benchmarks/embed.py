@@ -1,119 +1,234 @@
-"""Tiles per second from a slide file to embeddings, and the share of time the device waits for tiles.
+"""Tiles per second from slide files to embeddings: the usual way and Longslide's, side by side in one run.
 
-    python benchmarks/embed.py [slide] [--tile-encoder gigapath] [--threads 8]
+    python benchmarks/embed.py [--tile-encoders gigapath uni kaiko-vits16] [--precisions float16 float8] [--tiles 16000]
 
-Weights are random: they cost the same. Without a slide, a synthetic one (deflate-compressed) is written. Printed side by
-side: the encoder alone on tiles that are already on the device, the reading alone, and both together as `longslide embed`
-runs them; the device waits for the time in which no kernel of the encoder runs.
+The usual way is a `DataLoader` of 12 worker processes that read tiles with OpenSlide and transform them with Pillow and
+torchvision's arithmetic, batches of 64, float16 autocast. Ours is what `longslide embed` runs, without finding tissue: one
+slide, then as many tiles in slides of 300. The slide is an SVS file of JPEG tiles of 256 px, about 15 KiB each (quality 85).
+Weights are random, with LayerScale at 0.1 to 1. GPU idle is the share of the wall time in which no batch is in work.
+Compiling is not counted.
 """
 
 import argparse
+import os
 import tempfile
 import time
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openslide
+import tifffile
 import torch
-from longslide import create_tile_encoder, open_slide
+from longslide import open_slide
 from longslide.data.slides.slide import Slide
-from longslide.data.synthetic import write_pyramid, write_synthetic_slide
-from longslide.data.tiles.grid import make_grid
-from longslide.data.tiles.stream import TileBatch, TileStream
+from longslide.data.synthetic import write_synthetic_slide
+from longslide.data.tiles.grid import Grid, make_grid
+from longslide.data.tiles.readers import READING_BATCH, TileReaders
+from longslide.data.tiles.stream import TileStream
 from longslide.data.tissue.base import Tissue
+from longslide.models.tile_encoder.encoder import TileEncoder, build_network
 from longslide.models.tile_encoder.engine import TileEngine
-from longslide.pipeline.embed.tile_embedding import TileEmbedder, resolve_device, resolve_precision
+from longslide.models.tile_encoder.float8 import fidelity
+from longslide.models.tile_encoder.spec import TileEncoderSpec, load_tile_encoder_spec
+from longslide.pipeline.embed.tile_embedding import TileEmbedder, resolve_device
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+NATIVE = 256
 
 
-def synthetic_slide(folder: Path) -> Path:
-    small = write_synthetic_slide(folder / "piece.svs", size=(4096, 4096))
-    with open_slide(small) as slide:
-        piece = slide.read_region(0, 0, 0, 4096, 4096)
-    path = folder / "slide.svs"
-    write_pyramid(path, np.tile(piece, (4, 4, 1)), mpp=0.5)
-    return path
+def write_jpeg_slide(path: Path, tiles: int) -> float:
+    """A slide of so many native tiles and more, in rows of 64, and the mean KiB of one."""
+    encoded = []
+    with tempfile.TemporaryDirectory() as folder:
+        with open_slide(write_synthetic_slide(Path(folder) / "piece.svs", size=(4096, 4096))) as slide:
+            piece = slide.read_region(0, 0, 0, 4096, 4096)
+        piece = np.clip(piece + np.random.default_rng(0).normal(0, 9, piece.shape), 0, 255).astype(np.uint8)
+        with tifffile.TiffWriter(Path(folder) / "piece.tif") as tif:
+            tif.write(
+                piece, tile=(NATIVE, NATIVE), photometric="rgb", compression="jpeg", compressionargs={"level": 85}
+            )
+        with tifffile.TiffFile(Path(folder) / "piece.tif") as written:
+            page: Any = written.pages[0]
+            for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+                written.filehandle.seek(offset)
+                encoded.append(written.filehandle.read(size))
+    across, rows = 64, -(-tiles // 64)
+
+    def segments() -> Iterator[bytes]:
+        for i in range(across * rows):
+            yield encoded[i % len(encoded)]
+
+    with tifffile.TiffWriter(path, bigtiff=True) as tif:
+        tif.write(
+            segments(), shape=(rows * NATIVE, across * NATIVE, 3), dtype=np.uint8, tile=(NATIVE, NATIVE),
+            photometric="rgb", compression="jpeg", description="Aperio Image Library v12\nbenchmark|AppMag = 20|MPP = 0.5",
+            metadata=None,
+        )  # fmt: skip
+    return float(np.mean([len(one) for one in encoded])) / 1024
 
 
-def whole_slide(slide: Slide) -> Tissue:
+def whole_grid(slide: Slide, spec: TileEncoderSpec, tiles: int) -> Grid:
     width, height = slide.dimensions
-    return Tissue(np.ones((height // 64, width // 64), bool), (width / (width // 64), height / (height // 64)), "all")
+    everywhere = Tissue(np.ones((height // 64, width // 64), bool), (64, 64), "all")
+    grid = make_grid(slide, everywhere, tile_mpp=0.5, tile_px=spec.tile_px)
+    return type(grid)(**vars(grid) | {"coords": grid.coords[:tiles]})
+
+
+def random_encoder(name: str, device: torch.device) -> TileEncoder:
+    spec = load_tile_encoder_spec(name)
+    torch.manual_seed(0)
+    with device:
+        network = build_network(spec)
+        for key, parameter in network.named_parameters():
+            if key.endswith("gamma"):
+                torch.nn.init.uniform_(parameter, 0.1, 1)
+    return TileEncoder(spec, network, "random").eval()
+
+
+class UsualTiles(Dataset[Tensor]):
+    """Tiles as most scripts read them."""
+
+    def __init__(self, path: Path, grid: Grid, spec: TileEncoderSpec) -> None:
+        self.path, self.grid, self.spec = path, grid, spec
+
+    @cached_property
+    def slide(self) -> openslide.OpenSlide:
+        return openslide.OpenSlide(self.path)
+
+    def __len__(self) -> int:
+        return len(self.grid.coords)
+
+    def __getitem__(self, row: int) -> Tensor:
+        spec, read_px = self.spec, self.grid.read_px
+        corner = tuple(self.grid.coords[row].tolist())
+        image = self.slide.read_region(corner, self.grid.level, (read_px, read_px)).convert("RGB")
+        if image.size != (spec.resize, spec.resize):
+            image = image.resize((spec.resize, spec.resize), Image.Resampling.BICUBIC)
+        margin = (spec.resize - spec.crop) // 2
+        image = image.crop((margin, margin, margin + spec.crop, margin + spec.crop))
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+        return tensor.sub_(torch.tensor(spec.mean)[:, None, None]).div_(torch.tensor(spec.std)[:, None, None])
+
+
+@torch.inference_mode()
+def usual_way(path: Path, grid: Grid, encoder: TileEncoder, device: torch.device, workers: int) -> float:
+    loader = DataLoader(UsualTiles(path, grid, encoder.spec), batch_size=64, num_workers=workers, pin_memory=True)
+    started, first, found = 0.0, 0, []
+    for i, images in enumerate(loader):
+        with torch.autocast(device.type, torch.float16):
+            embeddings = encoder._pool(images.to(device, non_blocking=True))
+        found.append(embeddings.float().cpu())
+        if i == 7:  # the workers run
+            started, first = time.perf_counter(), 8 * 64
+    return (len(grid.coords) - first) / (time.perf_counter() - started)
 
 
 class TimedEngine(TileEngine):
-    """Time in which the encoder runs: by events on a GPU, by the clock on a CPU."""
+    """Remembers when batches were in work."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.marks: list[Any] = []
+    marks: list[Any]
 
-    def __call__(self, tiles: torch.Tensor) -> torch.Tensor:
+    def __call__(self, tiles: Tensor) -> Tensor:
         self.marks.append(self.now())
         embeddings = super().__call__(tiles)
         self.marks.append(self.now())
         return embeddings
 
     def now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
         event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
-    def seconds(self) -> float:
-        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
-        if self.device.type != "cuda":
-            return float(sum(end - start for start, end in pairs))
+    def idle(self, wall: float) -> float:
         torch.cuda.synchronize()
-        return float(sum(start.elapsed_time(end) for start, end in pairs)) / 1000
+        busy = sum(a.elapsed_time(b) for a, b in zip(self.marks[::2], self.marks[1::2], strict=True))
+        return float(1 - busy / 1000 / wall)
+
+
+def ours(
+    embedder: TileEmbedder, engine: TimedEngine, streams: list[TileStream], threads: int
+) -> tuple[float, float, np.ndarray]:
+    """Tiles per second, idle share, and the first slide's embeddings."""
+    engine.marks = []
+    with TileReaders(threads) as readers:
+        # A first slide starts the readers; the clock runs from the second on.
+        found, started = [], 0.0
+        for i, (_, embedded) in enumerate(embedder(enumerate(streams), readers)):
+            assert isinstance(embedded, tuple), embedded
+            found.append(embedded.embeddings)
+            if i == 0:
+                started, engine.marks = time.perf_counter(), engine.marks[len(engine.marks) :]
+        wall = time.perf_counter() - started
+    return sum(map(len, found[1:])) / wall, engine.idle(wall), found[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("slide", nargs="?", type=Path)
-    parser.add_argument("--tile-encoder", default="gigapath")
-    parser.add_argument("--batch-size", type=int, help="default: what is fastest on the device")
-    parser.add_argument("--threads", type=int, nargs="+", default=[8])
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--max-tiles", type=int, default=4096)
+    parser.add_argument("--tile-encoders", nargs="+", default=["kaiko-vits16", "uni", "gigapath"])
+    parser.add_argument("--precisions", nargs="+", default=["float16", "float8"])
+    parser.add_argument("--tiles", type=int, default=16_000)
+    parser.add_argument("--seconds", type=float, default=12, help="about how long a run may take: fewer tiles are read")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=12)
     options = parser.parse_args()
+    device = resolve_device("cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "slide.svs"
+        size = write_jpeg_slide(path, options.tiles)
+        print(
+            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {os.cpu_count()} cores; {size:.1f} KiB a tile"
+        )
+        for name in options.tile_encoders:
+            run(name, path, device, options)
 
-    device = resolve_device(options.device)
-    encoder = create_tile_encoder(options.tile_encoder, checkpoint="random")
-    precision = resolve_precision(options.precision, encoder.spec.precision, device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    embedder = TileEmbedder(encoder, device, precision, options.batch_size)
-    embedder.engine = engine = TimedEngine(encoder, device, precision, options.batch_size)
-    print(f"{options.tile_encoder}, {name}, {precision}, batches of {engine.batch_size}")
 
-    with tempfile.TemporaryDirectory() as folder, open_slide(options.slide or synthetic_slide(Path(folder))) as slide:
-        grid = make_grid(slide, whole_slide(slide), tile_mpp=encoder.spec.tile_mpp or 0.5, tile_px=encoder.spec.tile_px)
-        grid = type(grid)(**vars(grid) | {"coords": grid.coords[: options.max_tiles]})
-        tiles = len(grid.coords)
-        first = next(iter(TileStream(slide, grid, batch_size=embedder.reading_batch)))
+def run(name: str, path: Path, device: torch.device, options: argparse.Namespace) -> None:
+    encoder = random_encoder(name, device)
+    with open_slide(path) as slide:
+        print(f"\n{name}, slide read by {slide.reader}", flush=True)
+        grid = whole_grid(slide, encoder.spec, options.tiles)
+        piece = whole_grid(slide, encoder.spec, 2000)
+        speed = usual_way(path, piece, encoder, device, options.workers)
+        grid = whole_grid(slide, encoder.spec, min(options.tiles, int(speed * options.seconds)))
+        usual = usual_way(path, grid, encoder, device, options.workers)
+        print(f"{'the usual way':28} {usual:9,.0f} tiles/s", flush=True)
+        for precision in options.precisions:
+            embedder = TileEmbedder(encoder, device, precision)
+            embedder.engine = engine = TimedEngine(encoder, device, precision)
+            engine.marks = []
 
-        repeats = max(4, tiles // embedder.reading_batch)
-        embedder([first] * (repeats + 1))  # compiled, in both sizes of batches
-        started = time.perf_counter()
-        embedder([TileBatch(first.tiles, first.index, first.coords)] * repeats)
-        alone = repeats * len(first.index) / (time.perf_counter() - started)
+            def stream(coords: np.ndarray, grid: Grid = grid) -> TileStream:
+                return TileStream(slide, type(grid)(**vars(grid) | {"coords": coords}))
 
-        print(f"{'threads':>8} {'encoder':>9} {'reading':>9} {'job':>9}  tiles/s   job / slower part   device waits")
-        for threads in options.threads:
-            settings = {"batch_size": embedder.reading_batch, "threads": threads}
-            started = time.perf_counter()
-            for _ in TileStream(slide, grid, **settings):
-                pass
-            reading = tiles / (time.perf_counter() - started)
-
-            engine.marks.clear()
-            started = time.perf_counter()
-            embedder(TileStream(slide, grid, **settings))
-            wall = time.perf_counter() - started
-            waits = 1 - engine.seconds() / wall
-            job = tiles / wall
-            ratio = job / min(alone, reading)
-            print(f"{threads:>8} {alone:9,.0f} {reading:9,.0f} {job:9,.0f} {ratio:25.2f} {waits:14.1%}")
+            tiles = np.concatenate([b.tiles for b in stream(grid.coords[:512])])
+            try:
+                list(engine.stream([tiles]))  # compiled
+                found = fidelity(
+                    engine(torch.from_numpy(tiles)).float(), engine.exact(torch.from_numpy(tiles).to(device))
+                )
+                warm = stream(grid.coords[:1024])
+                one, idle, _ = ours(embedder, engine, [warm, stream(grid.coords)], options.threads)
+                few = np.split(grid.coords, range(300, len(grid.coords), 300))
+                many, many_idle, _ = ours(embedder, engine, [warm, *map(stream, few)], options.threads)
+            except Exception as error:
+                print(f"{precision:28} {' '.join(str(error).split())[:220]}", flush=True)
+                continue
+            print(
+                f"{precision:28} {one:9,.0f} tiles/s = {one / usual:.2f} x, GPU idle {idle:.1%}; slides of 300 tiles "
+                f"{many:,.0f} = {many / one:.1%}, idle {many_idle:.1%}; {found}",
+                flush=True,
+            )
+        start = time.perf_counter()
+        with TileReaders(options.threads) as readers:
+            pending = [readers.read(slide, grid, rows) for rows in np.split(np.arange(4096), 4096 // READING_BATCH)]
+            for one_batch in pending:
+                one_batch.result()
+        print(f"{'reading alone':28} {4096 / (time.perf_counter() - start):9,.0f} tiles/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ class Slide:
         min_tissue: float = 0.1,
         tissue: "Tissue | None" = None,
         batch_size: int = 64,
-        threads: int = 4,
+        threads: int | None = None,
         max_bad_tiles: int = 0,
         max_blur: float = 1.0,
     ) -> "TileStream":
@@ -265,7 +265,7 @@ class Slide:
             min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
             tissue: The tissue, if it is known already.
             batch_size: Tiles of a batch.
-            threads: Threads that read.
+            threads: Threads that read; None for one on each core.
             max_bad_tiles: Unreadable tiles that are left out; with more of them reading ends in an error.
             max_blur: Tiles more blurred than this, 0 (sharp) to 1, are left out.
 

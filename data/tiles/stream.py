@@ -1,23 +1,21 @@
-"""Tiles of a slide as uint8 batches, read ahead by threads or processes."""
+"""Tiles of slides as uint8 batches, read ahead: across the borders of slides, too."""
 
+import queue
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 from ...errors import LongslideError
 from ..slides.slide import Slide
 from .grid import Grid
-from .read import read_tiles
+from .readers import READING_BATCH, PendingTiles, TileReaders
 
-if TYPE_CHECKING:
-    from .pool import PendingTiles, TilePool
-
-_RUN = 8  # tiles a thread reads before it asks for more: handing them over one by one costs a twentieth
+T = TypeVar("T")
 
 
 def _nothing() -> None:
@@ -32,7 +30,7 @@ class TileBatch:
         tiles: `(B, tile_px, tile_px, 3)` uint8 RGB.
         index: `(B,)` int64 rows of the grid's `coords`.
         coords: `(B, 2)` int64 top-left corners (x, y) in level-0 pixels.
-        release: To be called when the tiles are not needed any more, if a `TilePool` read them: they lie in its memory.
+        release: To be called when the tiles are not needed any more, by who reads slides by `read_slides`.
     """
 
     tiles: np.ndarray
@@ -53,12 +51,11 @@ class TileStream:
         slide: The slide; open as long as the stream is read.
         grid: Its grid.
         batch_size: Tiles a batch; the last one may be smaller, and so is one with unreadable tiles.
-        threads: Threads that read.
+        threads: Threads that read; None for one on each core.
         read_ahead: Batches read ahead.
         max_bad_tiles: Unreadable tiles to put up with; they are left out of the batches.
         max_blur: Tiles more blurred than this are left out too; see `blur_of`.
-        pool: Processes that read in place of the threads, as far ahead as they have room, if the slide may be opened again
-            there. Each batch is then to be released.
+        timeout: Seconds that a batch may take; None for any number.
 
     Attributes:
         bad_tiles: (x, y) in level-0 pixels of the unreadable tiles met so far.
@@ -70,12 +67,12 @@ class TileStream:
         slide: Slide,
         grid: Grid,
         *,
-        batch_size: int = 64,
-        threads: int = 4,
+        batch_size: int = READING_BATCH,
+        threads: int | None = None,
         read_ahead: int = 4,
         max_bad_tiles: int = 0,
         max_blur: float = 1.0,
-        pool: "TilePool | None" = None,
+        timeout: float | None = None,
     ) -> None:
         self.slide = slide
         self.grid = grid
@@ -84,9 +81,10 @@ class TileStream:
         self.read_ahead = read_ahead
         self.max_bad_tiles = max_bad_tiles
         self.max_blur = max_blur
-        self.pool = pool if slide.reopens else None
+        self.timeout = timeout
         self.bad_tiles: list[tuple[int, int]] = []
         self.blur = np.full(len(self), np.nan, np.float32)
+        self._given_up = False
 
     def __repr__(self) -> str:
         return f"TileStream({self.slide.slide_id!r}, {len(self):,} tiles of {self.grid.tile_px} px)"
@@ -101,62 +99,56 @@ class TileStream:
         Raises:
             LongslideError: More than `max_bad_tiles` tiles cannot be read.
         """
+        with TileReaders(self.threads, processes=False) as readers:
+            pending: deque[PendingTiles] = deque()
+            begun = self.begin(readers)
+            while True:
+                pending.extend(islice(begun, self.read_ahead + 1 - len(pending)))
+                if not pending:
+                    return
+                yield from self.take(pending.popleft())
+
+    def begin(self, readers: TileReaders) -> Iterator[PendingTiles]:
+        """Begin to read the tiles: a batch whenever the next is asked for, until too many are found unreadable.
+
+        Yields:
+            Batches for `take`, in this order.
+        """
         self.bad_tiles.clear()
         self.blur[:] = np.nan
-        yield from self._by_threads() if self.pool is None else self._by_pool(self.pool)
+        self._given_up = False
+        for first in range(0, len(self), self.batch_size):
+            if self._given_up:
+                return
+            yield readers.read(self.slide, self.grid, np.arange(first, min(first + self.batch_size, len(self))))
 
-    def _by_threads(self) -> Iterator[TileBatch]:
-        starts = iter(range(0, len(self), self.batch_size))
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="tiles")
-        pending: deque[tuple[int, np.ndarray, list[Future[np.ndarray]]]] = deque()
+    def take(self, pending: PendingTiles) -> Iterator[TileBatch]:
+        """Wait for tiles, and leave out those that cannot be read or are too blurred.
+
+        Yields:
+            One batch; none if nothing is left, or the stream has failed before.
+
+        Raises:
+            LongslideError: More than `max_bad_tiles` tiles cannot be read, or a batch takes longer than `timeout`.
+        """
+        if self._given_up:
+            pending.release()
+            return
         try:
-            while True:
-                while len(pending) <= self.read_ahead and (start := next(starts, None)) is not None:
-                    pending.append((start, *self._submit(pool, start)))
-                if not pending:
-                    return
-                start, tiles, reads = pending.popleft()
-                batch = self._batch(start, tiles, np.concatenate([read.result() for read in reads]), _nothing)
-                if len(batch.tiles):
-                    yield batch
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _by_pool(self, pool: "TilePool") -> Iterator[TileBatch]:
-        starts = iter(range(0, len(self), self.batch_size))
-        pending: deque[PendingTiles] = deque()
-        try:
-            while True:
-                while (pool.room or not pending) and (start := next(starts, None)) is not None:
-                    rows = np.arange(start, min(start + self.batch_size, len(self)))
-                    pending.append(pool.read(self.slide, self.grid, rows))
-                if not pending:
-                    return
-                first = pending[0]
-                batch = self._batch(int(first.rows[0]), *first.result(), first.release)
-                pending.popleft()
-                if len(batch.tiles):
-                    yield batch
-                else:
-                    batch.release()
-        finally:
-            for one in pending:
-                one.release()
-
-    def _batch(self, start: int, tiles: np.ndarray, blur: np.ndarray, release: Callable[[], None]) -> TileBatch:
-        self.blur[start : start + len(blur)] = blur
-        if np.isnan(blur).any():
-            self._count_bad(start + np.flatnonzero(np.isnan(blur)))
+            tiles, blur = pending.result(self.timeout)
+            self.blur[pending.rows] = blur
+            if np.isnan(blur).any():
+                self._count_bad(pending.rows[np.isnan(blur)])
+        except Exception:
+            self._given_up = True
+            pending.release()
+            raise
         good = blur <= self.max_blur
-        index = start + np.flatnonzero(good)
-        return TileBatch(tiles if good.all() else tiles[good], index, self.grid.coords[index], release)
-
-    def _submit(self, pool: ThreadPoolExecutor, start: int) -> tuple[np.ndarray, list[Future[np.ndarray]]]:
-        coords = self.grid.coords[start : start + self.batch_size]
-        read = partial(read_tiles, self.slide, self.grid)
-        tiles = np.empty((len(coords), self.grid.tile_px, self.grid.tile_px, 3), np.uint8)
-        runs = range(0, len(coords), _RUN)
-        return tiles, [pool.submit(read, coords[i : i + _RUN], tiles[i : i + _RUN]) for i in runs]
+        if good.any():
+            index = pending.rows[good]
+            yield TileBatch(tiles if good.all() else tiles[good], index, self.grid.coords[index], pending.release)
+        else:
+            pending.release()
 
     def _count_bad(self, rows: np.ndarray) -> None:
         self.bad_tiles += [(x, y) for x, y in self.grid.coords[rows].tolist()]
@@ -166,3 +158,82 @@ class TileStream:
                 f"{self.slide.path}: {len(self.bad_tiles)} unreadable tiles (first at {first}, level-0 pixels), more "
                 f"than --max-bad-tiles {self.max_bad_tiles}; copy the slide again, or allow more"
             )
+
+
+def read_slides(
+    slides: Iterable[tuple[T, TileStream | None]], readers: TileReaders, patience: float = 0.2
+) -> Iterator[tuple[T, TileBatch | Exception | None] | None]:
+    """The tiles of slides, one slide after another, of which the next is begun while the last batches of one are awaited.
+
+    Args:
+        slides: Each slide with its stream, or None where nothing is to be read. It is asked for in a thread of its own,
+            and may wait.
+        readers: What reads.
+        patience: Seconds to wait for a batch or slide before that is said.
+
+    Yields:
+        A slide with a batch of its tiles, in order, to be released; or with the error that ended it; then with None. None
+        alone: nothing is there yet, and that may take a while.
+
+    Raises:
+        Exception: What asking for slides raised.
+    """
+    begun: queue.Queue[tuple[T, TileStream | None, PendingTiles | None] | BaseException | None]
+    begun = queue.Queue(max(4, readers.count))
+    given_up = threading.Event()
+
+    def put(item: tuple[T, TileStream | None, PendingTiles | None] | BaseException | None) -> bool:
+        while not given_up.is_set():
+            try:
+                begun.put(item, timeout=patience)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def begin() -> None:
+        try:
+            for key, stream in slides:
+                for pending in () if stream is None else stream.begin(readers):
+                    if not put((key, stream, pending)):
+                        pending.release()
+                        return
+                if not put((key, stream, None)):
+                    return
+            put(None)
+        except BaseException as error:  # raised again where the tiles are awaited
+            put(error)
+
+    thread = threading.Thread(target=begin, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            try:
+                item = begun.get(timeout=patience)
+            except queue.Empty:
+                yield None
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            key, stream, pending = item
+            if stream is None or pending is None:
+                yield key, None
+            else:
+                taken: list[TileBatch | Exception]
+                try:
+                    taken = [*stream.take(pending)]
+                except Exception as error:
+                    taken = [error]
+                for one in taken:
+                    yield key, one
+    finally:
+        given_up.set()
+        while thread.is_alive() or not begun.empty():  # it may wait for room, which what is released makes
+            try:
+                item = begun.get(timeout=0.05)
+            except queue.Empty:
+                continue
+            if isinstance(item, tuple) and item[2] is not None:
+                item[2].release()

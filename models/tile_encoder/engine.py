@@ -70,7 +70,7 @@ class TileEngine:
         precision: What the weights and products are in.
         batch_size: Tiles of a batch; by default what is fastest. Halved, for good, when the device runs out of memory.
         compiles: Whether repeated blocks are compiled; by default on a GPU, but for float32.
-        pads: Whether batches are filled up to a fixed size; by default on a GPU.
+        pads: Whether batches are filled up to `batch_size`; by default on a GPU.
 
     Attributes:
         remarks: What the encoder does not stand, a sentence each.
@@ -103,6 +103,8 @@ class TileEngine:
         self._pool: Any = None
         self._copies: Any = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._slots: deque[_Slot] = deque()
+        self._filling: _Slot | None = None
+        self._launched: deque[_Slot] = deque()
         self._autocast = False
         self._run: Callable[[Tensor], Tensor] = self._prepare()
         self._warm: set[tuple[int, ...]] = set()
@@ -144,9 +146,9 @@ class TileEngine:
         tiles = tiles.to(self.device)
         while True:
             try:
-                return torch.cat([self._fixed(part) for part in self._parts(tiles)])
+                return torch.cat([self._fixed(part) for part in torch.split(tiles, self.batch_size)])
             except torch.OutOfMemoryError as error:
-                smallest = min(self.batch_size, len(tiles))
+                smallest = self.batch_size if self._pads else min(self.batch_size, len(tiles))
                 if smallest == 1:
                     raise LongslideError(
                         f"one tile does not fit in the memory of {self.device}; use --device cpu, or free the GPU"
@@ -154,57 +156,77 @@ class TileEngine:
                 self.batch_size = smallest // 2
             self._forget()  # outside the handler: the error's traceback keeps the failed batch's tensors
 
-    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Embed a stream of tiles, while more are read and earlier embeddings come down.
+    def push(self, tiles: np.ndarray) -> Iterator[np.ndarray]:
+        """Take tiles in; they have been read when this ends. What they give may come with later calls.
 
         Args:
-            batches: `(B, H, W, 3)` uint8 tiles, of any B.
+            tiles: `(B, H, W, 3)` uint8, of any B.
 
         Yields:
-            `(B', D)` embeddings, in the order of the tiles; B' need not be the stream's B.
+            `(B', D)` embeddings of these tiles or earlier ones, in the order of the tiles.
 
         Raises:
             LongslideError: One tile does not fit in the device's memory; float8 is too coarse for these tiles.
         """
+        left = torch.from_numpy(tiles)
         if self.device.type != "cuda":
-            for batch in batches:
-                tiles = torch.from_numpy(batch)
-                embeddings = self(tiles)
-                self._check_fidelity(tiles, embeddings)
-                yield embeddings.numpy()
+            embeddings = self(left)
+            self._check_fidelity(left, embeddings)
+            yield embeddings.numpy()
             return
-        pending: deque[_Slot] = deque()
-        try:
-            for slot in self._regroup(batches, pending):
-                self._launch(slot)
-                pending.append(slot)
-                if len(pending) >= IN_FLIGHT:
-                    yield self._fetch(pending.popleft())
-            while pending:
-                yield self._fetch(pending.popleft())
-        finally:
-            for slot in pending:  # of a stream that was given up
-                slot.done.synchronize()
-                self._slots.append(slot)
+        while len(left):
+            if self._filling is None:
+                self._filling = self._free_slot(tuple(left.shape[1:]))
+            slot = self._filling
+            taken = left[: len(slot.host) - slot.filled]
+            slot.host[slot.filled : slot.filled + len(taken)].copy_(taken)
+            slot.filled += len(taken)
+            left = left[len(taken) :]
+            if slot.filled == len(slot.host):
+                self._launch()
+                while len(self._launched) >= IN_FLIGHT:
+                    yield self._fetch()
 
-    def _parts(self, tiles: Tensor) -> Iterator[Tensor]:
-        """Cut tiles into batches: whole ones, and the rest in quarters, so that little is padded."""
-        start = 0
-        while start < len(tiles):
-            left = len(tiles) - start
-            size = self.batch_size
-            if self._pads and left < size:
-                size = min(size, max(1, self.batch_size // 4))
-            yield tiles[start : start + size]
-            start += size
+    def flush(self) -> Iterator[np.ndarray]:
+        """Embed what has been pushed, without waiting for more.
+
+        Yields:
+            `(B', D)` embeddings, as `push` does.
+
+        Raises:
+            LongslideError: As `push` does.
+        """
+        if self._filling is not None:
+            self._launch()
+        while self._launched:
+            yield self._fetch()
+
+    def drop(self) -> None:
+        """Forget the tiles that have been pushed and not been given back."""
+        for slot in self._launched:
+            slot.done.synchronize()
+        self._slots.extend(self._launched)
+        self._launched.clear()
+        self._filling = None
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Embed a stream of tiles: `push` for each batch, then `flush`."""
+        try:
+            for batch in batches:
+                yield from self.push(batch)
+            yield from self.flush()
+        finally:
+            self.drop()
 
     def _fixed(self, tiles: Tensor) -> Tensor:
-        """Embed at most a batch; padded to one of two sizes if the engine pads."""
-        count = len(tiles)
+        """Embed at most a batch; padded to a whole one if the engine pads.
+
+        There is one size only, so that an embedding is the same to the last bit whatever else is in the batch: products of
+        other sizes may be other kernels.
+        """
+        count, size = len(tiles), self.batch_size
         if not self._pads:
             return self._embed(tiles)
-        quarter = max(1, self.batch_size // 4)
-        size = quarter if count <= quarter else self.batch_size
         if self._graphs is not None:
             graph = self._graph(size, tiles)
             if graph is not None:
@@ -296,25 +318,6 @@ class TileEngine:
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
-    def _regroup(self, batches: Iterable[np.ndarray], pending: deque[_Slot]) -> Iterator[_Slot]:
-        """The tiles of a stream in pinned memory, in full batches but for the last."""
-        slot: _Slot | None = None
-        for batch in batches:
-            tiles = torch.from_numpy(batch)
-            while len(tiles):
-                if slot is None:
-                    slot = self._free_slot(tuple(tiles.shape[1:]))
-                room = len(slot.host) - slot.filled
-                taken = tiles[:room]
-                slot.host[slot.filled : slot.filled + len(taken)].copy_(taken)
-                slot.filled += len(taken)
-                tiles = tiles[room:]
-                if slot.filled == len(slot.host):
-                    yield slot
-                    slot = None
-        if slot is not None:
-            yield slot
-
     def _free_slot(self, shape: tuple[int, ...]) -> _Slot:
         self._slots = deque(slot for slot in self._slots if slot.host.shape[1:] == shape)
         slot = self._slots.popleft() if self._slots else _Slot(self.batch_size, shape, self.device)
@@ -322,8 +325,10 @@ class TileEngine:
         return slot
 
     @torch.inference_mode()
-    def _launch(self, slot: _Slot) -> None:
-        """Hand a batch to the device; nothing here waits for it."""
+    def _launch(self) -> None:
+        """Hand the batch that was filled to the device; nothing here waits for it."""
+        slot, self._filling = self._filling, None
+        assert slot is not None
         count = slot.filled
         main = torch.cuda.current_stream(self.device)
         self._copies.wait_event(slot.done)  # the device's copy of the tiles before these has been read
@@ -337,8 +342,10 @@ class TileEngine:
             slot.embeddings = torch.empty(len(slot.host), embeddings.shape[1], dtype=embeddings.dtype, pin_memory=True)
         slot.embeddings[:count].copy_(embeddings, non_blocking=True)
         slot.done.record(main)
+        self._launched.append(slot)
 
-    def _fetch(self, slot: _Slot) -> np.ndarray:
+    def _fetch(self) -> np.ndarray:
+        slot = self._launched.popleft()
         slot.done.synchronize()
         assert slot.embeddings is not None
         embeddings: np.ndarray = slot.embeddings[: slot.filled].numpy().copy()

@@ -1,22 +1,40 @@
-"""The loop of every batch job: prepare a slide ahead, finish it, record how it ended."""
+"""The loop of every batch job: prepare slides ahead, encode their tiles, finish each behind, record how it ended."""
 
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ...data.slides.slide_table import SlideEntry
+from ...data.tiles.readers import usable_cores
 from ...errors import LongslideError
 from .ledger import SUMMARY, SUMMARY_WAIT, record
 from .progress import JobProgress
 from .result import SlideResult
 
-T = TypeVar("T")
+PREPARED_AHEAD = max(1, min(8, usable_cores() // 4))
+"""Slides that are prepared at a time: finding tissue takes a core a second or more, and small slides are encoded in less."""
+FINISHED_BEHIND = 2
+"""Slides whose embeddings wait to be written."""
+
+
+class Prepared(Protocol):
+    """A slide that has been prepared."""
+
+    @property
+    def resources(self) -> ExitStack:
+        """What the slide holds (its claim, the open file); closed when it is finished or given up."""
+        ...
+
+
+S = TypeVar("S")
+T = TypeVar("T", bound=Prepared)
 
 
 class BatchJob(Protocol[T]):
-    """What is done to each slide: `prepare` in a thread ahead, `finish` where the models are."""
+    """What is done to each slide: `prepare` in threads ahead, `encode` all as one stream, `finish` in a thread behind."""
 
     @property
     def description(self) -> str:
@@ -27,8 +45,12 @@ class BatchJob(Protocol[T]):
         """All that comes before the models; a result if that ends the slide."""
         ...
 
+    def encode(self, slides: Generator[T | SlideResult], progress: JobProgress, /) -> Generator[T | SlideResult]:
+        """Embed the tiles of all slides as one stream, and give the slides on in order."""
+        ...
+
     def finish(self, prepared: T, progress: JobProgress, /) -> SlideResult:
-        """All that needs the models."""
+        """What is left: the other models, the files; closes the slide's resources."""
         ...
 
     def stop(self) -> None:
@@ -50,19 +72,36 @@ def run_batch(
     Returns:
         One result per slide, in the order of the input.
     """
-    results: list[SlideResult] = []
-    unrecorded: list[SlideResult] = []
-    with JobProgress(len(entries)) as progress, ExitStack() as resources:
+    with JobProgress(len(entries)) as progress, ExitStack() as given_up, ExitStack() as running:
         for note in (job.description, *notes):
             progress.note(note)
-        ahead = resources.enter_context(closing(_one_ahead(job.prepare, job.stop, entries)))
-        for prepared in ahead:
+
+        def prepare(entry: SlideEntry) -> T | SlideResult:
+            prepared = job.prepare(entry)
+            if not isinstance(prepared, SlideResult):
+                given_up.callback(prepared.resources.close)
+            return prepared
+
+        def finish(prepared: T | SlideResult) -> SlideResult:
             result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
             progress.slide_ended(result)
-            results.append(result)
+            ended.append(result)
             unrecorded.append(result)
-            unrecorded = _recorded(output, unrecorded, progress, last=len(results) == len(entries))
-    return results
+            unrecorded[:] = _recorded(output, unrecorded, progress, last=len(ended) == len(entries))
+            return result
+
+        ended: list[SlideResult] = []
+        unrecorded: list[SlideResult] = []
+
+        # Closed from the last to the first, whatever ends the job, and then what slides hold that were not finished.
+        ahead = running.enter_context(closing(_ahead(prepare, entries)))
+        encoded = running.enter_context(closing(job.encode(ahead, progress)))
+        results = running.enter_context(closing(_behind(finish, encoded)))
+        try:
+            return list(results)
+        except BaseException:  # Ctrl-C, for one
+            job.stop()
+            raise
 
 
 def _recorded(output: Path, results: list[SlideResult], progress: JobProgress, *, last: bool) -> list[SlideResult]:
@@ -79,18 +118,30 @@ def _recorded(output: Path, results: list[SlideResult], progress: JobProgress, *
     return []
 
 
-def _one_ahead(
-    prepare: Callable[[SlideEntry], T], stop: Callable[[], None], entries: Sequence[SlideEntry]
-) -> Generator[T]:
-    """Prepare the next slide (open it, find tissue) while the models work on the present one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as executor:
-        following = executor.submit(prepare, entries[0])
+def _ahead(
+    prepare: Callable[[SlideEntry], T | SlideResult], entries: Sequence[SlideEntry]
+) -> Generator[T | SlideResult]:
+    """Prepare the next slides (open them, find tissue) while the models work on earlier ones."""
+    with ThreadPoolExecutor(PREPARED_AHEAD, thread_name_prefix="prepare") as executor:
+        following: deque[Future[T | SlideResult]] = deque()
         try:
-            for entry in [*entries[1:], None]:
-                current = following.result()
-                if entry is not None:
-                    following = executor.submit(prepare, entry)
-                yield current
-        except BaseException:  # Ctrl-C, for one: the executor waits for the slide that is being prepared
-            stop()
-            raise
+            for entry in entries:
+                following.append(executor.submit(prepare, entry))
+                if len(following) > PREPARED_AHEAD:
+                    yield following.popleft().result()
+            while following:
+                yield following.popleft().result()
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def _behind(finish: Callable[[S], SlideResult], slides: Iterable[S]) -> Generator[SlideResult]:
+    """Finish slides in order while the tile encoder works on later ones."""
+    with ThreadPoolExecutor(1, thread_name_prefix="finish") as executor:
+        ending: deque[Future[SlideResult]] = deque()
+        for slide in slides:
+            ending.append(executor.submit(finish, slide))
+            if len(ending) > FINISHED_BEHIND:
+                yield ending.popleft().result()
+        while ending:
+            yield ending.popleft().result()

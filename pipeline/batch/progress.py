@@ -26,7 +26,7 @@ class _TilesPerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
         if not task.fields.get("tiles"):
             return Text("")
-        return Text(f"{task.speed:,.0f} tiles/s" if task.speed else "- tiles/s")
+        return Text((f"{task.speed:,.0f} tiles/s " if task.speed else "- tiles/s ") + task.fields["remark"])
 
 
 class JobProgress:
@@ -50,7 +50,7 @@ class JobProgress:
             disable=not self._console.is_terminal,
         )
         self._slides = self._progress.add_task("slides", total=slides)
-        self._tiles = self._progress.add_task("tiles", total=None, tiles=True, visible=False)
+        self._tiles = self._progress.add_task("tiles", total=None, tiles=True, remark="", visible=False)
         self._total = slides
         self._ended = 0
 
@@ -71,9 +71,9 @@ class JobProgress:
         """The present slide and how many tiles it has."""
         self._progress.reset(self._tiles, total=tiles, description=escape(slide_id), visible=True)
 
-    def tiles_done(self, tiles: int) -> None:
-        """So many more tiles of the present slide are embedded."""
-        self._progress.advance(self._tiles, tiles)
+    def tiles_done(self, tiles: int, remark: str = "") -> None:
+        """So many more tiles of the present slide are embedded; with a remark on the speed."""
+        self._progress.update(self._tiles, advance=tiles, remark=remark)
 
     def slide_ended(self, result: SlideResult) -> None:
         """Write the slide's line and advance the bar of all slides."""

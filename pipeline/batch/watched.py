@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
@@ -138,6 +139,44 @@ class WatchedProcess:
             [sys.executable, "-c", _CHILD, *words], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
         )
         theirs.close()
+
+
+class WatchedProcesses:
+    """Several watched processes, for calls from several threads; each is started when it is first needed.
+
+    Args:
+        timeout: Seconds that a call may take.
+        count: How many calls may be under way.
+    """
+
+    def __init__(self, timeout: float, count: int) -> None:
+        self.timeout = timeout
+        self._all = [WatchedProcess(timeout) for _ in range(count)]
+        self._free: queue.LifoQueue[WatchedProcess] = queue.LifoQueue()
+        for process in reversed(self._all):
+            self._free.put(process)
+
+    def __enter__(self) -> Self:
+        self._all[0].__enter__()  # it imports what it needs while this process loads its models
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the processes; calls that are under way raise."""
+        for process in self._all:
+            process.stop()
+
+    def call(self, what: object, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in one of the processes, as `WatchedProcess.call` does."""
+        process = self._free.get()
+        try:
+            return process.call(what, function, *args, **kwargs)
+        finally:
+            self._free.put(process)
 
 
 def serve(descriptor: int, parent: int) -> None:

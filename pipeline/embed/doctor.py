@@ -106,7 +106,7 @@ def doctor(
     reader: str | None = None,
     id_from: IdFrom = "name",
     slide_timeout: float = 600.0,
-    threads: int = 4,
+    threads: int | None = None,
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     output: str | Path = ".",
@@ -133,7 +133,7 @@ def doctor(
         reader: Slide reader, as `embed` takes it.
         id_from: What ids are made of, as `embed` takes it.
         slide_timeout: Seconds that the check of a slide may take.
-        threads: Threads that read tiles.
+        threads: Threads that read tiles. Default: one on each core.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the encoder, as `embed` takes it.
         output: Folder whose disk must hold the feature files.
@@ -220,7 +220,7 @@ def check_slide(
     min_tissue: float,
     segmenter: TissueSegmenter,
     reader: type[SlideReader] | None,
-    threads: int,
+    threads: int | None,
 ) -> SlideCheck:
     """Open a slide, find its tissue and read some of its tiles."""
     check = SlideCheck(entry.slide_id, entry.shown)
@@ -253,7 +253,7 @@ def check_slide(
         return replace(check, problem=SlideResult.failed(entry, error).reason)
 
 
-def _reading_speed(slide: Slide, grid: Grid, threads: int) -> float:
+def _reading_speed(slide: Slide, grid: Grid, threads: int | None) -> float:
     first = max(0, (len(grid.coords) - SAMPLE_TILES) // 2)
     part = slice(first, first + SAMPLE_TILES)
     sample = replace(grid, coords=grid.coords[part], tissue_fraction=grid.tissue_fraction[part])

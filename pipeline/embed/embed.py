@@ -9,11 +9,11 @@ from ...data.slides.slide_table import IdFrom, find_slides
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.optical_density import OpticalDensity
 from ...ranges import checked
-from ..batch.batch import run_batch
+from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
 from ..batch.result import SlideResult
-from ..batch.watched import WatchedProcess
+from ..batch.watched import WatchedProcesses
 from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder, look_at_tile_encoder, resolve_tiles
 from .job import EmbedJob
 from .slide_embedding import embed_features
@@ -40,7 +40,7 @@ def embed(
     max_blur: float = 1.0,
     slide_timeout: float = 600.0,
     batch_size: int | None = None,
-    threads: int = 4,
+    threads: int | None = None,
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     seed: int = 0,
@@ -79,7 +79,7 @@ def embed(
         max_blur: Tiles more blurred than this are left out: 0 is sharp, out of focus more than 0.45. Default: none is.
         slide_timeout: Seconds that opening a slide and finding its tissue may take; then it fails, and the next one begins.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
-        threads: Threads that read tiles.
+        threads: Threads that read tiles. Default: one on each core.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the encoders. `auto`: the tile encoder's own on a GPU, float32 on a CPU.
         seed: Seed of `random` weights.
@@ -110,7 +110,7 @@ def embed(
         from ...models.tile_encoder.encoder import create_tile_encoder
         from .tile_embedding import TileEmbedder, resolve_device, resolve_precision, slide_encoder_on
 
-        with WatchedProcess(slide_timeout) as watched:
+        with WatchedProcesses(slide_timeout, PREPARED_AHEAD) as watched:
             torch_device = resolve_device(device)
             slide_model = None
             if slide_encoder is not None:  # before the tile encoder, whose weights are far larger

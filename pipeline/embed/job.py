@@ -1,11 +1,12 @@
-"""The work on one slide: open it, find tissue, lay the grid; then embed the tiles, and write the feature file."""
+"""The work on slides: open each, find tissue, lay the grid; embed the tiles of all as one stream; write feature files."""
 
 import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from ...data.slides.identity import SlideIdentity
 from ...data.slides.metadata import metadata_remark
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry
-from ...data.tiles.grid import Grid
+from ...data.tiles.readers import TileReaders
 from ...data.tiles.stream import TileStream
 from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
 from ...data.tissue.mask import Mask
@@ -26,15 +27,27 @@ from ..batch.claims import ClaimedError, claim
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
-from ..batch.watched import WatchedProcess
+from ..batch.watched import WatchedProcesses
 from .layout import lay_out
 from .qc import draw_qc, save_qc
 
 if TYPE_CHECKING:
     from ...models.slide_encoder.base import AnySlideEncoder
-    from .tile_embedding import TileEmbedder
+    from .tile_embedding import EmbeddedTiles, TileEmbedder
+
+T = TypeVar("T")
 
 REMEDY = "choose another --output, or --overwrite"
+
+
+@dataclass(frozen=True)
+class TiledSlide:
+    """An open slide with its tissue and the tiles that are to be embedded."""
+
+    slide: Slide
+    identity: SlideIdentity
+    tissue: Tissue
+    stream: TileStream
 
 
 @dataclass
@@ -42,9 +55,10 @@ class PreparedSlide:
     """A slide that is claimed and waits for the encoders; `resources` frees it."""
 
     entry: SlideEntry
-    tiled: tuple[Slide, Tissue, Grid] | None  # None: the feature file lacks nothing but the slide embedding
+    tiled: TiledSlide | None  # None: the feature file lacks nothing but the slide embedding
     resources: ExitStack
     started: float
+    embedded: "EmbeddedTiles | Exception | None" = None  # what became of the tiles
 
 
 @dataclass
@@ -63,9 +77,9 @@ class EmbedJob:
         reader: The slide reader, if one is named.
         max_bad_tiles: Unreadable tiles that a slide may have.
         max_blur: Tiles more blurred than this are left out.
-        threads: Threads that read tiles.
+        threads: Threads that read tiles; None for one on each core.
         overwrite: Whether files that were made otherwise are replaced.
-        watched: The process in which slides are opened and tissue is found.
+        watched: The processes in which slides are opened and tissue is found.
     """
 
     output: Path
@@ -79,9 +93,9 @@ class EmbedJob:
     reader: str | None
     max_bad_tiles: int
     max_blur: float
-    threads: int
+    threads: int | None
     overwrite: bool
-    watched: WatchedProcess
+    watched: WatchedProcesses
 
     @property
     def description(self) -> str:
@@ -166,23 +180,62 @@ class EmbedJob:
                 for path in (self.path(entry), self._qc_path(entry)):
                     remove_leftovers(path)
                 tiled = self._tile(entry, resources)
-                if not len(tiled[2].coords):
-                    return self._nothing_to_embed(entry, *tiled[:2], why_no_tiles(tiled[1], self.min_tissue))
+                if not len(tiled.stream):
+                    return self._nothing_to_embed(entry, tiled, why_no_tiles(tiled.tissue, self.min_tissue))
                 return PreparedSlide(entry, tiled, resources.pop_all(), started)
             except ClaimedError as busy:
                 return SlideResult.skipped(entry, str(busy))
             except Exception as error:
                 return SlideResult.failed(entry, error)
 
+    def encode(
+        self, slides: Iterable[PreparedSlide | SlideResult], progress: JobProgress
+    ) -> Generator[PreparedSlide | SlideResult]:
+        """Embed the tiles of all slides as one stream."""
+        return self.encode_within(slides, lambda one: one if isinstance(one, PreparedSlide) else None, progress)
+
+    def encode_within(
+        self, items: Iterable[T], slide_of: Callable[[T], PreparedSlide | None], progress: JobProgress
+    ) -> Generator[T]:
+        """Embed the tiles of the slides that are within some of the items, which are given on in order."""
+
+        def streams() -> Iterator[tuple[T, TileStream | None]]:
+            for item in items:
+                slide = slide_of(item)
+                yield item, None if slide is None or slide.tiled is None else slide.tiled.stream
+
+        def on_slide(item: T, tiles: int) -> None:
+            slide = slide_of(item)
+            assert slide is not None
+            slide.started = time.monotonic()  # earlier slides have kept it waiting
+            progress.slide_started(slide.entry.slide_id, tiles)
+
+        def on_tiles(tiles: int) -> None:
+            progress.tiles_done(tiles, f"limited by {self.embedder.waits.limit}")
+
+        embedded_any = False
+        with (
+            TileReaders(self.threads) as readers,
+            closing(self.embedder(streams(), readers, on_slide, on_tiles)) as embedded_slides,
+        ):
+            for item, embedded in embedded_slides:
+                slide = slide_of(item)
+                if slide is not None:
+                    slide.embedded = embedded
+                    embedded_any |= slide.tiled is not None
+                yield item
+        if embedded_any:
+            progress.note(str(self.embedder.waits))
+
     def finish(self, prepared: PreparedSlide, progress: JobProgress) -> SlideResult:
-        """All that needs the encoders, and the feature file."""
+        """The slide embedding, and the feature file."""
         entry = prepared.entry
         with prepared.resources:
             try:
                 if prepared.tiled is None:
                     features = read_features(self.path(entry))
                 else:
-                    embedded = self._embed_tiles(entry, *prepared.tiled, progress)
+                    embedded = self._features(prepared, prepared.tiled)
                     if isinstance(embedded, SlideResult):
                         return embedded
                     features = embedded
@@ -218,7 +271,7 @@ class EmbedJob:
         except LongslideError:
             return None
 
-    def _tile(self, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
+    def _tile(self, entry: SlideEntry, resources: ExitStack) -> TiledSlide:
         reader = None if self.reader is None else READERS.get(self.reader)
         layout = self.watched.call(
             entry.path,
@@ -244,28 +297,35 @@ class EmbedJob:
         )
         slide.unreadable_levels |= layout.unreadable_levels
         slide.differing_levels = layout.differing_levels
-        return slide, layout.tissue, grid
-
-    def _embed_tiles(
-        self, entry: SlideEntry, slide: Slide, tissue: Tissue, grid: Grid, progress: JobProgress
-    ) -> Features | SlideResult:
-        progress.slide_started(entry.slide_id, len(grid.coords))
         identity = SlideIdentity.of(slide)  # before it is read: a change while it is read is one since then
         stream = TileStream(
             slide,
             grid,
-            batch_size=self.embedder.reading_batch,
-            threads=self.threads,
             max_bad_tiles=self.max_bad_tiles,
             max_blur=self.max_blur,
+            timeout=self.watched.timeout,
         )
-        embeddings, index = self.embedder(stream, progress.tiles_done)
+        return TiledSlide(slide, identity, layout.tissue, stream)
+
+    def _features(self, prepared: PreparedSlide, tiled: TiledSlide) -> Features | SlideResult:
+        entry = prepared.entry
+        slide, identity, tissue, stream, grid = (
+            tiled.slide,
+            tiled.identity,
+            tiled.tissue,
+            tiled.stream,
+            tiled.stream.grid,
+        )
+        if isinstance(prepared.embedded, Exception):
+            raise prepared.embedded
+        assert prepared.embedded is not None
+        embeddings, index = prepared.embedded
         blurred = int(np.count_nonzero(stream.blur > self.max_blur))
         if blurred or stream.bad_tiles:
             save_qc(self._qc_path(entry), draw_qc(slide, tissue, grid, stream.blur, self.max_blur))
         if blurred and not len(index):
             why = f"all {blurred} readable tiles are more blurred than --max-blur {self.max_blur:g}"
-            return replace(self._nothing_to_embed(entry, slide, tissue, why), blurred_tiles=blurred)
+            return replace(self._nothing_to_embed(entry, tiled, why), blurred_tiles=blurred)
         if not len(index):
             raise LongslideError(
                 f"{entry.path}: none of the {len(grid.coords)} tiles can be read; copy the slide again"
@@ -318,7 +378,8 @@ class EmbedJob:
             settings=settings,
         )
 
-    def _nothing_to_embed(self, entry: SlideEntry, slide: Slide, tissue: Tissue, why: str) -> SlideResult:
+    def _nothing_to_embed(self, entry: SlideEntry, tiled: TiledSlide, why: str) -> SlideResult:
+        slide = tiled.slide
         self.path(entry).unlink(missing_ok=True)  # with --overwrite there may be one, of other settings
         why += f"; see qc/{entry.slide_id}.jpg"
         if slide.remark:
@@ -329,7 +390,7 @@ class EmbedJob:
             slide_mpp=slide.mpp.value,
             mpp_source=slide.mpp.source,
             tile_mpp=self.tile_mpp,
-            tissue_mm2=tissue.area_mm2(slide.mpp.value),
+            tissue_mm2=tiled.tissue.area_mm2(slide.mpp.value),
         )
 
 

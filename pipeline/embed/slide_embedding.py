@@ -1,7 +1,7 @@
 """Slide embeddings from tile embeddings that exist: feature files of Longslide and of other tools."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,6 +178,16 @@ def _same_name(one: str, other: str) -> bool:
     return plain[0] == plain[1]
 
 
+@dataclass(frozen=True)
+class ReadTiles:
+    """Tile embeddings that are claimed and wait for the slide encoder; `resources` frees them."""
+
+    entry: SlideEntry
+    features: Features
+    resources: ExitStack
+    started: float
+
+
 @dataclass
 class SlideEmbeddingJob:
     """Adds slide embeddings to feature files, or writes files that have them into another folder.
@@ -234,7 +244,7 @@ class SlideEmbeddingJob:
             raise MadeOtherwiseError(path, ways, REMEDY)
         return features if features.slide_embedding is not None else None
 
-    def prepare(self, entry: SlideEntry) -> tuple[SlideEntry, Features, ExitStack, float] | SlideResult:
+    def prepare(self, entry: SlideEntry) -> ReadTiles | SlideResult:
         """Claim and read the tile embeddings, and see what exists."""
         started = time.monotonic()
         with ExitStack() as resources:
@@ -247,18 +257,24 @@ class SlideEmbeddingJob:
                 if not len(features.features):
                     return SlideResult.skipped(entry, "no tiles")
                 remove_leftovers(self.path(entry))
-                return _entry_of(entry, features), features, resources.pop_all(), started
+                return ReadTiles(_entry_of(entry, features), features, resources.pop_all(), started)
             except ClaimedError as busy:
                 return SlideResult.skipped(entry, str(busy))
             except Exception as error:
                 return SlideResult.failed(entry, error)
 
-    def finish(self, prepared: tuple[SlideEntry, Features, ExitStack, float], progress: JobProgress) -> SlideResult:
+    def encode(
+        self, slides: Generator[ReadTiles | SlideResult], progress: JobProgress
+    ) -> Generator[ReadTiles | SlideResult]:
+        """Nothing: the tiles have been embedded."""
+        return slides
+
+    def finish(self, prepared: ReadTiles, progress: JobProgress) -> SlideResult:
         """Embed the slide, and write the file."""
         from .tile_embedding import embed_slide
 
-        entry, features, resources, started = prepared
-        with resources:
+        entry, features = prepared.entry, prepared.features
+        with prepared.resources:
             try:
                 progress.slide_started(entry.slide_id, len(features.features))
                 made = embed_slide(self.slide_encoder, features, self.device, self._precision(features))
@@ -270,7 +286,7 @@ class SlideEmbeddingJob:
                 if features.encoder is None and self.reads.tile_encoder:
                     reason = f"the feature file does not say its tile encoder; taken for {self.reads.tile_encoder}"
                 write_features(self.path(entry), made)
-                return SlideResult.done(entry, made, self.path(entry), reason, time.monotonic() - started)
+                return SlideResult.done(entry, made, self.path(entry), reason, time.monotonic() - prepared.started)
             except Exception as error:
                 return SlideResult.failed(entry, error)
 

@@ -1,24 +1,51 @@
 """Tiles to embeddings on one device."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
-from typing import cast
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...data.features.feature_file import Features
-from ...data.tiles.stream import TileBatch
+from ...data.tiles.readers import TileReaders
+from ...data.tiles.stream import TileStream, read_slides
 from ...errors import LongslideError
 from ...models.slide_encoder.base import AnySlideEncoder
 from ...models.slide_encoder.cuda_graphs import GraphedEncoder
 from ...models.slide_encoder.encoder import SlideEncoder
 from ...models.tile_encoder.encoder import TileEncoder
 from ...models.tile_encoder.engine import Precision, TileEngine, weights_dtype
+from .waits import Waits
 
-READING_BATCH = 64
-"""Tiles that a reader hands over at a time; the encoder's batches are made of these."""
+T = TypeVar("T")
+
+
+class EmbeddedTiles(NamedTuple):
+    """`(N, D)` embeddings and the `(N,)` int64 rows of the grid they belong to; `(0, 0)` if there are none.
+
+    They are float32 in that precision, else float16.
+    """
+
+    embeddings: np.ndarray
+    rows: np.ndarray
+
+
+@dataclass
+class _Slide(Generic[T]):
+    """A slide on its way through the encoder; `pushed` and `received` count tiles."""
+
+    key: T
+    stream: TileStream | None
+    index: list[np.ndarray] = field(default_factory=list)
+    parts: list[np.ndarray] = field(default_factory=list)
+    pushed: int = 0
+    received: int = 0
+    error: Exception | None = None
+    all_read: bool = False
 
 
 def resolve_device(device: str) -> torch.device:
@@ -39,6 +66,11 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type == "cuda" and resolved.index is not None:
         torch.cuda.set_device(resolved)  # Triton launches its kernels on the current device
     return resolved
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one of this thread, on which Triton launches its kernels."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def resolve_precision(precision: str, recommended: str, device: torch.device) -> Precision:
@@ -74,11 +106,7 @@ class TileEmbedder:
         self.device = device
         self.precision = precision
         self.engine = TileEngine(encoder, device, precision, batch_size)
-
-    @property
-    def reading_batch(self) -> int:
-        """Tiles that a reader should hand over at a time."""
-        return min(READING_BATCH, self.engine.batch_size)
+        self.waits = Waits()
 
     @property
     def fidelity(self) -> dict[str, float]:
@@ -87,42 +115,97 @@ class TileEmbedder:
         return {} if measured is None else {f"fidelity_{name}": value for name, value in asdict(measured).items()}
 
     def __call__(
-        self, batches: Iterable[TileBatch], on_batch: Callable[[int], None] = lambda tiles: None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Embed all tiles of a stream.
+        self,
+        slides: Iterable[tuple[T, TileStream | None]],
+        readers: TileReaders,
+        on_slide: Callable[[T, int], None] = lambda key, tiles: None,
+        on_tiles: Callable[[int], None] = lambda tiles: None,
+    ) -> Generator[tuple[T, EmbeddedTiles | Exception | None]]:
+        """Embed the tiles of slides as one stream: neither the readers nor the device wait for the end of a slide.
 
         Args:
-            batches: The tiles, in order.
-            on_batch: Called with a number of tiles whenever so many more are embedded.
+            slides: Each slide with its tiles, or None where there is nothing to embed; asked for in another thread.
+            readers: What reads the tiles.
+            on_slide: Called with a slide and the number of its tiles when its first embeddings come.
+            on_tiles: Called with a number of tiles whenever so many more of that slide are embedded.
 
-        Returns:
-            `(N, D)` embeddings, float32 for that precision and float16 otherwise, and the `(N,)` int64 rows of the
-            grid they belong to. `(0, 0)` when the stream was empty.
-
-        Raises:
-            LongslideError: An embedding is not finite, a single tile does not fit in the device's memory, or float8 is too
-                coarse for these tiles.
+        Yields:
+            Each slide, in order, with its embeddings; with None where there was nothing to embed; or with the error that
+            ended it: in reading, or because an embedding is not finite, a single tile does not fit in the device's memory,
+            or float8 is too coarse for these tiles.
         """
-        index: list[np.ndarray] = []
+        waiting: deque[_Slide[T]] = deque()
+        self.engine.drop()  # what a run that was given up has left there
+        self.waits = waits = Waits()
 
-        def tiles() -> Iterator[np.ndarray]:
-            for batch in batches:
-                index.append(batch.index)
-                yield batch.tiles
+        def embed(parts: Iterator[np.ndarray]) -> None:
+            try:
+                for part in parts:
+                    self._hand_out(part, waiting, on_slide, on_tiles)
+            except Exception as error:
+                self.engine.drop()
+                for slide in waiting:
+                    if slide.received < slide.pushed or not slide.all_read:
+                        slide.error, slide.pushed = slide.error or error, slide.received
 
-        features: list[np.ndarray] = []
-        for part in self.engine.stream(tiles()):
-            features.append(part)
-            on_batch(len(part))
-        if not features:
-            return np.zeros((0, 0), np.float16), np.zeros(0, np.int64)
-        embeddings = np.concatenate(features)
+        streams = ((_Slide(key, stream), stream) for key, stream in slides)
+        for event in read_slides(streams, readers):
+            if event is None:
+                waits.lap("slides")
+                embed(self.engine.flush())
+            else:
+                slide, read = event
+                waits.lap("tiles" if waiting and waiting[-1] is slide else "slides")
+                if not waiting or waiting[-1] is not slide:
+                    waiting.append(slide)
+                if read is None:
+                    slide.all_read = True
+                elif isinstance(read, Exception):
+                    slide.error = slide.error or read
+                else:
+                    if slide.error is None:
+                        slide.index.append(read.index)
+                        slide.pushed += len(read.tiles)
+                        embed(self.engine.push(read.tiles))
+                    read.release()
+            waits.lap("encoder")
+            while waiting and waiting[0].all_read and waiting[0].received == waiting[0].pushed:
+                yield self._ended(waiting.popleft())
+                waits.lap("writing")
+        embed(self.engine.flush())
+        waits.lap("encoder")
+        yield from map(self._ended, waiting)
+
+    @staticmethod
+    def _hand_out(
+        part: np.ndarray,
+        waiting: Iterable[_Slide[T]],
+        on_slide: Callable[[T, int], None],
+        on_tiles: Callable[[int], None],
+    ) -> None:
+        """Give embeddings to the slides whose tiles they are of; both come in the order in which the tiles were pushed."""
+        for slide in waiting:
+            taken = part[: slide.pushed - slide.received]
+            if not len(taken):
+                continue
+            if not slide.parts:
+                on_slide(slide.key, 0 if slide.stream is None else len(slide.stream))
+            slide.parts.append(taken)
+            slide.received += len(taken)
+            on_tiles(len(taken))
+            part = part[len(taken) :]
+
+    def _ended(self, slide: _Slide[T]) -> tuple[T, EmbeddedTiles | Exception | None]:
+        if slide.stream is None or slide.error is not None:
+            return slide.key, slide.error
+        if not slide.parts:
+            return slide.key, EmbeddedTiles(np.zeros((0, 0), np.float16), np.zeros(0, np.int64))
+        embeddings = np.concatenate(slide.parts)
         if not np.isfinite(embeddings).all():
-            raise LongslideError(
-                f"embeddings are not finite in {self.precision}; try --precision "
-                f"{'bfloat16' if self.precision == 'float16' else 'float32'}"
-            )
-        return embeddings, np.concatenate(index)
+            other = "bfloat16" if self.precision == "float16" else "float32"
+            error = LongslideError(f"embeddings are not finite in {self.precision}; try --precision {other}")
+            return slide.key, error
+        return slide.key, EmbeddedTiles(embeddings, np.concatenate(slide.index))
 
 
 def slide_encoder_on(device: torch.device, encoder: AnySlideEncoder) -> AnySlideEncoder:
@@ -152,7 +235,7 @@ def embed_slide(
             the encoder gives is no embedding.
     """
     try:
-        with autocast(device, precision):
+        with on_device(device), autocast(device, precision):
             embedding = slide_encoder(
                 torch.from_numpy(features.features).to(device=device, dtype=torch.float32)[None],
                 torch.from_numpy(features.cells).to(device)[None],

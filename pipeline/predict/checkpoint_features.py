@@ -1,9 +1,9 @@
 """Features of new slides as a classifier was trained on them: existing files held against its checkpoint, others made."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ..batch.ledger import make_output_folder
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
-from ..batch.watched import WatchedProcess
+from ..batch.watched import WatchedProcesses
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder
 from ..embed.job import EmbedJob, PreparedSlide
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from ...models.classifier.classifier import SlideClassifier
     from ...models.classifier.ensemble import ClassifierEnsemble
+
+T = TypeVar("T")
 
 OUTLIER_RATIO = 1.5
 """A slide is far from training when the distance of its mean embedding is so many times the training slides' 99th
@@ -68,10 +70,10 @@ class FeatureMaker:
         slide_checkpoint: The user's weights of the slide encoder.
         max_bad_tiles: Unreadable tiles that a slide may have.
         batch_size: Tiles a batch; None for what is fastest on the device.
-        threads: Threads that read tiles.
+        threads: Threads that read tiles; None for one on each core.
         device: Where the encoders run.
         precision: Precision of the encoders, or `auto`.
-        watched: The process in which slides are opened and tissue is found.
+        watched: The processes in which slides are opened and tissue is found.
     """
 
     preprocessing: Preprocessing
@@ -83,10 +85,10 @@ class FeatureMaker:
     slide_checkpoint: str | Path | None
     max_bad_tiles: int
     batch_size: int | None
-    threads: int
+    threads: int | None
     device: "torch.device"
     precision: str
-    watched: WatchedProcess
+    watched: WatchedProcesses
     _job: EmbedJob | None = field(default=None, init=False)
 
     @property
@@ -138,20 +140,30 @@ class FeatureMaker:
         Raises:
             LongslideError: The checkpoint does not say enough, or encoders are unavailable or are not those of training.
         """
-        self._embed_job()
+        self._job = self._make_job()
 
     def prepare(self, entry: SlideEntry) -> PreparedSlide | SlideResult:
-        """All that comes before the tile encoder."""
-        return self._embed_job().prepare(entry)
+        """All that comes before the tile encoder.
+
+        Raises:
+            LongslideError: The encoders have not been loaded, since there was a feature file when the job began.
+        """
+        if self._job is None:
+            raise LongslideError(
+                f"{self.path(entry)}: the feature file was there before and is gone; run the command again"
+            )
+        return self._job.prepare(entry)
+
+    def encode_within(
+        self, items: Generator[T], slide_of: Callable[[T], PreparedSlide | None], progress: JobProgress
+    ) -> Generator[T]:
+        """Embed the tiles of the slides that are within some of the items, which are given on in order."""
+        return items if self._job is None else self._job.encode_within(items, slide_of, progress)
 
     def finish(self, prepared: PreparedSlide, progress: JobProgress) -> SlideResult:
         """Write the feature file."""
-        return self._embed_job().finish(prepared, progress)
-
-    def _embed_job(self) -> EmbedJob:
-        if self._job is None:
-            self._job = self._make_job()
-        return self._job
+        assert self._job is not None
+        return self._job.finish(prepared, progress)
 
     def _make_job(self) -> EmbedJob:
         from ...models.tile_encoder.encoder import create_tile_encoder

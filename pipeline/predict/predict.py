@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -25,13 +25,13 @@ from ...errors import LongslideError, printable
 from ...ranges import checked
 from ...registry import import_plugins
 from ...version import __version__
-from ..batch.batch import run_batch
+from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.claims import ClaimedError, claim
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult
-from ..batch.watched import WatchedProcess
+from ..batch.watched import WatchedProcesses
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
 from ..embed.job import PreparedSlide
 from ..embed.layout import look_at
@@ -73,7 +73,7 @@ def predict(
     max_bad_tiles: int = 0,
     slide_timeout: float = 600.0,
     batch_size: int | None = None,
-    threads: int = 4,
+    threads: int | None = None,
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     overwrite: bool = False,
@@ -106,7 +106,7 @@ def predict(
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         slide_timeout: Seconds that opening a slide and finding its tissue may take; then it fails, and the next one begins.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
-        threads: Threads that read tiles.
+        threads: Threads that read tiles. Default: one on each core.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the tile encoder. `auto`: its own on a GPU, float32 on a CPU.
         allow_seen: Also predict slides that were in the training or validation part of a classifier; they are marked.
@@ -133,7 +133,7 @@ def predict(
         kept = output is not None
         output = Path(output or resources.enter_context(tempfile.TemporaryDirectory(prefix="longslide-")))
         make_output_folder(output)
-        watched = resources.enter_context(WatchedProcess(slide_timeout))
+        watched = resources.enter_context(WatchedProcesses(slide_timeout, PREPARED_AHEAD))
 
         from ...models.aggregators.slide_encoder import use_cuda_graphs
         from ...models.classifier.ensemble import checkpoint_digests, load_ensemble
@@ -233,7 +233,7 @@ class _Job:
             refuse_mistaken_rerun(entries, self.done_before, self.output)
         missing = [entry for entry in entries if self.overwrite or not self.json_path(entry).exists()]
         refuse_mistaken_rerun(missing, self.maker.existing, self.maker.folder)
-        if any(not self.json_path(entry).exists() and not self.maker.path(entry).exists() for entry in entries):
+        if any(not self.maker.path(entry).exists() for entry in missing):
             self.maker.load_encoders()
         notes = []
         if left := set(other) - {entry.slide_id for entry in entries}:
@@ -291,6 +291,7 @@ class _Job:
                     made = self.maker.prepare(entry)
                     if isinstance(made, PreparedSlide):
                         prepared = made
+                        resources.callback(made.resources.close)
                     elif made.status != "done":
                         return made
                 return _Claimed(entry, prepared, remarks, resources.pop_all(), started)
@@ -299,8 +300,18 @@ class _Job:
             except Exception as error:
                 return SlideResult.failed(entry, error)
 
+    def encode(
+        self, slides: Generator[_Claimed | SlideResult], progress: JobProgress
+    ) -> Generator[_Claimed | SlideResult]:
+        """Embed the tiles of the slides that have no features."""
+        return self.maker.encode_within(
+            slides, lambda one: one.prepared if isinstance(one, _Claimed) else None, progress
+        )
+
     def finish(self, claimed: _Claimed, progress: JobProgress) -> SlideResult:
-        """All that needs the encoders and classifiers, and the files."""
+        """All that needs the slide encoder and the classifiers, and the files."""
+        from ..embed.tile_embedding import on_device
+
         entry = claimed.entry
         with claimed.resources:
             try:
@@ -309,7 +320,8 @@ class _Job:
                     if made.status != "done":
                         return made
                 remove_leftovers(self.json_path(entry))
-                return self._predict(entry, claimed.remarks, claimed.started)
+                with on_device(self.device):
+                    return self._predict(entry, claimed.remarks, claimed.started)
             except OSError as error:
                 what = (
                     f"{self.output}: cannot write the results ({error.strerror}); make room or choose another --output"

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -168,6 +168,12 @@ class TilesJob:
                 return PreparedTiles(entry, slide, grid, resources.pop_all(), started)
             except Exception as error:
                 return SlideResult.failed(entry, error)
+
+    def encode(
+        self, slides: Generator[PreparedTiles | SlideResult], progress: JobProgress
+    ) -> Generator[PreparedTiles | SlideResult]:
+        """Nothing: no encoder is needed."""
+        return slides
 
     def finish(self, prepared: PreparedTiles, progress: JobProgress) -> SlideResult:
         """Read the tiles and write the pictures, and last the index."""

@@ -72,14 +72,14 @@ def test_float32_gives_the_embeddings_of_the_plain_encoder_whatever_the_batch(
     torch.testing.assert_close(torch.from_numpy(np.concatenate(parts)), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_padded_batches_have_two_sizes(encoder: TileEncoder) -> None:
+def test_padded_batches_have_one_size(encoder: TileEncoder) -> None:
     sizes = []
     hook = encoder.register_forward_pre_hook(lambda _, tiles: sizes.append(len(tiles[0])))
     engine = TileEngine(encoder, CPU, "float32", 8, pads=True)
     for count in (11, 8, 5, 1):
         assert len(engine(TILES[:count])) == count
     hook.remove()
-    assert sizes == [8, 2, 2, 8, 2, 2, 2, 2]
+    assert sizes == [8] * 5
 
 
 def test_a_cnn_keeps_its_batch_norms_in_float32() -> None:
@@ -299,6 +299,17 @@ def test_on_a_gpu_a_stream_that_is_given_up_leaves_the_engine_as_it_was(encoder:
     next(stream)
     stream.close()
     assert torch.equal(torch.from_numpy(np.concatenate(list(engine.stream([TILES.numpy()])))), wanted)
+
+
+@needs_gpu
+def test_on_a_gpu_an_embedding_is_the_same_to_the_last_bit_in_whatever_batch_it_is_made(encoder: TileEncoder) -> None:
+    engine = TileEngine(encoder, GPU, "float16", 4)
+    wanted = engine(TILES).cpu().numpy()
+    flushed = np.concatenate([*engine.push(TILES[:5].numpy()), *engine.flush()])
+    assert np.array_equal(flushed, wanted[:5])
+    rest = [part for first in range(5, 11) for part in engine.push(TILES[first : first + 1].numpy())]
+    assert np.array_equal(np.concatenate([*rest, *engine.flush()]), wanted[5:])
+    assert list(engine.flush()) == []
 
 
 @needs_gpu

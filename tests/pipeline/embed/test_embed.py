@@ -472,47 +472,6 @@ def test_a_slide_another_process_works_on_is_skipped(job: dict[str, Any], slides
     assert "another process" in results["b"].reason
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(job: dict[str, Any], slides: Path, encoder: Path) -> None:
-    from longslide import create_tile_encoder
-    from longslide.data.tiles.stream import TileBatch
-    from longslide.pipeline.embed.tile_embedding import TileEmbedder
-
-    model = create_tile_encoder(encoder, checkpoint="random")
-    sizes = []
-
-    def small_memory(module: Any, tiles: tuple[torch.Tensor]) -> None:
-        sizes.append(len(tiles[0]))
-        if len(tiles[0]) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    tiles = np.random.default_rng(0).integers(0, 256, (50, 64, 64, 3), np.uint8)
-    at = np.zeros((50, 2), np.int64)
-    batches = [TileBatch(tiles[:32], np.arange(32), at[:32]), TileBatch(tiles[32:], np.arange(32, 50), at[32:])]
-    expected, _ = TileEmbedder(model, torch.device("cpu"), "float32")(batches)
-    model.register_forward_pre_hook(small_memory)
-    embedded, index = TileEmbedder(model, torch.device("cpu"), "float32")(batches)
-    np.testing.assert_allclose(embedded, expected, rtol=1e-4, atol=1e-5)
-    assert index.tolist() == list(range(50))
-    assert sizes[:4] == [32, 16, 8, 4], "halved until it fits"
-    assert max(sizes[4:]) == 4, "and never tried larger again"
-
-    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(LongslideError, match="one tile does not fit"):
-        TileEmbedder(model, torch.device("cpu"), "float32")(batches)
-
-
-def test_embeddings_that_are_not_finite_fail_the_slide(encoder: Path) -> None:
-    from longslide import create_tile_encoder
-    from longslide.data.tiles.stream import TileBatch
-    from longslide.pipeline.embed.tile_embedding import TileEmbedder
-
-    model = create_tile_encoder(encoder, checkpoint="random")
-    model.register_forward_hook(lambda module, tiles, output: output * 1e30)
-    tiles = TileBatch(np.full((2, 64, 64, 3), 200, np.uint8), np.arange(2), np.zeros((2, 2), np.int64))
-    with pytest.raises(LongslideError, match=r"not finite in bfloat16; try --precision float32"):
-        TileEmbedder(model, torch.device("cpu"), "bfloat16")([tiles])
-
-
 def test_a_full_disk_fails_the_slide_before_the_work(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
