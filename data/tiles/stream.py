@@ -13,6 +13,7 @@ import numpy as np
 from ...errors import LongslideError
 from ..slides.slide import Slide
 from .grid import Grid
+from .pool import TilePool
 from .readers import READING_BATCH, PendingTiles, TileReaders
 
 T = TypeVar("T")
@@ -100,15 +101,27 @@ class TileStream:
             LongslideError: More than `max_bad_tiles` tiles cannot be read.
         """
         with TileReaders(self.threads, processes=False) as readers:
-            pending: deque[PendingTiles] = deque()
-            begun = self.begin(readers)
+            yield from self.read_by(readers)
+
+    def read_by(self, readers: TileReaders | TilePool) -> Iterator[TileBatch]:
+        """Read the tiles by what reads for others too; each batch is to be released. Several streams: `read_slides`.
+
+        Raises:
+            LongslideError: More than `max_bad_tiles` tiles cannot be read, or a batch takes longer than `timeout`.
+        """
+        pending: deque[PendingTiles] = deque()
+        begun = self.begin(readers)
+        try:
             while True:
                 pending.extend(islice(begun, self.read_ahead + 1 - len(pending)))
                 if not pending:
                     return
                 yield from self.take(pending.popleft())
+        finally:
+            for one in pending:
+                one.release()
 
-    def begin(self, readers: TileReaders) -> Iterator[PendingTiles]:
+    def begin(self, readers: TileReaders | TilePool) -> Iterator[PendingTiles]:
         """Begin to read the tiles: a batch whenever the next is asked for, until too many are found unreadable.
 
         Yields:

@@ -13,7 +13,8 @@ import tifffile
 from longslide.data.slides.slide import Slide, open_slide
 from longslide.data.synthetic import write_pyramid, write_synthetic_slide
 from longslide.data.tiles.grid import Grid, make_grid
-from longslide.data.tiles.pool import TilePool
+from longslide.data.tiles.pool import PendingTiles, TilePool
+from longslide.data.tiles.readers import TileReaders
 from longslide.data.tiles.stream import TileStream
 from longslide.data.tissue.base import Tissue
 from longslide.errors import LongslideError
@@ -33,7 +34,7 @@ def tiles_by_threads(slide: Slide, grid: Grid) -> np.ndarray:
 
 def tiles_by_pool(slide: Slide, grid: Grid, pool: TilePool, batch_size: int = 16) -> np.ndarray:
     tiles = []
-    for batch in TileStream(slide, grid, batch_size=batch_size, pool=pool):
+    for batch in TileStream(slide, grid, batch_size=batch_size, read_ahead=2).read_by(pool):
         tiles.append(batch.tiles.copy())
         batch.release()
     return np.concatenate(tiles)
@@ -58,9 +59,9 @@ def test_tiles_are_those_of_threads_in_the_grids_order(
 ) -> None:
     with open_slide(path, reader=reader) as slide:
         grid = grid_of(slide, mpp)
-        stream = TileStream(slide, grid, batch_size=batch_size, pool=pool)
+        stream = TileStream(slide, grid, batch_size=batch_size, read_ahead=2)
         tiles, index = [], []
-        for batch in stream:
+        for batch in stream.read_by(pool):
             assert np.shares_memory(batch.tiles, pool.buffer)
             np.testing.assert_array_equal(batch.coords, grid.coords[batch.index])
             tiles.append(batch.tiles.copy())
@@ -103,15 +104,15 @@ def damaged(path: Path) -> Path:
 def test_unreadable_tiles_are_counted_and_the_others_come(tmp_path: Path, pool: TilePool, reader: str) -> None:
     with open_slide(damaged(tmp_path / "a.tif"), reader=reader) as slide:
         grid = grid_of(slide)
-        stream = TileStream(slide, grid, batch_size=16, pool=pool, max_bad_tiles=16)
+        stream = TileStream(slide, grid, batch_size=16, read_ahead=2, max_bad_tiles=16)
         rows = []
-        for batch in stream:
+        for batch in stream.read_by(pool):
             rows += batch.index.tolist()
             batch.release()
         assert len(stream.bad_tiles) == 16
         assert rows == np.flatnonzero((grid.coords >= 256).any(axis=1)).tolist()
         with pytest.raises(LongslideError, match="--max-bad-tiles 3"):
-            list(TileStream(slide, grid, batch_size=16, pool=pool, max_bad_tiles=3))
+            list(TileStream(slide, grid, batch_size=16, read_ahead=2, max_bad_tiles=3).read_by(pool))
     assert len(tiles_of_whole(tmp_path, pool)) == 64  # and the pool has all its room
 
 
@@ -124,18 +125,27 @@ def test_an_abandoned_stream_leaves_room(path: Path, pool: TilePool) -> None:
     with open_slide(path) as slide:
         grid = grid_of(slide)
         for _ in range(6):
-            stream = iter(TileStream(slide, grid, batch_size=16, pool=pool))
+            stream = TileStream(slide, grid, batch_size=16, read_ahead=2).read_by(pool)
             next(stream).release()
             del stream
         np.testing.assert_array_equal(tiles_by_pool(slide, grid, pool), tiles_by_threads(slide, grid))
 
 
-def test_a_plain_image_is_read_by_threads(tmp_path: Path, pool: TilePool) -> None:
+def test_slides_are_read_by_processes_and_what_they_cannot_open_by_threads(tmp_path: Path, path: Path) -> None:
     Image.fromarray(np.full((256, 256, 3), 90, np.uint8)).save(tmp_path / "a.png")
-    with open_slide(tmp_path / "a.png", slide_mpp=0.5) as slide:
-        for batch in TileStream(slide, grid_of(slide), batch_size=16, pool=pool):
-            assert not np.shares_memory(batch.tiles, pool.buffer)
-            assert (batch.tiles == 90).all()
+    with open_slide(tmp_path / "a.png", slide_mpp=0.5) as image, open_slide(path) as slide, TileReaders(5) as readers:
+        grids = [grid_of(image), grid_of(slide)]
+        by_threads = readers.read(image, grids[0], np.arange(4))
+        by_processes = readers.read(slide, grids[1], np.arange(4))
+        assert not isinstance(by_threads, PendingTiles)
+        assert isinstance(by_processes, PendingTiles)
+        assert (by_threads.result()[0] == 90).all()
+        np.testing.assert_array_equal(by_processes.result()[0], tiles_by_threads(slide, grids[1])[:4])
+
+
+def test_few_readers_are_threads_which_start_at_once(path: Path) -> None:
+    with open_slide(path) as slide, TileReaders(4) as readers:
+        assert not isinstance(readers.read(slide, grid_of(slide), np.arange(4)), PendingTiles)
 
 
 def test_a_slide_that_is_gone_for_the_processes_is_an_error_that_names_it(tmp_path: Path, pool: TilePool) -> None:
@@ -143,7 +153,7 @@ def test_a_slide_that_is_gone_for_the_processes_is_an_error_that_names_it(tmp_pa
     with open_slide(gone) as slide:
         gone.unlink()
         with pytest.raises(LongslideError, match=r"gone\.svs"):
-            list(TileStream(slide, grid_of(slide), batch_size=16, pool=pool))
+            list(TileStream(slide, grid_of(slide), batch_size=16, read_ahead=2).read_by(pool))
     assert len(tiles_of_whole(tmp_path, pool)) == 64
 
 
@@ -189,7 +199,7 @@ with open_slide(sys.argv[1]) as slide, TilePool(2, batch_size=16, tile_px=64, ba
     everything = Tissue(np.ones((1, 1), bool), tuple(map(float, slide.dimensions)), "everything")
     grid = make_grid(slide, everything, tile_mpp=0.25, tile_px=64, min_tissue=0.0)
     while True:  # without a guard for __main__: the script must not be run again by the processes
-        for batch in TileStream(slide, grid, batch_size=16, pool=pool):
+        for batch in TileStream(slide, grid, batch_size=16, read_ahead=1).read_by(pool):
             batch.release()
             print(*[worker.process.pid for worker in pool._workers], flush=True)
 """
