@@ -45,7 +45,7 @@ def by_stream(reader: str, path: Path, grid: Grid, workers: int, take: Take) -> 
 
 def by_pool(reader: str, path: Path, grid: Grid, workers: int, take: Take, pool: TilePool) -> None:
     with open_slide(path, reader=reader) as slide:
-        for batch in TileStream(slide, grid, batch_size=256, pool=pool):
+        for batch in TileStream(slide, grid, batch_size=256).read_by(pool):
             take(batch.tiles, int(batch.index[0]))
             batch.release()
 
