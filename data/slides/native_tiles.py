@@ -1,5 +1,6 @@
 """The native tiles of one pyramid level of a TIFF file: where their bytes are, and how they become pixels."""
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ MAX_TILE_BYTES = 256 * 2**20
 """A native tile that would take more memory than this is not read."""
 
 _NONE, _LZW, _JPEG, _DEFLATE, _ADOBE_DEFLATE, _PACKBITS = 1, 5, 7, 8, 32946, 32773
-_APERIO_JPEG2000 = 33005  # 33003, its YCbCr, is left to OpenSlide
-_JPEG2000, _WEBP, _ZSTD, _JPEGXL, _JPEGXL_DNG = 34712, 50001, 50000, 50002, 52546
+_JPEG2000 = (34712, 33005)  # the second is Aperio's; 33003, its YCbCr, is left to OpenSlide
+_WEBP, _ZSTD, _JPEGXL, _JPEGXL_DNG = 50001, 50000, 50002, 52546
 
 _TO_BYTES: dict[int, Callable[..., bytes | bytearray]] = {
     _LZW: imagecodecs.lzw_decode,
@@ -25,8 +26,7 @@ _TO_BYTES: dict[int, Callable[..., bytes | bytearray]] = {
     _ZSTD: imagecodecs.zstd_decode,
 }
 _TO_PIXELS: dict[int, Callable[..., np.ndarray]] = {
-    _APERIO_JPEG2000: imagecodecs.jpeg2k_decode,
-    _JPEG2000: imagecodecs.jpeg2k_decode,
+    **dict.fromkeys(_JPEG2000, imagecodecs.jpeg2k_decode),
     _WEBP: imagecodecs.webp_decode,
     _JPEGXL: imagecodecs.jpegxl_decode,
     _JPEGXL_DNG: imagecodecs.jpegxl_decode,
@@ -199,11 +199,11 @@ class NativeTiles:
         shape = (self.tile_height, self.tile_width, samples)
         dtype = np.dtype(self.dtype)
         if self.compression in _TO_PIXELS:
-            pixels = _TO_PIXELS[self.compression](part)
-            pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-            if pixels.shape != shape or pixels.dtype != dtype.newbyteorder("="):
-                raise DamagedTileError(f"pixels of the shape {pixels.shape} where {shape} belongs")
-            return pixels
+            if self.compression in _JPEG2000 and _jpeg2000_size(part) != shape[1::-1]:
+                raise DamagedTileError("no JPEG 2000 stream of a tile's size")
+            # With `out` a stream of another size is an error before memory is taken for it.
+            pixels = np.empty(shape if samples > 1 else shape[:2], dtype.newbyteorder("="))
+            return np.asarray(_TO_PIXELS[self.compression](part, out=pixels)).reshape(shape)
         size = int(np.prod(shape)) * dtype.itemsize
         raw = part if self.compression == _NONE else _TO_BYTES[self.compression](part, out=size)
         if len(raw) < size:
@@ -212,3 +212,12 @@ class NativeTiles:
         if self.predicted:
             np.cumsum(pixels, axis=1, dtype=pixels.dtype, out=pixels)
         return pixels
+
+
+def _jpeg2000_size(stream: bytes) -> tuple[int, int] | None:
+    """(width, height) that a JPEG 2000 stream declares."""
+    start = stream.find(b"\xff\x4f\xff\x51", 0, 4096)  # the codestream may stand in boxes
+    if start < 0 or len(stream) < start + 24:
+        return None
+    right, bottom, left, top = struct.unpack_from(">4I", stream, start + 8)
+    return right - left, bottom - top

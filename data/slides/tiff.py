@@ -1,5 +1,6 @@
 """What a TIFF file says of its pixels, and why OpenSlide or Pillow would read it wrongly or not at all."""
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ import tifffile
 
 CODECS = {34712: "JPEG 2000", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL", 34887: "LERC"}
 """Compressions of TIFF files that OpenSlide does not read, by their numbers."""
+
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # what it finds is said in one line of ours
 
 _CONVERT = "convert it, for instance by `vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg`"
 _MICRONS = {
