@@ -2,7 +2,8 @@
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import cv2
@@ -25,24 +26,29 @@ class Tissue:
         downsample: Level-0 pixels per pixel of the mask, in x and y.
         method: How it was found: the name and version of the method, or the name and digest of the user's file.
         origin: (x, y) in level-0 pixels of the mask's corner.
+        left_out: What was found and is no tissue to be embedded, such as ink: a raster like `mask` by its name.
     """
 
     mask: np.ndarray
     downsample: tuple[float, float]
     method: str
     origin: tuple[int, int] = (0, 0)
+    left_out: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def on_thumbnail(cls, mask: np.ndarray, slide: Slide, method: str) -> "Tissue":
+    def on_thumbnail(
+        cls, mask: np.ndarray, slide: Slide, method: str, left_out: Mapping[str, np.ndarray] | None = None
+    ) -> "Tissue":
         """Tissue as it was found on a thumbnail of a slide.
 
         Args:
             mask: `(h, w)` bool over `Slide.thumbnail`, of its size or another.
             slide: The slide.
             method: How it was found.
+            left_out: Rasters like `mask` of what is no tissue to be embedded, by name.
         """
         x, y, width, height = slide.bounds
-        return cls(mask, (width / mask.shape[1], height / mask.shape[0]), method, (x, y))
+        return cls(mask, (width / mask.shape[1], height / mask.shape[0]), method, (x, y), left_out or {})
 
     @cached_property
     def contours(self) -> list[list[np.ndarray]]:
@@ -67,8 +73,16 @@ class Tissue:
 
     def area_mm2(self, slide_mpp: float) -> float:
         """Area in square millimetres, given the microns per pixel of level 0."""
+        return self._area_mm2(self.mask, slide_mpp)
+
+    def left_out_mm2(self, slide_mpp: float) -> dict[str, float]:
+        """Area in square millimetres of each thing in `left_out` that is there."""
+        areas = {name: self._area_mm2(mask, slide_mpp) for name, mask in self.left_out.items()}
+        return {name: area for name, area in areas.items() if area}
+
+    def _area_mm2(self, mask: np.ndarray, slide_mpp: float) -> float:
         pixel = self.downsample[0] * self.downsample[1] * (slide_mpp / 1000) ** 2
-        return float(np.count_nonzero(self.mask) * pixel)
+        return float(np.count_nonzero(mask) * pixel)
 
     def to_geojson(self) -> str:
         """The contours as a GeoJSON FeatureCollection in level-0 pixels, one Polygon a region; QuPath opens it.

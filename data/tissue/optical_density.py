@@ -87,10 +87,8 @@ def find_tissue(
     least = min(longest, 512, longest * mpp / FINEST_MASK_MPP)
     max_px = int(np.clip(longest * mpp / MASK_MPP, max(16, least), most))
     picture = slide.thumbnail(max_px)
-    mask = segment_tissue(
-        picture, width / picture.shape[1] * mpp, threshold=threshold, min_area=min_area, keep_ink=keep_ink
-    )
-    return Tissue.on_thumbnail(mask, slide, METHOD)
+    mask, ink = _tissue_and_ink(picture, width / picture.shape[1] * mpp, threshold, min_area, keep_ink)
+    return Tissue.on_thumbnail(mask, slide, METHOD, {"ink": ink})
 
 
 def segment_tissue(
@@ -113,6 +111,12 @@ def segment_tissue(
     Returns:
         `(h, w)` bool.
     """
+    return _tissue_and_ink(picture, mpp, threshold, min_area, keep_ink)[0]
+
+
+def _tissue_and_ink(
+    picture: np.ndarray, mpp: float, threshold: float, min_area: float, keep_ink: bool
+) -> tuple[np.ndarray, np.ndarray]:
     glass = _glass(picture, mpp)
     density = _optical_density(cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 0.8), glass)
     red, green, blue = (density[..., channel] for channel in range(3))
@@ -137,24 +141,23 @@ def segment_tissue(
             ink = np.zeros_like(dark)
         rim = 2 * max(2, round(25 / mpp)) + 1
         ink = cv2.dilate(ink.astype(np.uint8), np.ones((rim, rim), np.uint8)) > 0
-    if glass.max() < 252:
-        ink |= lowest(picture) > 253  # a gap between the parts that the scanner stitched
-    not_tissue = dark | ink
+    lost = ink if glass.max() >= 252 else ink | (lowest(picture) > 253)  # a gap between parts that were stitched
+    not_tissue = dark | lost
     solid = _within_half_density(stained & foreground & ~not_tissue, strength, mpp)
     solid = _within_half_density(solid, absorbed, mpp)  # JPEG keeps colours at half the resolution, brightness whole
     solid = opening(solid, 0.9)
     tissue = closing(solid, max(1.0, 20 / mpp))
     loose = opening(_loose_tissue(density, solid, not_tissue, mpp) & ~tissue, max(1.5, 32 / mpp))
     thick = opening(~without_small(~tissue, MAX_HOLE_UM2 / mpp**2), max(2.0, 40 / mpp))
-    loose = connected_to(
-        loose, loose & (thick | (depth(~thick) > max(5.0, 100 / mpp)))
-    )  # fat reaches further than blur
+    beyond_blur = depth(~thick) > max(5.0, 100 / mpp)
+    loose = connected_to(loose, loose & (thick | beyond_blur))  # the halo of a core is no fat
     if loose.any():
         both = tissue | loose
         tissue = closing(both, max(1.0, 25 / mpp)) | (closing(both, 120 / mpp) & (depth(~loose) < 150 / mpp))
-    tissue &= ~ink & (~dark | closing(solid, max(1.0, 60 / mpp)))  # what is dark amid tissue is pigment or a fold
+    tissue &= ~lost & (~dark | closing(solid, max(1.0, 60 / mpp)))  # what is dark amid tissue is pigment or a fold
     filled = ~without_small(~tissue, min(MAX_HOLE_UM2 / mpp**2, MAX_HOLE_SHARE * tissue.size))
-    return without_small(filled, max(4.0, min_area / mpp**2))
+    tissue = without_small(filled, max(4.0, min_area / mpp**2))
+    return tissue, ink & ~tissue
 
 
 def _glass(picture: np.ndarray, mpp: float) -> np.ndarray:

@@ -93,7 +93,8 @@ def _read_rows(path: Path, *version: int) -> dict[str, dict[str, object]]:
     rows = read_rows(path)
     if rows and not {"slide_id", "status"} <= rows[0].keys():
         raise LongslideError(f"{path}: not the summary of a job: no columns slide_id and status; move it away")
-    numbers = ("slide_mpp", "tile_mpp", "tissue_mm2", "seconds")  # a spreadsheet may have written them with commas
+    # A spreadsheet may have written them with commas.
+    numbers = ("slide_mpp", "tile_mpp", "tissue_mm2", "left_out_mm2", "blur", "seconds")
     return {
         row["slide_id"]: {name: decimal_point(cell) if name in numbers else cell for name, cell in row.items()}
         for row in rows

@@ -1,9 +1,12 @@
 """How one slide of a job ended."""
 
+import json
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
+
+import numpy as np
 
 from ...data.features.feature_file import Features
 from ...data.slides.mpp import mpp_remark
@@ -32,6 +35,8 @@ class SlideResult:
         mpp_source: Where that came from.
         tile_mpp: Microns per pixel of the tiles.
         tissue_mm2: Area of the tissue in square millimetres.
+        left_out_mm2: Area of what was found and is no tissue to be embedded, such as ink.
+        blur: Median blur of the tiles, 0 (sharp) to 1.
         seconds: Time spent on the slide in this run.
         features: Path of the feature file.
     """
@@ -47,6 +52,8 @@ class SlideResult:
     mpp_source: str | None = None
     tile_mpp: float | None = None
     tissue_mm2: float | None = None
+    left_out_mm2: float | None = None
+    blur: float | None = None
     seconds: float | None = None
     features: str | None = None
 
@@ -89,6 +96,8 @@ class SlideResult:
             mpp_source=features.settings.get("mpp_source"),
             tile_mpp=features.tile_mpp,
             tissue_mm2=features.settings.get("tissue_mm2"),
+            left_out_mm2=_total(features.settings.get("left_out_mm2")),
+            blur=None if features.blur is None else round(float(np.median(features.blur)), 4),
             seconds=seconds,
             features=str(path),
         )
@@ -109,3 +118,8 @@ class SlideResult:
             traceback.print_exception(error)  # not the user's mistake: whoever reports it needs to know where
             reason = printable(f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return cls(entry.slide_id, entry.shown, "failed", reason)
+
+
+def _total(areas: str | None) -> float | None:
+    """The sum of areas by name, as feature files hold them in JSON."""
+    return None if areas is None else float(sum(json.loads(areas).values()))

@@ -8,6 +8,7 @@ from ...data.slides.base import READERS
 from ...data.slides.slide_table import IdFrom, find_slides
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.optical_density import OpticalDensity
+from ...errors import LongslideError
 from ...ranges import checked
 from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.ledger import SUMMARY, make_output_folder
@@ -15,6 +16,7 @@ from ..batch.rerun import refuse_mistaken_rerun
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
 from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder, look_at_tile_encoder, resolve_tiles
+from .contact_sheet import write_contact_sheet
 from .job import EmbedJob
 from .slide_embedding import embed_features
 
@@ -46,7 +48,7 @@ def embed(
     seed: int = 0,
     overwrite: bool = False,
 ) -> list[SlideResult]:
-    """Embed slides: one feature file per slide, a picture of its tiles in `qc/`, and `summary.csv`.
+    """Embed slides: one feature file per slide, a picture of its tiles in `qc/`, `qc/index.html`, and `summary.csv`.
 
     Without a tile encoder the input is feature files, of Longslide, TRIDENT, AtlasPatch, CLAM, prov-gigapath or STAMP, and
     the slide encoder makes slide embeddings from them: into the files themselves where they are in the output folder.
@@ -145,6 +147,10 @@ def embed(
             if not overwrite:
                 refuse_mistaken_rerun(entries, job.existing, output)
             results = run_batch(job, entries, output)
+        try:
+            write_contact_sheet(output)
+        except LongslideError as error:  # the feature files are there
+            print(error)
     counts = {status: sum(result.status == status for result in results) for status in ("done", "failed", "skipped")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; see {output / SUMMARY}")
     return results

@@ -1,5 +1,6 @@
 """The work on slides: open each, find tissue, lay the grid; embed the tiles of all as one stream; write feature files."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -340,6 +341,7 @@ class EmbedJob:
             "patch_level": grid.level,
             "custom_downsample": grid.custom_downsample(slide.level_downsamples),
             "tissue_mm2": tissue.area_mm2(slide.mpp.value),
+            "left_out_mm2": json.dumps(tissue.left_out_mm2(slide.mpp.value)),
             "bad_tiles": len(stream.bad_tiles),
             "blurred_tiles": blurred,
             **self.embedder.fidelity,
@@ -391,6 +393,7 @@ class EmbedJob:
             mpp_source=slide.mpp.source,
             tile_mpp=self.tile_mpp,
             tissue_mm2=tiled.tissue.area_mm2(slide.mpp.value),
+            left_out_mm2=sum(tiled.tissue.left_out_mm2(slide.mpp.value).values()),
         )
 
 

@@ -19,6 +19,7 @@ TILE_COLOUR = (0, 114, 178)
 CONTOUR_COLOUR = (213, 94, 0)
 BLURRED_COLOUR = (150, 20, 150)
 UNREADABLE_COLOUR = (0, 0, 0)
+LEFT_OUT_COLOURS = ((240, 190, 0), (0, 158, 115), (204, 60, 140), (86, 180, 233), (110, 110, 110))
 TEXT_COLOUR = (30, 30, 30)
 
 
@@ -31,7 +32,7 @@ def draw_qc(
     *,
     max_px: int = 1600,
 ) -> Image.Image:
-    """Draw what is embedded, in outlines that leave the stain to be seen.
+    """Draw what is embedded and what was left out, in outlines that leave the stain to be seen.
 
     Args:
         slide: The open slide.
@@ -62,6 +63,10 @@ def draw_qc(
                     picture, grid.coords[where] - origin, grid.tile_size_level0, scale, colour, colour != TILE_COLOUR
                 )
                 legend.append((colour, f"{np.count_nonzero(where):,} {name}"))
+    for number, (name, area) in enumerate(tissue.left_out_mm2(slide.mpp.value).items()):
+        colour = LEFT_OUT_COLOURS[number % len(LEFT_OUT_COLOURS)]
+        _hatch(picture, tissue, tissue.left_out[name], origin, scale, colour)
+        legend.append((colour, f"{name}, left out: {area:.3g} mm2"))
     rings = [np.rint((ring - origin) * scale).astype(np.int32) for polygon in tissue.contours for ring in polygon]
     thickness = max(1, round(max(width, height) / 600))
     cv2.polylines(picture, rings, isClosed=True, color=CONTOUR_COLOUR, thickness=thickness, lineType=cv2.LINE_AA)
@@ -98,6 +103,24 @@ def _draw_tiles(
     share = 0.75 if crossed or not single else 0.55
     drawn = lines > 0
     picture[drawn] = np.rint((1 - share) * picture[drawn] + share * np.array(colour)).astype(np.uint8)
+
+
+def _hatch(
+    picture: np.ndarray, tissue: Tissue, mask: np.ndarray, origin: list[int], scale: np.ndarray, colour: Colour
+) -> None:
+    """Outline what was left out, and hatch it: an outline alone could be that of tissue."""
+    height, width = picture.shape[:2]
+    x, y = (np.array(tissue.origin) - origin) * scale
+    sx, sy = np.array(tissue.downsample) * scale
+    placed = cv2.warpAffine(
+        mask.astype(np.uint8), np.array([[sx, 0, x], [0, sy, y]]), (width, height), flags=cv2.INTER_NEAREST
+    )
+    rows, columns = np.nonzero(placed)
+    period = max(8, round(max(height, width) / 130))
+    hatched = (rows + columns) % period == 0
+    picture[rows[hatched], columns[hatched]] = colour
+    outlines, _ = cv2.findContours(placed, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(picture, outlines, -1, colour, max(1, round(max(width, height) / 900)))
 
 
 def _with_caption(picture: np.ndarray, caption: str, legend: list[tuple[Colour, str]], mm_per_px: float) -> Image.Image:
