@@ -36,7 +36,7 @@ class OmeZarrReader(SlideReader):
         except ModuleNotFoundError:
             raise DeclinedError("OME-Zarr needs the package zarr: pip install 'longslide[ome-zarr]'") from None
         try:
-            group = zarr.open_group(path, mode="r")
+            group: Any = zarr.open_group(path, mode="r")
             if _multiscales(group) is None and "0" in group:  # bioformats2raw: a group for each series
                 group = group["0"]
             pyramid = _multiscales(group)
