@@ -111,7 +111,7 @@ def test_a_reader_is_chosen_by_name_or_path_or_tried_when_registered(
     np.save(tmp_path / "a.npy", np.full((50, 60, 3), 7, np.uint8))
     with open_slide("slides/a.svs") as slide, open_slide("slides/a.svs", reader="openslide") as named:
         assert (slide.reader, named.reader) == ("tiff", "openslide")
-    with pytest.raises(LongslideError, match=r"a\.npy: not a slide or image .* readers tiff, openslide, image\)"):
+    with pytest.raises(LongslideError, match=r"a\.npy: not a slide or image .* readers tiff, openslide, fastslide, ome-zarr, image\)"):
         open_slide("a.npy")
     with pytest.raises(LongslideError, match=r"a\.svs: the slide reader numpy_reader.NumpyReader does not take it"):
         open_slide("slides/a.svs", reader="numpy_reader:NumpyReader")
@@ -126,6 +126,15 @@ def test_a_reader_is_chosen_by_name_or_path_or_tried_when_registered(
     longslide.register("numpy", NumpyReader)
     with open_slide("a.npy") as slide:
         assert slide.reader == "numpy"
+    # A folder is searched for its files, and a second run finds them done: the same reader takes them, named or not.
+    with open_slide("slides/a.svs") as slide:
+        np.save("slides/b.npy", slide.read_region(0, 0, 0, *slide.dimensions))
+    options = {"tile_encoder": ENCODER[0], "tile_checkpoint": ENCODER[1]}
+    assert [result.slide_id for result in embed("slides", "features", **options)] == ["a", "b"]
+    assert [result.reason for result in embed("slides", "features", **options)] == ["already complete"] * 2
+    assert [result.reason for result in embed("slides/b.npy", "features", reader="numpy", **options)] == [
+        "already complete"
+    ]
     with pytest.raises(LongslideError, match="slide reader 'openslide': the name is taken by longslide"):
         longslide.register("openslide", NumpyReader)
 

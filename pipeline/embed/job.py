@@ -156,7 +156,9 @@ class EmbedJob:
             ways.append(f"slide_mpp {features.slide_mpp} was given instead of the file's own")
         recorded = reader_to_obey(features.settings.get("reader"))
         if recorded is not None and reader_to_obey(self.reader) is None:
-            ways.append(f"reader {recorded} instead of {self.reader or 'none named'}")
+            now = self.reader or self._reader_of(entry)
+            if recorded != now:
+                ways.append(f"reader {recorded} instead of {now}")
         if self.max_blur < 1 and "max_blur" not in features.settings:
             ways.append(f"before blur was measured, which --max-blur {self.max_blur:g} needs")
         if features.settings.get("bad_tiles", 0) > self.max_bad_tiles:
@@ -259,6 +261,11 @@ class EmbedJob:
     def stop(self) -> None:
         """End what `prepare` is at work on."""
         self.watched.stop()
+
+    def _reader_of(self, entry: SlideEntry) -> str:
+        """The reader that takes a slide where none is named."""
+        with open_slide(entry.path) as slide:
+            return slide.reader
 
     def _segmenter(self, entry: SlideEntry) -> TissueSegmenter:
         return self.tissue if entry.tissue_mask is None else Mask(entry.tissue_mask)

@@ -76,10 +76,10 @@ def tiles(
         LongslideError: Wrong usage, found before any slide is touched.
     """
     output = Path(output)
-    chosen = (tile_encoder, tile_mpp, tile_px, overlap or None, tissue)
+    chosen = (tile_encoder, tile_mpp, tile_px, overlap or None, tissue, max_blur if max_blur < 1 else None)
     if features is not None and any(one is not None for one in chosen):
         raise LongslideError(
-            "--features says which tiles: --tile-encoder, --tile-mpp, --tile-px, --overlap and --tissue do not"
+            "--features says which tiles: --tile-encoder, --tile-mpp, --tile-px, --overlap, --tissue and --max-blur do not"
         )
     if features is not None and not Path(features).is_dir():
         raise LongslideError(

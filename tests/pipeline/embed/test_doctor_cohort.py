@@ -133,6 +133,22 @@ def test_a_label_column_is_taken_for_what_it_looks_like(tmp_path: Path, values: 
     assert check_labels(write_csv(tmp_path / "t.csv", rows), ids_and_paths(names)).task == task
 
 
+def test_survival_and_several_labels_are_counted_too(tmp_path: Path) -> None:
+    names = [f"s{n}" for n in range(40)]
+    rows = [
+        {"slide_id": name, "time": 10 + n, "event": n % 4 == 0, "er": n % 2, "her2": n % 5 == 0}
+        for n, name in enumerate(names)
+    ]
+    rows = [{key: int(cell) if isinstance(cell, bool) else cell for key, cell in row.items()} for row in rows]
+    table = write_csv(tmp_path / "t.csv", rows)
+    survival = check_labels(table, ids_and_paths(names), ["time", "event"], "survival")
+    assert survival.classes == {"event": (10, 10), "censored": (30, 30)}
+    assert survival.folds == 10
+    several = check_labels(table, ids_and_paths(names), ["er", "her2"])
+    assert (several.task, several.classes) == ("multilabel", {"er": (20, 20), "her2": (8, 8)})
+    assert several.folds == 5
+
+
 def test_sites_kept_apart_allow_as_many_folds_as_there_are_sites(tmp_path: Path) -> None:
     names = [f"s{n}" for n in range(60)]
     rows = [{"slide_id": name, "site": f"site{n % 4}", "label": n // 4 % 2} for n, name in enumerate(names)]

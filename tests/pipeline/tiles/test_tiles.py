@@ -211,6 +211,7 @@ def test_a_grid_of_known_tiles_is_the_grid_that_made_them(slides: Path) -> None:
         {"max_blur": 2.0},
         {"features": "nowhere"},
         {"features": ".", "tile_px": 224},
+        {"features": ".", "max_blur": 0.5},
         {"tile_encoder": "uni2h"},
     ],
 )
