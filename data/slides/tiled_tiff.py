@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 
 from ...errors import LongslideError
-from .base import TIFF_SUFFIXES, DeclinedError, SlideReader, shine_through
+from .base import TIFF_SUFFIXES, DeclinedError, SlideReader
 from .blend import blend, is_whole, split
 from .native_tiles import DamagedTileError
 from .openslide import OpenSlideReader
@@ -140,19 +140,13 @@ class TiledTiffReader(SlideReader):
             self._put_together(level, round(level_x), round(level_y), out, self.background)
             return
         (left, weight_x), (top, weight_y) = split(level_x), split(level_y)
-        rgba = np.zeros((out.shape[0] + 1, out.shape[1] + 1, 4), np.uint8)
-        opaque = self._put_together(level, left, top, rgba[..., :3], (0, 0, 0), alpha=rgba[..., 3])
+        height, width = out.shape[0] + 1, out.shape[1] + 1
+        rgb, alpha = np.empty((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
+        opaque = self._put_together(level, left, top, rgb, (0, 0, 0), alpha)
+        pixels = rgb if opaque else np.dstack([rgb, alpha])
         tiles = self._levels.tiles[level]
-        blended = blend(
-            rgba[..., :3] if opaque else rgba,
-            (left, top),
-            (weight_x, weight_y),
-            (tiles.tile_width, tiles.tile_height),
-        )
-        rgb = np.ascontiguousarray(blended[..., :3])
-        if blended[..., 3].min() < 255:
-            shine_through(rgb, np.ascontiguousarray(blended[..., 3]), self.background)
-        out[...] = rgb
+        tile = tiles.tile_width, tiles.tile_height
+        out[...] = blend(pixels, (left, top), (weight_x, weight_y), tile, self.background)
 
     def _put_together(
         self,
