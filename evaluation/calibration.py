@@ -1,10 +1,11 @@
-"""What is fitted on validation predictions after training: the temperature and the decision threshold."""
+"""What is fitted on validation predictions after training: temperature, intercept and the decision threshold."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
+from scipy.stats import chi2
 from sklearn.metrics import roc_curve
 
 from ..errors import LongslideError
@@ -17,37 +18,61 @@ TEMPERATURES = (0.5, 5.0)
 FEWEST_CALIBRATED = 50
 """With fewer validation patients there is no temperature: it would follow their noise."""
 
-PRIOR_SPREAD = 0.5
-"""Standard deviation of the normal prior of log T around 0, that is around no temperature."""
+PRIOR_SPREAD = 0.5, 1.0
+"""Standard deviations of the normal priors of log T and of the intercept, both around 0: around no calibration."""
+
+HELPS = float(chi2.ppf(0.95, 1))
+"""An intercept is there if its likelihood ratio statistic is larger: with weighted classes it is, since a model so trained
+takes the classes for equally frequent."""
 
 
-def fit_temperature(probability: Callable[[float], Floats], target: Integers, patients: int) -> float | None:
-    """The most probable temperature T (Guo et al. 2017), given a prior around 1 that few rows do not outweigh.
+class Calibration(NamedTuple):
+    """The log-odds of a class become `log-odds / temperature + intercept`."""
+
+    temperature: float
+    intercept: float = 0.0
+
+
+def fit_calibration(
+    probability: Callable[[Calibration], Floats], target: Integers, patients: int, *, intercept: bool = False
+) -> Calibration | None:
+    """The most probable calibration (Guo et al. 2017, Platt 1999), given priors that few rows do not outweigh.
 
     Args:
-        probability: The `(N, C)` probabilities of the classes at a temperature, float64.
+        probability: The `(N, C)` probabilities of the classes by a calibration, float64.
         target: `(N,)` class numbers.
         patients: How many patients the rows are of.
+        intercept: Whether there may be one, of two classes: of more it would change decisions.
 
     Returns:
-        T, above 1 where predictions become less sure; None of fewer than `FEWEST_CALIBRATED` patients.
+        A temperature above 1 where predictions become less sure, and an intercept where it helps; None of fewer than
+        `FEWEST_CALIBRATED` patients.
 
     Raises:
         LongslideError: No rows, or probabilities that are not finite.
     """
     target = np.asarray(target)
-    if not len(target) or not np.isfinite(probability(1.0)).all():
+    if not len(target) or not np.isfinite(probability(Calibration(1.0))).all():
         raise LongslideError("cannot fit the temperature: there are no validation outputs, or some are not finite")
     if patients < FEWEST_CALIBRATED:
         return None
     share = patients / len(target)  # slides of one patient are not so many patients
+    spreads = np.array(PRIOR_SPREAD)
 
-    def loss(log_temperature: float) -> float:
-        given = probability(float(np.exp(log_temperature)))[np.arange(len(target)), target]
-        likelihood = float(np.log(np.clip(given, 1e-300, None)).sum())
-        return (log_temperature / PRIOR_SPREAD) ** 2 / 2 - share * likelihood
+    def loss(values: Floats) -> float:
+        given = probability(Calibration(float(np.exp(values[0])), float(values[1])))[np.arange(len(target)), target]
+        return -share * float(np.log(np.clip(given, 1e-300, None)).sum())
 
-    return float(np.exp(minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded").x))
+    def penalised(values: Floats) -> float:
+        return loss(values) + float(((values / spreads) ** 2).sum()) / 2
+
+    ends = tuple(np.log(TEMPERATURES))
+    alone = minimize_scalar(lambda value: penalised(np.array([value, 0.0])), bounds=ends, method="bounded")
+    values = np.array([alone.x, 0.0])
+    if intercept:
+        both = np.asarray(minimize(penalised, values, method="Nelder-Mead", bounds=[ends, (None, None)]).x)
+        values = both if 2 * (loss(values) - loss(both)) > HELPS else values
+    return Calibration(float(np.exp(values[0])), float(values[1]))
 
 
 def best_threshold(target: Booleans, probability: Floats) -> float:

@@ -53,6 +53,7 @@ def load_classifier(path: str | Path) -> SlideClassifier:
         raise LongslideError(f"{path}: does not fit this version of Longslide: {reason}") from error
     for attribute in ("temperature", "thresholds", "training_features", "fold", "slide_ids"):
         setattr(classifier, attribute, description[attribute])
+    classifier.intercept = description.get("intercept", 0.0)
     if "level0_mpp" in classifier.training_features:  # its name in earlier checkpoints
         classifier.training_features["slide_mpp"] = classifier.training_features.pop("level0_mpp")
     classifier.bag_unit = description.get("bag_unit", "slide")

@@ -52,6 +52,7 @@ class SlideClassifier(BagWeightedModule):
     Attributes:
         learning_rate: The highest learning rate, of steps that see 8 bags.
         temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
+        intercept: What is added to the log-odds of `binary` then.
         thresholds: Threshold of the probability, by class name (the second one of `binary`) or label; None for 0.5. Of
             survival the median `risk` of validation, above which a patient counts as of high risk.
         training_features: Statistics of the training features, as a checkpoint holds them.
@@ -71,6 +72,7 @@ class SlideClassifier(BagWeightedModule):
         self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
         self.optimiser = options.optimiser
         self.temperature: float | None = None
+        self.intercept = 0.0
         self.thresholds: dict[str, float] | None = None
         self.training_features: dict[str, Any] = {}
         self.fold = 0
@@ -149,7 +151,7 @@ class SlideClassifier(BagWeightedModule):
             `probability` `(B, C)` and `prediction` (`(B,)` int64 class, or `(B, C)` 0 or 1 for multilabel); `value` `(B,)`
             for regression; `risk` `(B,)` and `survival` `(B, n_times)` for survival.
         """
-        predictions = self.objective.predict(outputs, self.temperature)
+        predictions = self.objective.predict(outputs, self.temperature, self.intercept)
         if "probability" in predictions:
             predictions["prediction"] = class_of(self.task, predictions["probability"], self.thresholds)
         return predictions
@@ -213,6 +215,7 @@ class SlideClassifier(BagWeightedModule):
             "training_features": dict(self.training_features),
             "thresholds": self.thresholds,
             "temperature": self.temperature,
+            "intercept": self.intercept,
             "fold": self.fold,
             "slide_ids": dict(self.slide_ids),
             "bag_unit": self.bag_unit,

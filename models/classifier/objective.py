@@ -34,12 +34,13 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+    def predict(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> dict[str, Tensor]:
         """Predictions of raw outputs `(B, n_outputs)`.
 
         Args:
             outputs: The raw outputs.
             temperature: What the logits of a classification are divided by, from validation; None for 1.
+            intercept: What is added then, for `binary`.
 
         Returns:
             `probability` `(B, C)` for classifications; `value` `(B,)` for regression; `risk` `(B,)`, higher for earlier
@@ -47,8 +48,8 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
-    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
-        """`(B, C)` numbers whose softmax over the classes is the probability at a temperature, which changes no decision."""
+    def logits(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> Tensor:
+        """`(B, C)` numbers whose softmax over the classes is the probability, calibrated so that no decision changes."""
         raise NotImplementedError
 
 
@@ -78,15 +79,15 @@ class _Classification(Objective):
     def _losses(self, outputs: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(self.logits(outputs), target, reduction="none")
 
-    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+    def predict(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> dict[str, Tensor]:
         """See `Objective.predict`."""
-        return {"probability": self.logits(outputs, temperature).softmax(1)}
+        return {"probability": self.logits(outputs, temperature, intercept).softmax(1)}
 
 
 class Multiclass(_Classification):
     """Cross-entropy over one logit per class."""
 
-    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
+    def logits(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> Tensor:
         """See `Objective.logits`."""
         return outputs / (temperature or 1.0)
 
@@ -94,9 +95,10 @@ class Multiclass(_Classification):
 class Binary(_Classification):
     """Cross-entropy of one logit, that of the second class against the first."""
 
-    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
+    def logits(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> Tensor:
         """See `Objective.logits`."""
-        return torch.cat([torch.zeros_like(outputs), outputs], dim=1) / (temperature or 1.0)
+        log_odds = outputs / (temperature or 1.0) + intercept
+        return torch.cat([torch.zeros_like(log_odds), log_odds], dim=1)
 
 
 class Ordinal(_Classification):
@@ -107,7 +109,7 @@ class Ordinal(_Classification):
     than thresholds weighing the same.
     """
 
-    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
+    def logits(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> Tensor:
         """See `Objective.logits`: the log-probabilities of the classes.
 
         The temperature divides the log-odds of "above class k", so that the class reached with more than half stays.
@@ -149,11 +151,11 @@ class Multilabel(Objective):
         per_bag = (losses * known).sum(1) / known.sum(1).clamp(min=1)
         return per_bag.sum(), known.any(1).to(outputs.dtype).sum()
 
-    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+    def predict(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> dict[str, Tensor]:
         """See `Objective.predict`: the probability of each label."""
         return {"probability": (outputs / (temperature or 1.0)).sigmoid()}
 
-    def logits(self, outputs: Tensor, temperature: float | None = None) -> Tensor:
+    def logits(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> Tensor:
         """`(B, C)`: here the sigmoid of each is the probability of its label."""
         return outputs / (temperature or 1.0)
 
@@ -179,7 +181,7 @@ class Regression(Objective):
         standardised = (target.to(outputs.dtype) - self.mean) / self.std
         return (outputs[:, 0] - standardised).square().sum(), outputs.new_tensor(float(len(outputs)))
 
-    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+    def predict(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> dict[str, Tensor]:
         """See `Objective.predict`: in the units of the table."""
         return {"value": outputs[:, 0] * self.std + self.mean}
 
@@ -228,7 +230,7 @@ class Cox(Objective):
         loss = partial_likelihood(risk[:, 0], together[:, 0], together[:, 1], self.ties) - earlier
         return loss, target[:, 1].to(outputs.dtype).sum()
 
-    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+    def predict(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> dict[str, Tensor]:
         """See `Objective.predict`."""
         risk = outputs[:, 0]
         return {"risk": risk, "survival": (-self.baseline * risk.exp()[:, None]).exp()}
@@ -298,7 +300,7 @@ class DiscreteHazards(Objective):
         likelihood = logsigmoid(-outputs) * survived + logsigmoid(outputs) * failed
         return -likelihood.sum(), outputs.new_tensor(float(len(outputs)))
 
-    def predict(self, outputs: Tensor, temperature: float | None = None) -> dict[str, Tensor]:
+    def predict(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> dict[str, Tensor]:
         """See `Objective.predict`; the risk is minus the mean survival time up to the last interval's end."""
         survival = logsigmoid(-outputs).cumsum(1).exp()
         lengths = self.ends.diff(prepend=self.ends.new_zeros(1))

@@ -136,12 +136,12 @@ def explained_numbers(classifier: SlideClassifier) -> PackedModel:
         A function of the packed interface that gives `(B, C)`; for `binary` C is 1, the second class.
     """
     kind = classifier.task.kind
-    temperature = classifier.temperature or 1.0
+    temperature, intercept = classifier.temperature or 1.0, classifier.intercept
 
     def numbers(tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         outputs: Tensor = classifier(tile_features, grid_cells, cu_seqlens)
         if kind in ("binary", "multilabel"):
-            return outputs / temperature
+            return outputs / temperature + intercept
         if kind in ("multiclass", "ordinal"):
             return class_log_odds(classifier.objective.logits(outputs, classifier.temperature))
         predictions = classifier.objective.predict(outputs)

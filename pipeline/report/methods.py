@@ -174,7 +174,7 @@ def _output(run: Run) -> list[str]:
     calibration = run.facts.get("calibration") or {}
     if calibration:
         done = "; ".join(f"{fold}, {what}" if len(calibration) > 1 else str(what) for fold, what in calibration.items())
-        sentences.append(f"Temperature scaling: {done}.")
+        sentences.append(f"Calibration of the probabilities: {done}.")
     validation = run.predictions[run.predictions["part"] == "val"]
     both = run.task.kind == "multilabel" or (run.task.kind == "binary" and validation["target"].nunique() == 2)
     if len(validation) and both:

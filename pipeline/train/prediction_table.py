@@ -12,7 +12,7 @@ from scipy.special import expit, logit
 from torch import Tensor
 
 from ...data.cohort.bags import Bag
-from ...evaluation.calibration import FEWEST_CALIBRATED, best_threshold, fit_temperature
+from ...evaluation.calibration import FEWEST_CALIBRATED, Calibration, best_threshold, fit_calibration
 from ...models.aggregators.slide_encoder import use_cuda_graphs
 from ...models.classifier.classifier import SlideClassifier
 from ...models.classifier.selection import class_of
@@ -63,9 +63,9 @@ def run_classifier(
 
 
 def calibrate(classifier: SlideClassifier, validation: Outputs, patients: int) -> str:
-    """Fit thresholds (of survival the median risk) and, where there are enough patients, the temperature on validation bags.
+    """Fit thresholds (of survival the median risk) and, where there are enough patients, the calibration on validation bags.
 
-    Thresholds are fitted before the temperature and carried along: a temperature changes no decision.
+    Thresholds are fitted before temperature and intercept and carried along: no decision about a bag changes.
 
     Args:
         classifier: The classifier, which keeps them.
@@ -75,7 +75,7 @@ def calibrate(classifier: SlideClassifier, validation: Outputs, patients: int) -
     Returns:
         What was done about the probabilities, in a sentence; nothing for tasks without.
     """
-    classifier.temperature = None
+    classifier.temperature, classifier.intercept = None, 0.0
     raw = validation.raw.double()
     task, target = classifier.task, validation.target.numpy()
     if task.kind == "survival":
@@ -94,16 +94,19 @@ def calibrate(classifier: SlideClassifier, validation: Outputs, patients: int) -
     if task.kind == "binary":
         threshold = best_threshold(target == 1, classifier.predict(raw)["probability"].numpy()[:, 1])
 
-    def probability_at(temperature: float) -> np.ndarray:
-        return np.asarray(classifier.objective.predict(raw, temperature)["probability"].numpy())
+    def probability_by(calibration: Calibration) -> np.ndarray:
+        return np.asarray(classifier.objective.predict(raw, *calibration)["probability"].numpy())
 
-    temperature = fit_temperature(probability_at, target, patients)
-    classifier.temperature = temperature
+    found = fit_calibration(probability_by, target, patients, intercept=task.kind == "binary")
+    temperature, intercept = found or Calibration(1.0)
+    if found is not None:
+        classifier.temperature, classifier.intercept = found
     if task.kind == "binary":
-        classifier.thresholds = {task.classes[1]: float(expit(logit(threshold) / (temperature or 1.0)))}
-    if temperature is None:
+        classifier.thresholds = {task.classes[1]: float(expit(logit(threshold) / temperature + intercept))}
+    if found is None:
         return f"none: {patients} validation patients, fewer than {FEWEST_CALIBRATED}"
-    return f"temperature {temperature:.2f} from {patients} validation patients"
+    shift = f" and intercept {intercept:+.2f}" if intercept else ""
+    return f"temperature {temperature:.2f}{shift} from {patients} validation patients"
 
 
 def prediction_rows(

@@ -308,9 +308,10 @@ def _no(patient_id: str, slide_id: str) -> bool:
 
 
 def store_calibration(path: Path, classifier: SlideClassifier) -> None:
-    """Put temperature, thresholds and baseline hazard into a checkpoint, whole or not at all."""
+    """Put temperature, intercept, thresholds and baseline hazard into a checkpoint, whole or not at all."""
     content = read_checkpoint(path)
-    content["longslide"] |= {"temperature": classifier.temperature, "thresholds": classifier.thresholds}
+    fitted = ("temperature", "intercept", "thresholds")
+    content["longslide"] |= {name: getattr(classifier, name) for name in fitted}
     content["state_dict"] |= {f"objective.{name}": value for name, value in classifier.objective.state_dict().items()}
     WholeFileCheckpoints().save_checkpoint(content, path)
 
