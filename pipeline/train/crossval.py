@@ -77,10 +77,11 @@ def crossval(
         return finished
     record.begin(cohort)
 
-    from .training import build, held_out_predictions, open_data, train
+    from .held_out import predict_held_out, run_best_model
+    from .training import build, open_data, train
 
     every_fold = open_data(settings, cohort)
-    predictions, counts, steps = [], [], []
+    held_out, counts, steps = [], [], []
     for fold in range(every_fold.fold_count):
         training = build(settings, every_fold.with_fold(fold))
         if training.trainer.world_size > 1:
@@ -93,7 +94,8 @@ def crossval(
         record.describe(training.data, command="crossval", **facts)
         print(f"fold {fold} of {every_fold.fold_count}")
         train(training, record)
-        predictions += held_out_predictions(training, record)
+        held_out.append(run_best_model(training))
+    predictions = [table for fold in held_out for table in predict_held_out(fold, held_out, record)]
     finished = record.finish(predictions, every_fold.task, every_fold.cohort.rows)
     print_metrics(finished)
     return finished

@@ -77,7 +77,8 @@ def fit(
     if record is not None:
         record.begin(cohort)
 
-    from .training import build, held_out_predictions, open_data, train
+    from .held_out import predict_held_out, run_best_model
+    from .training import build, open_data, train
 
     training = build(settings, open_data(settings, cohort))
     if record is not None:
@@ -87,6 +88,8 @@ def fit(
     train(training, record)
     if record is None or not training.trainer.is_global_zero:
         return Run.without_predictions(settings.run, training.data.task, {})
-    finished = record.finish(held_out_predictions(training, record), training.data.task, training.data.cohort.rows)
+    held_out = run_best_model(training)
+    predictions = predict_held_out(held_out, [held_out], record)
+    finished = record.finish(predictions, training.data.task, training.data.cohort.rows)
     print_metrics(finished)
     return finished

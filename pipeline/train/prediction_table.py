@@ -62,15 +62,16 @@ def run_classifier(
     return Outputs(raw, target, index)
 
 
-def calibrate(classifier: SlideClassifier, validation: Outputs, patients: int) -> str:
+def calibrate(classifier: SlideClassifier, validation: Outputs, pooled: Outputs, patients: int) -> str:
     """Fit thresholds (of survival the median risk) and, where there are enough patients, the calibration on validation bags.
 
     Thresholds are fitted before temperature and intercept and carried along: no decision about a bag changes.
 
     Args:
         classifier: The classifier, which keeps them.
-        validation: Its outputs for the validation bags.
-        patients: How many patients these are of.
+        validation: Its outputs for the validation bags, for the thresholds.
+        pooled: Outputs for temperature and intercept: these, or more of models that are trained alike.
+        patients: How many patients they are of.
 
     Returns:
         What was done about the probabilities, in a sentence; nothing for tasks without.
@@ -95,9 +96,9 @@ def calibrate(classifier: SlideClassifier, validation: Outputs, patients: int) -
         threshold = best_threshold(target == 1, classifier.predict(raw)["probability"].numpy()[:, 1])
 
     def probability_by(calibration: Calibration) -> np.ndarray:
-        return np.asarray(classifier.objective.predict(raw, *calibration)["probability"].numpy())
+        return np.asarray(classifier.objective.predict(pooled.raw.double(), *calibration)["probability"].numpy())
 
-    found = fit_calibration(probability_by, target, patients, intercept=task.kind == "binary")
+    found = fit_calibration(probability_by, pooled.target.numpy(), patients, intercept=task.kind == "binary")
     temperature, intercept = found or Calibration(1.0)
     if found is not None:
         classifier.temperature, classifier.intercept = found

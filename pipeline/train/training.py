@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from ...data.cohort.cohort import Cohort
 from ...data.cohort.datamodule import BagDataModule
 from ...data.cohort.options import DataOptions
-from ...data.cohort.splits import PARTS, Part, check_validation
+from ...data.cohort.splits import PARTS, check_validation
 from ...data.features.preprocessing import Preprocessing
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
@@ -28,14 +28,13 @@ from ...models.checkpoint_file import read_checkpoint
 from ...models.classifier.cases import CaseRecord
 from ...models.classifier.checkpoint import load_classifier
 from ...models.classifier.classifier import SlideClassifier, TrainingFacts
-from ...models.classifier.objective import Cox
 from ...models.classifier.options import ClassifierOptions
 from ...models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
 from ..parser import one_line
 from ..seen import Seen
 from .callbacks import BestCheckpoint, DefinedMetric, History, StepSeed
 from .checkpoint_io import WholeFileCheckpoints
-from .prediction_table import Outputs, calibrate, prediction_rows, run_classifier
+from .prediction_table import prediction_rows, run_classifier
 from .run import TrainingRun
 from .settings import Settings, settle
 from .steps import Steps, is_limited, plan_steps
@@ -261,59 +260,6 @@ def train(training: Training, run: TrainingRun | None) -> None:
 
 def _epoch_of(checkpoint: Path) -> int:
     return int(read_checkpoint(checkpoint)["epoch"])
-
-
-def held_out_predictions(training: Training, record: TrainingRun | None = None) -> list[pd.DataFrame]:
-    """Calibrate the best model on the validation part, and predict the validation and test parts with it.
-
-    The calibration goes into `best.ckpt`, and what it was into `run.json`. Cox's baseline hazard is of the training part.
-    """
-    best = training.folder / "best.ckpt"
-    classifier = load_classifier(best)
-    data = training.data.with_fold(training.data.fold)  # without the trainer: all bags, on this device
-    device = training.trainer.strategy.root_device
-
-    def outputs_of(part: Part) -> Outputs:
-        return run_classifier(
-            classifier, data.in_order(part), device, training.trainer.precision_plugin.forward_context()
-        )
-
-    tables = []
-    if isinstance(classifier.objective, Cox):
-        fitted = outputs_of("train")
-        classifier.objective.fit_baseline(fitted.raw.double(), fitted.target)
-    if data.bags("val"):
-        validation = outputs_of("val")
-        patients = {bag.patient_id for bag in data.bags("val")}
-        calibrated = calibrate(classifier, validation, len(patients))
-        if calibrated and record is not None:
-            record.facts.setdefault("calibration", {})[f"fold {data.fold}"] = calibrated
-        tables.append(prediction_rows(classifier, validation, data.bags("val"), fold=data.fold, part="val", seen=_yes))
-    store_calibration(best, classifier)
-    if data.bags("test"):
-        tables.append(
-            prediction_rows(classifier, outputs_of("test"), data.bags("test"), fold=data.fold, part="test", seen=_no)
-        )
-    return tables
-
-
-def _yes(patient_id: str, slide_id: str) -> bool:
-    """The validation part has selected and calibrated the model."""
-    return True
-
-
-def _no(patient_id: str, slide_id: str) -> bool:
-    """The test part shares no patient, image or features with the others, or the splits were refused."""
-    return False
-
-
-def store_calibration(path: Path, classifier: SlideClassifier) -> None:
-    """Put temperature, intercept, thresholds and baseline hazard into a checkpoint, whole or not at all."""
-    content = read_checkpoint(path)
-    fitted = ("temperature", "intercept", "thresholds")
-    content["longslide"] |= {name: getattr(classifier, name) for name in fitted}
-    content["state_dict"] |= {f"objective.{name}": value for name, value in classifier.objective.state_dict().items()}
-    WholeFileCheckpoints().save_checkpoint(content, path)
 
 
 def open_test_data(

@@ -1,14 +1,20 @@
 """What calibration on the validation part does to the predictions of other patients."""
 
+import json
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from longslide.evaluation.classification import Classes
 from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.options import ClassifierOptions
+from longslide.pipeline.cli import main
 from longslide.pipeline.train.prediction_table import Outputs, calibrate
 from longslide.task import Task
+from training_cohort import quick, write_cohort
 
 TASKS = {
     "binary": Task("binary", ("y",), ("no", "yes")),
@@ -50,7 +56,7 @@ def test_calibration_changes_no_decision_costs_no_rank_and_no_log_loss(
         target = others.target.numpy()
         return Classes(target, predicted["prediction"], predicted["probability"], task.classes, kind == "ordinal")
 
-    said = calibrate(classifier, validation, patients)
+    said = calibrate(classifier, validation, validation, patients)
     after = outcomes()
     threshold = dict(classifier.thresholds or {})
     if patients < 50:
@@ -72,3 +78,35 @@ def test_calibration_changes_no_decision_costs_no_rank_and_no_log_loss(
             tolerance = 1e-12 if len(task.classes) == 2 or name != "auroc" else 0.02  # of three, ranks are of ratios
             assert after.scores()[name].value >= before.scores()[name].value - tolerance
     assert after.scores()["log_loss"].value < before.scores()["log_loss"].value + 0.03
+
+
+@pytest.mark.slow
+def test_a_fold_is_calibrated_on_the_validation_patients_of_all_folds_that_it_does_not_test(tmp_path: Path) -> None:
+    write_cohort(tmp_path, 150)
+    words = [
+        "--config",
+        "mean",
+        "--data.task",
+        "binary",
+        "--data.label",
+        "label",
+        "--data.workers",
+        "0",
+        "--folds",
+        "3",
+    ]
+    words += ["--data.table", f"{tmp_path}/cohort.csv", "--data.features", f"{tmp_path}/features", "--epochs", "2"]
+    words += ["--min-steps", "20", "--data.val-share", "0.3"]
+    assert main(["crossval", *words, *quick(tmp_path / "run")]) == 0
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    splits = pd.read_csv(tmp_path / "run" / "splits.csv", dtype=str)
+    for fold in range(3):
+        validated = splits.loc[(splits[["fold_0", "fold_1", "fold_2"]] == "val").any(axis=1), "patient_id"]
+        tested = splits.loc[splits[f"fold_{fold}"] == "test", "patient_id"]
+        n = len(set(validated) - set(tested))
+        said = facts["calibration"][f"fold {fold}"]
+        assert said.endswith(f" from {n} validation patients of all folds that fold {fold} does not test")
+        stored = torch.load(tmp_path / "run" / f"fold_{fold}" / "best.ckpt", weights_only=True)["longslide"]
+        assert said.startswith(f"temperature {stored['temperature']:.2f}")
+        own = set(splits.loc[splits[f"fold_{fold}"] == "val", "patient_id"])
+        assert 50 <= n > len(own), "more than the fold's own"

@@ -39,6 +39,7 @@ def bags(digits: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("arrangement", "abmil", 0.0, 0.7),
         ("arrangement", "mean", 0.0, 0.7),
         ("permuted", "abmil", 0.0, 0.7),
+        ("permuted", "longnet", 0.0, 0.7),
     ],
 )
 def test_bags_of_digits(
