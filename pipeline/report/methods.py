@@ -26,21 +26,22 @@ def methods_paragraph(run: Run, metrics: "pd.DataFrame") -> str:
         metrics: Its metrics, of the level that is reported.
 
     Returns:
-        Sentences in the order of the checklist, each group followed by its item in brackets.
+        Sentences in about the order of the checklist, each group followed by the items that it answers in brackets.
     """
     content = yaml.safe_load(run.configuration) if run.configuration else None
     options = content if isinstance(content, dict) else {}
+    imbalance, calibration = _imbalance(options), _calibration(run)
+    seen = [held_out(run.facts.get("seen"), run.noun("patient"))] if "seen" in run.facts else []
     groups = [
-        ("5a, 6b", _cohort(run)),
-        ("7, 9a", _preprocessing(run.facts.get("preprocessing") or {})),
+        ("11, 20a", _cohort(run)),
+        ("7, 9b", _preprocessing(run.facts.get("preprocessing") or {})),
         ("8a", _outcome(run)),
-        ("12a", _splits(run, options.get("data") or {})),
-        ("12c", _model(run, options)),
-        ("13", _imbalance(options)),
+        ("12a, 21", [*_splits(run, options.get("data") or {}), *seen]),
+        ("12c", [*_model(run, options), *([] if imbalance else calibration)]),
+        ("13", [*imbalance, *calibration] if imbalance else []),
         ("15", _output(run)),
-        ("16", [held_out(run.facts.get("seen"), run.noun("patient"))] if "seen" in run.facts else []),
         ("12e", _performance(metrics)),
-        ("18f", _software(run.facts)),
+        ("12g", _software(run.facts)),
     ]
     written = [(item, " ".join(filter(None, sentences))) for item, sentences in groups]
     return " ".join(f"{text} [{item}]" for item, text in written if text)
@@ -167,14 +168,16 @@ def _imbalance(options: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def _calibration(run: Run) -> list[str]:
+    calibration = run.facts.get("calibration") or {}
+    done = "; ".join(f"{fold}, {what}" if len(calibration) > 1 else str(what) for fold, what in calibration.items())
+    return [f"Calibration of the probabilities: {done}."] if done else []
+
+
 def _output(run: Run) -> list[str]:
     if not _trained(run):
         return []
     sentences = []
-    calibration = run.facts.get("calibration") or {}
-    if calibration:
-        done = "; ".join(f"{fold}, {what}" if len(calibration) > 1 else str(what) for fold, what in calibration.items())
-        sentences.append(f"Calibration of the probabilities: {done}.")
     validation = run.predictions[run.predictions["part"] == "val"]
     both = run.task.kind == "multilabel" or (run.task.kind == "binary" and validation["target"].nunique() == 2)
     if len(validation) and both:

@@ -96,6 +96,7 @@ def quieten() -> None:
         ".*LeafSpec.*",
         ".*logging interval.*",
         ".*in eval mode at the start of training.*",
+        ".*sync_dist=True.*",  # the validation metrics are of the bags of all processes already
     ):
         warnings.filterwarnings("ignore", message)
 

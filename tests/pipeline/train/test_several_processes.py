@@ -1,0 +1,38 @@
+"""Training by several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from training_cohort import write_cohort
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_rows_and_nearly_the_numbers_of_one(tmp_path: Path) -> None:
+    write_cohort(tmp_path, 120)
+    words = ["fit", "--config", "mean", "--data.task", "binary", "--data.label", "label", "--data.workers", "0"]
+    words += ["--data.table", f"{tmp_path}/cohort.csv", "--data.features", f"{tmp_path}/features", "--epochs", "3"]
+    words += ["--min-steps", "30", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    tables = []
+    for devices in ("1", "2"):  # two communicate by gloo
+        run = tmp_path / f"run{devices}"
+        command = [sys.executable, "-m", "longslide", *words, "--trainer.devices", devices, "--run", str(run)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert "sync_dist" not in done.stderr
+        tables.append(
+            (pd.read_csv(run / "predictions.csv"), pd.read_csv(run / "metrics.csv"), pd.read_csv(run / "history.csv"))
+        )
+    (one, its_metrics, its_history), (two, metrics, history) = tables
+    identity = ["level", "part", "patient_id", "slide_id", "target"]
+    pd.testing.assert_frame_equal(one[identity], two[identity])
+    assert not two.duplicated(["level", "patient_id", "slide_id"]).any()
+    assert (one["probability_positive"] - two["probability_positive"]).abs().max() < 0.05, "dropout draws other values"
+    columns = ["scope", "level", "metric", "n"]
+    pd.testing.assert_frame_equal(its_metrics[columns], metrics[columns])
+    assert history["step"].tolist() == its_history["step"].tolist()
