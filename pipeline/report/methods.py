@@ -135,9 +135,9 @@ def _model(run: Run, options: dict[str, Any]) -> list[str]:
     if not _trained(run):
         return sentences
     optimiser = (options.get("model") or {}).get("optimiser") or {}
-    if "learning_rate" in model and "weight_decay" in optimiser:
+    if "learning_rate" in run.facts and "weight_decay" in optimiser:
         sentences.append(
-            f"The highest learning rate was {model['learning_rate']:g}, for steps of 8 bags, scaled by the square root "
+            f"The highest learning rate was {run.facts['learning_rate']:g}, for steps of 8 bags, scaled by the square root "
             f"of their number; the weight decay was {optimiser['weight_decay']:g}."
         )
     several = len(run.facts.get("steps") or []) > 1

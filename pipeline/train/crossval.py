@@ -91,6 +91,7 @@ def crossval(
         counts += training.counts
         steps += training.course
         facts = {"aggregator": training.aggregator, "seed": seed, "counts": counts, "steps": steps, "seen": HELD_OUT}
+        facts["learning_rate"] = training.model.learning_rate
         record.describe(training.data, command="crossval", **facts)
         print(f"fold {fold} of {every_fold.fold_count}")
         train(training, record)

@@ -83,7 +83,7 @@ def fit(
     training = build(settings, open_data(settings, cohort))
     if record is not None:
         facts = {"aggregator": training.aggregator, "seed": seed, "counts": training.counts, "steps": training.course}
-        facts["seen"] = HELD_OUT
+        facts |= {"learning_rate": training.model.learning_rate, "seen": HELD_OUT}
         record.describe(training.data, command="fit", **facts)
     train(training, record)
     if record is None or not training.trainer.is_global_zero:

@@ -70,8 +70,8 @@ class Training:
 
     @property
     def aggregator(self) -> dict[str, Any]:
-        """The model that was built, and the highest learning rate (of steps that see 8 bags), for `run.json`."""
-        return describe_model(self.model) | {"learning_rate": self.model.learning_rate}
+        """The model that was built, for `run.json`."""
+        return describe_model(self.model)
 
 
 def describe_model(model: SlideClassifier | MaskedAutoencoder) -> dict[str, Any]:
