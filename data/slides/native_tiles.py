@@ -20,8 +20,8 @@ _WEBP, _ZSTD, _JPEGXL, _JPEGXL_DNG = 50001, 50000, 50002, 52546
 
 _TO_BYTES: dict[int, Callable[..., bytes | bytearray]] = {
     _LZW: imagecodecs.lzw_decode,
-    _DEFLATE: imagecodecs.zlib_decode,
-    _ADOBE_DEFLATE: imagecodecs.zlib_decode,
+    _DEFLATE: imagecodecs.deflate_decode,
+    _ADOBE_DEFLATE: imagecodecs.deflate_decode,
     _PACKBITS: imagecodecs.packbits_decode,
     _ZSTD: imagecodecs.zstd_decode,
 }
@@ -209,9 +209,7 @@ class NativeTiles:
         if len(raw) < size:
             raise DamagedTileError(f"{len(raw):,} bytes of pixels where {size:,} belong")
         pixels = np.frombuffer(raw, dtype, count=size // dtype.itemsize).reshape(shape).astype(dtype.newbyteorder("="))
-        if self.predicted:
-            np.cumsum(pixels, axis=1, dtype=pixels.dtype, out=pixels)
-        return pixels
+        return np.asarray(imagecodecs.delta_decode(pixels, axis=1)) if self.predicted else pixels
 
 
 def _jpeg2000_size(stream: bytes) -> tuple[int, int] | None:
