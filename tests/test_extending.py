@@ -111,7 +111,9 @@ def test_a_reader_is_chosen_by_name_or_path_or_tried_when_registered(
     np.save(tmp_path / "a.npy", np.full((50, 60, 3), 7, np.uint8))
     with open_slide("slides/a.svs") as slide, open_slide("slides/a.svs", reader="openslide") as named:
         assert (slide.reader, named.reader) == ("tiff", "openslide")
-    with pytest.raises(LongslideError, match=r"a\.npy: not a slide or image .* readers tiff, openslide, fastslide, ome-zarr, image\)"):
+    with pytest.raises(
+        LongslideError, match=r"a\.npy: not a slide .* readers tiff, openslide, fastslide, ome-zarr, image\)"
+    ):
         open_slide("a.npy")
     with pytest.raises(LongslideError, match=r"a\.svs: the slide reader numpy_reader.NumpyReader does not take it"):
         open_slide("slides/a.svs", reader="numpy_reader:NumpyReader")
