@@ -1,5 +1,6 @@
 """What features were made with: the one rule by which features belong together."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -222,7 +223,15 @@ def same_weights(one: str, other: str) -> bool:
 def _same(name: str, one: Any, other: Any) -> bool:
     if name == "tile_mpp":
         return math.isclose(one, other, rel_tol=MPP_TOLERANCE)
+    if name == "tissue_settings":
+        one, other = (_without_checkpoints(settings) for settings in (one, other))
     return bool(_identity(one) == _identity(other))
+
+
+def _without_checkpoints(settings: str) -> str:
+    """Settings of a segmenter without where its weights lie: their digest is part of `tissue_method`."""
+    options = json.loads(settings)
+    return json.dumps({name: value for name, value in options.items() if not name.endswith("checkpoint")})
 
 
 def _identity(value: Any) -> Any:

@@ -126,7 +126,11 @@ class TissueSegmenter(Plugin, ABC):
 SEGMENTERS: Registry[TissueSegmenter] = Registry(
     "tissue segmenter",
     TissueSegmenter,
-    {"optical-density": "longslide.data.tissue.optical_density:OpticalDensity"},
+    {
+        "optical-density": "longslide.data.tissue.optical_density:OpticalDensity",
+        "hest": "longslide.pipeline.embed.learned_tissue:Hest",
+        "grandqc": "longslide.pipeline.embed.learned_tissue:GrandQc",
+    },
 )
 """The tissue segmenters; the first one is the default."""
 
