@@ -19,7 +19,6 @@ from longslide.pipeline.embed.learned_tissue import GrandQc, Hest
 from torch import nn
 from torchvision import transforms
 
-
 pytestmark = pytest.mark.slow  # the networks take seconds for a patch on a CPU
 
 
