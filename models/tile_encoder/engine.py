@@ -320,7 +320,12 @@ class TileEngine:
 
     def _free_slot(self, shape: tuple[int, ...]) -> _Slot:
         self._slots = deque(slot for slot in self._slots if slot.host.shape[1:] == shape)
-        slot = self._slots.popleft() if self._slots else _Slot(self.batch_size, shape, self.device)
+        if self._slots:
+            slot = self._slots.popleft()
+        else:
+            slot = _Slot(self.batch_size, shape, self.device)
+            # Its memory may be what a kernel that has yet to run still uses: the allocator knows of one stream only.
+            self._copies.wait_stream(torch.cuda.current_stream(self.device))
         slot.filled = 0
         return slot
 
