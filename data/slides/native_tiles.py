@@ -33,6 +33,7 @@ _TO_PIXELS: dict[int, Callable[..., np.ndarray]] = {
 }
 _RGB, _YCBCR, _CHUNKY, _PLANES = 2, 6, 1, 2
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
+_ZEROS = bytes(512)  # in a row no coder writes so many; a disk leaves them where a block was lost
 # An Adobe marker says which colours a JPEG stream has, as TIFF's tag does; its last byte is 0 for RGB and 1 for YCbCr.
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 
@@ -199,6 +200,8 @@ class NativeTiles:
         shape = (self.tile_height, self.tile_width, samples)
         dtype = np.dtype(self.dtype)
         if self.compression in _TO_PIXELS:
+            if _ZEROS in part:  # OpenJPEG decodes them without a word
+                raise DamagedTileError(f"{len(_ZEROS)} zeros in a row")
             if self.compression in _JPEG2000 and _jpeg2000_size(part) != shape[1::-1]:
                 raise DamagedTileError("no JPEG 2000 stream of a tile's size")
             # With `out` a stream of another size is an error before memory is taken for it.

@@ -233,21 +233,20 @@ def _by_openslide(path: Path) -> OpenSlideReader | None:
 
 
 def _find_levels(path: Path, openslide: OpenSlideReader | None) -> Levels:
-    facts = tiff_facts(path) or TiffFacts()
     try:
         with tifffile.TiffFile(path) as tiff:
             if not tiff.pages.first.is_tiled:
                 raise DeclinedError
             if openslide is None:
-                levels = own_levels(tiff, facts)
+                levels = own_levels(tiff, tiff_facts(path) or TiffFacts())
             else:
                 levels = levels_like_openslide(tiff, openslide)
                 if len(levels.tiles) == 1:
-                    levels = with_sub_directories(levels, tiff, facts)
+                    levels = with_sub_directories(levels, tiff, tiff_facts(path) or TiffFacts())
     except (DeclinedError, LongslideError):
         raise
     except Exception as error:  # whatever a broken directory makes of the parser
-        raise DeclinedError(facts.refusal) from error
+        raise DeclinedError((tiff_facts(path) or TiffFacts()).refusal) from error
     end, size = levels.tiles[0].end, path.stat().st_size
     if end > size:
         raise LongslideError(f"{path}: truncated: its pixels end at byte {end:,}, the file at {size:,}; copy it again")
