@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -39,7 +40,7 @@ def write(path: Path, levels: list[np.ndarray], compression: str) -> None:
     tile = 240 if aperio else 224
     with tifffile.TiffWriter(path) as file:
         for number, level in enumerate(levels):
-            how = {
+            how: dict[str, Any] = {
                 "tile": (tile, tile),
                 "resolution": (20_000, 20_000),
                 "resolutionunit": "CENTIMETER",
@@ -74,7 +75,7 @@ def directories(content: bytes) -> list[tuple[int, int]]:
 
 
 def in_the_directory(content: bytearray, rng: np.random.Generator) -> None:
-    places = directories(content)
+    places = directories(bytes(content))
     for _ in range(int(rng.integers(1, 6))):
         first, count = places[int(rng.integers(len(places)))]
         content[first + int(rng.integers(count))] = int(rng.integers(256))
@@ -125,8 +126,9 @@ def make_damaged(slides: list[Path], folder: Path, count: int, seed: int) -> Non
         whole, damage = slides[number % len(slides)], DAMAGE[number // len(slides) % len(DAMAGE)]
         if whole.is_dir():
             path = folder / f"{number:04d}_{whole.name}_{damage.__name__}"
-            shutil.copytree(whole, path)
-            path = sorted(path.iterdir())[int(rng.integers(len(list(path.iterdir()))))]
+            path.mkdir()
+            files = [shutil.copyfile(file, path / f"{path.name}_{file.name}") for file in sorted(whole.iterdir())]
+            path = files[int(rng.integers(len(files)))]
         else:
             path = folder / f"{number:04d}_{whole.stem}_{damage.__name__}{whole.suffix}"
             shutil.copyfile(whole, path)
