@@ -65,6 +65,7 @@ RANGES: Mapping[str, Range] = {
     "max_blur": SHARE,
     "slide_timeout": ABOVE_0,
     "batch_size": AT_LEAST_1,
+    "cache_dir_gb": ABOVE_0,
     "threads": AT_LEAST_1,
     "tiles_per_shard": AT_LEAST_1,
     "embed_mb": AT_LEAST_0,

@@ -1,7 +1,11 @@
-"""Slides of several files: which of them is missing."""
+"""Slides of several files: which they are, and which of them is missing."""
 
 import configparser
 from pathlib import Path
+
+from .dicom import series_of
+
+_HAMAMATSU_PARTS = ("imagefile", "mapfile", "optimisationfile")
 
 
 def missing_part(path: Path) -> str | None:
@@ -18,11 +22,22 @@ def missing_part(path: Path) -> str | None:
         return _missing_of_mirax(path.with_suffix(""))
     if suffix in (".vms", ".vmu"):
         section = _read_ini(path)
-        parts = [
-            value for key, value in section.items() if key.startswith(("imagefile", "mapfile", "optimisationfile"))
-        ]
+        parts = [value for key, value in section.items() if key.startswith(_HAMAMATSU_PARTS)]
         return next((f"the file {name}" for name in parts if name and not (path.parent / name).is_file()), None)
     return None
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a slide consists of, itself the first; all lie in its folder or below."""
+    suffix = path.suffix.lower()
+    if suffix == ".mrxs":
+        return [path, *sorted(file for file in path.with_suffix("").rglob("*") if file.is_file())]
+    if suffix in (".vms", ".vmu"):
+        names = [value for key, value in _read_ini(path).items() if key.startswith(_HAMAMATSU_PARTS) and value]
+        return [path, *(path.parent / name for name in names)]
+    if (series := series_of(path)) is not None:
+        return [path, *sorted(file for file in path.parent.iterdir() if file != path and series_of(file) == series)]
+    return [path]
 
 
 def _missing_of_mirax(folder: Path) -> str | None:

@@ -1,6 +1,7 @@
 """The batch job: slide files in, one feature file per slide out; or slide embeddings from feature files that exist."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from ..batch.watched import WatchedProcesses
 from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder, look_at_tile_encoder, resolve_tiles
 from .contact_sheet import write_contact_sheet
 from .job import EmbedJob
+from .local_copies import LocalCopies
 from .slide_embedding import embed_features
 
 
@@ -43,6 +45,8 @@ def embed(
     slide_timeout: float = 600.0,
     batch_size: int | None = None,
     threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    cache_dir_gb: float | None = None,
     device: str = "auto",
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     seed: int = 0,
@@ -82,6 +86,9 @@ def embed(
         slide_timeout: Seconds that opening a slide and finding its tissue may take; then it fails, and the next one begins.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads that read tiles. Default: one on each core.
+        cache_dir: Folder on a local disk to which slides are copied before they are read, and where they are deleted
+            afterwards: for slides on slow storage.
+        cache_dir_gb: What the copies may take there, in gigabytes. Default: half of what is free.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the encoders. `auto`: the tile encoder's own on a GPU, float32 on a CPU.
         seed: Seed of `random` weights.
@@ -112,7 +119,12 @@ def embed(
         from ...models.tile_encoder.encoder import create_tile_encoder
         from .tile_embedding import TileEmbedder, resolve_device, resolve_precision, slide_encoder_on
 
-        with WatchedProcesses(slide_timeout, PREPARED_AHEAD) as watched:
+        with ExitStack() as resources:
+            watched = resources.enter_context(WatchedProcesses(slide_timeout, PREPARED_AHEAD))
+            copies = None
+            if cache_dir is not None:
+                paths = [entry.path for entry in entries]
+                copies = resources.enter_context(LocalCopies(Path(cache_dir), cache_dir_gb, paths))
             torch_device = resolve_device(device)
             slide_model = None
             if slide_encoder is not None:  # before the tile encoder, whose weights are far larger
@@ -143,6 +155,7 @@ def embed(
                 threads=threads,
                 overwrite=overwrite,
                 watched=watched,
+                copies=copies,
             )
             if not overwrite:
                 refuse_mistaken_rerun(entries, job.existing, output)

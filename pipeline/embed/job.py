@@ -23,13 +23,14 @@ from ...data.tiles.stream import TileStream
 from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
 from ...data.tissue.mask import Mask
 from ...data.whole_file import remove_leftovers
-from ...errors import LongslideError
+from ...errors import LongslideError, printable
 from ..batch.claims import ClaimedError, claim
 from ..batch.progress import JobProgress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
 from .layout import lay_out
+from .local_copies import LocalCopies
 from .qc import draw_qc, save_qc
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class EmbedJob:
         max_blur: Tiles more blurred than this are left out.
         threads: Threads that read tiles; None for one on each core.
         overwrite: Whether files that were made otherwise are replaced.
+        copies: Where slides are copied to before they are read, if they are.
         watched: The processes in which slides are opened and tissue is found.
     """
 
@@ -97,6 +99,7 @@ class EmbedJob:
     threads: int | None
     overwrite: bool
     watched: WatchedProcesses
+    copies: LocalCopies | None = None
 
     @property
     def description(self) -> str:
@@ -281,8 +284,11 @@ class EmbedJob:
 
     def _tile(self, entry: SlideEntry, resources: ExitStack) -> TiledSlide:
         reader = None if self.reader is None else READERS.get(self.reader)
+        original = entry.path
+        if self.copies is not None:
+            entry = replace(entry, path=resources.enter_context(self.copies.copy_of(original)))
         layout = self.watched.call(
-            entry.path,
+            original,
             lay_out,
             entry,
             reader,
@@ -305,7 +311,8 @@ class EmbedJob:
         )
         slide.unreadable_levels |= layout.unreadable_levels
         slide.differing_levels = layout.differing_levels
-        identity = SlideIdentity.of(slide)  # before it is read: a change while it is read is one since then
+        # Before it is read: a change while it is read is one since then.
+        identity = replace(SlideIdentity.of(slide), path=printable(str(original.absolute())))
         stream = TileStream(
             slide,
             grid,
