@@ -16,6 +16,9 @@ from .read import read_tiles
 READING_BATCH = 128
 """Tiles that are read at a time."""
 
+MOST_READERS = 16
+"""They read 20,000 tiles a second, more than any encoder takes, and each process holds a quarter of a gigabyte."""
+
 _THREADS_SCALE_TO = 4  # beyond, they wait for one another
 _RUN = 8  # tiles a thread reads before it asks for more: handing them over one by one costs a twentieth
 
@@ -70,12 +73,13 @@ class TileReaders:
     """Reads tiles of any number of slides, several batches at a time. A context manager.
 
     Args:
-        count: How many threads or processes read; None for one on each core that this process may use.
+        count: How many threads or processes read; None for one on each core that this process may use, but no more than
+            `MOST_READERS`.
         processes: Whether there may be processes. They take a second to start, and pay where there are many cores.
     """
 
     def __init__(self, count: int | None = None, *, processes: bool = True) -> None:
-        self.count = usable_cores() if count is None else count
+        self.count = min(MOST_READERS, usable_cores()) if count is None else count
         self._processes = processes and self.count > _THREADS_SCALE_TO and TilePool.supported
         self._threads = ThreadPoolExecutor(self.count, thread_name_prefix="tiles")
         self._pool: TilePool | None = None

@@ -133,7 +133,7 @@ def doctor(
         reader: Slide reader, as `embed` takes it.
         id_from: What ids are made of, as `embed` takes it.
         slide_timeout: Seconds that the check of a slide may take.
-        threads: Threads that read tiles. Default: one on each core.
+        threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the encoder, as `embed` takes it.
         output: Folder whose disk must hold the feature files.

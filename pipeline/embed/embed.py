@@ -85,7 +85,7 @@ def embed(
         max_blur: Tiles more blurred than this are left out: 0 is sharp, out of focus more than 0.45. Default: none is.
         slide_timeout: Seconds that opening a slide and finding its tissue may take; then it fails, and the next one begins.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
-        threads: Threads that read tiles. Default: one on each core.
+        threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         cache_dir: Folder on a local disk to which slides are copied before they are read, and where they are deleted
             afterwards: for slides on slow storage.
         cache_dir_gb: What the copies may take there, in gigabytes. Default: half of what is free.

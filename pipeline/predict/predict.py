@@ -106,7 +106,7 @@ def predict(
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         slide_timeout: Seconds that opening a slide and finding its tissue may take; then it fails, and the next one begins.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
-        threads: Threads that read tiles. Default: one on each core.
+        threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         precision: Precision of the tile encoder. `auto`: its own on a GPU, float32 on a CPU.
         allow_seen: Also predict slides that were in the training or validation part of a classifier; they are marked.
