@@ -222,6 +222,12 @@ class TilePool:
 
     # The thread that collects answers.
 
+    def _end_workers_at(self, pending: "PendingTiles") -> None:
+        """Kill the processes that hang in tiles of a batch; `_replace` starts others."""
+        for worker in self._workers:
+            if worker.ready and worker.tasks and worker.tasks[0].pending is pending:
+                worker.process.kill()
+
     def _collect(self) -> None:
         while not self._closed:
             by_pipe: dict[Any, _Worker] = {worker.pipe: worker for worker in self._workers}
@@ -311,6 +317,7 @@ class PendingTiles:
         changed = self._pool._changed
         with changed:
             if not changed.wait_for(lambda: not self.open_tasks or self._pool._closed, timeout):
+                self._pool._end_workers_at(self)
                 raise LongslideError(f"{self._slide.path}: tiles were not read within {timeout:g} s: is its disk away?")
             if self.open_tasks:
                 raise LongslideError(f"{self._slide.path}: the job was stopped")

@@ -1,6 +1,7 @@
 """The user's own tissue masks: PNG or GeoJSON."""
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,18 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from ...errors import LongslideError
 from ..regular_file import check_regular
 from ..slides.slide import Slide
 from .base import MAX_MASK_PX, Tissue, TissueSegmenter
+
+Image.MAX_IMAGE_PIXELS = None  # the limit is this one:
+MOST_BYTES = 2_000_000_000
+"""Memory that a mask may take while it is decoded."""
+
+_BAND = 256  # rows of the mask that are reduced at once
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ def read_tissue_mask(path: str | Path, slide: Slide) -> Tissue:
     """Read the user's own tissue mask.
 
     Args:
-        path: A PNG of any size that covers the whole slide (black or transparent is background, anything else tissue), or
+        path: A PNG that covers the whole slide (black or transparent is background, anything else tissue) of any size up to
+            2 gigapixels in grey, 500 megapixels in colour, of which `MAX_MASK_PX` along its longer edge are used; or
             GeoJSON polygons in level-0 pixels, as QuPath exports them.
         slide: The slide it belongs to.
 
@@ -77,13 +86,27 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_raster(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:
-    raster: Any = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) if content else None
-    if raster is None:
-        raise LongslideError(f"{path}: not a picture that can be read as a tissue mask; give a PNG or GeoJSON")
-    if raster.ndim == 3:
-        colour = raster[..., :3].any(-1)
-        raster = colour & (raster[..., 3] > 0) if raster.shape[2] == 4 else colour
-    height, width = raster.shape
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            width, height = picture.size
+            _check_shape(path, width, height, slide)
+            need = width * height * (1 if picture.mode in ("1", "L", "P") else 4)
+            if need > MOST_BYTES:
+                raise LongslideError(
+                    f"{path}: the mask of {width:,} x {height:,} px takes {need / 1e9:.1f} GB of memory; give a smaller "
+                    f"one, as {MAX_MASK_PX:,} px are all that is used, or one of 8-bit grey"
+                )
+            mask = _reduced(picture)
+            return mask, (slide.dimensions[0] / mask.shape[1], slide.dimensions[1] / mask.shape[0])
+    except UnidentifiedImageError as error:
+        raise LongslideError(
+            f"{path}: not a picture that can be read as a tissue mask; give a PNG or GeoJSON"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise LongslideError(f"{path}: a broken or truncated tissue mask ({error}); copy it again") from error
+
+
+def _check_shape(path: Path, width: int, height: int, slide: Slide) -> None:
     downsample = (slide.dimensions[0] / width, slide.dimensions[1] / height)
     # A mask of rounded size may be off by a pixel on either edge.
     tolerance = 0.02 + 1 / min(width, height)
@@ -92,7 +115,38 @@ def _read_raster(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, 
             f"{path}: the mask is {width} x {height}, not of the shape of the slide ({slide.dimensions[0]} x "
             f"{slide.dimensions[1]}); it must cover the whole slide"
         )
-    return raster > 0, downsample
+
+
+def _reduced(picture: Image.Image) -> np.ndarray:
+    """The mask of a picture; of a larger one than `MAX_MASK_PX` a pixel is tissue where half of what it covers is."""
+    width, height = picture.size
+    scale = max(1.0, max(width, height) / MAX_MASK_PX)
+    columns, rows = max(1, round(width / scale)), max(1, round(height / scale))
+    mask = np.empty((rows, columns), bool)
+    for row in range(0, rows, _BAND):
+        end = min(row + _BAND, rows)
+        top, bottom = (round(edge * height / rows) for edge in (row, end))
+        tissue = _tissue_in(picture.crop((0, top, width, bottom)), picture.info.get("transparency"))
+        if tissue.shape != (end - row, columns):
+            tissue = cv2.resize(tissue, (columns, end - row), interpolation=cv2.INTER_AREA)
+        mask[row:end] = tissue >= 128
+    return mask
+
+
+def _tissue_in(band: Image.Image, transparent: Any) -> np.ndarray:
+    """`(h, w)` uint8, 255 where a picture is neither black nor transparent."""
+    if band.mode in ("P", "PA") or transparent is not None:  # an index says nothing: its colour does
+        if transparent is not None:
+            band.info["transparency"] = transparent
+        band = band.convert("RGBA")
+    pixels = np.asarray(band)
+    if pixels.ndim == 2:
+        return np.where(pixels != 0, np.uint8(255), np.uint8(0))
+    colours = pixels[..., :-1] if band.mode in ("RGBA", "LA") else pixels
+    tissue = np.where(colours.any(-1), np.uint8(255), np.uint8(0))
+    if band.mode in ("RGBA", "LA"):
+        tissue[pixels[..., -1] == 0] = 0
+    return tissue
 
 
 def _rasterise(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, tuple[float, float]]:
@@ -121,10 +175,18 @@ def _rasterise(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, tu
     scale = min(1.0, MAX_MASK_PX / max(width, height))
     mask = np.zeros((max(1, round(height * scale)), max(1, round(width * scale))), np.uint8)
     downsample = (width / mask.shape[1], height / mask.shape[0])
-    for polygon in polygons:  # one by one: holes are holes of their own polygon only
-        region = np.zeros_like(mask)
-        cv2.fillPoly(region, [np.floor(ring / downsample).astype(np.int32) for ring in polygon], 1)
-        mask |= region
+    for polygon in polygons:
+        rings = [np.floor(ring / downsample).astype(np.int32) for ring in polygon]
+        if len(rings) == 1:
+            cv2.fillPoly(mask, rings, 1)
+            continue
+        # Holes are holes of their own polygon only: it is drawn apart, in the rectangle that it takes.
+        low = np.clip(np.min([ring.min(0) for ring in rings], axis=0), 0, (mask.shape[1] - 1, mask.shape[0] - 1))
+        high = np.max([ring.max(0) for ring in rings], axis=0) + 1
+        part = mask[low[1] : high[1], low[0] : high[0]]
+        region = np.zeros(part.shape, np.uint8)
+        cv2.fillPoly(region, [ring - low.astype(np.int32) for ring in rings], 1)
+        part |= region
     return mask.astype(bool), downsample
 
 

@@ -83,7 +83,8 @@ def embed(
             together: `site_a/1.svs` is `site_a__1`. A column `slide_id` comes first.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         max_blur: Tiles more blurred than this are left out: 0 is sharp, out of focus more than 0.45. Default: none is.
-        slide_timeout: Seconds that opening a slide and finding its tissue may take; then it fails, and the next one begins.
+        slide_timeout: Seconds that opening a slide and finding its tissue may take, and each batch of its tiles; then it
+            fails, and the next one begins.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         cache_dir: Folder on a local disk to which slides are copied before they are read, and where they are deleted

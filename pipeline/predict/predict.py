@@ -104,7 +104,8 @@ def predict(
         patient_column: Column of the tables that names the patient, if it has another name; `none` for no patients.
         id_from: What ids are made of, as `embed` takes it.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
-        slide_timeout: Seconds that opening a slide and finding its tissue may take; then it fails, and the next one begins.
+        slide_timeout: Seconds that opening a slide and finding its tissue may take, and each batch of its tiles; then it
+            fails, and the next one begins.
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.

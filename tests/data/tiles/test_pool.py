@@ -235,3 +235,15 @@ def test_no_process_outlives_a_job_that_is_ended(tmp_path: Path, path: Path, end
         time.sleep(0.05)
     assert not any(map(alive, processes))
     assert errors.count("Traceback") <= 1  # the job's own, of Ctrl-C
+
+
+def test_a_process_that_hangs_is_ended_when_the_time_is_over(path: Path) -> None:
+    with TilePool(1, batch_size=16, tile_px=64) as pool, open_slide(path) as slide:
+        grid = grid_of(slide)
+        pool.read(slide, grid, np.arange(8)).result()
+        (worker,) = pool._workers
+        worker.process.send_signal(signal.SIGSTOP)
+        with pytest.raises(LongslideError, match=r"not read within 0\.5 s"):
+            list(TileStream(slide, grid, batch_size=16, pool=pool, timeout=0.5))
+        np.testing.assert_array_equal(tiles_by_pool(slide, grid, pool), tiles_by_threads(slide, grid))
+        assert worker.process.poll() == -signal.SIGKILL
