@@ -46,7 +46,11 @@ class OpenSlideReader(SlideReader):
                 handle.close()
                 self._handle = handle = self._open()
         self.vendor = self.properties["openslide.vendor"]
-        if self.vendor == "generic-tiff" and (facts := tiff_facts(path)) is not None:
+        facts = tiff_facts(path)
+        if facts is not None and facts.lacking:
+            handle.close()
+            raise LongslideError(f"{path}: {facts.lacking}")
+        if self.vendor == "generic-tiff" and facts is not None:
             if facts.refusal:
                 handle.close()
                 raise DeclinedError(facts.refusal)

@@ -33,10 +33,12 @@ class TiffFacts:
     Attributes:
         refusal: Why its pixels cannot be read here, and what to do; empty if nothing is against it.
         mpp: Microns per pixel in x and y by its OME or ImageJ metadata, as text.
+        lacking: Which native tiles belong to an image of its size and are not in its directory; empty if none.
     """
 
     refusal: str = ""
     mpp: tuple[str, str] | None = None
+    lacking: str = ""
 
 
 def is_tiff(path: Path) -> bool:
@@ -69,6 +71,13 @@ def white_of(tiff: tifffile.TiffFile) -> int | None:
 
 
 def _facts(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> TiffFacts:
+    belong, there = _native_tiles(page), len(page.dataoffsets)
+    if there < belong:  # a size that is not true: OpenSlide would read nothing, for minutes
+        lacking = (
+            f"broken: its header says {page.imagewidth:,} x {page.imagelength:,} px, which are {belong:,} native tiles or "
+            f"strips, of which it has {there:,}; copy it again"
+        )
+        return TiffFacts(lacking, lacking=lacking)
     size = tiff.filehandle.size
     ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False)]
     if ends and max(ends) > size:
@@ -88,6 +97,15 @@ def _facts(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> TiffFacts:
     if page.samplesperpixel == 1 and (channels := _channels(tiff)) > 1:
         return TiffFacts(f"{channels} grey channels: fluorescence or multiplex, not 8-bit RGB brightfield", mpp)
     return TiffFacts("", mpp)
+
+
+def _native_tiles(page: tifffile.TiffPage) -> int:
+    """Tiles or strips that an image of this size has."""
+    planes = page.samplesperpixel if int(page.planarconfig) == 2 else 1
+    if page.is_tiled:
+        return planes * -(-page.imagewidth // page.tilewidth) * -(-page.imagelength // page.tilelength)
+    rows = page.rowsperstrip or page.imagelength
+    return int(planes * -(-page.imagelength // rows))
 
 
 def _channels(tiff: tifffile.TiffFile) -> int:

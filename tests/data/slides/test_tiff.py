@@ -2,6 +2,7 @@
 
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 
@@ -90,3 +91,24 @@ def test_a_plain_image_too_large_for_memory_is_refused_before_it_is_loaded(tmp_p
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
     )
     assert "4.8 GB of memory" in refusal(tmp_path / "a.png")
+
+
+def test_a_size_that_the_directory_has_no_tiles_for_is_refused_at_once(tmp_path: Path) -> None:
+    """By a header of 1,000,000 x 50,000 px, of which OpenSlide would look for every tile."""
+    path = write_synthetic_slide(tmp_path / "a.svs", size=(1024, 768))
+    with tifffile.TiffFile(path) as tiff:
+        entries = [
+            (tiff.pages.first.tags[name].offset, px) for name, px in (("ImageWidth", 10**6), ("ImageLength", 50_000))
+        ]
+    with path.open("r+b") as file:
+        for offset, px in entries:
+            file.seek(offset + 2)
+            file.write(struct.pack("<HII", 4, 1, px))
+    began = time.monotonic()
+    for reader in (None, "openslide"):
+        with pytest.raises(
+            LongslideError, match=r"says 1,000,000 x 50,000 px, which are [\d,]+ native tiles"
+        ) as refused:
+            open_slide(path, reader=reader)
+        assert str(path) in str(refused.value)
+    assert time.monotonic() - began < 5

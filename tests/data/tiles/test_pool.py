@@ -244,6 +244,6 @@ def test_a_process_that_hangs_is_ended_when_the_time_is_over(path: Path) -> None
         (worker,) = pool._workers
         worker.process.send_signal(signal.SIGSTOP)
         with pytest.raises(LongslideError, match=r"not read within 0\.5 s"):
-            list(TileStream(slide, grid, batch_size=16, pool=pool, timeout=0.5))
+            list(TileStream(slide, grid, batch_size=16, timeout=0.5).read_by(pool))
         np.testing.assert_array_equal(tiles_by_pool(slide, grid, pool), tiles_by_threads(slide, grid))
         assert worker.process.poll() == -signal.SIGKILL
