@@ -4,7 +4,7 @@
 
 Seeded mutations of the header, the directory (TIFF) or data set (DICOM) and the tile data of slides are embedded by
 `longslide embed`, 25 to a command, as one folder with an intact slide at its end: JPEG (Aperio and generic), deflate, LZW
-and JPEG 2000 TIFFs, with LONGSLIDE_TEST_SLIDES a real SVS, and with LONGSLIDE_TEST_CASES a DICOM series. Of the slides that are
+and JPEG 2000 TIFFs, with LONGSLIDE_TEST_SLIDES a real SVS, with LONGSLIDE_TEST_CASES a DICOM series. Of slides that are
 `done` embeddings and coordinates are compared with those of the intact slide.
 
 A byte of tile data that a codec decodes to other pixels without an error cannot be found by any reader: such slides are
