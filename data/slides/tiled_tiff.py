@@ -56,8 +56,8 @@ class TiledTiffReader(SlideReader):
                 openslide.close()
 
     def _start(self) -> None:
-        self._file: int | None = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._size = os.fstat(self._file).st_size
+        self._file = self.path.open("rb", buffering=0)
+        self._size = os.fstat(self._file.fileno()).st_size
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int, int], np.ndarray | None] = OrderedDict()
         self._cached = 0
@@ -74,11 +74,11 @@ class TiledTiffReader(SlideReader):
 
     def close(self) -> None:
         """Close the file."""
-        file, self._file = getattr(self, "_file", None), None
-        if file is not None:
-            os.close(file)
-            self._cache.clear()
-            self._cached = 0
+        if hasattr(self, "_file"):  # else it was not opened
+            with self._lock:
+                self._file.close()
+                self._cache.clear()
+                self._cached = 0
         if self._openslide is not None:
             self._openslide.close()
 
@@ -212,14 +212,14 @@ class TiledTiffReader(SlideReader):
     def _bytes(self, offset: int, count: int) -> bytes:
         if count and offset + count > self._size:
             raise DamagedTileError("the file ends before it")
-        if self._file is None:
+        if self._file.closed:
             raise DamagedTileError("the file is closed")
         if hasattr(os, "pread"):
-            read = os.pread(self._file, count, offset)
+            read = os.pread(self._file.fileno(), count, offset)
         else:
             with self._lock:
-                os.lseek(self._file, offset, os.SEEK_SET)
-                read = os.read(self._file, count)
+                self._file.seek(offset)
+                read = self._file.read(count)
         if len(read) != count:
             raise DamagedTileError("the file ends before it")
         return read
