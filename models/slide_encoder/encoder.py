@@ -385,7 +385,7 @@ def create_slide_encoder(
     """Build a slide encoder with its weights, on the CPU, in float32 and in evaluation mode.
 
     Args:
-        name: `gigapath`, `gigapath-24l1024d` or `gigapath-12l1536d`, or the path of a YAML file that describes one.
+        name: A slide encoder of the package (see `list_slide_encoders`), or the path of a YAML file that describes one.
         checkpoint: A weights file as published (or safetensors of the same names), or the word `random` for seeded random
             weights. None takes the published weights from the Hugging Face hub or its cache.
         pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token. GigaPath's cls token was not

@@ -54,10 +54,17 @@ def test_gigapath_has_the_published_tensors_and_segment_lengths() -> None:
 
 
 def test_the_siblings_are_there() -> None:
-    assert list_slide_encoders() == ["gigapath", "gigapath-12l1536d", "gigapath-24l1024d"]
+    assert list_slide_encoders() == ["gigapath", "gigapath-12l1536d", "gigapath-24l1024d", "gigapath-flash"]
     wide, deep = load_slide_encoder_spec("gigapath-12l1536d"), load_slide_encoder_spec("gigapath-24l1024d")
     assert (wide.layers, wide.width, wide.ffn_width) == (12, 1536, 6144)
     assert (deep.layers, deep.width, deep.ffn_width) == (24, 1024, 4096)
+
+
+def test_gigapath_flash_has_the_published_number_of_parameters() -> None:
+    spec = load_slide_encoder_spec("gigapath-flash")
+    with torch.device("meta"):
+        published = to_published(SlideEncoder(spec))
+    assert sum(tensor.numel() for tensor in published.values()) == 21_489_408
 
 
 def test_the_position_is_the_row_in_the_first_half_and_the_column_in_the_second() -> None:

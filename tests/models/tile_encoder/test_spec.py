@@ -27,6 +27,7 @@ ROUNDED = {  # millions, as the papers and model cards give them
     "h0-mini": 85.7,
     "kaiko-vits8": 21.7,
     "kaiko-vits16": 21.7,
+    "gigapath-flash": 21.7,
     "kaiko-vitb8": 85.8,
     "kaiko-vitb16": 85.8,
     "kaiko-vitl14": 304.4,
