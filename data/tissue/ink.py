@@ -241,7 +241,11 @@ def _over_tissue(
     where = foreground & ~ink
     colours = density[where]
     lengths = length(colours)
-    for colour in inks:
+    different: list[np.ndarray] = []
+    for colour in inks:  # dozens of strokes are of a few inks
+        if all(np.linalg.norm(colour - other) > 0.1 * np.linalg.norm(other) for other in different):
+            different.append(colour)
+    for colour in different:
         axis = inverse @ colour
         strength = float(colour @ axis)
         alike = (colours @ unit(colour) > 0.99 * lengths) & (lengths > 0.5 * length(colour))

@@ -21,6 +21,9 @@ MASK_MPP = 10.0
 FINEST_MASK_MPP = 4.0
 """Microns per pixel that a small piece of a slide is looked at at: finer, single nuclei would be seen."""
 
+LARGE_PX = 1_500_000
+"""The colour of glass is looked for at half the resolution on pictures of more pixels: it takes a quarter of the time."""
+
 MIN_REGION_UM2 = 2_500.0
 """Smaller pieces are debris: a square of 50 um."""
 
@@ -162,6 +165,9 @@ def _tissue_and_ink(
 
 def _glass(picture: np.ndarray, mpp: float) -> np.ndarray:
     """The colour of glass, whatever it is: the brightest one that is flat, as no tissue is."""
+    if picture.shape[0] * picture.shape[1] > LARGE_PX:
+        picture = cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        mpp *= 2
     smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 1.5)
     near, wide = (2 * max(2, round(microns / mpp / 2)) + 1 for microns in (60, 300))
     flat = highest(local_deviation(smooth, near)) < _FLAT

@@ -13,7 +13,7 @@ from longslide import LongslideError, Slide, open_slide, write_synthetic_slide
 from longslide.data.synthetic import write_pyramid
 from longslide.data.tissue.base import Tissue
 from longslide.data.tissue.mask import read_tissue_mask
-from longslide.data.tissue.optical_density import find_tissue, segment_tissue
+from longslide.data.tissue.optical_density import OpticalDensity, find_tissue, segment_tissue
 from PIL import Image
 
 WIDTH, HEIGHT, MPP = 512, 384, 8.0
@@ -338,3 +338,41 @@ def test_on_the_real_slide_tissue_runs_down_the_middle_and_lower_right() -> None
     assert mask[int(0.45 * height) :, : int(0.2 * width)].mean() < 0.05
     assert mask[:, int(0.9 * width) :].mean() < 0.05
     assert mask[: int(0.3 * height), : int(0.3 * width)].mean() < 0.05
+
+
+def test_ink_is_left_out_or_kept_as_the_option_says(clean: Case, tmp_path: Path) -> None:
+    picture, truth = with_pen(clean, INKS["green"])
+    Image.fromarray(picture).save(tmp_path / "inked.png")
+    with open_slide(tmp_path / "inked.png", slide_mpp=MPP) as slide:
+        without, kept = OpticalDensity()(slide), OpticalDensity(keep_ink=True)(slide)
+    pen = (picture[..., 0] < 90) & (picture[..., 1] > 100) & ~truth
+    assert without.mask[pen].mean() < 0.05
+    assert without.left_out["ink"][pen].mean() > 0.95
+    assert kept.mask[pen].mean() > 0.9
+    assert kept.left_out_mm2(MPP) == {}
+    assert without.left_out_mm2(MPP)["ink"] == pytest.approx(pen.sum() * (MPP / 1000) ** 2, rel=0.6)  # with its rim
+
+
+def test_smaller_pieces_than_min_area_are_left_out() -> None:
+    picture, truth = blank(), np.zeros((HEIGHT, WIDTH), np.uint8)
+    for number, edge in enumerate((10, 20, 40)):  # 6,400, 25,600 and 102,400 square microns
+        truth[100 : 100 + edge, 60 + 120 * number :][:, :edge] = 1
+    rng = np.random.default_rng(0)
+    picture[truth > 0] = np.clip(rng.normal((190, 110, 170), 15, (truth.sum(), 3)), 0, 255).astype(np.uint8)
+    for least, pieces in ((2_500, 3), (15_000, 2), (50_000, 1), (1e9, 0)):
+        found = segment_tissue(picture, MPP, min_area=least)
+        assert cv2.connectedComponents(found.astype(np.uint8))[0] - 1 == pieces, least
+
+
+def test_a_lower_threshold_finds_paler_tissue() -> None:
+    picture, truth = blank().astype(np.float32), np.zeros((HEIGHT, WIDTH), np.uint8)
+    cv2.ellipse(truth, (250, 200), (125, 90), 0, 0, 360, 1, -1)
+    rng = np.random.default_rng(0)
+    paleness = 0.022 + 0.004 * rng.normal(size=truth.shape)
+    picture = picture * 10 ** -((truth * paleness)[..., None] ** np.ones(3))
+    picture[..., 1] *= 10 ** -(truth * paleness)
+    picture = cv2.GaussianBlur(picture + rng.normal(0, 0.5, picture.shape), (0, 0), 0.6).clip(0, 255).astype(np.uint8)
+    shares = [segment_tissue(picture, MPP, threshold=threshold)[truth > 0].mean() for threshold in (0.01, 0.02, 0.06)]
+    assert shares[0] > 0.95
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.1
