@@ -350,7 +350,8 @@ def test_ink_is_left_out_or_kept_as_the_option_says(clean: Case, tmp_path: Path)
     assert without.left_out["ink"][pen].mean() > 0.95
     assert kept.mask[pen].mean() > 0.9
     assert kept.left_out_mm2(MPP) == {}
-    assert without.left_out_mm2(MPP)["ink"] == pytest.approx(pen.sum() * (MPP / 1000) ** 2, rel=0.6)  # with its rim
+    stroke = pen.sum() * (MPP / 1000) ** 2
+    assert stroke < without.left_out_mm2(MPP)["ink"] < 2 * stroke, "with its soft rim"
 
 
 def test_smaller_pieces_than_min_area_are_left_out() -> None:
@@ -369,8 +370,9 @@ def test_a_lower_threshold_finds_paler_tissue() -> None:
     cv2.ellipse(truth, (250, 200), (125, 90), 0, 0, 360, 1, -1)
     rng = np.random.default_rng(0)
     paleness = 0.022 + 0.004 * rng.normal(size=truth.shape)
-    picture = picture * 10 ** -((truth * paleness)[..., None] ** np.ones(3))
-    picture[..., 1] *= 10 ** -(truth * paleness)
+    light = 10 ** -(truth * paleness).astype(np.float32)
+    picture *= light[..., None]
+    picture[..., 1] *= light
     picture = cv2.GaussianBlur(picture + rng.normal(0, 0.5, picture.shape), (0, 0), 0.6).clip(0, 255).astype(np.uint8)
     shares = [segment_tissue(picture, MPP, threshold=threshold)[truth > 0].mean() for threshold in (0.01, 0.02, 0.06)]
     assert shares[0] > 0.95
