@@ -8,6 +8,7 @@ import numpy as np
 
 from ...errors import LongslideError
 from .base import DeclinedError, SlideReader, inside_of
+from .parts import missing_part
 
 CACHE_BYTES = 256 * 2**20
 """Decoded native tiles kept per slide."""
@@ -39,6 +40,8 @@ class FastSlideReader(SlideReader):
         try:
             self._slide: Any = FastSlide.from_file_path(path, cache=CACHE_BYTES)
         except (RuntimeError, ValueError, OSError) as error:
+            if (missing := missing_part(path)) is not None:
+                raise LongslideError(f"{path}: {missing} is missing beside it; copy it too") from error
             raise LongslideError(f"{path}: fastslide cannot open it ({_reason(error)}); copy it again") from error
         slide = self._slide
         if slide.dtype != "uint8" or slide.num_channels not in (3, 4):

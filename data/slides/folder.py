@@ -9,6 +9,7 @@ from pathlib import Path
 from ..table import listed
 from .base import IMAGE_SUFFIXES, READERS, SlideReader
 from .dicom import series_of
+from .parts import data_folder
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def read_folder(folder: Path, suffixes: Collection[str], folders: Collection[str
 
     The DICOM files of one series are one slide, with the folder's name, or its first file's where a folder holds several
     series. Plain images are slides only where there are no others. Neither slides nor passed over are hidden files, the data
-    of a .mrxs file, and the pictures of an earlier job.
+    of a .mrxs or .vsi file, and the pictures of an earlier job.
 
     Args:
         folder: The folder.
@@ -95,7 +96,6 @@ def _files(folder: Path, whole: Collection[str]) -> Iterator[Path]:
         here = Path(above)
         names = {name for name in folders if not name.startswith(".")}
         yield from (here / name for name in names if Path(name).suffix.lower() in whole)
-        # A folder beside a .mrxs file and of its name holds that slide's data.
-        names -= {name.removesuffix(".mrxs") for name in files if name.endswith(".mrxs")}
+        names -= {data_folder(here / name).name for name in files if name.lower().endswith((".mrxs", ".vsi"))}
         folders[:] = [name for name in names if Path(name).suffix.lower() not in whole]
         yield from (here / name for name in files if not name.startswith("."))

@@ -9,10 +9,10 @@ _HAMAMATSU_PARTS = ("imagefile", "mapfile", "optimisationfile")
 
 
 def missing_part(path: Path) -> str | None:
-    """What a slide of several files (MIRAX, Hamamatsu VMS and VMU) lacks beside its first file; None if nothing is known.
+    """What a slide of several files (MIRAX, Hamamatsu, Olympus) lacks beside its first file; None if nothing is known.
 
     Args:
-        path: The `.mrxs`, `.vms` or `.vmu` file.
+        path: The `.mrxs`, `.vms`, `.vmu` or `.vsi` file.
 
     Returns:
         The file or folder that is not there, in words.
@@ -20,6 +20,8 @@ def missing_part(path: Path) -> str | None:
     suffix = path.suffix.lower()
     if suffix == ".mrxs":
         return _missing_of_mirax(path.with_suffix(""))
+    if suffix == ".vsi" and not data_folder(path).is_dir():
+        return f"the folder {data_folder(path).name}/ with the slide's data"
     if suffix in (".vms", ".vmu"):
         section = _read_ini(path)
         parts = [value for key, value in section.items() if key.startswith(_HAMAMATSU_PARTS)]
@@ -27,11 +29,18 @@ def missing_part(path: Path) -> str | None:
     return None
 
 
+def data_folder(path: Path) -> Path:
+    """The folder beside a `.mrxs` or `.vsi` file that holds its pixels."""
+    return path.with_suffix("") if path.suffix.lower() == ".mrxs" else path.parent / f"_{path.stem}_"
+
+
 def files_of(path: Path) -> list[Path]:
-    """The files that a slide consists of, itself the first; all lie in its folder or below."""
+    """The files that a slide consists of, itself the first if it is one; all lie in its folder or below."""
     suffix = path.suffix.lower()
-    if suffix == ".mrxs":
-        return [path, *sorted(file for file in path.with_suffix("").rglob("*") if file.is_file())]
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if suffix in (".mrxs", ".vsi"):
+        return [path, *sorted(file for file in data_folder(path).rglob("*") if file.is_file())]
     if suffix in (".vms", ".vmu"):
         names = [value for key, value in _read_ini(path).items() if key.startswith(_HAMAMATSU_PARTS) and value]
         return [path, *(path.parent / name for name in names)]

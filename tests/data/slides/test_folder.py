@@ -42,8 +42,9 @@ def test_nothing_is_said_of_the_parts_of_slides_and_of_pictures_of_an_earlier_jo
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     touch(tmp_path, "a.mrxs", "a/Data0000.dat", "a/Slidedat.ini", "case/1.dcm", "case/2.dcm")
+    touch(tmp_path, "b.vsi", "_b_/stack1/frame_t.ets")
     touch(tmp_path, "out/summary.csv", "out/qc/a.jpg")
-    assert [entry.slide_id for entry in find_slides(tmp_path)] == ["a", "case"]
+    assert [entry.slide_id for entry in find_slides(tmp_path)] == ["a", "b", "case"]
     assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: not looked at: 1 .csv"]
 
 
@@ -125,7 +126,7 @@ def test_a_format_of_an_optional_reader_says_what_to_install(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "fastslide", None)
-    touch(tmp_path, name)
+    touch(tmp_path, name, "_a_/stack1/frame_t.ets")
     with pytest.raises(LongslideError, match=r"need the package fastslide: pip install 'longslide\[fastslide\]'"):
         open_slide(tmp_path / name)
 

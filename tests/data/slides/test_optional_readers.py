@@ -11,6 +11,7 @@ import pytest
 from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
 from longslide.data.slides.base import inside_of
 from longslide.data.slides.openslide import OpenSlideReader
+from longslide.data.slides.parts import files_of
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,22 @@ def test_fastslide_takes_no_format_that_openslide_reads(tmp_path: Path) -> None:
     write_synthetic_slide(tmp_path / "a.svs", size=(512, 512))
     with pytest.raises(LongslideError, match="the slide reader fastslide does not take it"):
         open_slide(tmp_path / "a.svs", reader="fastslide")
+
+
+def test_a_vsi_without_its_folder_names_the_folder(tmp_path: Path) -> None:
+    pytest.importorskip("fastslide")
+    (tmp_path / "a.vsi").write_bytes(b"II*\0" + bytes(64))
+    with pytest.raises(LongslideError, match=r"a\.vsi: the folder _a_/ with the slide's data is missing beside it"):
+        open_slide(tmp_path / "a.vsi")
+
+
+def test_the_files_of_a_zarr_and_a_vsi_are_all_of_them(tmp_path: Path, pixels: np.ndarray) -> None:
+    folder = write_zarr(tmp_path / "a.zarr", pixels)
+    assert set(files_of(folder)) == {path for path in folder.rglob("*") if path.is_file()}
+    for name in ("b.vsi", "_b_/stack1/frame_t.ets", "_c_/other.ets"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert files_of(tmp_path / "b.vsi") == [tmp_path / "b.vsi", tmp_path / "_b_/stack1/frame_t.ets"]
 
 
 def test_a_czi_that_is_cut_is_refused_with_both_reasons(tmp_path: Path, pixels: np.ndarray) -> None:
