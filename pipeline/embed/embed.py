@@ -161,6 +161,8 @@ def embed(
             if not overwrite:
                 refuse_mistaken_rerun(entries, job.existing, output)
             results = run_batch(job, entries, output)
+        if job.embedder.waits.tiles:
+            print(job.embedder.waits)
         try:
             write_contact_sheet(output)
         except LongslideError as error:  # the feature files are there

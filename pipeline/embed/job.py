@@ -219,7 +219,6 @@ class EmbedJob:
         def on_tiles(tiles: int) -> None:
             progress.tiles_done(tiles, f"limited by {self.embedder.waits.limit}")
 
-        embedded_any = False
         with (
             TileReaders(self.threads) as readers,
             closing(self.embedder(streams(), readers, on_slide, on_tiles)) as embedded_slides,
@@ -228,10 +227,7 @@ class EmbedJob:
                 slide = slide_of(item)
                 if slide is not None:
                     slide.embedded = embedded
-                    embedded_any |= slide.tiled is not None
                 yield item
-        if embedded_any:
-            progress.note(str(self.embedder.waits))
 
     def finish(self, prepared: PreparedSlide, progress: JobProgress) -> SlideResult:
         """The slide embedding, and the feature file."""

@@ -166,14 +166,16 @@ class TileEmbedder:
                     if slide.error is None:
                         slide.index.append(read.index)
                         slide.pushed += len(read.tiles)
+                        waits.tiles += len(read.tiles)
                         embed(self.engine.push(read.tiles))
                     read.release()
             waits.lap("encoder")
             while waiting and waiting[0].all_read and waiting[0].received == waiting[0].pushed:
                 yield self._ended(waiting.popleft())
                 waits.lap("writing")
-        embed(self.engine.flush())
-        waits.lap("encoder")
+        if waiting:
+            embed(self.engine.flush())
+            waits.lap("encoder")
         yield from map(self._ended, waiting)
 
     @staticmethod

@@ -21,10 +21,12 @@ class Waits:
 
     Attributes:
         seconds: Seconds by what was waited for: the encoder (or feeding it), tiles, slides to open, files to write.
+        tiles: Tiles that were fed to it.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[Wait, float] = dict.fromkeys(get_args(Wait), 0.0)
+        self.tiles = 0
         self._last = time.monotonic()
 
     def lap(self, wait: Wait) -> None:
