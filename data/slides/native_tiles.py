@@ -200,10 +200,13 @@ class NativeTiles:
         shape = (self.tile_height, self.tile_width, samples)
         dtype = np.dtype(self.dtype)
         if self.compression in _TO_PIXELS:
-            if _ZEROS in part:  # OpenJPEG decodes them without a word
+            end = len(part.rstrip(b"\0"))  # some encoders pad
+            if self.compression in _JPEG2000:
+                end = part.find(_EOI)  # the same bytes end a JPEG 2000 stream, and are nowhere within its data
+                if end < 0 or _jpeg2000_size(part) != shape[1::-1]:
+                    raise DamagedTileError("no whole JPEG 2000 stream of a tile's size")
+            if part.find(_ZEROS, 0, end) >= 0:  # OpenJPEG decodes them without a word
                 raise DamagedTileError(f"{len(_ZEROS)} zeros in a row")
-            if self.compression in _JPEG2000 and _jpeg2000_size(part) != shape[1::-1]:
-                raise DamagedTileError("no JPEG 2000 stream of a tile's size")
             # With `out` a stream of another size is an error before memory is taken for it.
             pixels = np.empty(shape if samples > 1 else shape[:2], dtype.newbyteorder("="))
             return np.asarray(_TO_PIXELS[self.compression](part, out=pixels)).reshape(shape)
