@@ -81,7 +81,8 @@ def own_levels(tiff: tifffile.TiffFile, facts: TiffFacts) -> Levels:
     """
     series = max(tiff.series, key=lambda one: one.keyframe.imagewidth * one.keyframe.imagelength)
     pages = [level.keyframe for level in series.levels if len(level.pages) == 1 and level.keyframe.is_tiled]
-    if not pages or pages[0] is not series.keyframe:
+    first = tiff.is_ome or (pages and pages[0].index == 0)  # else the page of level 0 is broken, and this a reduced one
+    if not pages or pages[0] is not series.keyframe or pages[0].subfiletype & _REDUCED or not first:
         raise DeclinedError(facts.refusal)
     levels = tuple(NativeTiles.of(page, white_of(tiff)) for page in pages)
     properties = {}

@@ -274,3 +274,25 @@ def test_a_file_that_ends_before_its_pixels_do_is_called_truncated(tmp_path: Pat
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(LongslideError, match="truncated"):
         open_slide(path)
+
+
+def test_zeros_that_openslide_passes_over_are_damage(tmp_path: Path) -> None:
+    path = write(tmp_path, "deflate-predicted")
+    with tifffile.TiffFile(path) as file:
+        counts = file.pages.first.databytecounts
+    number = int(np.argmax(counts))  # the tile that is compared with OpenSlide's at opening
+    offset, count = files.places(path)[number]
+    files.overwrite(path, offset + count // 2, bytes(count // 2))
+    with open_slide(path) as slide:
+        assert slide.reader == "tiff"
+        with pytest.raises(LongslideError, match="native tile"):
+            slide.read_region(number % 5 * 240, number // 5 * 240, 0, 100, 100)
+
+
+def test_a_reduced_level_is_never_taken_for_a_broken_level_0(tmp_path: Path) -> None:
+    path = write(tmp_path, "deflate-predicted")
+    with tifffile.TiffFile(path) as file:
+        offset = file.pages.first.tags[322].offset  # the tile width becomes a tag that nobody knows
+    files.overwrite(path, offset, b"\x01\xff")
+    with pytest.raises(LongslideError):
+        open_slide(path)
