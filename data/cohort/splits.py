@@ -437,8 +437,8 @@ def check_validation(splits: pd.DataFrame, cohort: Cohort, fold: int | None = No
         part = targets[(splits[name] == "val").to_numpy()]
         if len(part) and (lack := _lack(task, part)):
             raise LongslideError(
-                f"{name}: the validation part {lack}, and --monitor val_metric needs others too; move some there in the "
-                "splits (where none are given, by a larger --data.val_share), or take --monitor val_loss"
+                f"{name}: the validation part {lack}, which cannot select a model; move others there in the splits (where "
+                "none are given, by a larger --data.val_share), or take --monitor val_loss all the same"
             )
 
 

@@ -17,7 +17,7 @@ class ABMIL(Aggregator):
         dropout: Share of values dropped after the first layer and in the attention.
     """
 
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def __init__(self, feature_dim: int, width: int = 512, attention_width: int = 256, dropout: float = 0.25) -> None:
         super().__init__()

@@ -118,6 +118,8 @@ class LongNetAggregator(SlideEncoderAggregator):
         LongslideError: The checkpoint does not fit the features, or is none.
     """
 
+    learning_rate = 4e-4
+
     def __init__(
         self,
         feature_dim: int,

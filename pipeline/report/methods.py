@@ -152,7 +152,9 @@ def _model(run: Run, options: dict[str, Any]) -> list[str]:
     has_validation = run.splits is not None and run.splits.isin(["val"]).any(axis=None)
     if has_validation and "monitor" in options:
         best = (
-            "lowest validation loss" if options["monitor"] == "val_loss" else f"best validation {run.validation_metric}"
+            f"best validation {run.validation_metric}"
+            if options["monitor"] == "val_metric"
+            else "lowest validation loss"
         )
         sentences.append(f"The checkpoint with the {best} was used.")
     return sentences

@@ -20,7 +20,7 @@ def crossval(
     folds: int = 5,
     run: str | Path | None = None,
     trainer: Mapping[str, Any] | None = None,
-    monitor: Literal["val_metric", "val_loss"] = "val_metric",
+    monitor: Literal["val_metric", "val_loss"] | None = None,
     epochs: int = 40,
     min_steps: int = 1000,
     patience: int | None = 10,
@@ -39,7 +39,8 @@ def crossval(
         folds: Folds, if the splits are not given.
         run: Run folder. Default: `runs/<aggregator>`.
         trainer: Options of Lightning's Trainer, by name.
-        monitor: What `best.ckpt` is best by, on the validation part.
+        monitor: What `best.ckpt` is best by, on the validation part: `val_loss`, the default, or `val_metric`, the rank
+            measure of the task or R2. A validation part of one class is refused unless `val_loss` is asked for.
         epochs: Passes over the training bags, unless the trainer is given another limit.
         min_steps: Optimiser steps at least: small cohorts are passed over more often than `epochs` says.
         patience: Epochs without a better one after which training stops, once there were `min_steps` steps.

@@ -66,7 +66,7 @@ class Settings:
         model: The model.
         run: The run folder.
         trainer: Options of Lightning's Trainer that differ from its defaults.
-        monitor: What `best.ckpt` is best by.
+        monitor: What `best.ckpt` is best by; None for `val_loss` of a validation part that defines `val_metric` too.
         epochs: Passes over the training bags.
         min_steps: Optimiser steps at least.
         patience: Epochs without a better one after which training stops.
@@ -81,7 +81,7 @@ class Settings:
     model: ClassifierOptions | PretrainingOptions
     run: Path
     trainer: dict[str, Any]
-    monitor: Literal["val_metric", "val_loss"]
+    monitor: Literal["val_metric", "val_loss"] | None
     epochs: int
     min_steps: int
     patience: int | None

@@ -110,7 +110,7 @@ def open_data(settings: Settings, cohort: Cohort) -> BagDataModule:
     quieten()
     trainer_options(settings.trainer)
     data = BagDataModule(settings.data, cohort)
-    if settings.monitor == "val_metric":
+    if settings.monitor != "val_loss":
         every_fold = settings.command == "crossval"  # the last one too, before the first one is trained
         check_validation(data.splits, cohort, None if every_fold else data.fold)
     return data
@@ -177,7 +177,7 @@ def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
 
 def _callbacks(settings: Settings, folder: Path, data: BagDataModule) -> list[Any]:
     callbacks: list[Any] = [StepSeed(settings.seed), History(settings.run / "history.csv", data.fold)]
-    monitor = settings.monitor if data.bags("val") else None
+    monitor = (settings.monitor or "val_loss") if data.bags("val") else None
     mode = "max" if monitor == "val_metric" else "min"
     if monitor is not None:
         callbacks.append(DefinedMetric(monitor))
