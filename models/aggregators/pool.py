@@ -17,7 +17,7 @@ class MeanPool(Aggregator):
         dropout: Share of values dropped after that layer.
     """
 
-    learning_rate = 1e-3
+    learning_rate = 2e-3
 
     def __init__(self, feature_dim: int, width: int = 512, dropout: float = 0.25) -> None:
         super().__init__()

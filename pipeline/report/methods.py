@@ -93,7 +93,7 @@ def _preprocessing(made: dict[str, Any]) -> list[str]:
 
 
 def _outcome(run: Run) -> list[str]:
-    sentences = [f"The task was: {task_text(run.task)}."]
+    sentences = [f"Task: {task_text(run.task)}."]
     times = sorted(survival_times(run.predictions.columns).values())
     if times:
         sentences.append(f"Survival was predicted at the times {', '.join(map(time_text, times))}.")
@@ -164,7 +164,7 @@ def _imbalance(options: dict[str, Any]) -> list[str]:
     sentences = []
     weights = (options.get("model") or {}).get("class_weights")
     if weights not in (None, "none"):
-        sentences.append(f"Classes were weighted: {weights}.")
+        sentences.append(f"Class weights: {weights}.")
     if (options.get("data") or {}).get("balance"):
         sentences.append("Training bags were drawn so that each class came equally often.")
     return sentences

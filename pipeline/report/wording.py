@@ -143,9 +143,9 @@ def task_text(task: Task) -> str:
 
 _MADE_BY = {
     "newcombe": "Newcombe's method 5 for AUROC, widened to DeLong's variance where that is larger",
-    "mid-p": "Clopper and Pearson's with mid-P for proportions, average precision (by the number of positives) and what is "
-    "at the end of its scale",
-    "gaffke": "Gaffke's for mean losses, bounded by the worst that the predictions could have given",
+    "mid-p": "Clopper and Pearson's with mid-P for proportions, average precision (by the number of positives) and metrics "
+    "at the end of their scale",
+    "gaffke": "Gaffke's for mean losses, which allows for the largest loss that the predictions could have had",
     "mover": "MOVER (Zou & Donner 2008) for means of metrics",
     "jackknife": "a jackknife with Student's quantile, on a scale without ends, for the rest",
 }
@@ -161,10 +161,10 @@ def intervals_text(metrics: "pd.DataFrame") -> str:
     methods = [text for name, text in _MADE_BY.items() if name in used]
     if not methods:
         return "There are no intervals."
-    biased = ", and none of the calibration error, which is biased upwards in small samples"
+    biased = " The calibration error has none: small samples bias it upwards."
     return (
-        f"Intervals are of 95%, over patients with all their slides: {'; '.join(methods)}. There is none of fewer than five "
-        f"patients{biased if (metrics['metric'] == 'ece').any() else ''}."
+        f"95% intervals take patients, with all their slides, for the unit: {'; '.join(methods)}. Fewer than five patients "
+        f"have none.{biased if (metrics['metric'] == 'ece').any() else ''}"
     )
 
 
