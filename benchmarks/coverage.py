@@ -78,8 +78,8 @@ def draw(scenario: Scenario, n: int, random: np.random.Generator) -> tuple[Outco
             patients = np.repeat(patients, 3)
             of_patient, own = of_patient[patients], np.sqrt(0.5) * (own[patients] + random.normal(size=3 * n))
         score = np.where(of_patient, spread, 1.0) * own + distance * of_patient
-        # The true probability, if the spreads are equal; decided at the prevalence.
-        probability = expit(distance * (score - distance / 2) + np.log(prevalence / (1 - prevalence)))
+        # The true probability, if the spreads are equal and there is a signal; decided at the prevalence.
+        probability = expit((distance or 1) * (score - distance / 2) + np.log(prevalence / (1 - prevalence)))
         if scenario.kind == "spread":
             probability = expit(score - distance / 2)
         decided = (score >= distance / 2).astype(np.int64)

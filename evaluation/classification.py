@@ -129,7 +129,7 @@ class Classes:
         of_class = self.target == (0 if name == "specificity" else self.names.index(of) if of else 1)
         positives, negatives = len(np.unique(patients[of_class])), len(np.unique(patients[~of_class]))
         if name == "auroc":
-            return interval_of_auroc(own, positives, negatives, inflation)
+            return interval_of_auroc(own, positives, negatives, inflation, len(self) / len(np.unique(patients)))
         if name == "auprc":
             return interval_of_precision(own, positives, inflation)
         if name in ("sensitivity", "specificity"):

@@ -155,23 +155,27 @@ def newcombe(auroc: float, positives: int, negatives: int, scale: float = 1.0) -
     return float(low), float(high)
 
 
-def interval_of_auroc(replicates: Replicates, positives: int, negatives: int, inflation: float = 1.0) -> Interval:
+def interval_of_auroc(
+    replicates: Replicates, positives: int, negatives: int, inflation: float = 1.0, rows: float = 1.0
+) -> Interval:
     """Newcombe's interval of one AUROC, with the variance of the jackknife (which is DeLong's, with patients for rows) in
     its place where that is larger.
 
-    Newcombe's variance is that of exponential scores; scores of very different spread in the two classes have more.
+    Newcombe's variance is that of exponential scores; scores of very different spread in the two classes have more. Where
+    patients have several rows the jackknife's is taken, down to that of as many patients as there are rows.
 
     Args:
         replicates: The AUROC.
         positives: Patients with positive rows.
         negatives: Patients with negative rows.
         inflation: What the variance is multiplied by.
+        rows: Rows per patient.
     """
     if not (np.isfinite(replicates.value) and positives and negatives):
         return NO_INTERVAL
     model = newcombe_variance(replicates.value, positives, negatives)
     own = replicates.variance
-    scale = max(1.0, own / model) if model > 0 and np.isfinite(own) else 1.0
+    scale = max(1 / rows, own / model) if model > 0 and own > 0 else 1.0
     return Interval(*newcombe(replicates.value, positives, negatives, scale * inflation), "newcombe")
 
 
