@@ -150,11 +150,13 @@ def _tissue_and_ink(
     solid = _within_half_density(solid, absorbed, mpp)  # JPEG keeps colours at half the resolution, brightness whole
     solid = opening(solid, 0.9)
     tissue = closing(solid, max(1.0, 20 / mpp))
-    loose = opening(_loose_tissue(density, solid, not_tissue, mpp) & ~tissue, max(1.5, 32 / mpp))
+    within_fat = _within_fat(density, solid, not_tissue, mpp)
+    loose = opening((within_fat > 72 / mpp) & ~tissue, max(1.5, 32 / mpp))  # back by as much as it was smoothed
     thick = opening(~without_small(~tissue, MAX_HOLE_UM2 / mpp**2), max(2.0, 40 / mpp))
     beyond_blur = depth(~thick) > max(5.0, 100 / mpp)
     loose = connected_to(loose, loose & (thick | beyond_blur))  # the halo of a core is no fat
     if loose.any():
+        loose |= (within_fat > 50 / mpp) & (depth(~loose) < 40 / mpp) & ~tissue  # a margin of fat is thin strands
         both = tissue | loose
         tissue = closing(both, max(1.0, 25 / mpp)) | (closing(both, 120 / mpp) & (depth(~loose) < 150 / mpp))
     tissue &= ~lost & (~dark | closing(solid, max(1.0, 60 / mpp)))  # what is dark amid tissue is pigment or a fold
@@ -200,8 +202,11 @@ def _within_half_density(mask: np.ndarray, strength: np.ndarray, mpp: float) -> 
     return mask & (strength * np.maximum(sums, 1e-3) > 0.5 * squares)
 
 
-def _loose_tissue(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray, mpp: float) -> np.ndarray:
-    """Fat, whose strands are too thin to be seen one by one: on average pinker than glass, and uneven where glass is not."""
+def _within_fat(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray, mpp: float) -> np.ndarray:
+    """How many pixels deep each one is in fat, smoothed by 60 um; 0 outside.
+
+    Its strands are too thin to be seen one by one: it is pinker than glass on average, and uneven where glass is not.
+    """
     excess = np.clip(density[..., 1] - 0.5 * (density[..., 0] + density[..., 2]), -0.02, 0.02)
     excess[not_tissue] = 0
 
@@ -219,4 +224,4 @@ def _loose_tissue(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray
     pink &= solid | (green > red)  # not the tint of a shadow
     margin = int(400 / mpp)
     wide = opening(np.pad(pink, margin, mode="edge"), 150 / mpp)  # not the halo of a thin core or of a few cells
-    return np.asarray((depth(wide) > 72 / mpp)[margin:-margin, margin:-margin])  # back by as much as it was smoothed
+    return np.asarray(depth(wide)[margin:-margin, margin:-margin])

@@ -32,7 +32,7 @@ def overlap(found: np.ndarray, truth: np.ndarray) -> float:
 
 CASES = {
     **dict.fromkeys(["02", "04", "07", "19", "20", "33", "34", "35", "42"], 0.97),
-    "24": 0.90,  # fat
+    "24": 0.93,  # fat
     "29": 0.90,  # core biopsies 90 um wide
     "real_breast_fat_green_pen": 0.84,
     "real_three_markers": 0.83,  # below the 0.90 asked for: the truth runs through ink that lies on tissue
@@ -54,7 +54,7 @@ def test_the_tissue_of_a_picture_is_what_was_marked(name: str, least: float) -> 
 KINDS = [
     "clean", "faint", "magenta glass", "yellow glass", "DAB and counterstain", "pale counterstain", "Masson",
     "Masson in patches", "Alcian blue", "AEC", "AEC and counterstain", "pale, fills the picture", "shadows", "grey scan",
-    "cores", "clusters", "fat and stroma", "pink glass",
+    "cores", "clusters", "fat", "fat and stroma", "pink glass",
     *(f"{ink} ink, ring" for ink in ("crimson", "purple", "pink", "blue", "green", "black")),
 ]  # fmt: skip
 
