@@ -192,7 +192,10 @@ def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
     alike = _alike(piece, bulk)
     # A stroke goes on over tissue; a margin of the tissue is of its colour, and uneven.
     one_dye = piece.flatness < 0.03 or (piece.flatness < 0.06 and piece.hue_spread < 0.006)
-    return bool(sure or np.mean(alike) < 0.3) and every * int(np.count_nonzero(alike)) < (8.0 if one_dye else 0.5) * piece.area
+    return (
+        bool(sure or np.mean(alike) < 0.3)
+        and every * int(np.count_nonzero(alike)) < (8.0 if one_dye else 0.5) * piece.area
+    )
 
 
 def _alike(piece: _Piece, colours: np.ndarray) -> np.ndarray:
