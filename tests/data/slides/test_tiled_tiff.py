@@ -296,3 +296,24 @@ def test_a_reduced_level_is_never_taken_for_a_broken_level_0(tmp_path: Path) -> 
     files.overwrite(path, offset, b"\x01\xff")
     with pytest.raises(LongslideError):
         open_slide(path)
+
+
+def test_a_brightfield_qptiff_has_its_levels_and_the_mpp_of_its_resolution(tmp_path: Path) -> None:
+    path, levels = tmp_path / "a.qptiff", files.levels_of(files.tissue(), (1, 2))
+    tag = "PerkinElmer-QPI-ImageDescription"
+    kind = f'<?xml version="1.0"?><{tag}><ImageType>{{}}</ImageType></{tag}>'
+    how = {"photometric": "rgb", "compression": "jpeg", "resolution": (20_000, 20_000), "resolutionunit": "CENTIMETER"}
+    with tifffile.TiffWriter(path) as file:
+        for picture, name, tile in (
+            (levels[0], "FullResolution", (256, 256)),
+            (levels[0][::8, ::8], "Thumbnail", None),
+            (levels[1], "ReducedResolution", (256, 256)),
+        ):
+            reduced = int(name == "ReducedResolution")
+            described = {"description": kind.format(name), "software": "PerkinElmer-QPI", "subfiletype": reduced}
+            file.write(picture, tile=tile, metadata=None, **described, **how)
+    with open_slide(path) as slide:
+        assert slide.reader == "tiff"
+        assert slide.level_dimensions == ((1003, 777), (502, 388))
+        assert slide.mpp.value == pytest.approx(0.5)
+        assert np.abs(slide.read_region(0, 0, 0, 1003, 777).astype(int) - files.tissue()).mean() < 5
