@@ -1,13 +1,11 @@
 """Processes that read tiles into shared memory: threads around a decoder stop at about four cores."""
 
-import json
 import logging
 import mmap
 import os
 import pickle
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections import OrderedDict, deque
@@ -21,6 +19,7 @@ import numpy as np
 
 from ...errors import LongslideError
 from ...registry import registered
+from ..child_process import start_child
 from ..slides.slide import Slide
 from .grid import Grid
 
@@ -31,11 +30,6 @@ _BAND = 16  # columns of the grid that one process reads: it has the native tile
 _TASK = 32  # tiles that a process is sent at once
 _AHEAD = 2  # tasks that a process has at a time, so that it never waits for the next one
 _OPEN = 2  # slides that a process keeps open
-
-_CHILD = (
-    "import json, sys; package, path, *numbers = sys.argv[1:]; sys.path[:] = json.loads(path); "
-    "import importlib; importlib.import_module(f'{package}.data.tiles.pool_process').serve(*map(int, numbers))"
-)
 
 logger = logging.getLogger(__name__)
 
@@ -271,13 +265,12 @@ class TilePool:
 
     def _start(self) -> "_Worker":
         ours, theirs = Pipe()
-        words = [__name__.partition(".")[0], json.dumps(sys.path)]
-        words += map(str, (theirs.fileno(), self._memory_file, *self.buffer.shape[:3], self._cache_bytes))
-        process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, *words],
-            stdin=subprocess.DEVNULL,
-            process_group=0,  # Ctrl-C in a terminal goes to the job alone, which ends them
+        numbers = (theirs.fileno(), self._memory_file, *self.buffer.shape[:3], self._cache_bytes)
+        process = start_child(
+            f"{__name__}_process",
+            *numbers,
             pass_fds=[theirs.fileno(), self._memory_file],
+            process_group=0,  # Ctrl-C in a terminal goes to the job alone, which ends them
         )
         theirs.close()
         return _Worker(process, ours)

@@ -1,5 +1,6 @@
 """The loop of every batch job: prepare slides ahead, encode their tiles, finish each behind, record how it ended."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,8 +11,9 @@ from typing import Protocol, TypeVar
 from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.readers import usable_cores
 from ...errors import LongslideError
+from .devices import Feed
 from .ledger import SUMMARY, SUMMARY_WAIT, record
-from .progress import JobProgress
+from .progress import JobProgress, Progress
 from .result import SlideResult
 
 PREPARED_AHEAD = max(1, min(8, usable_cores() // 4))
@@ -45,11 +47,11 @@ class BatchJob(Protocol[T]):
         """All that comes before the models; a result if that ends the slide."""
         ...
 
-    def encode(self, slides: Generator[T | SlideResult], progress: JobProgress, /) -> Generator[T | SlideResult]:
+    def encode(self, slides: Generator[T | SlideResult], progress: Progress, /) -> Generator[T | SlideResult]:
         """Embed the tiles of all slides as one stream, and give the slides on in order."""
         ...
 
-    def finish(self, prepared: T, progress: JobProgress, /) -> SlideResult:
+    def finish(self, prepared: T, progress: Progress, /) -> SlideResult:
         """What is left: the other models, the files; closes the slide's resources."""
         ...
 
@@ -59,20 +61,25 @@ class BatchJob(Protocol[T]):
 
 
 def run_batch(
-    job: BatchJob[T], entries: Sequence[SlideEntry], output: Path, notes: Sequence[str] = ()
+    job: BatchJob[T],
+    entries: Sequence[SlideEntry] | Feed,
+    output: Path,
+    notes: Sequence[str] = (),
+    progress: Progress | None = None,
 ) -> list[SlideResult]:
     """Run a job over slides, and write each one's result into the summary as it ends.
 
     Args:
         job: What is done to each slide.
-        entries: The slides.
+        entries: The slides, or what gives them.
         output: Folder of the summary.
         notes: Notes to print first.
+        progress: Where progress is told; a display of its own by default.
 
     Returns:
         One result per slide, in the order of the input.
     """
-    with JobProgress(len(entries)) as progress, ExitStack() as given_up, ExitStack() as running:
+    with progress or JobProgress(len(entries)) as progress, ExitStack() as given_up, ExitStack() as running:
         for note in (job.description, *notes):
             progress.note(note)
 
@@ -85,12 +92,10 @@ def run_batch(
         def finish(prepared: T | SlideResult) -> SlideResult:
             result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
             progress.slide_ended(result)
-            ended.append(result)
             unrecorded.append(result)
-            unrecorded[:] = _recorded(output, unrecorded, progress, last=len(ended) == len(entries))
+            unrecorded[:] = _recorded(output, unrecorded, progress)
             return result
 
-        ended: list[SlideResult] = []
         unrecorded: list[SlideResult] = []
 
         # Closed from the last to the first, whatever ends the job, and then what slides hold that were not finished.
@@ -98,13 +103,16 @@ def run_batch(
         encoded = running.enter_context(closing(job.encode(ahead, progress)))
         results = running.enter_context(closing(_behind(finish, encoded)))
         try:
-            return list(results)
+            ended = list(results)
+            if unrecorded:
+                _recorded(output, unrecorded, progress, last=True)
+            return ended
         except BaseException:  # Ctrl-C, for one
             job.stop()
             raise
 
 
-def _recorded(output: Path, results: list[SlideResult], progress: JobProgress, *, last: bool) -> list[SlideResult]:
+def _recorded(output: Path, results: list[SlideResult], progress: Progress, *, last: bool = False) -> list[SlideResult]:
     """Write results into the summary; those that could not be written, for the next time."""
     again = len(results) > 1  # who has waited in vain once does not wait as long for each slide
     try:
@@ -119,16 +127,19 @@ def _recorded(output: Path, results: list[SlideResult], progress: JobProgress, *
 
 
 def _ahead(
-    prepare: Callable[[SlideEntry], T | SlideResult], entries: Sequence[SlideEntry]
+    prepare: Callable[[SlideEntry], T | SlideResult], entries: Iterable[SlideEntry | None]
 ) -> Generator[T | SlideResult]:
     """Prepare the next slides (open them, find tissue) while the models work on earlier ones."""
     with ThreadPoolExecutor(PREPARED_AHEAD, thread_name_prefix="prepare") as executor:
         following: deque[Future[T | SlideResult]] = deque()
         try:
             for entry in entries:
-                following.append(executor.submit(prepare, entry))
-                if len(following) > PREPARED_AHEAD:
+                if entry is not None:
+                    following.append(executor.submit(prepare, entry))
+                if len(following) > (0 if entry is None else PREPARED_AHEAD):
                     yield following.popleft().result()
+                elif entry is None:
+                    time.sleep(0.2)
             while following:
                 yield following.popleft().result()
         finally:

@@ -1,20 +1,20 @@
 """Progress of a job over slides: slides, tiles, tiles per second, time left."""
 
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 from .result import SlideResult
@@ -29,6 +29,32 @@ class _TilesPerSecond(ProgressColumn):
         return Text((f"{task.speed:,.0f} tiles/s " if task.speed else "- tiles/s ") + task.fields["remark"])
 
 
+class Progress(Protocol):
+    """What a job tells of how far it is."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def note(self, text: str) -> None:
+        """Write a line."""
+        ...
+
+    def slide_started(self, slide_id: str, tiles: int) -> None:
+        """The present slide and how many tiles it has."""
+        ...
+
+    def tiles_done(self, tiles: int, remark: str = "") -> None:
+        """So many more tiles are embedded; with a remark on the speed."""
+        ...
+
+    def slide_ended(self, result: SlideResult) -> None:
+        """A slide has ended."""
+        ...
+
+
 class JobProgress:
     """Two bars on standard error, all slides and the present one, and a line for each slide that ended.
 
@@ -37,7 +63,7 @@ class JobProgress:
 
     def __init__(self, slides: int) -> None:
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self._progress = Progress(
+        self._progress = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -72,8 +98,8 @@ class JobProgress:
         self._progress.reset(self._tiles, total=tiles, description=escape(slide_id), visible=True)
 
     def tiles_done(self, tiles: int, remark: str = "") -> None:
-        """So many more tiles of the present slide are embedded; with a remark on the speed."""
-        self._progress.update(self._tiles, advance=tiles, remark=remark)
+        """So many more tiles are embedded, of the present slide if it was said which; with a remark on the speed."""
+        self._progress.update(self._tiles, advance=tiles, remark=remark, visible=True)
 
     def slide_ended(self, result: SlideResult) -> None:
         """Write the slide's line and advance the bar of all slides."""

@@ -1,22 +1,20 @@
 """Work on files from outside, in a process that may crash or hang in the job's stead."""
 
 import importlib
-import json
 import logging
 import os
 import pickle
 import queue
 import signal
 import subprocess
-import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, Self, TypeVar, cast
 
+from ...data.child_process import end_with, start_child
 from ...errors import LongslideError
 from ...registry import adopt, registered
 
@@ -25,11 +23,6 @@ T = TypeVar("T")
 
 MEMORY_BYTES = 4 * 2**30
 """Memory that the process may take: more is an error there, not the end of the job."""
-
-_CHILD = (
-    "import json, sys; fd, parent, package, path = sys.argv[1:]; sys.path[:] = json.loads(path); "
-    "import importlib; importlib.import_module(f'{package}.pipeline.batch.watched').serve(int(fd), int(parent))"
-)
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +126,7 @@ class WatchedProcess:
         if self._pipe is not None:
             self._pipe.close()
         self._pipe, theirs = Pipe()
-        package = __name__.partition(".")[0]
-        words = [str(theirs.fileno()), str(os.getpid()), package, json.dumps(sys.path)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, *words], stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
-        )
+        self._process = start_child(__name__, theirs.fileno(), os.getpid(), pass_fds=[theirs.fileno()])
         theirs.close()
 
 
@@ -187,7 +176,7 @@ def serve(descriptor: int, parent: int) -> None:
         signal.SIGHUP,
     ):  # sent to all processes of a job: the parent ends this one
         signal.signal(ending, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     _limit_memory()
     messages = _Messages()
     logging.getLogger(__name__.partition(".")[0]).addHandler(messages)
@@ -241,13 +230,6 @@ class _Messages(logging.Handler):
 
     def clear(self) -> None:
         self.all = []
-
-
-def _end_with(parent: int) -> None:
-    """End when the parent was killed, whatever the main thread hangs in."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _limit_memory() -> None:

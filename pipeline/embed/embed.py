@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ...data.slides.base import READERS
-from ...data.slides.slide_table import IdFrom, find_slides
+from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from ...ranges import checked
 from ..batch.batch import PREPARED_AHEAD, run_batch
+from ..batch.devices import DeviceRun, Feed
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
 from ..batch.result import SlideResult
@@ -21,6 +23,9 @@ from .contact_sheet import write_contact_sheet
 from .job import EmbedJob
 from .local_copies import LocalCopies
 from .slide_embedding import embed_features
+
+if TYPE_CHECKING:
+    from ...models.tile_encoder.spec import TileEncoderSpec
 
 
 @checked
@@ -48,6 +53,7 @@ def embed(
     cache_dir: str | Path | None = None,
     cache_dir_gb: float | None = None,
     device: str = "auto",
+    devices: str | None = None,
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     seed: int = 0,
     overwrite: bool = False,
@@ -91,6 +97,8 @@ def embed(
             afterwards: for slides on slow storage.
         cache_dir_gb: What the copies may take there, in gigabytes. Default: half of what is free.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
+        devices: Several devices, with a process on each: `all` GPUs, or some as `0,1,5`. One that dies gives its slides to
+            the others.
         precision: Precision of the encoders. `auto`: the tile encoder's own on a GPU, float32 on a CPU.
         seed: Seed of `random` weights.
         overwrite: Replace feature files that were made with other settings.
@@ -102,6 +110,8 @@ def embed(
         LongslideError: Wrong usage, found before any slide is touched.
     """
     output = Path(output)
+    if devices is not None and (device != "auto" or tile_encoder is None):
+        raise LongslideError("--devices is for embedding slides (--tile-encoder), and in place of --device")
     if tile_encoder is None:
         results = embed_features(
             slides, output, slide_encoder, slide_checkpoint, pool, device, precision, seed=seed, overwrite=overwrite
@@ -116,53 +126,38 @@ def embed(
             reader = READERS.name_of(READERS.get(reader))
         make_output_folder(output)
 
-        from ...models.slide_encoder.base import load_slide_encoder
-        from ...models.tile_encoder.encoder import create_tile_encoder
-        from .tile_embedding import TileEmbedder, resolve_device, resolve_precision, slide_encoder_on
+        embedding = _Embedding(
+            entries=entries,
+            output=output,
+            tile_encoder=tile_encoder,
+            tile_checkpoint=tile_checkpoint,
+            slide_encoder=slide_encoder,
+            slide_checkpoint=slide_checkpoint,
+            pool=pool,
+            spec=spec,
+            tile_mpp=tile_mpp,
+            tile_px=tile_px,
+            overlap=overlap,
+            min_tissue=min_tissue,
+            tissue=tissue or OpticalDensity(),
+            reader=reader,
+            max_bad_tiles=max_bad_tiles,
+            max_blur=max_blur,
+            slide_timeout=slide_timeout,
+            batch_size=batch_size,
+            threads=threads,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_dir_gb=cache_dir_gb,
+            precision=precision,
+            seed=seed,
+            overwrite=overwrite,
+        )
+        if devices is None:
+            results = embedding(device)
+        else:
+            from .tile_embedding import resolve_devices
 
-        with ExitStack() as resources:
-            watched = resources.enter_context(WatchedProcesses(slide_timeout, PREPARED_AHEAD))
-            copies = None
-            if cache_dir is not None:
-                paths = [entry.path for entry in entries]
-                copies = resources.enter_context(LocalCopies(Path(cache_dir), cache_dir_gb, paths))
-            torch_device = resolve_device(device)
-            slide_model = None
-            if slide_encoder is not None:  # before the tile encoder, whose weights are far larger
-                slide_model = load_slide_encoder(
-                    slide_encoder,
-                    checkpoint=slide_checkpoint,
-                    pool=pool,
-                    seed=seed,
-                    tile_encoder=spec.name,
-                    tile_dim=spec.dim,
-                )
-                slide_model = slide_encoder_on(torch_device, slide_model)
-            encoder = create_tile_encoder(tile_encoder, checkpoint=tile_checkpoint, seed=seed)
-            job = EmbedJob(
-                output=output,
-                embedder=TileEmbedder(
-                    encoder, torch_device, resolve_precision(precision, spec.precision, torch_device), batch_size
-                ),
-                slide_encoder=slide_model,
-                tile_mpp=tile_mpp,
-                tile_px=tile_px,
-                overlap=overlap,
-                min_tissue=min_tissue,
-                tissue=tissue or OpticalDensity(),
-                reader=reader,
-                max_bad_tiles=max_bad_tiles,
-                max_blur=max_blur,
-                threads=threads,
-                overwrite=overwrite,
-                watched=watched,
-                copies=copies,
-            )
-            if not overwrite:
-                refuse_mistaken_rerun(entries, job.existing, output)
-            results = run_batch(job, entries, output)
-        if job.embedder.waits.tiles:
-            print(job.embedder.waits)
+            results = DeviceRun(resolve_devices(devices), embedding, entries, output).run()
         try:
             write_contact_sheet(output)
         except LongslideError as error:  # the feature files are there
@@ -170,3 +165,90 @@ def embed(
     counts = {status: sum(result.status == status for result in results) for status in ("done", "failed", "skipped")}
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; see {output / SUMMARY}")
     return results
+
+
+@dataclass(frozen=True)
+class _Embedding:
+    """What `embed` does once its options are understood, on one device; the fields are its arguments."""
+
+    entries: list[SlideEntry]
+    output: Path
+    tile_encoder: TileEncoderChoice
+    tile_checkpoint: str | Path | None
+    slide_encoder: SlideEncoderChoice | None
+    slide_checkpoint: str | Path | None
+    pool: Literal["mean", "cls"]
+    spec: "TileEncoderSpec"
+    tile_mpp: float
+    tile_px: int
+    overlap: int
+    min_tissue: float
+    tissue: TissueSegmenter
+    reader: str | None
+    max_bad_tiles: int
+    max_blur: float
+    slide_timeout: float
+    batch_size: int | None
+    threads: int | None
+    cache_dir: Path | None
+    cache_dir_gb: float | None
+    precision: str
+    seed: int
+    overwrite: bool
+
+    def __call__(self, device: str, feed: Feed | None = None) -> list[SlideResult]:
+        """Embed all slides, or those that a feed gives.
+
+        Raises:
+            LongslideError: Wrong usage, found before any slide is touched.
+        """
+        from ...models.slide_encoder.base import load_slide_encoder
+        from ...models.tile_encoder.encoder import create_tile_encoder
+        from .tile_embedding import TileEmbedder, resolve_device, resolve_precision, slide_encoder_on
+
+        with ExitStack() as resources:
+            watched = resources.enter_context(WatchedProcesses(self.slide_timeout, PREPARED_AHEAD))
+            copies = None
+            if self.cache_dir is not None:
+                paths = [entry.path for entry in self.entries]
+                copies = resources.enter_context(LocalCopies(self.cache_dir, self.cache_dir_gb, paths))
+            torch_device = resolve_device(device)
+            slide_model = None
+            if self.slide_encoder is not None:  # before the tile encoder, whose weights are far larger
+                slide_model = load_slide_encoder(
+                    self.slide_encoder,
+                    checkpoint=self.slide_checkpoint,
+                    pool=self.pool,
+                    seed=self.seed,
+                    tile_encoder=self.spec.name,
+                    tile_dim=self.spec.dim,
+                )
+                slide_model = slide_encoder_on(torch_device, slide_model)
+            encoder = create_tile_encoder(self.tile_encoder, checkpoint=self.tile_checkpoint, seed=self.seed)
+            precision = resolve_precision(self.precision, self.spec.precision, torch_device)
+            job = EmbedJob(
+                output=self.output,
+                embedder=TileEmbedder(encoder, torch_device, precision, self.batch_size),
+                slide_encoder=slide_model,
+                tile_mpp=self.tile_mpp,
+                tile_px=self.tile_px,
+                overlap=self.overlap,
+                min_tissue=self.min_tissue,
+                tissue=self.tissue,
+                reader=self.reader,
+                max_bad_tiles=self.max_bad_tiles,
+                max_blur=self.max_blur,
+                threads=self.threads,
+                overwrite=self.overwrite,
+                watched=watched,
+                copies=copies,
+            )
+            if not self.overwrite:
+                refuse_mistaken_rerun(self.entries, job.existing, self.output)
+            results = run_batch(job, self.entries if feed is None else feed, self.output, progress=feed)
+        if job.embedder.waits.tiles:
+            if feed is None:
+                print(job.embedder.waits)
+            else:
+                feed.note(f"{device}: {job.embedder.waits}")
+        return results

@@ -25,7 +25,7 @@ from ...data.tissue.mask import Mask
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError, printable
 from ..batch.claims import ClaimedError, claim
-from ..batch.progress import JobProgress
+from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
@@ -195,13 +195,13 @@ class EmbedJob:
                 return SlideResult.failed(entry, error)
 
     def encode(
-        self, slides: Iterable[PreparedSlide | SlideResult], progress: JobProgress
+        self, slides: Iterable[PreparedSlide | SlideResult], progress: Progress
     ) -> Generator[PreparedSlide | SlideResult]:
         """Embed the tiles of all slides as one stream."""
         return self.encode_within(slides, lambda one: one if isinstance(one, PreparedSlide) else None, progress)
 
     def encode_within(
-        self, items: Iterable[T], slide_of: Callable[[T], PreparedSlide | None], progress: JobProgress
+        self, items: Iterable[T], slide_of: Callable[[T], PreparedSlide | None], progress: Progress
     ) -> Generator[T]:
         """Embed the tiles of the slides that are within some of the items, which are given on in order."""
 
@@ -229,7 +229,7 @@ class EmbedJob:
                     slide.embedded = embedded
                 yield item
 
-    def finish(self, prepared: PreparedSlide, progress: JobProgress) -> SlideResult:
+    def finish(self, prepared: PreparedSlide, progress: Progress) -> SlideResult:
         """The slide embedding, and the feature file."""
         entry = prepared.entry
         with prepared.resources:

@@ -18,7 +18,7 @@ from ...registry import is_factory
 from ..batch.batch import run_batch
 from ..batch.claims import ClaimedError, claim
 from ..batch.ledger import make_output_folder
-from ..batch.progress import JobProgress
+from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult
 from .choices import SlideEncoderChoice
@@ -264,12 +264,12 @@ class SlideEmbeddingJob:
                 return SlideResult.failed(entry, error)
 
     def encode(
-        self, slides: Generator[ReadTiles | SlideResult], progress: JobProgress
+        self, slides: Generator[ReadTiles | SlideResult], progress: Progress
     ) -> Generator[ReadTiles | SlideResult]:
         """Nothing: the tiles have been embedded."""
         return slides
 
-    def finish(self, prepared: ReadTiles, progress: JobProgress) -> SlideResult:
+    def finish(self, prepared: ReadTiles, progress: Progress) -> SlideResult:
         """Embed the slide, and write the file."""
         from .tile_embedding import embed_slide
 

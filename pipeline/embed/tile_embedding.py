@@ -68,6 +68,31 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def resolve_devices(devices: str) -> list[str]:
+    """The devices that `all` stands for, the machine's NVIDIA GPUs; or a list such as `0,1,5` or `cuda:0,cuda:1`.
+
+    Raises:
+        LongslideError: There is none, or one is not of this machine, or named twice.
+    """
+    if devices == "all":
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if not names:
+            raise LongslideError("--devices all: there is no NVIDIA GPU here; leave it out to embed on the CPU")
+        return names
+    names = [f"cuda:{name.strip()}" if name.strip().isdecimal() else name.strip() for name in devices.split(",")]
+    for name in names:
+        if name.startswith("cuda") and names.count(name) > 1:
+            raise LongslideError(f"--devices {devices}: {name} is there twice")
+        if name.removeprefix("cuda:").isdecimal():  # a GPU is not touched: each takes half a gigabyte of it
+            if int(name.removeprefix("cuda:")) >= torch.cuda.device_count():
+                raise LongslideError(
+                    f"--devices {devices}: {name} is not one of the {torch.cuda.device_count()} GPUs here"
+                )
+        else:
+            resolve_device(name)
+    return names
+
+
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU the current one of this thread, on which Triton launches its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -15,7 +15,7 @@ from ...data.tissue.base import segmenter_of
 from ...errors import LongslideError
 from ...registry import import_object, is_factory
 from ..batch.ledger import make_output_folder
-from ..batch.progress import JobProgress
+from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
@@ -155,12 +155,12 @@ class FeatureMaker:
         return self._job.prepare(entry)
 
     def encode_within(
-        self, items: Generator[T], slide_of: Callable[[T], PreparedSlide | None], progress: JobProgress
+        self, items: Generator[T], slide_of: Callable[[T], PreparedSlide | None], progress: Progress
     ) -> Generator[T]:
         """Embed the tiles of the slides that are within some of the items, which are given on in order."""
         return items if self._job is None else self._job.encode_within(items, slide_of, progress)
 
-    def finish(self, prepared: PreparedSlide, progress: JobProgress) -> SlideResult:
+    def finish(self, prepared: PreparedSlide, progress: Progress) -> SlideResult:
         """Write the feature file."""
         assert self._job is not None
         return self._job.finish(prepared, progress)

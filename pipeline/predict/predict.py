@@ -28,7 +28,7 @@ from ...version import __version__
 from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.claims import ClaimedError, claim
 from ..batch.ledger import SUMMARY, make_output_folder
-from ..batch.progress import JobProgress
+from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
@@ -302,14 +302,14 @@ class _Job:
                 return SlideResult.failed(entry, error)
 
     def encode(
-        self, slides: Generator[_Claimed | SlideResult], progress: JobProgress
+        self, slides: Generator[_Claimed | SlideResult], progress: Progress
     ) -> Generator[_Claimed | SlideResult]:
         """Embed the tiles of the slides that have no features."""
         return self.maker.encode_within(
             slides, lambda one: one.prepared if isinstance(one, _Claimed) else None, progress
         )
 
-    def finish(self, claimed: _Claimed, progress: JobProgress) -> SlideResult:
+    def finish(self, claimed: _Claimed, progress: Progress) -> SlideResult:
         """All that needs the slide encoder and the classifiers, and the files."""
         from ..embed.tile_embedding import on_device
 

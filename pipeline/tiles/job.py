@@ -21,7 +21,7 @@ from ...data.tissue.mask import Mask
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ..batch.claims import claim
-from ..batch.progress import JobProgress
+from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import BUSY, SlideResult
 from ..batch.watched import WatchedProcess
@@ -170,12 +170,12 @@ class TilesJob:
                 return SlideResult.failed(entry, error)
 
     def encode(
-        self, slides: Generator[PreparedTiles | SlideResult], progress: JobProgress
+        self, slides: Generator[PreparedTiles | SlideResult], progress: Progress
     ) -> Generator[PreparedTiles | SlideResult]:
         """Nothing: no encoder is needed."""
         return slides
 
-    def finish(self, prepared: PreparedTiles, progress: JobProgress) -> SlideResult:
+    def finish(self, prepared: PreparedTiles, progress: Progress) -> SlideResult:
         """Read the tiles and write the pictures, and last the index."""
         entry, slide, grid = prepared.entry, prepared.slide, prepared.grid
         with prepared.resources:

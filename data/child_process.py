@@ -1,0 +1,41 @@
+"""Processes that this one starts: no forks, which break threads and GPUs, and the user's script is not run again."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_CHILD = (
+    "import importlib, json, sys; module, path, *numbers = sys.argv[1:]; sys.path[:] = json.loads(path); "
+    "importlib.import_module(module).serve(*map(int, numbers))"
+)
+
+
+def start_child(module: str, *numbers: int, pass_fds: Sequence[int], **options: Any) -> "subprocess.Popen[bytes]":
+    """Start a process that calls `serve(*numbers)` of a module of this package.
+
+    Args:
+        module: Its full name.
+        *numbers: What it is called with, such as descriptors.
+        pass_fds: Descriptors that the process gets.
+        **options: Of `subprocess.Popen`.
+    """
+    words = [module, json.dumps(sys.path), *map(str, numbers)]
+    return subprocess.Popen(
+        [sys.executable, "-c", _CHILD, *words], stdin=subprocess.DEVNULL, pass_fds=pass_fds, **options
+    )
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent was killed, whatever the main thread hangs in."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
