@@ -497,9 +497,8 @@ def test_a_disk_that_is_full_in_the_middle_is_one_line_and_leaves_nothing_half_w
     [result] = embed(**job | {"slides": [slides / "a.svs"]})
     assert result.status == "failed"
     assert "a.jpg: cannot write it" in result.reason
-    assert [path.name for path in job["output"].rglob("*") if path.is_file() and path.suffix != ".lock"] == [
-        "summary.csv"
-    ]
+    written = {path.name for path in job["output"].rglob("*") if path.is_file() and path.suffix != ".lock"}
+    assert written == {"summary.csv", "index.html"}, "the summary and the contact sheet, which are small"
 
 
 def test_a_summary_that_cannot_be_written_is_said_and_ends_nothing(
