@@ -174,7 +174,10 @@ class TileStream:
 
 
 def read_slides(
-    slides: Iterable[tuple[T, TileStream | None]], readers: TileReaders, patience: float = 0.2
+    slides: Iterable[tuple[T, TileStream | None]],
+    readers: TileReaders,
+    patience: float = 0.2,
+    stop: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[T, TileBatch | Exception | None] | None]:
     """The tiles of slides, one slide after another, of which the next is begun while the last batches of one are awaited.
 
@@ -183,6 +186,7 @@ def read_slides(
             and may wait.
         readers: What reads.
         patience: Seconds to wait for a batch or slide before that is said.
+        stop: Called where this is given up, as by Ctrl-C, so that asking for the next slide does not wait any longer.
 
     Yields:
         A slide with a batch of its tiles, in order, to be released; or with the error that ended it; then with None. None
@@ -241,6 +245,9 @@ def read_slides(
                     taken = [error]
                 for one in taken:
                     yield key, one
+    except BaseException:
+        stop()
+        raise
     finally:
         given_up.set()
         while thread.is_alive() or not begun.empty():  # it may wait for room, which what is released makes

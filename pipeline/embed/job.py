@@ -221,7 +221,7 @@ class EmbedJob:
 
         with (
             TileReaders(self.threads) as readers,
-            closing(self.embedder(streams(), readers, on_slide, on_tiles)) as embedded_slides,
+            closing(self.embedder(streams(), readers, on_slide, on_tiles, self.stop)) as embedded_slides,
         ):
             for item, embedded in embedded_slides:
                 slide = slide_of(item)

@@ -145,6 +145,7 @@ class TileEmbedder:
         readers: TileReaders,
         on_slide: Callable[[T, int], None] = lambda key, tiles: None,
         on_tiles: Callable[[int], None] = lambda tiles: None,
+        stop: Callable[[], None] = lambda: None,
     ) -> Generator[tuple[T, EmbeddedTiles | Exception | None]]:
         """Embed the tiles of slides as one stream: neither the readers nor the device wait for the end of a slide.
 
@@ -153,6 +154,7 @@ class TileEmbedder:
             readers: What reads the tiles.
             on_slide: Called with a slide and the number of its tiles when its first embeddings come.
             on_tiles: Called with a number of tiles whenever so many more of that slide are embedded.
+            stop: Called where this is given up, as by Ctrl-C, so that asking for the next slide does not wait any longer.
 
         Yields:
             Each slide, in order, with its embeddings; with None where there was nothing to embed; or with the error that
@@ -174,7 +176,7 @@ class TileEmbedder:
                         slide.error, slide.pushed = slide.error or error, slide.received
 
         streams = ((_Slide(key, stream), stream) for key, stream in slides)
-        for event in read_slides(streams, readers):
+        for event in read_slides(streams, readers, stop=stop):
             if event is None:
                 waits.lap("slides")
                 embed(self.engine.flush())
