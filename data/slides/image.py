@@ -15,7 +15,7 @@ from .tiff import tiff_facts
 
 Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
 
-MAX_PX = 500_000_000
+MAX_PX = 250_000_000
 """Pixels of a plain image, which is whole in memory at 4 bytes a pixel, above which it is refused."""
 
 
