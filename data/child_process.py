@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,12 @@ def start_child(module: str, *numbers: int, pass_fds: Sequence[int], **options: 
     return subprocess.Popen(
         [sys.executable, "-c", _CHILD, *words], stdin=subprocess.DEVNULL, pass_fds=pass_fds, **options
     )
+
+
+def leave_signals_to_parent() -> None:
+    """Ignore what is sent to all processes of a job: the parent ends this one."""
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.SIG_IGN)
 
 
 def end_with(parent: int) -> None:

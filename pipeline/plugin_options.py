@@ -9,10 +9,12 @@ from typing import Any, cast, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse._actions import _ActionConfigLoad, _ActionHelpClassPath, remove_actions
 from jsonargparse._typehints import ActionTypeHint
 from jsonargparse._util import NestedArg
 
 from ..registry import Chosen, Registry, dotted_path, registry_of
+from .parser import OptionParser
 
 
 class PluginAction(ActionTypeHint):
@@ -37,7 +39,7 @@ class PluginAction(ActionTypeHint):
 class ChoiceAction(ActionTypeHint):
     """An option whose value is a `Chosen`: nothing is imported before it is made, so its options are checked only then.
 
-    `--x NAME`, `--x.<option> VALUE`, `--x.help NAME`; in YAML a name, or `class_path` and `init_args`.
+    `--x NAME`, `--x.<option> VALUE`; in YAML a name, or `class_path` and `init_args`.
     """
 
     choice: type[Chosen]
@@ -46,8 +48,6 @@ class ChoiceAction(ActionTypeHint):
         before = cfg.get(self.dest) if cfg else None
         before = self.choice.of(self.default if before is None else before)
         if isinstance(value, NestedArg):
-            if value.key == "help":
-                self._print_help(value.val or before.class_path)
             return self.choice(before.class_path, dict(before.init_args) | {value.key: yaml.safe_load(value.val)})
         if isinstance(value, str) and value.lstrip().startswith("{"):
             value = yaml.safe_load(value)
@@ -64,14 +64,6 @@ class ChoiceAction(ActionTypeHint):
             return before if before.init_args else value
         return value if isinstance(value, str) or chosen.init_args else chosen.class_path
 
-    def _print_help(self, name: str) -> None:
-        registry = self.choice.registry
-        cls = registry.get(name)
-        parser = ArgumentParser(prog=f"--{self.dest} {name}", add_help=False, usage="")
-        parser.add_class_arguments(cls, skip=set(cls.GIVEN))
-        parser.print_help()
-        sys.exit(0)
-
     def instantiate_classes(self, value: Any) -> Any:
         """The choice itself: what is chosen is made where it is needed."""
         return value
@@ -83,14 +75,34 @@ class ChoiceAction(ActionTypeHint):
         return {"class_path": value.class_path, "init_args": dict(value.init_args)}
 
 
+class PluginHelp(_ActionHelpClassPath):
+    """`--x.help NAME` lists the options of a plug-in, by registered name or dotted path; the first one by default."""
+
+    registry: Registry[Any]
+
+    def __call__(self, parser: Any, _: Any, name: Any, option: str | None = None) -> None:
+        """Print them."""
+        name = name or self.registry.names()[0]
+        cls = self.registry.get(name)
+        listing = OptionParser(prog=f"{option} {name}", usage="%(prog)s", add_help=False)
+        listing.add_class_arguments(cls, self.dest.removesuffix(".help"), skip=set(cls.GIVEN))
+        remove_actions(listing, (_ActionConfigLoad,))  # type: ignore[no-untyped-call]
+        listing.print_help()
+        sys.exit(0)
+
+
 def accept_plugin_names(parser: ArgumentParser) -> None:
     """Let the options of a parser that take a plug-in accept registered names."""
     for action in parser._actions:
-        if not isinstance(action, ActionTypeHint):
+        if not isinstance(action, ActionTypeHint | _ActionHelpClassPath):
             continue
-        registry = next((found for part in _parts(action._typehint) if (found := registry_of(part))), None)
         choice = next((part for part in _parts(action._typehint) if is_choice(part)), None)
-        if choice is not None:
+        registry: Registry[Any] | None = getattr(choice, "registry", None) or next(
+            (found for part in _parts(action._typehint) if (found := registry_of(part))), None
+        )
+        if registry is not None and isinstance(action, _ActionHelpClassPath):
+            _list_options(action, registry)
+        elif choice is not None:
             action.__class__ = ChoiceAction
             cast(ChoiceAction, action).choice = choice
         elif registry is not None:
@@ -99,6 +111,13 @@ def accept_plugin_names(parser: ArgumentParser) -> None:
             if action.default is None:
                 default = dotted_path(registry.get(registry.names()[0]))
                 action.default = Namespace(class_path=default)  # type: ignore[no-untyped-call]
+
+
+def _list_options(action: _ActionHelpClassPath, registry: Registry[Any]) -> None:
+    action.__class__ = PluginHelp
+    cast(PluginHelp, action).registry = registry
+    action.nargs, action.metavar = "?", "NAME"
+    action.help = f"List the options of one: {', '.join(registry.names())}, or a class by its dotted path."
 
 
 def is_choice(hint: Any) -> bool:

@@ -10,9 +10,6 @@ from ...errors import LongslideError
 from .base import DeclinedError, SlideReader, inside_of
 from .parts import missing_part
 
-CACHE_BYTES = 256 * 2**20
-"""Decoded native tiles kept per slide."""
-
 
 class FastSlideReader(SlideReader):
     """Philips iSyntax, Olympus VSI, and the Zeiss CZI files that OpenSlide refuses.
@@ -38,7 +35,7 @@ class FastSlideReader(SlideReader):
                 f"{suffix} files need the package fastslide: pip install 'longslide[fastslide]'"
             ) from None
         try:
-            self._slide: Any = FastSlide.from_file_path(path, cache=CACHE_BYTES)
+            self._slide: Any = FastSlide.from_file_path(path, cache=self.cache_bytes)
         except (RuntimeError, ValueError, OSError) as error:
             if (missing := missing_part(path)) is not None:
                 raise LongslideError(f"{path}: {missing} is missing beside it; copy it too") from error

@@ -42,7 +42,7 @@ class Slide:
         level_dimensions: (width, height) of each level, finest first.
         level_downsamples: Level-0 pixels per pixel of each level.
         properties: What the file says of itself, under OpenSlide's names.
-        vendor: OpenSlide's name of the format, or `image` for a plain image.
+        vendor: Name of the format: OpenSlide's for what OpenSlide knows, else the reader's, such as `image`.
         background: RGB shown where the slide has no pixels.
         memory_bytes: Memory that it takes for pixels while it is open; 0 where they are read as they are needed.
         unreadable_levels: Reduced levels of which a thumbnail could not read some region; no tile is read from them.
@@ -265,7 +265,7 @@ class Slide:
             min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
             tissue: The tissue, if it is known already.
             batch_size: Tiles of a batch.
-            threads: Threads that read; None for one on each core.
+            threads: Threads that read; None for one on each core, at most 16.
             max_bad_tiles: Unreadable tiles that are left out; with more of them reading ends in an error.
             max_blur: Tiles more blurred than this, 0 (sharp) to 1, are left out.
 
@@ -362,7 +362,7 @@ def open_slide(
     slide_id: str | None = None,
     reader: str | type[SlideReader] | None = None,
 ) -> Slide:
-    """Open a slide with the first reader that takes it: OpenSlide, or for a plain image (PNG, JPEG, ...) Pillow.
+    """Open a slide with the first reader that takes it, in the order of `READERS`.
 
     Args:
         path: The file.

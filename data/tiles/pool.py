@@ -38,7 +38,7 @@ class TilePool:
     """Processes that read tiles of any slides, batch by batch, into one block of shared memory.
 
     They are no forks of this process, whose threads and GPU that would break, and do not run the user's script again, as
-    those of `multiprocessing` do. Only on systems with `fork`: elsewhere `supported` is False.
+    those of `multiprocessing` do. Only on Linux and macOS: elsewhere `supported` is False.
 
     Args:
         processes: How many.
@@ -214,13 +214,13 @@ class TilePool:
         pending.open_tasks -= len(self._queue) - len(kept)
         self._queue = deque(kept)
 
-    # The thread that collects answers.
-
     def _end_workers_at(self, pending: "PendingTiles") -> None:
         """Kill the processes that hang in tiles of a batch; `_replace` starts others."""
         for worker in self._workers:
             if worker.ready and worker.tasks and worker.tasks[0].pending is pending:
                 worker.process.kill()
+
+    # The thread that collects answers.
 
     def _collect(self) -> None:
         while not self._closed:

@@ -2,7 +2,6 @@
 
 import mmap
 import pickle
-import signal
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from ...errors import LongslideError
 from ...registry import adopt
+from ..child_process import leave_signals_to_parent
 from ..slides import openslide, tiled_tiff  # noqa: F401  most slides are of these: loaded before the first one
 from ..slides.base import SlideReader
 from ..slides.slide import Slide
@@ -30,12 +30,7 @@ def serve(descriptor: int, memory: int, batches: int, batch_size: int, tile_px: 
         tile_px: The same.
         cache_bytes: Decoded native tiles that an open slide may keep.
     """
-    for ending in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # sent to all processes of a job: the parent ends this one
-        signal.signal(ending, signal.SIG_IGN)
+    leave_signals_to_parent()
     cv2.setNumThreads(1)
     SlideReader.cache_bytes = cache_bytes
     shape = (batches * batch_size, tile_px, tile_px, 3)

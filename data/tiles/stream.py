@@ -52,7 +52,7 @@ class TileStream:
         slide: The slide; open as long as the stream is read.
         grid: Its grid.
         batch_size: Tiles a batch; the last one may be smaller, and so is one with unreadable tiles.
-        threads: Threads that read; None for one on each core.
+        threads: Threads that read; None for one on each core, at most 16.
         read_ahead: Batches read ahead.
         max_bad_tiles: Unreadable tiles to put up with; they are left out of the batches.
         max_blur: Tiles more blurred than this are left out too; see `blur_of`.

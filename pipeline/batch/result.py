@@ -2,9 +2,11 @@
 
 import json
 import traceback
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 
@@ -13,6 +15,8 @@ from ...data.slides.mpp import mpp_remark
 from ...data.slides.slide import levels_remark
 from ...data.slides.slide_table import SlideEntry
 from ...errors import LongslideError, printable
+
+Status = Literal["done", "failed", "skipped"]
 
 BUSY = "another process is working on it"
 """Why a slide is skipped that another process has claimed; who that is follows."""
@@ -43,7 +47,7 @@ class SlideResult:
 
     slide_id: str
     slide: str
-    status: Literal["done", "failed", "skipped"]
+    status: Status
     reason: str = ""
     tiles: int | None = None
     bad_tiles: int | None = None
@@ -75,20 +79,11 @@ class SlideResult:
             reason: A remark; what a person should look at in the file itself is added.
             seconds: Time spent on the slide in this run.
         """
-        remarks = [
-            reason,
-            mpp_remark(features.slide_mpp, features.settings.get("file_mpp")) if features.slide_mpp else "",
-            features.settings.get("metadata_remark", ""),
-            features.settings.get("reader_remark", ""),
-            levels_remark(
-                features.settings.get("unreadable_levels", ""), features.settings.get("differing_levels", "")
-            ),
-        ]
         return cls(
             entry.slide_id,
             entry.shown,
             "done",
-            "; ".join(filter(None, remarks)),
+            "; ".join(filter(None, [reason, *remarks_on(features)])),
             tiles=len(features.coords),
             bad_tiles=features.settings.get("bad_tiles"),
             blurred_tiles=features.settings.get("blurred_tiles"),
@@ -118,6 +113,29 @@ class SlideResult:
             traceback.print_exception(error)  # not the user's mistake: whoever reports it needs to know where
             reason = printable(f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return cls(entry.slide_id, entry.shown, "failed", reason)
+
+
+def remarks_on(features: Features) -> list[str]:
+    """What a person should look at in a slide, by its feature file."""
+    settings = features.settings
+    remarks = [
+        mpp_remark(features.slide_mpp, settings.get("file_mpp")) if features.slide_mpp else "",
+        settings.get("metadata_remark", ""),
+        settings.get("reader_remark", ""),
+        levels_remark(settings.get("unreadable_levels", ""), settings.get("differing_levels", "")),
+    ]
+    return [remark for remark in remarks if remark]
+
+
+class _Ended(Protocol):
+    @property
+    def status(self) -> Status: ...
+
+
+def counted(results: Iterable[_Ended]) -> str:
+    """How many slides ended how, such as `3 done, 0 failed, 1 skipped`."""
+    count = Counter(result.status for result in results)
+    return ", ".join(f"{count[status]} {status}" for status in get_args(Status))
 
 
 def _total(areas: str | None) -> float | None:

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, Self, TypeVar, cast
 
-from ...data.child_process import end_with, start_child
+from ...data.child_process import end_with, leave_signals_to_parent, start_child
 from ...errors import LongslideError
 from ...registry import adopt, registered
 
@@ -170,24 +170,20 @@ class WatchedProcesses:
 
 def serve(descriptor: int, parent: int) -> None:
     """Answer calls until the other end of the pipe is closed."""
-    for ending in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # sent to all processes of a job: the parent ends this one
-        signal.signal(ending, signal.SIG_IGN)
+    leave_signals_to_parent()
     end_with(parent)
     _limit_memory()
     messages = _Messages()
-    logging.getLogger(__name__.partition(".")[0]).addHandler(messages)
-    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
+    package = __name__.partition(".")[0]
+    logging.getLogger(package).addHandler(messages)
+    logging.getLogger(package).setLevel(logging.INFO)
     for module in (
         "data.slides.openslide",
         "data.slides.image",
         "data.tissue.optical_density",
         "pipeline.embed.layout",
     ):
-        importlib.import_module(f"{__name__.partition('.')[0]}.{module}")  # while the parent loads its models
+        importlib.import_module(f"{package}.{module}")  # while the parent loads its models
     pipe = Connection(descriptor)
     while True:
         try:

@@ -16,7 +16,7 @@ from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.devices import DeviceRun, Feed
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
-from ..batch.result import SlideResult
+from ..batch.result import SlideResult, counted
 from ..batch.watched import WatchedProcesses
 from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder, look_at_tile_encoder, resolve_tiles
 from .contact_sheet import write_contact_sheet
@@ -83,7 +83,7 @@ def embed(
         tile_px: Edge of a tile in pixels. Default: what the tile encoder recommends.
         overlap: Pixels that neighbouring tiles share.
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
-        tissue: Tissue segmenter, with its options: `optical-density` by default.
+        tissue: Tissue segmenter: `optical-density` (the default), `hest`, `grandqc`, or one of your own by its dotted path.
         reader: Slide reader, by name or dotted path. Default: the first one that takes the file.
         id_from: Makes ids of the names of slide files, or of their paths, so that equal names in different folders go
             together: `site_a/1.svs` is `site_a__1`. A column `slide_id` comes first.
@@ -162,8 +162,7 @@ def embed(
             write_contact_sheet(output)
         except LongslideError as error:  # the feature files are there
             print(error)
-    counts = {status: sum(result.status == status for result in results) for status in ("done", "failed", "skipped")}
-    print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; see {output / SUMMARY}")
+    print(f"{counted(results)}; see {output / SUMMARY}")
     return results
 
 

@@ -79,10 +79,10 @@ class EmbedJob:
         reader: The slide reader, if one is named.
         max_bad_tiles: Unreadable tiles that a slide may have.
         max_blur: Tiles more blurred than this are left out.
-        threads: Threads that read tiles; None for one on each core.
+        threads: Threads or processes that read tiles; see `TileReaders`.
         overwrite: Whether files that were made otherwise are replaced.
-        copies: Where slides are copied to before they are read, if they are.
         watched: The processes in which slides are opened and tissue is found.
+        copies: Where slides are copied to before they are read, if they are.
     """
 
     output: Path
@@ -302,11 +302,7 @@ class EmbedJob:
             raise LongslideError(
                 f"{self.output}: the disk is full ({free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB needed); make room"
             )
-        slide = resources.enter_context(
-            open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader)
-        )
-        slide.unreadable_levels |= layout.unreadable_levels
-        slide.differing_levels = layout.differing_levels
+        slide = resources.enter_context(layout.open(entry, reader))
         # Before it is read: a change while it is read is one since then.
         identity = replace(SlideIdentity.of(slide), path=printable(str(original.absolute())))
         stream = TileStream(

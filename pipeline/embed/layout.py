@@ -7,7 +7,7 @@ import numpy as np
 
 from ...data.slides.base import SlideReader
 from ...data.slides.identity import SlideIdentity
-from ...data.slides.slide import open_slide
+from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.grid import Grid, make_grid
 from ...data.tissue.base import Tissue, TissueSegmenter
@@ -29,6 +29,13 @@ class Layout:
     grid: Grid
     unreadable_levels: set[int]
     differing_levels: set[int]
+
+    def open(self, entry: SlideEntry, reader: type[SlideReader] | None) -> Slide:
+        """Open the slide to read its tiles, with what is known of its reduced levels."""
+        slide = open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader)
+        slide.unreadable_levels |= self.unreadable_levels
+        slide.differing_levels = self.differing_levels
+        return slide
 
 
 def lay_out(

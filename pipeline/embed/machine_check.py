@@ -84,17 +84,16 @@ def check_tile_encoder(
     try:
         torch_device = resolve_device(device)
         encoder = create_tile_encoder(choice, checkpoint=checkpoint)
+        resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
+        batch, batches = (64, 16) if torch_device.type == "cuda" else (2, 2)
+        noise = np.random.default_rng(0).integers(0, 256, (batch, tile_px, tile_px, 3), np.uint8)
+        engine = TileEngine(encoder, torch_device, resolved)
+        for _ in range(2):  # first compiled, and kernels chosen
+            started = time.perf_counter()
+            for _ in engine.stream([noise] * batches):
+                pass
     except LongslideError as error:
         return EncoderCheck(name, problem=str(error))
-    resolved = resolve_precision(precision, encoder.spec.precision, torch_device)
-    batch, batches = (64, 16) if torch_device.type == "cuda" else (2, 2)
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (batch, tile_px, tile_px, 3), np.uint8)
-    engine = TileEngine(encoder, torch_device, resolved)
-    for _ in range(2):  # first compiled, and kernels chosen
-        started = time.perf_counter()
-        for _ in engine.stream([noise] * batches):
-            pass
     speed = batch * batches / (time.perf_counter() - started)
     return EncoderCheck(name, "", encoder.weights, str(torch_device), resolved, speed)
 

@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,6 @@ from PIL import Image
 from ...data.features.feature_file import Features, read_features
 from ...data.slides.base import recorded_reader
 from ...data.slides.identity import SlideIdentity
-from ...data.slides.mpp import mpp_remark
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
 from ...data.whole_file import remove_leftovers
@@ -30,7 +28,7 @@ from ..batch.claims import ClaimedError, claim
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
-from ..batch.result import SlideResult
+from ..batch.result import SlideResult, counted, remarks_on
 from ..batch.watched import WatchedProcesses
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
 from ..embed.job import PreparedSlide
@@ -170,8 +168,7 @@ def predict(
         )
         predictions = job.run(entries)
     if kept:
-        count = Counter(one.status for one in predictions if one.level == "slide")
-        counts = ", ".join(f"{count[status]} {status}" for status in ("done", "failed", "skipped"))
+        counts = counted(one for one in predictions if one.level == "slide")
         for one in predictions:
             if one.level == "patient" and not one.ok:  # of slides there is a line already
                 print(f"failed patient {one.patient_id}: {one.reason}")
@@ -342,13 +339,8 @@ class _Job:
         bag = self._bag([path])
         mean = bag["tile_features"].float().mean(0).cpu().numpy()
         features = read_features(path, embeddings=self.method is not None)
-        if features.slide_mpp is not None and (
-            remark := mpp_remark(features.slide_mpp, features.settings.get("file_mpp"))
-        ):
-            remarks = [*remarks, remark]
-        if metadata := features.settings.get("metadata_remark"):
-            remarks = [*remarks, metadata]
-        warnings = remarks + distribution_warnings(list(self.ensemble.classifiers), features.slide_mpp, mean)
+        far_off = distribution_warnings(list(self.ensemble.classifiers), features.slide_mpp, mean)
+        warnings = (*remarks, *remarks_on(features), *far_off)
         found = self._classify([bag])
         cases = {
             "patients": [entry.patient_id or ""],
@@ -360,7 +352,7 @@ class _Job:
         if not self.allow_seen:
             seen.refuse(entry.path)
         mark = seen.mark(entry.patient_id or "", entry.slide_id)
-        prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", seen=mark, warnings=tuple(warnings))
+        prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", seen=mark, warnings=warnings)
         prediction = with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
         folder = self.output / "slides" / entry.slide_id
         folder.mkdir(parents=True, exist_ok=True)
@@ -381,20 +373,9 @@ class _Job:
             if self.method is not None:
                 scores = explain_features(self.ensemble, features, self.method, self.device)
                 explanation = write_explanation(folder, scores, prediction, slide, thumbnail)
-        result = SlideResult(
-            slide_id=entry.slide_id,
-            slide=entry.shown,
-            status="done",
+        result = replace(
+            SlideResult.done(entry, features, path, seconds=time.monotonic() - started),
             reason="; ".join(prediction.warnings),
-            tiles=len(features.coords),
-            bad_tiles=features.settings.get("bad_tiles"),
-            blurred_tiles=features.settings.get("blurred_tiles"),
-            slide_mpp=features.slide_mpp,
-            mpp_source=features.settings.get("mpp_source"),
-            tile_mpp=features.tile_mpp,
-            tissue_mm2=features.settings.get("tissue_mm2"),
-            seconds=time.monotonic() - started,
-            features=str(path),
         )
         self._write_json(entry, prediction, features, result, explanation, identity)
         return result

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.features.feature_file import Features, read_features
-from ...data.slides.base import READERS, SlideReader, reader_to_obey, recorded_reader
+from ...data.slides.base import READERS, reader_to_obey, recorded_reader
 from ...data.slides.identity import SlideIdentity
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry
@@ -20,16 +20,14 @@ from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
 from ...data.tissue.mask import Mask
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
-from ..batch.claims import claim
+from ..batch.claims import ClaimedError, claim
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
-from ..batch.result import BUSY, SlideResult
-from ..batch.watched import WatchedProcess
-from ..embed.job import why_no_tiles
+from ..batch.result import SlideResult
+from ..batch.watched import WatchedProcesses
+from ..embed.job import REMEDY, why_no_tiles
 from ..embed.layout import lay_out
 from .picture_files import Layout, PictureFiles, PngFolder, WebDatasetShards, png, remove_pictures
-
-REMEDY = "choose another --output, or --overwrite"
 
 
 @dataclass
@@ -60,7 +58,7 @@ class TilesJob:
         reader: The slide reader, if one is named.
         max_bad_tiles: Unreadable tiles that a slide may have.
         max_blur: Tiles more blurred than this are left out.
-        watched: The process in which slides are opened and tissue is found.
+        watched: The processes in which slides are opened and tissue is found.
         threads: Threads that read and compress tiles.
         overwrite: Whether pictures that were made otherwise are replaced.
     """
@@ -77,7 +75,7 @@ class TilesJob:
     reader: str | None
     max_bad_tiles: int
     max_blur: float
-    watched: WatchedProcess
+    watched: WatchedProcesses
     threads: int
     overwrite: bool
 
@@ -150,22 +148,21 @@ class TilesJob:
         started = time.monotonic()
         with ExitStack() as resources:
             try:
-                lock = claim(self.output, entry.slide_id)
-                if lock is None:
-                    return SlideResult.skipped(entry, BUSY)
-                resources.callback(lock.release)
+                resources.callback(claim(self.output, entry.slide_id).release)
                 if not self.overwrite and (found := self.existing(entry)) is not None:
                     return self._done(entry, found, "already complete")
                 features = self._features(entry)
                 if features is None:
                     slide, tissue, grid = self._tile(entry, resources)
                     if not len(grid.coords):
-                        return self._no_tiles(entry, f"{why_no_tiles(tissue, self.min_tissue)}")
+                        return self._no_tiles(entry, why_no_tiles(tissue, self.min_tissue))
                 else:
                     slide, grid = self._tiles_of(features, entry, resources)
                     if not len(grid.coords):
                         return self._no_tiles(entry, "no tiles in its feature file")
                 return PreparedTiles(entry, slide, grid, resources.pop_all(), started)
+            except ClaimedError as busy:
+                return SlideResult.skipped(entry, str(busy))
             except Exception as error:
                 return SlideResult.failed(entry, error)
 
@@ -271,12 +268,7 @@ class TilesJob:
             overlap=self.overlap,
             min_tissue=self.min_tissue,
         )
-        slide = resources.enter_context(
-            open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader)
-        )
-        slide.unreadable_levels |= layout.unreadable_levels
-        slide.differing_levels = layout.differing_levels
-        return slide, layout.tissue, layout.grid
+        return resources.enter_context(layout.open(entry, reader)), layout.tissue, layout.grid
 
     def _tiles_of(self, features: Features, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Grid]:
         path = self.features
@@ -305,9 +297,3 @@ class TilesJob:
             level=features.settings.get("patch_level", features.settings.get("level")),
         )
         return slide, grid
-
-
-def _mismatch(path: Path, reader: type[SlideReader] | None, identity: SlideIdentity) -> str | None:
-    """Why a slide, which can be opened, is not the one that features were made of."""
-    with open_slide(path, reader=reader):
-        return identity.mismatch(path)

@@ -9,11 +9,11 @@ from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from ...ranges import checked
-from ..batch.batch import run_batch
+from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
-from ..batch.result import SlideResult
-from ..batch.watched import WatchedProcess
+from ..batch.result import SlideResult, counted
+from ..batch.watched import WatchedProcesses
 from ..embed.choices import resolve_tiles
 from .job import TilesJob
 from .picture_files import Layout
@@ -95,7 +95,7 @@ def tiles(
     if reader is not None:
         reader = READERS.name_of(READERS.get(reader))
     make_output_folder(output)
-    with WatchedProcess(slide_timeout) as watched:
+    with WatchedProcesses(slide_timeout, PREPARED_AHEAD) as watched:
         job = TilesJob(
             output=output,
             features=None if features is None else Path(features),
@@ -116,6 +116,5 @@ def tiles(
         if not overwrite:
             refuse_mistaken_rerun(entries, job.existing, output)
         results = run_batch(job, entries, output)
-    counts = {status: sum(result.status == status for result in results) for status in ("done", "failed", "skipped")}
-    print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; see {output / SUMMARY}")
+    print(f"{counted(results)}; see {output / SUMMARY}")
     return results

@@ -201,3 +201,26 @@ def test_completion_is_printed_for_three_shells_and_no_other(capsys: pytest.Capt
     with pytest.raises(SystemExit, match="2"):
         main(["--print-completion", "fish"])
     assert "'bash', 'zsh', 'tcsh'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["embed", "--tissue.help", "grandqc"], "--tissue.artefact-checkpoint"),
+        (["embed", "--tissue.help"], "--tissue.keep-ink"),
+        (["fit", "--model.aggregator.help", "transmil"], "--model.aggregator.landmarks"),
+        (["fit", "--model.aggregator.help", "longslide.models.aggregators.abmil.ABMIL"], "--model.aggregator.width"),
+    ],
+)
+def test_the_options_of_a_plug_in_are_listed_by_its_name(
+    words: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_help_for_an_unknown_plug_in_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", "--tissue.help", "nope"]) == 2
+    assert "there are optical-density, hest, grandqc" in capsys.readouterr().err

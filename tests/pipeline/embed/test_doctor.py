@@ -79,6 +79,14 @@ def test_weights_that_cannot_be_had_are_a_problem_before_the_job(slides: Path, t
     assert "weights.pth" in encoder.problem
 
 
+def test_a_precision_that_the_device_lacks_is_a_problem_of_the_encoder(slides: Path) -> None:
+    *_, encoder, _ = doctor(
+        slides / "good.svs", "vit_tiny_patch16_224", tile_checkpoint="random", device="cpu", precision="float8"
+    )
+    assert isinstance(encoder, EncoderCheck)
+    assert "float8 needs an NVIDIA GPU" in encoder.problem
+
+
 def test_the_slide_encoder_must_fit_the_tile_encoder(slides: Path, tmp_path: Path) -> None:
     options = {"slides": [slides / "good.svs"], "tile_encoder": "vit_tiny_patch16_224", "tile_checkpoint": "random"}
     *_, encoder, _ = doctor(**options, slide_encoder="gigapath", slide_checkpoint="random")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from longslide import LongslideError, embed, open_slide, read_features, tiles, write_synthetic_slide
 from longslide.data.tiles.grid import Grid, grid_of_tiles
+from longslide.pipeline.batch.claims import claim
 from longslide.pipeline.cli import main
 from longslide.pipeline.tiles import picture_files
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 @pytest.fixture(scope="module")
 def slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two slides whose tiles at 0.5 um/px are resampled, one with dots in its name; and one that is broken."""
+    """Two slides whose tiles at 0.5 um/px are resampled, one with dots in its name."""
     folder = tmp_path_factory.mktemp("slides")
     write_synthetic_slide(folder / "S21.1.svs", size=(1600, 1200), mpp=0.29)
     write_synthetic_slide(folder / "b.svs", size=(1600, 1200), mpp=0.29, seed=1)
@@ -157,6 +158,14 @@ def test_a_bad_slide_ends_nothing_and_glass_has_no_pictures(slides: Path, tmp_pa
     assert [result.status for result in results] == ["failed", "done", "skipped"]
     assert "no tissue found" in results[2].reason
     assert not (tmp_path / "out" / "glass.json").exists()
+
+
+def test_a_slide_another_process_works_on_is_skipped(slides: Path, tmp_path: Path) -> None:
+    held = claim(tmp_path, "b")
+    results = {result.slide_id: result for result in tiles(slides, tmp_path)}
+    held.release()
+    assert {name: result.status for name, result in results.items()} == {"S21.1": "done", "b": "skipped"}
+    assert "another process" in results["b"].reason
 
 
 def test_blurred_tiles_are_left_out_as_embed_leaves_them(slides: Path, tmp_path: Path) -> None:
