@@ -111,6 +111,14 @@ class TissueSegmenter(Plugin, ABC):
 
     method: str
 
+    def check(self) -> None:
+        """Called before the first slide, so that what no slide can be had with is said once; nothing by default.
+
+        Raises:
+            LongslideError: Weights or a package are missing.
+        """
+        return
+
     @abstractmethod
     def __call__(self, slide: Slide) -> Tissue:
         """Find the tissue of a slide.

@@ -160,6 +160,8 @@ def doctor(
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if slide_encoder is not None and spec is None:
         raise LongslideError("--slide-encoder needs --tile-encoder: it reads the embeddings of that one")
+    tissue = tissue or OpticalDensity()
+    tissue.check()
     if write_table is not None:
         check_starter_table(Path(write_table))
     labels: list[LabelCheck] = []
@@ -175,7 +177,7 @@ def doctor(
         tile_px=tile_px,
         overlap=overlap,
         min_tissue=min_tissue,
-        segmenter=tissue or OpticalDensity(),
+        segmenter=tissue,
         reader=None if reader is None else READERS.get(reader),
         threads=threads,
     )

@@ -124,6 +124,8 @@ def embed(
             check_slide_encoder(slide_encoder, slide_checkpoint, spec.name)
         if reader is not None:
             reader = READERS.name_of(READERS.get(reader))
+        tissue = tissue or OpticalDensity()
+        tissue.check()
         make_output_folder(output)
 
         embedding = _Embedding(
@@ -139,7 +141,7 @@ def embed(
             tile_px=tile_px,
             overlap=overlap,
             min_tissue=min_tissue,
-            tissue=tissue or OpticalDensity(),
+            tissue=tissue,
             reader=reader,
             max_bad_tiles=max_bad_tiles,
             max_blur=max_blur,

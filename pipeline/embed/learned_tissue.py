@@ -1,7 +1,8 @@
 """Tissue segmenters that were learned: HEST's and GrandQC's, behind the same door as the classical one."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import cv2
 import numpy as np
@@ -21,11 +22,35 @@ BLOCK_UM = 8.0
 _RUNS = frozenset({"device", "batch_size"})  # options of where it runs, which change nothing
 
 
+class _Weights(NamedTuple):
+    """A network, the file of its weights (None: from the hub), and the option that names the file."""
+
+    network: "TissueNetwork"
+    checkpoint: str | None
+    option: str
+
+
 class LearnedSegmenter(TissueSegmenter):
     """What the learned segmenters share."""
 
     device: str
     batch_size: int
+
+    @property
+    @abstractmethod
+    def _weights(self) -> list[_Weights]:
+        """The networks it runs."""
+
+    @property
+    def method(self) -> str:  # type: ignore[override]
+        """The names of the networks and the digests of their weights."""
+        return " + ".join(network.find(checkpoint, option)[1] for network, checkpoint, option in self._weights)
+
+    def check(self) -> None:
+        """Find the weights, and the package that has the networks."""
+        for network, checkpoint, option in self._weights:
+            network.find(checkpoint, option)
+            network.build()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -39,9 +64,7 @@ class LearnedSegmenter(TissueSegmenter):
     def _predict(
         self,
         slide: Slide,
-        network: "TissueNetwork",
-        checkpoint: str | None,
-        option: str,
+        weights: _Weights,
         threshold: float | None = None,
         where: np.ndarray | None = None,
     ) -> np.ndarray:
@@ -49,9 +72,7 @@ class LearnedSegmenter(TissueSegmenter):
 
         Args:
             slide: The slide.
-            network: The network.
-            checkpoint: Its weights.
-            option: The command line's option for these.
+            weights: The network and its weights.
             threshold: See `classes_of`.
             where: `(h, w)` bool over the slide's bounds: patches without any of it are not looked at.
 
@@ -61,6 +82,7 @@ class LearnedSegmenter(TissueSegmenter):
         from ...models.tissue_networks import PATCH_PX, classes_of
         from .tile_embedding import resolve_device
 
+        network, checkpoint, option = weights
         mpp = slide.mpp.value
         if mpp > network.mpp * (1 + LEVEL_TOLERANCE):
             raise LongslideError(
@@ -113,17 +135,14 @@ class Hest(LearnedSegmenter):
     batch_size: int = 16
 
     @property
-    def method(self) -> str:  # type: ignore[override]
-        """The name of the network and the digest of its weights."""
+    def _weights(self) -> list[_Weights]:
         from ...models.tissue_networks import HEST
 
-        return HEST.find(self.checkpoint, "--tissue.checkpoint")[1]
+        return [_Weights(HEST, self.checkpoint, "--tissue.checkpoint")]
 
     def __call__(self, slide: Slide) -> Tissue:
         """Find the tissue."""
-        from ...models.tissue_networks import HEST
-
-        classes = self._predict(slide, HEST, self.checkpoint, "--tissue.checkpoint", self.threshold)
+        classes = self._predict(slide, self._weights[0], self.threshold)
         return Tissue.on_thumbnail(classes == 1, slide, self.method)
 
 
@@ -148,28 +167,25 @@ class GrandQc(LearnedSegmenter):
     batch_size: int = 16
 
     @property
-    def method(self) -> str:  # type: ignore[override]
-        """The names of the networks and the digests of their weights."""
+    def _weights(self) -> list[_Weights]:
         from ...models.tissue_networks import GRANDQC_ARTEFACTS, GRANDQC_TISSUE
 
-        names = [GRANDQC_TISSUE.find(self.checkpoint, "--tissue.checkpoint")[1]]
+        found = [_Weights(GRANDQC_TISSUE, self.checkpoint, "--tissue.checkpoint")]
         if self.artefacts:
-            names.append(GRANDQC_ARTEFACTS.find(self.artefact_checkpoint, "--tissue.artefact-checkpoint")[1])
-        return " + ".join(names)
+            found.append(_Weights(GRANDQC_ARTEFACTS, self.artefact_checkpoint, "--tissue.artefact-checkpoint"))
+        return found
 
     def __call__(self, slide: Slide) -> Tissue:
         """Find the tissue, and what of it is an artefact."""
-        from ...models.tissue_networks import GRANDQC_ARTEFACTS, GRANDQC_TISSUE
-
-        tissue = self._predict(slide, GRANDQC_TISSUE, self.checkpoint, "--tissue.checkpoint") == 0
+        first, *second = self._weights
+        tissue = self._predict(slide, first) == 0
         left_out = {}
-        if self.artefacts:
-            option = "--tissue.artefact-checkpoint"
-            classes = self._predict(slide, GRANDQC_ARTEFACTS, self.artefact_checkpoint, option, where=tissue)
+        for weights in second:
+            classes = self._predict(slide, weights, where=tissue)
             height, width = tissue.shape
             classes = cv2.resize(classes, (width, height), interpolation=cv2.INTER_NEAREST)
             for number in range(2, 7):
-                left_out[GRANDQC_ARTEFACTS.classes[number]] = tissue & (classes == number)
+                left_out[weights.network.classes[number]] = tissue & (classes == number)
             for mask in left_out.values():
                 tissue &= ~mask
         return Tissue.on_thumbnail(tissue, slide, self.method, left_out)

@@ -94,6 +94,9 @@ def tiles(
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if reader is not None:
         reader = READERS.name_of(READERS.get(reader))
+    tissue = tissue or OpticalDensity()
+    if features is None:
+        tissue.check()
     make_output_folder(output)
     with WatchedProcesses(slide_timeout, PREPARED_AHEAD) as watched:
         job = TilesJob(
@@ -105,7 +108,7 @@ def tiles(
             tile_px=tile_px,
             overlap=overlap,
             min_tissue=min_tissue,
-            tissue=tissue or OpticalDensity(),
+            tissue=tissue,
             reader=reader,
             max_bad_tiles=max_bad_tiles,
             max_blur=max_blur,

@@ -119,10 +119,10 @@ def test_a_file_that_reaches_outside_itself_is_refused(
         file["coords"] = coords()
         make(file, tmp_path)
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(LongslideError, match=said) as refused:
         read_features(path, embeddings=embeddings)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
     assert str(path) in str(refused.value)

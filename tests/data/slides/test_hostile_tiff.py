@@ -64,7 +64,7 @@ def test_files_damaged_at_random_end_in_an_error_or_in_openslides_pixels(tmp_pat
     seen: Counter[str] = Counter()
     for _ in range(120):
         path.write_bytes(damaged(content, places, rng))
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             reader = TiledTiffReader(path)
         except (DeclinedError, LongslideError):
@@ -85,7 +85,7 @@ def test_files_damaged_at_random_end_in_an_error_or_in_openslides_pixels(tmp_pat
                 if reference is not None and level < len(reference.level_dimensions):
                     np.testing.assert_array_equal(pixels, reference.read_region(x, y, level, 300, 300))
         reader.close()
-        assert time.perf_counter() - started < 10
+        assert time.process_time() - started < 10
     assert min(seen["refused"], seen["failed read"], seen["read"]) > 3
 
 
@@ -136,10 +136,10 @@ def test_directories_in_a_circle_end(tmp_path: Path) -> None:
         following = page.offset + 2 + 12 * len(page.tags)
         first = page.offset
     files.overwrite(path, following, struct.pack("<I", first))
-    started = time.perf_counter()
+    started = time.process_time()
     with suppress(DeclinedError, LongslideError):
         TiledTiffReader(path).close()
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("codec", ["webp", "jpeg2000", "jpegxl"])

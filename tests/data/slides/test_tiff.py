@@ -104,11 +104,11 @@ def test_a_size_that_the_directory_has_no_tiles_for_is_refused_at_once(tmp_path:
         for offset, px in entries:
             file.seek(offset + 2)
             file.write(struct.pack("<HII", 4, 1, px))
-    began = time.monotonic()
+    began = time.process_time()
     for reader in (None, "openslide"):
         with pytest.raises(
             LongslideError, match=r"says 1,000,000 x 50,000 px, which are [\d,]+ native tiles"
         ) as refused:
             open_slide(path, reader=reader)
         assert str(path) in str(refused.value)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5

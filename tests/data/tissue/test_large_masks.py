@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +75,6 @@ def test_a_mask_that_would_take_all_memory_is_refused_by_its_header(square: Path
     picture.save(tmp_path / "mask.png")
     content = bytearray((tmp_path / "mask.png").read_bytes())
     content[16:24] = (100_000).to_bytes(4, "big") * 2
-    import zlib
-
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     (tmp_path / "mask.png").write_bytes(content)
     with (
@@ -97,9 +96,9 @@ def test_thousands_of_polygons_are_one_raster(tmp_path: Path) -> None:
         features.append({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": rings}})
     (tmp_path / "m.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     with open_slide(path) as slide:
-        began = time.monotonic()
+        began = time.process_time()
         tissue = read_tissue_mask(tmp_path / "m.geojson", slide)
-        assert time.monotonic() - began < 3
+        assert time.process_time() - began < 3
     # Borders count as inside: 61 px squares, holes of 19.
     assert np.count_nonzero(tissue.mask) == 1500 * (61**2 + 61**2 - 19**2)
 

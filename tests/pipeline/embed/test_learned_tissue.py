@@ -1,6 +1,7 @@
 """Published tissue networks load from their checkpoint layouts, and masks are what they say of the slide's own pixels."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import openslide
 import pytest
 import torch
 from classifier_files import ENCODER
-from longslide import LongslideError, embed, open_slide, read_features
+from longslide import LongslideError, doctor, embed, open_slide, read_features
 from longslide.data.synthetic import write_pyramid
 from longslide.data.tissue.base import settings_of
 from longslide.models.tissue_networks import GRANDQC_ARTEFACTS, GRANDQC_TISSUE, HEST, TissueNetwork, classes_of
@@ -177,6 +178,16 @@ def test_weights_that_do_not_fit_or_are_not_there_are_named(weights: dict[str, s
             GrandQc(str(tmp_path / "none.pth"), device="cpu")(slide)
         with pytest.raises(LongslideError, match="coarser than the 1 that hest-deeplabv3 needs"):
             Hest(weights[HEST.name], device="cpu")(slide)
+
+
+@pytest.mark.parametrize("job", [embed, doctor])
+def test_weights_that_are_not_there_end_the_job_before_the_first_slide(
+    job: Callable[..., object], slide_path: Path, tmp_path: Path
+) -> None:
+    tissue = Hest(checkpoint=str(tmp_path / "absent.ckpt"))
+    with pytest.raises(LongslideError, match=r"absent\.ckpt: no such checkpoint"):
+        job(slide_path, output=tmp_path / "out", tile_encoder="kaiko-vits8", tile_checkpoint="random", tissue=tissue)
+    assert not (tmp_path / "out").exists()
 
 
 def test_where_it_runs_is_no_setting(weights: dict[str, str]) -> None:
