@@ -172,7 +172,10 @@ def test_the_default_segmenter_takes_options_without_being_named(outside: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tissue", "otsu"], "no tissue segmenter 'otsu': there are optical-density, hest, grandqc; a class of your own"),
+        (
+            ["--tissue", "otsu"],
+            "no tissue segmenter 'otsu': there are optical-density, hest, grandqc; a class of your own",
+        ),
         (["--tissue", "nowhere.Otsu"], "tissue segmenter 'nowhere.Otsu': no module nowhere; install its package"),
         (["--tissue", "dark_tissue.Otsu"], "tissue segmenter 'dark_tissue.Otsu': dark_tissue has no Otsu"),
         (
