@@ -49,10 +49,8 @@ def ending_signals() -> Iterator[Signals]:
     def again(dropped: "sys.UnraisableHookArgs") -> None:
         """Python drops what is raised while an object is destroyed, a slide's cache for one: repeat it soon after."""
         if issubclass(dropped.exc_type, KeyboardInterrupt):
-            repeat = (
-                threading.main_thread().ident,
-                signals.last or signal.SIGINT,
-            )  # to that thread: it ends a wait, too
+            # To the main thread: that ends a wait, too.
+            repeat = (threading.main_thread().ident, signals.last or signal.SIGINT)
             threading.Timer(0.05, signal.pthread_kill, repeat).start()
         else:
             sys.__unraisablehook__(dropped)

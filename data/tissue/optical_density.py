@@ -136,9 +136,8 @@ def _tissue_and_ink(
 
     foreground = closing(_within_half_density(stained | dark, np.maximum(strength, 0.5 * absorbed), mpp), 1.0)
     ink = np.zeros_like(dark)
-    if not (
-        grey or keep_ink or foreground.mean() > 0.9
-    ):  # without glass there is nothing that a stroke stands out from
+    without_glass = foreground.mean() > 0.9  # there is nothing that a stroke stands out from
+    if not (grey or keep_ink or without_glass):
         ink = find_ink(opening(foreground, 0.9), density, mpp)
         if ink.sum() > 0.5 * foreground.sum() and foreground.mean() > 0.5:  # no marker covers half of a picture
             ink = np.zeros_like(dark)

@@ -30,9 +30,8 @@ class WholeFileCheckpoints(TorchCheckpointIO):
         with whole_file(Path(path), "--run") as file:
             try:
                 torch.save(checkpoint, file)
-            except (
-                RuntimeError
-            ) as error:  # torch's writer closes its archive after whatever has ended it, and fails at that
+            except RuntimeError as error:
+                # torch's writer closes its archive after whatever has ended it, and fails at that.
                 before = error.__context__
                 if isinstance(before, KeyboardInterrupt | OSError):
                     raise before from None

@@ -71,6 +71,7 @@ def test_pixels_equal_openslides_on_every_level_inside_across_and_outside_border
                 np.testing.assert_array_equal(slide.read_region(*region), reference.read_region(*region), str(region))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("downsample", [2, 2.5, 4.003, 16])
 def test_regions_over_4096_px_are_openslides_too(tmp_path: Path, downsample: float) -> None:
     path = tmp_path / "a.tif"

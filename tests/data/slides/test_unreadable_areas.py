@@ -12,6 +12,7 @@ from longslide.errors import LongslideError
 from . import tiff_files as files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", ["tiff", "openslide"])
 def test_zeros_in_the_real_slide_are_counted_and_fail_it(tmp_path: Path, reader: str) -> None:
     folder = os.environ.get("LONGSLIDE_TEST_SLIDES")
