@@ -76,8 +76,11 @@ def tiles(
         LongslideError: Wrong usage, found before any slide is touched.
     """
     output = Path(output)
-    chosen = (tile_encoder, tile_mpp, tile_px, overlap or None, tissue, max_blur if max_blur < 1 else None)
-    if features is not None and any(one is not None for one in chosen):
+    tissue = tissue or OpticalDensity()  # which the command line gives by default
+    chosen = (tile_encoder, tile_mpp, tile_px)
+    if features is not None and (
+        any(one is not None for one in chosen) or overlap or tissue != OpticalDensity() or max_blur < 1
+    ):
         raise LongslideError(
             "--features says which tiles: --tile-encoder, --tile-mpp, --tile-px, --overlap, --tissue and --max-blur do not"
         )
@@ -94,7 +97,6 @@ def tiles(
     tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
     if reader is not None:
         reader = READERS.name_of(READERS.get(reader))
-    tissue = tissue or OpticalDensity()
     if features is None:
         tissue.check()
     make_output_folder(output)
