@@ -62,7 +62,7 @@ RANGES: Mapping[str, Range] = {
     "overlap": AT_LEAST_0,
     "min_tissue": SHARE,
     "max_bad_tiles": AT_LEAST_0,
-    "max_blur": SHARE,
+    "max_blur": Range(0, 1, above=True),
     "slide_timeout": ABOVE_0,
     "batch_size": AT_LEAST_1,
     "cache_dir_gb": ABOVE_0,
