@@ -16,7 +16,7 @@ from longslide.data.tissue.mask import read_tissue_mask
 from longslide.errors import LongslideError
 from PIL import Image
 
-PEAK = """
+PEAK = r"""
 import re, sys
 from pathlib import Path
 from longslide.data.slides.slide import open_slide
