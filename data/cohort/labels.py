@@ -51,7 +51,10 @@ class LabelReader:
         wanted = {"survival": 2, "multilabel": None}.get(kind, 1)
         if wanted is not None and len(self.label) != wanted:
             what = "two label columns, the time and the event" if wanted == 2 else "one label column"
-            raise LongslideError(f"a {kind} task needs {what}, not {', '.join(self.label) or 'none'}; see --data.label")
+            example = "'[time, event]'" if wanted == 2 else "label"
+            raise LongslideError(
+                f"a {kind} task needs {what}, not {', '.join(self.label) or 'none'}; give --data.label {example}"
+            )
         require_columns(self.source, self.frame, self.label)
         if self.frame.loc[self.has_features, list(self.label)].isna().all(axis=None):
             raise LongslideError(f"{self.source}: {listed(self.label)} is empty for all slides that have features")
