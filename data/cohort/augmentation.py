@@ -9,7 +9,7 @@ from ...ranges import check_options
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training bags are changed, anew in each epoch. Nothing by default.
+    """How training bags are changed, differently in each epoch. Nothing by default.
 
     Attributes:
         tile_dropout: Share of a slide's tiles that is left out.

@@ -42,7 +42,7 @@ class DataOptions:
         max_tokens: Tiles in a batch at most, for memory; a bag that has more is a batch of its own. None for no limit.
         bags_per_step: Bags that an optimiser step sees, on all devices together: where `max_tokens` divides them into
             several batches, their gradients are added up.
-        max_tiles: Tiles of a bag at most in training, drawn at random anew in each epoch. None, the default, cuts nothing.
+        max_tiles: Tiles of a bag at most in training, drawn at random again in each epoch. None, the default, cuts nothing.
         balance: Draw training bags so that each class comes equally often.
         augment: How training bags are changed.
         slide_embeddings: Use the slide embeddings of the files: each slide has one tile, its embedding (linear probes).

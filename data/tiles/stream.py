@@ -54,7 +54,7 @@ class TileStream:
         batch_size: Tiles a batch; the last one may be smaller, and so is one with unreadable tiles.
         threads: Threads that read; None for one on each core, at most 16.
         read_ahead: Batches read ahead.
-        max_bad_tiles: Unreadable tiles to put up with; they are left out of the batches.
+        max_bad_tiles: Unreadable tiles that are tolerated; they are left out of the batches.
         max_blur: Tiles more blurred than this are left out too; see `blur_of`.
         timeout: Seconds that a batch may take; None for any number.
 

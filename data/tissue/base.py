@@ -112,7 +112,7 @@ class TissueSegmenter(Plugin, ABC):
     method: str
 
     def check(self) -> None:
-        """Called before the first slide, so that what no slide can be had with is said once; nothing by default.
+        """Called before the first slide, so that an error that every slide would meet is raised once; nothing by default.
 
         Raises:
             LongslideError: Weights or a package are missing.

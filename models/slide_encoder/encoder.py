@@ -154,7 +154,9 @@ class SlideEncoder(nn.Module):
             LongslideError: As for `forward`.
         """
         if self.sequence_group is not None:
-            raise LongslideError("the tokens of a slide spread over several ranks are not to be had; embed it on one")
+            raise LongslideError(
+                "the tokens of a slide that is spread over several ranks are unavailable; embed it on one"
+            )
         tile_features, grid_cells, slides = self.pack(tile_features, grid_cells, cu_seqlens)
         tokens = self.encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens)[slides.rows_of_tiles()]
         slides.check()

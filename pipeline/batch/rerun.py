@@ -46,7 +46,7 @@ def refuse_mistaken_rerun(entries: Sequence[SlideEntry], check: Callable[[SlideE
             differing.append(error)
             if error.ways != differing[0].ways:
                 return
-        except (LongslideError, OSError):  # broken, which says nothing of the options
+        except (LongslideError, OSError):  # broken: that is no sign of other options
             continue
     if len(differing) == 1:
         raise differing[0]

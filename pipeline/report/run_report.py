@@ -53,7 +53,7 @@ def write_run_report(run: Path) -> Path:
     """Write `report.html` and `methods.txt` into a run folder.
 
     Args:
-        run: The run folder; `metrics.csv` is made anew in memory if it is not there.
+        run: The run folder; `metrics.csv` is made again in memory if it is not there.
 
     Returns:
         The report.

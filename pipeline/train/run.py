@@ -195,7 +195,7 @@ class TrainingRun:
         return read_run(self.folder) if predictions else Run.without_predictions(self.folder, task, self.facts)
 
     def again(self, cohort: "Cohort") -> Run:
-        """The run that is there already; evaluated anew if other options for that are given now.
+        """The run that has finished before; evaluated again if other options for that are given now.
 
         Args:
             cohort: The cohort that is asked for now.

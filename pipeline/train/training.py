@@ -160,7 +160,7 @@ def build(settings: Settings, data: BagDataModule) -> Training:
 
 
 def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Options of Lightning's Trainer, checked and built anew: objects, or what a YAML file says of them.
+    """Options of Lightning's Trainer, checked and built again: objects, or what a YAML file says of them.
 
     Raises:
         LongslideError: An unknown option, or one of the wrong type.
