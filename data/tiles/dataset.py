@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from ..slides.slide import Slide, open_slide
 from ..tissue.base import TissueSegmenter
-from .grid import Grid, make_grid
+from .grid import MIN_TISSUE, Grid, make_grid
 from .read import read_tile
 
 
@@ -43,7 +43,7 @@ class TileDataset(Dataset[dict[str, Any]]):
         px: int = 256,
         *,
         overlap: int = 0,
-        min_tissue: float = 0.1,
+        min_tissue: float = MIN_TISSUE,
         transform: Callable[[Tensor], Any] | None = None,
         segmenter: TissueSegmenter | None = None,
         slide_mpp: float | None = None,

@@ -15,6 +15,10 @@ and a scanner's 0.499 um/px is meant to be 0.5. At 256 px the far edge of a tile
 never drifts, because its step is that of the tiles actually read."""
 
 
+MIN_TISSUE = 0.1
+"""Smallest share of a tile that must be tissue, by default."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Where the tiles of a slide are, and how they are read.
@@ -112,7 +116,7 @@ def make_grid(
     tile_mpp: float = 0.5,
     tile_px: int = 256,
     overlap: int = 0,
-    min_tissue: float = 0.1,
+    min_tissue: float = MIN_TISSUE,
 ) -> Grid:
     """Lay a grid over a slide from its top-left corner and keep the tiles that show tissue.
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from ...data.slides.base import READERS, SlideReader
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
-from ...data.tiles.grid import Grid, make_grid
+from ...data.tiles.grid import MIN_TISSUE, Grid, make_grid
 from ...data.tiles.stream import TileStream
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.mask import Mask
@@ -101,7 +101,7 @@ def doctor(
     tile_mpp: float | None = None,
     tile_px: int | None = None,
     overlap: int = 0,
-    min_tissue: float = 0.1,
+    min_tissue: float = MIN_TISSUE,
     tissue: TissueSegmenter | None = None,
     reader: str | None = None,
     id_from: IdFrom = "name",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ...data.slides.base import READERS
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
+from ...data.tiles.grid import MIN_TISSUE
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
@@ -41,7 +42,7 @@ def embed(
     tile_mpp: float | None = None,
     tile_px: int | None = None,
     overlap: int = 0,
-    min_tissue: float = 0.1,
+    min_tissue: float = MIN_TISSUE,
     tissue: TissueSegmenter | None = None,
     reader: str | None = None,
     id_from: IdFrom = "name",

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 Wait = Literal["encoder", "tiles", "slides", "writing"]
 
-LIMITED = 0.15
+LIMITED = 1 / 3
 """More than this share of the time must be lost to something else before it is said to be the limit."""
 
 _WAITS: dict[Wait, tuple[str, str]] = {

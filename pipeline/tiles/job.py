@@ -76,7 +76,7 @@ class TilesJob:
     max_bad_tiles: int
     max_blur: float
     watched: WatchedProcesses
-    threads: int
+    threads: int | None
     overwrite: bool
 
     @property

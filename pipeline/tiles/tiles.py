@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ...data.slides.base import READERS
 from ...data.slides.slide_table import IdFrom, find_slides
+from ...data.tiles.grid import MIN_TISSUE
 from ...data.tissue.base import TissueSegmenter
 from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
@@ -31,14 +32,14 @@ def tiles(
     tile_mpp: float | None = None,
     tile_px: int | None = None,
     overlap: int = 0,
-    min_tissue: float = 0.1,
+    min_tissue: float = MIN_TISSUE,
     tissue: TissueSegmenter | None = None,
     reader: str | None = None,
     id_from: IdFrom = "name",
     max_bad_tiles: int = 0,
     max_blur: float = 1.0,
     slide_timeout: float = 600.0,
-    threads: int = 4,
+    threads: int | None = None,
     overwrite: bool = False,
 ) -> list[SlideResult]:
     """Write tiles as PNG: the tiles on tissue, as `embed` chooses them, or those of feature files that exist.
@@ -66,7 +67,7 @@ def tiles(
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         max_blur: Leave out tiles more blurred than this, 0 to 1, as `embed` does.
         slide_timeout: Seconds that opening a slide and finding its tissue may take, as `embed` takes it.
-        threads: Threads that read and compress tiles.
+        threads: Threads that read and compress tiles. Default: one on each core.
         overwrite: Replace pictures that were made with other settings.
 
     Returns:
@@ -79,10 +80,15 @@ def tiles(
     tissue = tissue or OpticalDensity()  # which the command line gives by default
     chosen = (tile_encoder, tile_mpp, tile_px)
     if features is not None and (
-        any(one is not None for one in chosen) or overlap or tissue != OpticalDensity() or max_blur < 1
+        any(one is not None for one in chosen)
+        or overlap
+        or tissue != OpticalDensity()
+        or max_blur < 1
+        or min_tissue != MIN_TISSUE
     ):
         raise LongslideError(
-            "--features says which tiles: --tile-encoder, --tile-mpp, --tile-px, --overlap, --tissue and --max-blur do not"
+            "--features says which tiles: --tile-encoder, --tile-mpp, --tile-px, --overlap, --tissue,"
+            " --min-tissue and --max-blur do not"
         )
     if features is not None and not Path(features).is_dir():
         raise LongslideError(

@@ -68,6 +68,12 @@ def processes_of(pid: int) -> list[int]:
     return found
 
 
+def wait_for_two_processes(running: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 120
+    while len(processes_of(running.pid)) < 2 and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def wait_for_the_first_slide(output: Path) -> None:
     deadline = time.monotonic() + 120
     while not any(output.glob("*.h5")) and time.monotonic() < deadline:
@@ -79,8 +85,7 @@ def test_a_process_that_is_killed_loses_nothing(job: dict[str, Any], tmp_path: P
     running = subprocess.Popen(
         command(job, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    while len(processes_of(running.pid)) < 2:
-        time.sleep(0.05)
+    wait_for_two_processes(running)
     victim = processes_of(running.pid)[0]
     wait_for_the_first_slide(tmp_path / "out")
     os.kill(victim, signal.SIGKILL)
@@ -132,8 +137,7 @@ def test_a_signal_ends_all_processes_and_the_next_run_goes_on(job: dict[str, Any
     running = subprocess.Popen(
         command(job, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    while len(processes_of(running.pid)) < 2:
-        time.sleep(0.05)
+    wait_for_two_processes(running)
     workers = processes_of(running.pid)
     wait_for_the_first_slide(tmp_path / "out")
     running.send_signal(signal.SIGTERM)

@@ -11,7 +11,9 @@ def test_the_encoder_is_the_limit_unless_more_than_a_little_is_lost_elsewhere() 
     waits.seconds |= {"encoder": 90.0, "tiles": 8.0, "slides": 2.0}
     assert waits.limit == "the tile encoder"
     assert str(waits).startswith("time: the tile encoder 90%, reading tiles 8%, opening slides and finding tissue 2%;")
-    waits.seconds["tiles"] = 40.0
+    waits.seconds["tiles"] = 30.0
+    assert waits.limit == "the tile encoder"
+    waits.seconds["tiles"] = 60.0
     assert waits.limit == "reading tiles"
     assert "more cores (--threads)" in str(waits)
 
