@@ -62,7 +62,8 @@ def export(
         What was written: of a checkpoint, or of each feature file.
 
     Raises:
-        LongslideError: Wrong usage, no slide encoder in the checkpoint, or the files cannot be written.
+        LongslideError: Wrong usage, such as the features' own folder as output; no slide encoder in the checkpoint; or the
+            files cannot be written.
     """
     if (checkpoint is None) == (features is None):
         raise LongslideError(
@@ -80,6 +81,10 @@ def export(
         raise LongslideError("--name is that of a slide encoder: it goes with --checkpoint")
     assert features is not None
     files = find_feature_files(features)
+    if any(path.parent.resolve() == Path(output).resolve() for path in files):
+        raise LongslideError(
+            f"{output}: the folder of the features, which files of another layout would replace; choose another --output"
+        )
     make_output_folder(Path(output))
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     done: list[ExportedFeatures] = []

@@ -120,9 +120,7 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise LongslideError(
-            f"{folder}: there is no such folder; name a folder that longslide fit, crossval or test wrote"
-        )
+        raise LongslideError(f"{folder}: no such folder; give one that longslide fit, crossval or test wrote")
     path = folder / "run.json"
     if not path.is_file():
         raise LongslideError(f"{folder}: no run.json in it; name a folder that longslide fit, crossval or test wrote")

@@ -68,7 +68,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "did you mean gigapath",
         ),
         (["predict", "{}/a.png", "--checkpoint", "none.ckpt"], "none.ckpt: no such checkpoint"),
-        (["compare", "one", "two"], "one: there is no such folder"),
+        (["compare", "one", "two"], "one: no such folder"),
         (["report", "nowhere"], "nowhere"),
     ],
     ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else value[:30],

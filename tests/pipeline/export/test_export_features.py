@@ -40,6 +40,19 @@ def test_our_own_files_hold_the_attributes_by_which_tridents_tools_find_the_pixe
     assert "level0_magnification" not in read_features(folder / "S21.1.h5").settings
 
 
+@pytest.mark.parametrize("to", ["stamp", "trident", "clam"])
+def test_the_folder_of_the_features_is_refused_as_output_and_they_stay(
+    to: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "S21.1.h5"
+    path.write_bytes((folder / "S21.1.h5").read_bytes())
+    for given in (tmp_path, path):
+        assert main(["export", "--features", str(given), "--to", to, "--output", f"{tmp_path}/../{tmp_path.name}"]) == 2
+        assert "the folder of the features" in capsys.readouterr().err
+    assert path.read_bytes() == (folder / "S21.1.h5").read_bytes()
+    assert [one.name for one in tmp_path.iterdir()] == ["S21.1.h5"]
+
+
 def test_trident_finds_features_and_coordinates_where_it_puts_them(
     folder: Path, features: Features, tmp_path: Path
 ) -> None:
