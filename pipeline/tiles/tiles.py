@@ -94,6 +94,10 @@ def tiles(
         raise LongslideError(
             f"{features}: no such folder of feature files; give the output folder of `longslide embed`"
         )
+    if features is not None and Path(features).resolve() == output.resolve():
+        raise LongslideError(
+            f"{output}: the folder of the features, which has its own {SUMMARY}; choose another --output"
+        )
     entries = find_slides(slides, slide_mpp, ask=False, reader=reader, id_from=id_from)
     spec = None
     if tile_encoder is not None:

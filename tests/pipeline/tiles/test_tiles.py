@@ -90,6 +90,13 @@ def test_the_tiles_of_a_feature_file_are_what_its_encoder_saw(slides: Path, tmp_
 
 
 @pytest.mark.slow
+def test_the_folder_of_the_features_keeps_its_summary(slides: Path, tmp_path: Path) -> None:
+    (tmp_path / "summary.csv").write_text("slide_id\n")
+    with pytest.raises(LongslideError, match="the folder of the features"):
+        tiles(slides, tmp_path, features=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.csv"]
+
+
 def test_a_rerun_does_what_is_missing_and_refuses_other_settings(
     slides: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
