@@ -248,7 +248,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="Trainings at a time.")
     parser.add_argument("--minutes", type=float, default=1e6, help="After these the rest is left out.")
-    parser.add_argument("--output", type=Path, default=None, help="CSV of all results, as they come.")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="CSV of all results, as they come; what it has is not run again."
+    )
     arguments = parser.parse_args()
     began, work = time.monotonic(), Path(tempfile.mkdtemp())
     pool = ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn"))
@@ -259,8 +261,16 @@ def main() -> None:
     wanted = [(recipe, np.nan) for recipe in arguments.recipes]
     wanted += [(f"reference {name}", rate) for name in names for rate in RATES[name]]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    jobs = [pool.submit(one, work, task, *each, seed, device) for task, seed in cells for each in wanted]
-    done: list[Result] = []
+    before = (
+        pd.read_csv(arguments.output)
+        if arguments.output and arguments.output.exists()
+        else pd.DataFrame(columns=COLUMNS)
+    )
+    done: list[Result] = list(before[COLUMNS].itertuples(index=False, name=None))
+    had = {(task, recipe, str(rate), seed) for task, recipe, rate, seed, *_ in done}
+    trainings = [(task, *each, seed) for task, seed in cells for each in wanted]
+    trainings = [each for each in trainings if (each[0], each[1], str(each[2]), each[3]) not in had]
+    jobs = [pool.submit(one, work, *each, device) for each in trainings]
     try:
         for job in as_completed(jobs, max(1.0, 60 * arguments.minutes - (time.monotonic() - began))):
             if job.exception() is not None:
@@ -271,7 +281,9 @@ def main() -> None:
             if arguments.output is not None:
                 pd.DataFrame(done, columns=COLUMNS).to_csv(arguments.output, index=False)
     except TimeoutError:
-        print(f"{len(jobs) - len(done)} of {len(jobs)} trainings are left out: the time is over", flush=True)
+        print(
+            f"{len(jobs) + len(before) - len(done)} of {len(jobs)} trainings are left out: the time is over", flush=True
+        )
     tabulate(done)
     for process in list((pool._processes or {}).values()):
         process.kill()
