@@ -39,7 +39,7 @@ Take = Callable[[np.ndarray, int], None]
 
 def by_stream(reader: str, path: Path, grid: Grid, workers: int, take: Take) -> None:
     with open_slide(path, reader=reader) as slide:
-        for batch in TileStream(slide, grid, batch_size=256, threads=workers):
+        for batch in TileStream(slide, grid, threads=workers):
             take(batch.tiles, int(batch.index[0]))
 
 
@@ -180,29 +180,27 @@ def measure(path: Path, slide_mpp: float, arguments: argparse.Namespace) -> None
 
 
 def write_jpeg_slide(path: Path, native: int, mpp: float, columns: int, quality: int) -> None:
-    """`columns` x `columns` native tiles, repeated from a piece of tissue, and a level of a quarter the size."""
+    """`columns` x `columns` native tiles, repeated from a piece of tissue, and the same at a quarter of the resolution."""
     source = Path(os.environ.get("LONGSLIDE_TEST_SLIDES", "")) / "CMU-1-Small-Region.svs"
     with tempfile.TemporaryDirectory() as folder:
         if not source.is_file():
             source = write_synthetic_slide(Path(folder) / "piece.svs", size=(4096, 3072), mpp=0.25)
         with open_slide(source) as slide:
             piece = slide.read_region(0, 0, 0, *(edge // native * native for edge in slide.dimensions))
-    height, width = piece.shape[:2]
+    quarter = cv2.resize(piece, (piece.shape[1] // 4, piece.shape[0] // 4), interpolation=cv2.INTER_AREA)
     description = f"Aperio Image Library v12.0.0\r\n{columns * native}x{columns * native}|MPP = {mpp:g}"
     with tifffile.TiffWriter(path, bigtiff=True) as file:
-        for edge in (columns, columns // 4):
-            tables, streams = b"", []
-            for y in range(0, height, native):
-                row = []
-                for x in range(0, width, native):
-                    tile = np.ascontiguousarray(piece[y : y + native, x : x + native])
-                    tables, stream = apart(simplejpeg.encode_jpeg(tile, quality=quality, colorsubsampling="420"))
-                    row.append(stream)
-                streams.append(row)
-            rows = (streams[y % len(streams)][x % len(streams[0])] for y in range(edge) for x in range(edge))
+        for image, edge in ((piece, columns * native), (quarter, columns * native // 4)):
+            tables, streams = b"", {}
+            corners = [(x, y) for y in range(0, edge, native) for x in range(0, edge, native)]
+            places = [(x % image.shape[1], y % image.shape[0]) for x, y in corners]
+            for x, y in set(places):
+                down, across = (np.arange(native) + y) % image.shape[0], (np.arange(native) + x) % image.shape[1]
+                tile = image[np.ix_(down, across)]
+                tables, streams[x, y] = apart(simplejpeg.encode_jpeg(tile, quality=quality, colorsubsampling="420"))
             file.write(
-                rows,
-                shape=(edge * native, edge * native, 3),
+                (streams[place] for place in places),
+                shape=(edge, edge, 3),
                 dtype="uint8",
                 tile=(native, native),
                 photometric="ycbcr",

@@ -105,6 +105,20 @@ class SlideReader(Plugin, ABC):
             LongslideError: The region cannot be read. Other regions still can.
         """
 
+    def read_into(self, x: int, y: int, level: int, out: np.ndarray) -> None:
+        """Read a rectangle of a level to where its pixels go; a reader may spare itself a copy.
+
+        Args:
+            x: As of `read_region`.
+            y: As of `read_region`.
+            level: As of `read_region`.
+            out: `(height, width, 3)` uint8, where the pixels go; undefined after an error.
+
+        Raises:
+            LongslideError: As `read_region`.
+        """
+        out[...] = self.read_region(x, y, level, out.shape[1], out.shape[0])
+
     @abstractmethod
     def close(self) -> None:
         """Close the file."""

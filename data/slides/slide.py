@@ -162,6 +162,20 @@ class Slide:
         """
         return self._reader.read_region(x, y, level, width, height)
 
+    def read_into(self, x: int, y: int, level: int, out: np.ndarray) -> None:
+        """Read a rectangle of a level, as `read_region`, to where its pixels go.
+
+        Args:
+            x: Left edge in level-0 pixels; may lie outside the slide.
+            y: Top edge in level-0 pixels; may lie outside the slide.
+            level: Level to read from.
+            out: `(height, width, 3)` uint8, where the pixels go; undefined after an error.
+
+        Raises:
+            LongslideError: The region cannot be read. Other regions still can.
+        """
+        self._reader.read_into(x, y, level, out)
+
     @cached_property
     def bounds(self) -> tuple[int, int, int, int]:
         """x, y, width and height, in level-0 pixels, of the part of the slide that was scanned.

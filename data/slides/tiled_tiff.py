@@ -18,6 +18,10 @@ from .tiff import TiffFacts, is_tiff, tiff_facts
 from .tiff_levels import Levels, levels_like_openslide, own_levels, with_sub_directories
 
 _PIECE = 4096  # OpenSlide reads larger regions in pieces, and cuts the corner of each to whole level-0 pixels
+_CACHED_ROWS = (
+    8  # of native tiles, at most: tiles in row-major order find those of the row above, up to a downsample of 6
+)
+_LEAST_CACHE = 32 * 2**20
 _COMPARED_PX = 200  # edge of the regions that are compared with OpenSlide's
 
 
@@ -61,10 +65,13 @@ class TiledTiffReader(SlideReader):
         self._lock = threading.Lock()
         self._cache: OrderedDict[tuple[int, int, int], np.ndarray | None] = OrderedDict()
         self._cached = 0
+        # What is never asked for again would only be memory that the system has to clear: a fifth of the time of a tile.
+        rows = max(tiles.columns * tiles.tile_width * tiles.tile_height * 3 for tiles in self._levels.tiles)
+        self._most_cached = max(_LEAST_CACHE, _CACHED_ROWS * rows)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: another one opens the file again, with the levels found here."""
-        own = ("_file", "_size", "_lock", "_cache", "_cached", "_openslide")
+        own = ("_file", "_size", "_lock", "_cache", "_cached", "_most_cached", "_openslide")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,9 +124,16 @@ class TiledTiffReader(SlideReader):
 
     def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
         """See `SlideReader.read_region`."""
-        if level in self._levels.drawn_by_openslide:
-            return self._by_openslide().read_region(x, y, level, width, height)
         out = np.empty((height, width, 3), np.uint8)
+        self.read_into(x, y, level, out)
+        return out
+
+    def read_into(self, x: int, y: int, level: int, out: np.ndarray) -> None:
+        """See `SlideReader.read_into`."""
+        height, width = out.shape[:2]
+        if level in self._levels.drawn_by_openslide:
+            self._by_openslide().read_into(x, y, level, out)
+            return
         downsample = self.level_downsamples[level]
         try:
             for top in range(0, height, _PIECE):
@@ -130,7 +144,6 @@ class TiledTiffReader(SlideReader):
             raise LongslideError(
                 f"{self.path}: cannot read {width} x {height} px at ({x}, {y}), level {level}: {error}"
             ) from error
-        return out
 
     def _read_piece(self, x: int, y: int, level: int, out: np.ndarray) -> None:
         """Read at a place in level-0 pixels, as OpenSlide does: what lies left of or above the slide takes whole pixels."""
@@ -210,7 +223,7 @@ class TiledTiffReader(SlideReader):
             if key not in self._cache:
                 self._cache[key] = pixels
                 self._cached += 0 if pixels is None else pixels.nbytes
-            while self._cached > self.cache_bytes:
+            while self._cached > min(self.cache_bytes, self._most_cached):
                 _, oldest = self._cache.popitem(last=False)
                 self._cached -= 0 if oldest is None else oldest.nbytes
         return pixels

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from longslide.data.slides import tiled_tiff
 from longslide.data.slides.native_tiles import NativeTiles
 from longslide.data.slides.slide import open_slide
 from longslide.data.slides.tiled_tiff import TiledTiffReader
@@ -215,6 +216,39 @@ def test_the_cache_keeps_no_more_than_it_may(tmp_path: Path) -> None:
     assert len(reader._cache) == 5
     np.testing.assert_array_equal(reader.read_region(0, 0, 0, *reader.dimensions), whole)
     reader.close()
+
+
+def test_rows_of_tiles_read_one_below_the_other_decode_each_native_tile_once_and_keep_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "tiles-of-48")
+    monkeypatch.setattr(tiled_tiff, "_LEAST_CACHE", 0)
+    decoded: list[NativeTiles] = []
+    decode = NativeTiles.decode
+
+    def counted(tiles: NativeTiles, parts: list[bytes]) -> np.ndarray:
+        decoded.append(tiles)
+        return decode(tiles, parts)
+
+    with open_slide(path, reader="tiff") as slide:
+        reader = slide._reader
+        assert isinstance(reader, TiledTiffReader)
+        reader._cache.clear()  # of what was compared at opening
+        reader._cached = 0
+        monkeypatch.setattr(NativeTiles, "decode", counted)
+        whole = slide.read_region(0, 0, 0, 1003, 777)
+        native = len(decoded)
+        assert native == 21 * 17
+        assert len(reader._cache) == 8 * 21
+        reader._cache.clear()
+        reader._cached = 0
+        tile = np.empty((64, 64, 3), np.uint8)
+        for y in range(0, 704, 64):
+            for x in range(0, 960, 64):
+                slide.read_into(x, y, 0, tile)
+                np.testing.assert_array_equal(tile, whole[y : y + 64, x : x + 64])
+                np.testing.assert_array_equal(tile, slide.read_region(x, y, 0, 64, 64))
+        assert len(decoded) - native == 20 * 15
 
 
 def zeros(content: bytes) -> bytes:
