@@ -33,7 +33,7 @@ def start_child(module: str, *numbers: int, pass_fds: Sequence[int], **options: 
 
 def leave_signals_to_parent() -> None:
     """Ignore what is sent to all processes of a job: the parent ends this one."""
-    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(ending, signal.SIG_IGN)
 
 

@@ -20,7 +20,7 @@ from ..version import __version__
 from ..yaml_file import read_yaml
 from .parser import OptionParser
 from .plugin_options import accept_plugin_names
-from .signals import ending_signals
+from .signals import Stopped, ending_signals
 
 if TYPE_CHECKING:
     from .train.settings import Command
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 when all is well, 1 when something failed, 2 for wrong usage, 130 after Ctrl-C,
-        143 after SIGTERM, 129 after SIGHUP.
+        143 after SIGTERM, 129 after SIGHUP, 138 after SIGUSR1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command, words = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"longslide {command}: {error}", file=sys.stderr)
                 return 2
             print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
-            return signals.status
+            return 128 + error.number if isinstance(error, Stopped) else signals.status
         finally:
             library.removeHandler(messages)
             library.setLevel(level)

@@ -1,4 +1,4 @@
-"""Signals that end a command: Ctrl-C, SIGTERM (a cluster's, a container's) and SIGHUP (a terminal that closed)."""
+"""Signals that end a command: Ctrl-C, SIGTERM (of a cluster), SIGHUP (a terminal that closed); SIGUSR1 ends it soon."""
 
 import signal
 import sys
@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+GRACE = 60.0
+"""Seconds for the slides in hand after SIGUSR1, which clusters send some time before they end a job."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -68,3 +71,33 @@ def ending_signals() -> Iterator[Signals]:
         for number, handler in before.items():
             if in_main and handler is not None:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def ending_soon() -> Iterator[threading.Event]:
+    """An event that SIGUSR1 sets: finish what is in hand, and begin nothing.
+
+    After `GRACE` seconds, or at a second SIGUSR1, `Stopped` is raised in the main thread. A signal that is ignored, or that
+    others handle, is left alone.
+    """
+    soon = threading.Event()
+    timers: list[threading.Timer] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if soon.is_set():
+            raise Stopped(number)
+        soon.set()
+        timers.append(threading.Timer(GRACE, signal.pthread_kill, (threading.main_thread().ident, number)))
+        timers[0].daemon = True
+        timers[0].start()
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGUSR1, stop)
+    try:
+        yield soon
+    finally:
+        for timer in timers:
+            timer.cancel()
+        if ours:
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)

@@ -67,7 +67,7 @@ def read_folder(folder: Path, suffixes: Collection[str], folders: Collection[str
     dicom: dict[Path, dict[str | None, Path]] = {}
     for path in sorted(_files(folder, {*folders, ".zarr"})):
         inside = path.relative_to(folder)
-        if path.parent.name == "qc" and (path.parent.parent / "summary.csv").is_file():
+        if path.parent.name == "qc" and any((path.parent.parent / made).exists() for made in ("summary.csv", "shards")):
             continue
         suffix = path.suffix.lower()
         if suffix not in (folders if path.is_dir() else suffixes):

@@ -1,20 +1,23 @@
 """The loop of every batch job: prepare slides ahead, encode their tiles, finish each behind, record how it ended."""
 
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.readers import usable_cores
-from ...errors import LongslideError
+from ..signals import Stopped, ending_soon
 from .devices import Feed
-from .ledger import SUMMARY, SUMMARY_WAIT, record
+from .ledger import SUMMARY, Summary
+from .one_job import one_job
 from .progress import JobProgress, Progress
 from .result import SlideResult
+from .shards import Shard
 
 PREPARED_AHEAD = max(1, min(8, usable_cores() // 4))
 """Slides that are prepared at a time: finding tissue takes a core a second or more, and small slides are encoded in less."""
@@ -43,6 +46,11 @@ class BatchJob(Protocol[T]):
         """What the job does, in a line or two, for the user to check."""
         ...
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What results depend on, in plain types; processes with other settings may not work in the folder meanwhile."""
+        ...
+
     def prepare(self, entry: SlideEntry, /) -> T | SlideResult:
         """All that comes before the models; a result if that ends the slide."""
         ...
@@ -65,23 +73,37 @@ def run_batch(
     entries: Sequence[SlideEntry] | Feed,
     output: Path,
     notes: Sequence[str] = (),
-    progress: Progress | None = None,
+    shard: Shard | None = None,
 ) -> list[SlideResult]:
     """Run a job over slides, and write each one's result into the summary as it ends.
 
     Args:
         job: What is done to each slide.
-        entries: The slides, or what gives them.
+        entries: The slides; or what gives them, is told the progress and writes the summary.
         output: Folder of the summary.
         notes: Notes to print first.
-        progress: Where progress is told; a display of its own by default.
+        shard: The shard that these slides are, if they are one.
 
     Returns:
         One result per slide, in the order of the input.
+
+    Raises:
+        LongslideError: Another job is at work in the folder with other settings.
+        Stopped: SIGUSR1 has ended the job before all slides were done.
     """
-    with progress or JobProgress(len(entries)) as progress, ExitStack() as given_up, ExitStack() as running:
+    feed = entries if isinstance(entries, Feed) else None
+    with ExitStack() as given_up, ExitStack() as running:
+        running.enter_context(one_job(output, job.made_with))
+        if shard is not None:
+            shard.begin(output, job.made_with)
+        shown: Progress = JobProgress(len(entries)) if feed is None else feed
+        progress = running.enter_context(shown)
         for note in (job.description, *notes):
             progress.note(note)
+        summary = None
+        if feed is None:
+            summary = running.enter_context(Summary(output, SUMMARY if shard is None else shard.summary, progress.note))
+        soon = running.enter_context(ending_soon())
 
         def prepare(entry: SlideEntry) -> T | SlideResult:
             prepared = job.prepare(entry)
@@ -92,55 +114,48 @@ def run_batch(
         def finish(prepared: T | SlideResult) -> SlideResult:
             result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
             progress.slide_ended(result)
-            unrecorded.append(result)
-            unrecorded[:] = _recorded(output, unrecorded, progress)
+            if summary is not None:
+                summary.add(result)
             return result
 
-        unrecorded: list[SlideResult] = []
-
         # Closed from the last to the first, whatever ends the job, and then what slides hold that were not finished.
-        ahead = running.enter_context(closing(_ahead(prepare, entries)))
+        ahead = running.enter_context(
+            closing(_ahead(prepare, entries, soon.is_set if feed is None else feed.ends_soon))
+        )
         encoded = running.enter_context(closing(job.encode(ahead, progress)))
         results = running.enter_context(closing(_behind(finish, encoded)))
         try:
             ended = list(results)
-            if unrecorded:
-                _recorded(output, unrecorded, progress, last=True)
-            return ended
         except BaseException:  # Ctrl-C, for one
             job.stop()
             raise
-
-
-def _recorded(output: Path, results: list[SlideResult], progress: Progress, *, last: bool = False) -> list[SlideResult]:
-    """Write results into the summary; those that could not be written, for the next time."""
-    again = len(results) > 1  # who has waited in vain once does not wait as long for each slide
-    try:
-        record(output, *results, timeout=SUMMARY_WAIT if last or not again else 1.0)
-    except LongslideError as error:  # the slides' own files are there
-        if last or not again:
-            progress.note(str(error))
-        if last:
-            progress.note(f"{len(results)} slides are missing in {output / SUMMARY}; the same command adds them")
-        return results
-    return []
+    if feed is None and len(ended) < len(entries):
+        raise Stopped(signal.SIGUSR1)
+    return ended
 
 
 def _ahead(
-    prepare: Callable[[SlideEntry], T | SlideResult], entries: Iterable[SlideEntry | None]
+    prepare: Callable[[SlideEntry], T | SlideResult],
+    entries: Iterable[SlideEntry | None],
+    ends_soon: Callable[[], bool],
 ) -> Generator[T | SlideResult]:
-    """Prepare the next slides (open them, find tissue) while the models work on earlier ones."""
+    """Prepare the next slides (open them, find tissue) while the models work on earlier ones.
+
+    When the job ends soon, slides that no model has begun with are left.
+    """
     with ThreadPoolExecutor(PREPARED_AHEAD, thread_name_prefix="prepare") as executor:
         following: deque[Future[T | SlideResult]] = deque()
         try:
             for entry in entries:
+                if ends_soon():
+                    break
                 if entry is not None:
                     following.append(executor.submit(prepare, entry))
                 if len(following) > (0 if entry is None else PREPARED_AHEAD):
                     yield following.popleft().result()
                 elif entry is None:
                     time.sleep(0.2)
-            while following:
+            while following and not ends_soon():
                 yield following.popleft().result()
         finally:
             executor.shutdown(cancel_futures=True)

@@ -16,9 +16,10 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from ...errors import LongslideError
 from .result import BUSY
@@ -35,7 +36,25 @@ logger = logging.getLogger(__name__)
 
 
 class ClaimedError(LongslideError):
-    """Another process holds the claim; the message says who."""
+    """Another process holds the claim; the message says who.
+
+    Args:
+        record: What the claim says.
+
+    Attributes:
+        record: As given.
+        who: The holder, in words.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record = record
+        since = record.get("since")
+        age = f", for {max(0.0, time.time() - since) / 60:.0f} min" if isinstance(since, float) else ""
+        self.who = f"process {record.get('process', '?')} on {record.get('host', '?')}{age}"
+        super().__init__(f"{BUSY} ({self.who})")
+
+    def __reduce__(self) -> tuple[type["ClaimedError"], tuple[Mapping[str, Any]]]:
+        return type(self), (self.record,)
 
 
 class Claim:
@@ -44,12 +63,18 @@ class Claim:
     Args:
         path: Its file.
         descriptor: The file, open, with the lock where there are locks.
+        about: What else it says.
+
+    Attributes:
+        path: As given.
+        since: When it was taken, in seconds since 1970.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, about: Mapping[str, Any]) -> None:
         self.path = path
+        self.since = time.time()
         self._descriptor = descriptor
-        record = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
+        record = {"host": socket.gethostname(), "process": os.getpid(), "since": self.since, **about}
         with contextlib.suppress(OSError):  # a full disk: the lock is what counts
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(record).encode(), 0)
@@ -108,8 +133,12 @@ def waited_claim(path: Path, timeout: float) -> Iterator[Claim]:
         held.release()
 
 
-def take(path: Path) -> Claim:
+def take(path: Path, about: Mapping[str, Any] = MappingProxyType({})) -> Claim:
     """Take a claim by its file.
+
+    Args:
+        path: The file.
+        about: What it says beside who holds it, in plain types.
 
     Raises:
         ClaimedError: Another process holds it.
@@ -125,14 +154,14 @@ def take(path: Path) -> Claim:
         try:
             if _locked(descriptor, new):
                 if _same_file(descriptor, path):  # else released, or taken over, in between
-                    taken, descriptor = Claim(path, descriptor), -1
+                    taken, descriptor = Claim(path, descriptor, about), -1
                     return taken
             else:
                 silence = _now(path.parent) - os.fstat(descriptor).st_mtime
-                holder = _holder(descriptor)
+                busy = ClaimedError(_record(descriptor))
                 if silence <= SILENT:
-                    raise ClaimedError(f"{BUSY} ({holder})")
-                logger.warning("%s: taken over from %s, silent for %.0f min", path, holder, silence / 60)
+                    raise busy
+                logger.warning("%s: taken over from %s, silent for %.0f min", path, busy.who, silence / 60)
                 if _same_file(descriptor, path):
                     path.unlink(missing_ok=True)
         finally:
@@ -173,19 +202,12 @@ def _died_here(descriptor: int) -> bool:
     return False
 
 
-def _record(descriptor: int) -> dict[str, object]:
+def _record(descriptor: int) -> dict[str, Any]:
     try:
-        content = json.loads(os.pread(descriptor, 1000, 0))
+        content = json.loads(os.pread(descriptor, 2**20, 0))
     except ValueError:  # not written yet
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _holder(descriptor: int) -> str:
-    record = _record(descriptor)
-    since = record.get("since")
-    age = f", for {max(0.0, time.time() - since) / 60:.0f} min" if isinstance(since, float) else ""
-    return f"process {record.get('process', '?')} on {record.get('host', '?')}{age}"
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

@@ -1,31 +1,33 @@
-"""A batch job on several devices of this machine: a process for each, which is given slides as it gets through them."""
+"""A batch job in several processes, one on each device of this machine or a cluster; each comes for slides."""
 
 import os
 import pickle
 import signal
 import subprocess
 import threading
-from collections import deque
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Protocol, Self
 
 from ...data.child_process import end_with, start_child
 from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.readers import usable_cores
 from ...errors import LongslideError
 from ...registry import adopt, registered
-from ..signals import ending_signals
-from .ledger import record
+from ..signals import Stopped, ending_signals, ending_soon
+from .dispatch import Dispatch
+from .ledger import SUMMARY, Summary
 from .progress import JobProgress, Progress
 from .result import SlideResult
+from .shards import Shard, sizes_of
 
-MOST_DEATHS = 2
-"""A slide that is in the hands of so many processes that die fails."""
 MOST_RESTARTS = 3
 """A device whose process has died so often without a slide done in between is given up."""
+PATIENCE = 60.0
+"""Seconds that a worker waits for its place to be free when no other is at work."""
 
 
 class Feed:
@@ -34,6 +36,8 @@ class Feed:
     def __init__(self, pipe: "Connection[Any, Any]", slides: int) -> None:
         self._pipe = pipe
         self._slides = slides
+        self._ends_soon = False
+        self._untold, self._told = 0, 0.0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -44,9 +48,14 @@ class Feed:
         while True:
             self._tell("next")
             answer = self._pipe.recv()
-            if answer == "over":
+            if answer in ("over", "stop"):
+                self._ends_soon = answer == "stop"
                 return
             yield answer
+
+    def ends_soon(self) -> bool:
+        """Whether slides that no model has begun with are to be left."""
+        return self._ends_soon
 
     def __enter__(self) -> Self:
         return self
@@ -64,8 +73,11 @@ class Feed:
         """Nothing: several slides are under way."""
 
     def tiles_done(self, tiles: int, remark: str = "") -> None:
-        """So many more tiles are done."""
-        self._tell("tiles", tiles, remark)
+        """So many more tiles are done; said twice a second."""
+        self._untold += tiles
+        if time.monotonic() - self._told >= 0.5:
+            self._tell("tiles", self._untold, remark)
+            self._untold, self._told = 0, time.monotonic()
 
     def slide_ended(self, result: SlideResult) -> None:
         """A slide has ended."""
@@ -76,50 +88,150 @@ class Feed:
             self._pipe.send(message)
 
 
-class _Device:
-    def __init__(self, name: str, cores: Sequence[int]) -> None:
+class Worker(Protocol):
+    """Where a process works on slides. It may be started again when the process has died.
+
+    Attributes:
+        name: For messages.
+    """
+
+    name: str
+
+    def start(self, request: bytes, wanted: Callable[[float], bool]) -> bool:
+        """Start the process with what it is to do; whether that was possible while it was wanted after so many seconds."""
+        ...
+
+    def recv(self) -> tuple[Any, ...]:
+        """The next message of its `Feed`.
+
+        Raises:
+            EOFError, OSError: It has died.
+        """
+        ...
+
+    def send(self, answer: object) -> None:
+        """Answer it.
+
+        Raises:
+            OSError: It has died.
+        """
+        ...
+
+    def how_it_died(self) -> str:
+        """In a word or two."""
+        ...
+
+    def terminate(self) -> None:
+        """End it as SIGTERM does: it gives up its claims."""
+        ...
+
+    def wait(self) -> None:
+        """Wait until it has ended; it is killed if that takes long."""
+        ...
+
+
+class LocalWorker:
+    """A process on a device of this machine.
+
+    Args:
+        name: For messages.
+        device: The device.
+        cores: The cores it works on.
+    """
+
+    def __init__(self, name: str, device: str, cores: Sequence[int]) -> None:
         self.name = name
-        self.cores = cores
-        self.pipe: Connection[Any, Any] | None = None
-        self.process: subprocess.Popen[bytes] | None = None
-        self.in_hand: dict[str, SlideEntry] = {}
-        self.restarts = 0
+        self._device = device
+        self._cores = cores
+        self._pipe: Connection[Any, Any] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, request: bytes, wanted: Callable[[float], bool]) -> bool:
+        """Start the process."""
+        self._pipe, theirs = Pipe()
+        self._process = start_child(__name__, theirs.fileno(), os.getpid(), *self._cores, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self._pipe.send((self._device, request))
+        return True
+
+    def recv(self) -> tuple[Any, ...]:
+        """The next message."""
+        assert self._pipe is not None
+        message: tuple[Any, ...] = self._pipe.recv()
+        return message
+
+    def send(self, answer: object) -> None:
+        """Answer it."""
+        assert self._pipe is not None
+        self._pipe.send(answer)
+
+    def how_it_died(self) -> str:
+        """The signal or the exit status."""
+        assert self._process is not None
+        status = self._process.wait()
+        return signal.Signals(-status).name if status < 0 else f"status {status}"
+
+    def terminate(self) -> None:
+        """Send it SIGTERM."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    def wait(self) -> None:
+        """Wait ten seconds, then kill it."""
+        if self._process is not None:
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def local_workers(devices: Sequence[str]) -> list[Worker]:
+    """A worker for each of these devices, with its share of the cores."""
+    return [LocalWorker(name, name, cores_of(number, len(devices))) for number, name in enumerate(devices)]
+
+
+def cores_of(number: int, of: int) -> list[int]:
+    """The share that one of several processes has of the cores that this one may use."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
+    share = max(1, len(cores) // of)
+    return cores[number * share : (number + 1) * share] or cores
 
 
 class DeviceRun:
-    """Works on slides with a process on each device, and gives on those of a process that dies.
+    """Works on slides with several workers, and gives on those of one that dies.
 
     Args:
-        devices: Their names, such as `cuda:0`.
+        workers: The workers.
         work: Called in each process as `work(device, feed)`; what makes the job and runs it. It can be pickled.
         entries: The slides.
         output: Folder of the summary.
+        shard: The shard that these slides are, if they are one.
     """
 
     def __init__(
         self,
-        devices: Sequence[str],
+        workers: Sequence[Worker],
         work: Callable[[str, Feed], object],
         entries: Sequence[SlideEntry],
         output: Path,
+        shard: Shard | None = None,
     ) -> None:
         try:
             self._request = pickle.dumps((registered(), work, len(entries)))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise LongslideError(
-                f"--devices: what is to be run cannot be sent to other processes ({error}); give encoders, readers and "
-                "segmenters by name"
+                f"what is to be run cannot be sent to other processes ({error}); give encoders, readers and segmenters "
+                "by name"
             ) from error
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
-        share = max(1, len(cores) // len(devices))
-        self._devices = [_Device(name, cores[i * share : (i + 1) * share] or cores) for i, name in enumerate(devices)]
+        self._workers = workers
         self._entries = entries
         self._output = output
+        self._summary_name = SUMMARY if shard is None else shard.summary
         self._lock = threading.RLock()
-        # The largest first: a large one that is begun last would keep one device at work alone.
-        self._left = deque(sorted(entries, key=_size, reverse=True))
-        self._results: dict[str, SlideResult] = {}
-        self._deaths: dict[str, int] = {}
+        self._dispatch = Dispatch(entries, sizes_of(entries))
+        self._restarts = dict.fromkeys(range(len(workers)), 0)
+        self._serving = 0
         self._refused: str | None = None
         self._noted: set[str] = set()
         self._stopped = False
@@ -131,12 +243,17 @@ class DeviceRun:
             One result per slide, in the order of the input.
 
         Raises:
-            LongslideError: Wrong usage, as a process found it; or all processes died.
+            LongslideError: Wrong usage, as a process found it.
+            Stopped: SIGUSR1 has ended the job before all slides were done.
         """
-        with JobProgress(len(self._entries)) as progress:
+        with (
+            JobProgress(len(self._entries)) as progress,
+            Summary(self._output, self._summary_name, progress.note) as summary,
+            ending_soon() as soon,
+        ):
             threads = [
-                threading.Thread(target=self._serve, args=(device, progress), name=device.name, daemon=True)
-                for device in self._devices
+                threading.Thread(target=self._serve, args=(number, progress, summary), name=worker.name, daemon=True)
+                for number, worker in enumerate(self._workers)
             ]
             for thread in threads:
                 thread.start()
@@ -144,45 +261,53 @@ class DeviceRun:
                 for thread in threads:
                     while thread.is_alive():
                         thread.join(0.2)  # in pieces, between which Ctrl-C is seen
+                        if soon.is_set():
+                            with self._lock:
+                                self._dispatch.stop(soon=True)
             finally:
                 self._stop()
             if self._refused is not None:
                 raise LongslideError(self._refused)
-            for entry in self._left:
-                self._end(
-                    SlideResult.failed(entry, LongslideError("no device is left: their processes have died")), progress
-                )
-        return [self._results[entry.slide_id] for entry in self._entries]
+            if soon.is_set() and len(self._dispatch.results) < len(self._entries):
+                raise Stopped(signal.SIGUSR1)
+            for result in self._dispatch.give_up("no device is left: their processes have died"):
+                self._end(result, progress, summary)
+        return [self._dispatch.results[entry.slide_id] for entry in self._entries]
 
-    def _serve(self, device: _Device, progress: Progress) -> None:
-        """Start the process of a device, answer it until all slides are done, and start another when it dies."""
-        while not self._stopped and self._refused is None and device.restarts <= MOST_RESTARTS:
-            self._start(device)
-            if self._answer(device, progress):
+    def _serve(self, number: int, progress: Progress, summary: Summary) -> None:
+        """Start a worker's process, answer it until all slides are done, and start another when it dies."""
+        worker = self._workers[number]
+        while not self._over() and self._restarts[number] <= MOST_RESTARTS:
+            if not worker.start(self._request, self._wanted):
                 return
-            device.restarts += 1
-            self._take_back(device, progress)
-        if device.restarts > MOST_RESTARTS:
-            progress.note(f"{device.name}: given up, its process has died {device.restarts} times")
+            with self._lock:
+                self._serving += 1
+            over = self._answer(number, progress, summary)
+            with self._lock:
+                self._serving -= 1
+                if over:
+                    return
+                self._restarts[number] += 1
+                for result in self._dispatch.died(number):
+                    self._end(result, progress, summary)
+        if self._restarts[number] > MOST_RESTARTS:
+            progress.note(f"{worker.name}: given up, its process has died {self._restarts[number]} times")
 
-    def _start(self, device: _Device) -> None:
-        device.pipe, theirs = Pipe()
-        device.process = start_child(__name__, theirs.fileno(), os.getpid(), *device.cores, pass_fds=[theirs.fileno()])
-        theirs.close()
-        device.pipe.send((device.name, self._request))
-
-    def _answer(self, device: _Device, progress: Progress) -> bool:
-        """Answer a process; whether it came to its end."""
-        assert device.pipe is not None
-        assert device.process is not None
+    def _answer(self, number: int, progress: Progress, summary: Summary) -> bool:
+        """Answer a worker; whether it came to its end."""
+        worker = self._workers[number]
         try:
             while True:
-                what, *details = device.pipe.recv()
+                what, *details = worker.recv()
                 if what == "next":
-                    device.pipe.send(self._next(device))
+                    with self._lock:
+                        answer = "over" if self._over() else self._dispatch.next(number)
+                    worker.send(answer)
                 elif what == "ended":
-                    device.restarts = 0
-                    self._end(details[0], progress, device)
+                    self._restarts[number] = 0
+                    with self._lock:
+                        if self._dispatch.ended(number, details[0]):
+                            self._end(details[0], progress, summary)
                 elif what == "tiles":
                     progress.tiles_done(*details)
                 elif what == "refused":
@@ -196,67 +321,31 @@ class DeviceRun:
                     return True
         except (EOFError, OSError):
             if not self._stopped:
-                status = device.process.wait()
-                how = signal.Signals(-status).name if status < 0 else f"status {status}"
-                progress.note(f"{device.name}: its process has died ({how}); its slides are given to others")
+                how = worker.how_it_died()
+                progress.note(f"{worker.name}: its process has died ({how}); its slides are given to others")
             return False
 
-    def _next(self, device: _Device) -> SlideEntry | Literal["over"] | None:
-        """The next slide for a process; None where there is none now, but may be later.
-
-        One that was in the hands of a process that died is worked on alone, so that it takes no other with it.
-        """
+    def _end(self, result: SlideResult, progress: Progress, summary: Summary) -> None:
         with self._lock:
-            if self._stopped or self._refused is not None:
-                return "over"
-            if not self._left:
-                others = any(other.in_hand for other in self._devices if other is not device)
-                return None if others else "over"
-            suspect = self._left[0].slide_id in self._deaths
-            if device.in_hand and (suspect or any(slide_id in self._deaths for slide_id in device.in_hand)):
-                return None
-            entry = self._left.popleft()
-            device.in_hand[entry.slide_id] = entry
-            return entry
-
-    def _end(self, result: SlideResult, progress: Progress, device: _Device | None = None) -> None:
-        with self._lock:
-            self._results[result.slide_id] = result
-            if device is not None:
-                device.in_hand.pop(result.slide_id, None)
-            else:
-                record(self._output, result)
+            summary.add(result)
             progress.slide_ended(result)
 
-    def _take_back(self, device: _Device, progress: Progress) -> None:
-        """Give the slides of a process that died to others; one that was in several such processes fails."""
+    def _over(self) -> bool:
+        done = len(self._dispatch.results) == len(self._entries)
+        return done or self._stopped or self._refused is not None
+
+    def _wanted(self, waited: float) -> bool:
+        """Whether a worker that cannot be started is to wait on: as long as others are at work."""
         with self._lock:
-            back = list(device.in_hand.values())
-            device.in_hand.clear()
-            for entry in back:
-                self._deaths[entry.slide_id] = self._deaths.get(entry.slide_id, 0) + 1
-                if self._deaths[entry.slide_id] < MOST_DEATHS:
-                    self._left.append(entry)  # after all others
-                else:
-                    why = LongslideError(
-                        f"{entry.path}: {MOST_DEATHS} processes died while they had this slide; it is damaged, or the "
-                        "machine lacks memory: embed it alone to see"
-                    )
-                    self._end(SlideResult.failed(entry, why), progress)
+            return not self._over() and (self._serving > 0 or waited < PATIENCE)
 
     def _stop(self) -> None:
         with self._lock:
             self._stopped = True
-        for device in self._devices:
-            if device.process is not None and device.process.poll() is None:
-                device.process.terminate()  # as by SIGTERM: it gives up its claims
-        for device in self._devices:
-            if device.process is not None:
-                try:
-                    device.process.wait(10)
-                except subprocess.TimeoutExpired:
-                    device.process.kill()
-                    device.process.wait()
+        for worker in self._workers:
+            worker.terminate()
+        for worker in self._workers:
+            worker.wait()
 
 
 def serve(descriptor: int, parent: int, *cores: int) -> None:
@@ -264,7 +353,8 @@ def serve(descriptor: int, parent: int, *cores: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     end_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes: the job ends this one
+    for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal or a cluster sends it to all: the job ends this one
+        signal.signal(number, signal.SIG_IGN)
     pipe: Connection[Any, Any] = Connection(descriptor)
     try:
         with ending_signals():
@@ -279,10 +369,3 @@ def serve(descriptor: int, parent: int, *cores: int) -> None:
         pipe.send(("over",))
     except (KeyboardInterrupt, EOFError, OSError):  # the job is over, or was stopped
         return
-
-
-def _size(entry: SlideEntry) -> int:
-    try:
-        return entry.path.stat().st_size
-    except OSError:
-        return 0

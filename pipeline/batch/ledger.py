@@ -1,9 +1,14 @@
 """The summary of a batch job: one row per slide, written by several processes."""
 
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from ...data.table import csv_of, decimal_point, read_rows
 from ...data.whole_file import remove_leftovers, write_whole
@@ -15,6 +20,9 @@ SUMMARY = "summary.csv"
 
 SUMMARY_WAIT = 60.0
 """Seconds to wait for a process that writes the summary, which takes a moment."""
+
+WRITING_SHARE = 0.05
+"""Share of the time that goes into writing the summary, which is written whole: of a million slides, not after each."""
 
 
 def make_output_folder(output: Path, option: str = "--output") -> None:
@@ -37,8 +45,77 @@ def make_output_folder(output: Path, option: str = "--output") -> None:
         ) from error
 
 
-def record(output: Path, *results: SlideResult, timeout: float = SUMMARY_WAIT) -> None:
-    """Write the results of slides into `<output>/summary.csv`, replacing their earlier rows.
+class Summary:
+    """Writes the results of a job as its slides end, in a thread of its own; used as a context.
+
+    Args:
+        output: Folder of the summary.
+        name: Its path there.
+        note: Is told what cannot be written.
+    """
+
+    def __init__(self, output: Path, name: str, note: Callable[[str], None]) -> None:
+        self._output = output
+        self._name = name
+        self._note = note
+        self._waiting: list[SlideResult] = []
+        self._in_vain = False
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._over = False
+        self._thread = threading.Thread(target=self._write, name="summary", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._over = True
+            self._changed.notify()
+        self._thread.join()
+
+    def add(self, *results: SlideResult) -> None:
+        """Slides that have ended."""
+        with self._lock:
+            self._waiting += results
+            self._changed.notify()
+
+    def _write(self) -> None:
+        pause = 0.0
+        while True:
+            with self._lock:
+                self._changed.wait_for(lambda: self._over, pause)
+                self._changed.wait_for(lambda: self._over or self._waiting)
+                new, last = list(self._waiting), self._over
+            started = time.monotonic()
+            if new and self._recorded(new, last=last):
+                with self._lock:
+                    del self._waiting[: len(new)]
+            pause = 0.0 if self._in_vain else (time.monotonic() - started) / WRITING_SHARE
+            if last:
+                return
+
+    def _recorded(self, results: list[SlideResult], *, last: bool) -> bool:
+        """Write results; whether that went well. Who has waited in vain once does not wait as long each time."""
+        try:
+            record(self._output, *results, name=self._name, timeout=SUMMARY_WAIT if last or not self._in_vain else 1.0)
+        except LongslideError as error:  # the slides' own files are there
+            if last or not self._in_vain:
+                self._note(str(error))
+            if last:
+                missing = f"{len(results)} slides are missing in {self._output / self._name}"
+                self._note(f"{missing}; the same command adds them")
+            self._in_vain = True
+            return False
+        self._in_vain = False
+        return True
+
+
+def record(output: Path, *results: SlideResult, name: str = SUMMARY, timeout: float = SUMMARY_WAIT) -> None:
+    """Write the results of slides into the summary, replacing their earlier rows.
 
     Several processes may do so at once. What another process says of a slide is not replaced by the news that it is
     busy with it, nor the row of the run that embedded a slide by one that found it done.
@@ -46,14 +123,15 @@ def record(output: Path, *results: SlideResult, timeout: float = SUMMARY_WAIT) -
     Args:
         output: The folder.
         *results: The results.
+        name: Path of the summary in the folder.
         timeout: Seconds to wait for another process that writes.
 
     Raises:
         LongslideError: The summary cannot be written, or another process holds it.
     """
-    path = output / SUMMARY
+    path = output / name
     try:
-        with waited_claim(lock_folder(output) / f".{SUMMARY}.lock", timeout) as held:  # no id has a dot in front
+        with waited_claim(lock_folder(output) / f".{path.name}.lock", timeout) as held:  # no id has a dot in front
             rows = _rows(path)
             new = {result.slide_id: asdict(result) for result in results if not _said_better(result, rows)}
             if not new:
@@ -65,9 +143,8 @@ def record(output: Path, *results: SlideResult, timeout: float = SUMMARY_WAIT) -
             remove_leftovers(path)
             write_whole(path, csv_of(columns, (rows[slide_id] for slide_id in sorted(rows))))
     except ClaimedError as error:
-        holder = str(error).removeprefix(BUSY).strip(" ()")
         raise LongslideError(
-            f"{path}: locked by {holder}, for more than {timeout:g} s: is it stopped? The job goes on, and tries again"
+            f"{path}: locked by {error.who}, for more than {timeout:g} s: is it stopped? The job goes on, and tries again"
         ) from error
     except OSError as error:
         raise LongslideError(f"{path}: cannot write it ({error.strerror})") from error

@@ -14,10 +14,11 @@ from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from ...ranges import checked
 from ..batch.batch import PREPARED_AHEAD, run_batch
-from ..batch.devices import DeviceRun, Feed
+from ..batch.devices import DeviceRun, Feed, local_workers
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
 from ..batch.result import SlideResult, counted
+from ..batch.shards import SHARDS, Shard
 from ..batch.watched import WatchedProcesses
 from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder, look_at_tile_encoder, resolve_tiles
 from .contact_sheet import write_contact_sheet
@@ -55,6 +56,7 @@ def embed(
     cache_dir_gb: float | None = None,
     device: str = "auto",
     devices: str | None = None,
+    shard: str | None = None,
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     seed: int = 0,
     overwrite: bool = False,
@@ -100,6 +102,7 @@ def embed(
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         devices: Several devices, with a process on each: `all` GPUs, or some as `0,1,5`. One that dies gives its slides to
             the others.
+        shard: Embed this shard of the slides alone, such as `3/16`: for job arrays. `longslide merge` joins the summaries.
         precision: Precision of the encoders. `auto`: the tile encoder's own on a GPU, float32 on a CPU.
         seed: Seed of `random` weights.
         overwrite: Replace feature files that were made with other settings.
@@ -115,7 +118,16 @@ def embed(
         raise LongslideError("--devices is for embedding slides (--tile-encoder), and in place of --device")
     if tile_encoder is None:
         results = embed_features(
-            slides, output, slide_encoder, slide_checkpoint, pool, device, precision, seed=seed, overwrite=overwrite
+            slides,
+            output,
+            slide_encoder,
+            slide_checkpoint,
+            pool,
+            device,
+            precision,
+            shard=shard,
+            seed=seed,
+            overwrite=overwrite,
         )
     else:
         entries = find_slides(slides, slide_mpp, ask=False, reader=reader, id_from=id_from)
@@ -128,9 +140,12 @@ def embed(
         tissue = tissue or OpticalDensity()
         tissue.check()
         make_output_folder(output)
+        part = None if shard is None else Shard.of_slides(shard, entries)
+        entries = entries if part is None else list(part.entries)
 
         embedding = _Embedding(
             entries=entries,
+            shard=part,
             output=output,
             tile_encoder=tile_encoder,
             tile_checkpoint=tile_checkpoint,
@@ -160,12 +175,13 @@ def embed(
         else:
             from .tile_embedding import resolve_devices
 
-            results = DeviceRun(resolve_devices(devices), embedding, entries, output).run()
-        try:
-            write_contact_sheet(output)
-        except LongslideError as error:  # the feature files are there
-            print(error)
-    print(f"{counted(results)}; see {output / SUMMARY}")
+            results = DeviceRun(local_workers(resolve_devices(devices)), embedding, entries, output, part).run()
+        if shard is None:
+            try:
+                write_contact_sheet(output)
+            except LongslideError as error:  # the feature files are there
+                print(error)
+    print(f"{counted(results)}; see {output / (SUMMARY if shard is None else SHARDS)}")
     return results
 
 
@@ -174,6 +190,7 @@ class _Embedding:
     """What `embed` does once its options are understood, on one device; the fields are its arguments."""
 
     entries: list[SlideEntry]
+    shard: Shard | None
     output: Path
     tile_encoder: TileEncoderChoice
     tile_checkpoint: str | Path | None
@@ -247,7 +264,7 @@ class _Embedding:
             )
             if not self.overwrite:
                 refuse_mistaken_rerun(self.entries, job.existing, self.output)
-            results = run_batch(job, self.entries if feed is None else feed, self.output, progress=feed)
+            results = run_batch(job, self.entries if feed is None else feed, self.output, shard=self.shard)
         if job.embedder.waits.tiles:
             if feed is None:
                 print(job.embedder.waits)

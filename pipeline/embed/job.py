@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -113,6 +113,11 @@ class EmbedJob:
         if (self.tile_px, self.tile_mpp) != recommended:
             text += f" (recommended for {encoder.spec.name}: {recommended[0]} px at {recommended[1]:g} um/px)"
         return f"{text}; {self.embedder.device}, {self.embedder.precision}"
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What features depend on, but for masks of the user's."""
+        return self.preprocessing(SlideEntry(Path(), "")).to_dict()
 
     def preprocessing(self, entry: SlideEntry) -> Preprocessing:
         """What the features of a slide are made with."""

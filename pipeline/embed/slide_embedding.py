@@ -5,7 +5,7 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from ..batch.ledger import make_output_folder
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult
+from ..batch.shards import Shard
 from .choices import SlideEncoderChoice
 from .job import REMEDY, with_slide_encoder
 
@@ -45,6 +46,7 @@ def embed_features(
     device: str,
     precision: str,
     *,
+    shard: str | None,
     seed: int,
     overwrite: bool,
 ) -> list[SlideResult]:
@@ -84,9 +86,11 @@ def embed_features(
     encoder = slide_encoder_on(torch_device, encoder)
     job = SlideEmbeddingJob(output, encoder, reads, torch_device, precision, overwrite)
     entries = [SlideEntry(path, path.stem) for path in files]
+    part = None if shard is None else Shard.of_slides(shard, entries)
+    entries = entries if part is None else list(part.entries)
     if not overwrite:
         refuse_mistaken_rerun(entries, job.existing, output)
-    return run_batch(job, entries, output)
+    return run_batch(job, entries, output, shard=part)
 
 
 def find_feature_files(inputs: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -213,6 +217,11 @@ class SlideEmbeddingJob:
         """What the job does, in a line."""
         encoder = self.slide_encoder
         return f"slide encoder {encoder.name} ({encoder.weights}); {self.device}"
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What slide embeddings depend on."""
+        return with_slide_encoder(Preprocessing(), self.slide_encoder).to_dict()
 
     def path(self, entry: SlideEntry) -> Path:
         """The feature file that is written."""

@@ -2,9 +2,9 @@
 
 import tempfile
 import time
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +25,12 @@ from ...registry import import_plugins
 from ...version import __version__
 from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.claims import ClaimedError, claim
+from ..batch.devices import DeviceRun, Feed, local_workers
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult, counted, remarks_on
+from ..batch.shards import SHARDS, Shard
 from ..batch.watched import WatchedProcesses
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
 from ..embed.job import PreparedSlide
@@ -73,6 +75,8 @@ def predict(
     batch_size: int | None = None,
     threads: int | None = None,
     device: str = "auto",
+    devices: str | None = None,
+    shard: str | None = None,
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     overwrite: bool = False,
     allow_seen: bool = False,
@@ -107,6 +111,9 @@ def predict(
         batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
+        devices: Several devices, with a process on each, as `embed` takes them.
+        shard: Predict this shard of the slides alone, such as `3/16`. `longslide merge` joins the shards; then the same
+            command without this option adds the patients and `predictions.csv`.
         precision: Precision of the tile encoder. `auto`: its own on a GPU, float32 on a CPU.
         allow_seen: Also predict slides that were in the training or validation part of a classifier; they are marked.
         overwrite: Replace predictions that were made with other checkpoints or explained otherwise.
@@ -126,58 +133,137 @@ def predict(
         entries = find_slides(
             [slides] if isinstance(slides, str | Path) else slides, slide_mpp, patient_column, id_from=id_from
         )
+    if devices is not None and device != "auto":
+        raise LongslideError("--devices is in place of --device")
+    if shard is not None and output is None:
+        raise LongslideError("--shard needs --output: the folder that all shards write to")
     paths = [Path(path) for path in ([checkpoint] if isinstance(checkpoint, str | Path) else checkpoint)]
     check_exist(paths)
     with ExitStack() as resources:
         kept = output is not None
         output = Path(output or resources.enter_context(tempfile.TemporaryDirectory(prefix="longslide-")))
         make_output_folder(output)
-        watched = resources.enter_context(WatchedProcesses(slide_timeout, PREPARED_AHEAD))
-
-        from ...models.aggregators.slide_encoder import use_cuda_graphs
-        from ...models.classifier.ensemble import checkpoint_digests, load_ensemble
-        from ...models.explain.classifier import check_method
-        from ..embed.tile_embedding import resolve_device
-
-        torch_device = resolve_device(device)
-        ensemble = load_ensemble(paths).to(torch_device)
-        use_cuda_graphs(ensemble)
-        records = [classifier.cases for classifier in ensemble.classifiers]
-        if not allow_seen:
-            ids = {"patients": [one.patient_id or "" for one in entries], "slides": [one.slide_id for one in entries]}
-            Seen.of(records, ids).refuse(", ".join(ensemble.sources[:1]) if len(ensemble) == 1 else str(paths[0]))
-        if explain is not None:
-            check_method(ensemble, explain)
-        maker = FeatureMaker(
-            trained_on(ensemble),
-            output / "features" if features is None else Path(features),
-            reads_slide_embedding=ensemble.reads_slide_embedding,
+        part = None if shard is None else Shard.of_slides(shard, entries)
+        predicting = _Predicting(
+            entries=entries if part is None else list(part.entries),
+            shard=part,
+            checkpoints=paths,
+            output=output,
+            features=output / "features" if features is None else Path(features),
+            explain=explain,
             tile_encoder=tile_encoder,
             slide_encoder=slide_encoder,
             tile_checkpoint=tile_checkpoint,
             slide_checkpoint=slide_checkpoint,
+            plugins=plugins,
             max_bad_tiles=max_bad_tiles,
+            slide_timeout=slide_timeout,
             batch_size=batch_size,
             threads=threads,
-            device=torch_device,
             precision=precision,
-            watched=watched,
+            overwrite=overwrite,
+            allow_seen=allow_seen,
         )
-        job = _Job(
-            output, ensemble, checkpoint_digests(ensemble), maker, explain, torch_device, overwrite, records, allow_seen
-        )
-        predictions = job.run(entries)
+        if devices is None:
+            with predicting.job(device) as job:
+                predictions = job.predictions(job.run(predicting.entries))
+        else:
+            from ..embed.tile_embedding import resolve_devices
+
+            names = resolve_devices(devices)
+            results = DeviceRun(local_workers(names), predicting, predicting.entries, output, part).run()
+            with predicting.job(names[0]) as job:
+                predictions = job.predictions(results)
     if kept:
         counts = counted(one for one in predictions if one.level == "slide")
         for one in predictions:
             if one.level == "patient" and not one.ok:  # of slides there is a line already
                 print(f"failed patient {one.patient_id}: {one.reason}")
-        print(f"{counts}; see {output / PREDICTIONS} and {output / SUMMARY}")
+        where = f"{output / PREDICTIONS} and {output / SUMMARY}" if part is None else output / SHARDS
+        print(f"{counts}; see {where}")
     else:
         for one in predictions:
             what = one.text if one.status == "done" else f"{one.status}: {one.reason}"
             print(f"{one.slide_id or one.patient_id}  {what}")
     return predictions
+
+
+@dataclass(frozen=True)
+class _Predicting:
+    """What `predict` does once its options are understood, on one device; the fields are its arguments."""
+
+    entries: list[SlideEntry]
+    shard: Shard | None
+    checkpoints: list[Path]
+    output: Path
+    features: Path
+    explain: "Method | None"
+    tile_encoder: TileEncoderChoice | None
+    slide_encoder: SlideEncoderChoice | None
+    tile_checkpoint: str | Path | None
+    slide_checkpoint: str | Path | None
+    plugins: list[str] | str | None
+    max_bad_tiles: int
+    slide_timeout: float
+    batch_size: int | None
+    threads: int | None
+    precision: str
+    overwrite: bool
+    allow_seen: bool
+
+    def __call__(self, device: str, feed: Feed) -> list[SlideResult]:
+        """Predict the slides that a feed gives.
+
+        Raises:
+            LongslideError: Wrong usage, found before any slide is touched.
+        """
+        import_plugins(self.plugins)
+        with self.job(device) as job:
+            return job.run(feed)
+
+    @contextmanager
+    def job(self, device: str) -> "Iterator[_Job]":
+        """The job, with its models on a device.
+
+        Raises:
+            LongslideError: Wrong usage, found before any slide is touched.
+        """
+        from ...models.aggregators.slide_encoder import use_cuda_graphs
+        from ...models.classifier.ensemble import checkpoint_digests, load_ensemble
+        from ...models.explain.classifier import check_method
+        from ..embed.tile_embedding import resolve_device
+
+        with WatchedProcesses(self.slide_timeout, PREPARED_AHEAD) as watched:
+            torch_device = resolve_device(device)
+            ensemble = load_ensemble(self.checkpoints).to(torch_device)
+            use_cuda_graphs(ensemble)
+            records = [classifier.cases for classifier in ensemble.classifiers]
+            if not self.allow_seen:
+                ids = {
+                    "patients": [one.patient_id or "" for one in self.entries],
+                    "slides": [one.slide_id for one in self.entries],
+                }
+                who = ", ".join(ensemble.sources[:1]) if len(ensemble) == 1 else str(self.checkpoints[0])
+                Seen.of(records, ids).refuse(who)
+            if self.explain is not None:
+                check_method(ensemble, self.explain)
+            maker = FeatureMaker(
+                trained_on(ensemble),
+                self.features,
+                reads_slide_embedding=ensemble.reads_slide_embedding,
+                tile_encoder=self.tile_encoder,
+                slide_encoder=self.slide_encoder,
+                tile_checkpoint=self.tile_checkpoint,
+                slide_checkpoint=self.slide_checkpoint,
+                max_bad_tiles=self.max_bad_tiles,
+                batch_size=self.batch_size,
+                threads=self.threads,
+                device=torch_device,
+                precision=self.precision,
+                watched=watched,
+            )
+            digests = checkpoint_digests(ensemble)
+            yield _Job(self, ensemble, digests, maker, torch_device, records)
 
 
 @dataclass
@@ -193,15 +279,23 @@ class _Claimed:
 
 @dataclass
 class _Job:
-    output: Path
+    asked: _Predicting
     ensemble: "ClassifierEnsemble"
     digests: list[str]
     maker: FeatureMaker
-    method: "Method | None"
     device: "torch.device"
-    overwrite: bool
     records: "list[CaseRecord | None]"
-    allow_seen: bool
+    _known: dict[str, str] | None = field(default=None, init=False)
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return self.asked.output
+
+    @property
+    def method(self) -> "Method | None":
+        """How predictions are explained."""
+        return self.asked.explain
 
     @property
     def description(self) -> str:
@@ -213,23 +307,27 @@ class _Job:
             text += f", explained by {self.method}"
         return f"{text}\n{self.maker.description}; {self.device}"
 
-    def run(self, entries: Sequence[SlideEntry]) -> list[Prediction]:
-        """Predict all slides, then the patients, and write the tables.
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What predictions depend on."""
+        return {"checkpoints": self.digests, "explain": self.method}
+
+    def run(self, slides: Sequence[SlideEntry] | Feed) -> list[SlideResult]:
+        """Predict the slides of the job, or those that a feed gives.
 
         Raises:
             LongslideError: What is wrong with the encoders, and so for every slide that has no features; or predictions of
                 other checkpoints are in the folder: the tables are of one set of them.
         """
-        slides = self.slides()
-        other = [slide_id for slide_id, content in slides.items() if not self.patients.is_of_these(content)]
-        if other and not self.overwrite:
+        entries, overwrite = self.asked.entries, self.asked.overwrite
+        there = self.slides()
+        other = [slide_id for slide_id, content in there.items() if not self.patients.is_of_these(content)]
+        if other and not overwrite:
             path = self.output / f"{other[0]}.json"
             raise LongslideError(f"{path}: a prediction of other checkpoints; choose another --output, or --overwrite")
-        known = self.patients.known(slides)
-        entries = [replace(entry, patient_id=entry.patient_id or known.get(entry.slide_id)) for entry in entries]
-        if not self.overwrite:
+        if not overwrite:
             refuse_mistaken_rerun(entries, self.done_before, self.output)
-        missing = [entry for entry in entries if self.overwrite or not self.json_path(entry).exists()]
+        missing = [entry for entry in entries if overwrite or not self.json_path(entry).exists()]
         refuse_mistaken_rerun(missing, self.maker.existing, self.maker.folder)
         if any(not self.maker.path(entry).exists() for entry in missing):
             self.maker.load_encoders()
@@ -239,8 +337,15 @@ class _Job:
                 f"{len(left)} slides there were predicted by other checkpoints: {PREDICTIONS} leaves them out until "
                 "they are predicted again"
             )
-        results = run_batch(self, entries, self.output, notes)
+        self._known = self.patients.known(there)
+        return run_batch(self, slides, self.output, notes, self.asked.shard)
+
+    def predictions(self, results: Sequence[SlideResult]) -> list[Prediction]:
+        """What became of the slides of the job; of all but shards then the patients, and the tables."""
+        entries = [self._of_patient(entry) for entry in self.asked.entries]
         predictions = [self.prediction(entry, result) for entry, result in zip(entries, results, strict=True)]
+        if self.asked.shard is not None:
+            return predictions
         given = {entry.slide_id: entry.patient_id for entry in entries if entry.patient_id is not None}
         slides = self.slides()
         ended = {one.slide_id: one.status for one in predictions}
@@ -256,6 +361,12 @@ class _Job:
         failed = [patient_id for patient_id, one in patients.items() if not one.ok]  # of earlier slides too
         return predictions + [patients[patient_id] for patient_id in dict.fromkeys([*given.values(), *failed])]
 
+    def _of_patient(self, entry: SlideEntry) -> SlideEntry:
+        """A slide with its patient, whom the table or an earlier run names."""
+        if self._known is None:
+            self._known = self.patients.known(self.slides())
+        return replace(entry, patient_id=entry.patient_id or self._known.get(entry.slide_id))
+
     @cached_property
     def patients(self) -> PatientJob:
         """The patients of the folder."""
@@ -266,8 +377,12 @@ class _Job:
         return PatientJob(self.output, self.maker.folder, self.ensemble, self.digests, classify)
 
     def slides(self) -> dict[str, dict[str, Any]]:
-        """JSON of each slide that the folder has a prediction of, by these checkpoints or others."""
-        return {path.stem: read_json(path) for path in sorted(self.output.glob("*.json"))}
+        """JSON of each slide that the folder has a prediction of, by these checkpoints or others; of a shard its own."""
+        paths = sorted(self.output.glob("*.json"))
+        if self.asked.shard is not None:
+            own = {entry.slide_id for entry in self.asked.entries}
+            paths = [path for path in paths if path.stem in own]
+        return {path.stem: read_json(path) for path in paths}
 
     def json_path(self, entry: SlideEntry) -> Path:
         """The prediction of a slide."""
@@ -276,10 +391,11 @@ class _Job:
     def prepare(self, entry: SlideEntry) -> _Claimed | SlideResult:
         """All that comes before the encoders and classifiers."""
         started = time.monotonic()
+        entry = self._of_patient(entry)
         with ExitStack() as resources:
             try:
                 resources.callback(claim(self.output, f"{entry.slide_id} prediction").release)
-                done = None if self.overwrite else self.done_before(entry)
+                done = None if self.asked.overwrite else self.done_before(entry)
                 if done is not None:
                     return self._keep_patient(entry, done)
                 prepared = None
@@ -349,7 +465,7 @@ class _Job:
             "features": [feature_digest(self._cache.read(path).features)],
         }
         seen = Seen.of(self.records, cases)
-        if not self.allow_seen:
+        if not self.asked.allow_seen:
             seen.refuse(entry.path)
         mark = seen.mark(entry.patient_id or "", entry.slide_id)
         prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", seen=mark, warnings=warnings)

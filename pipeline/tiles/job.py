@@ -86,6 +86,13 @@ class TilesJob:
             return f"the tiles of the feature files in {self.features}, as {self.layout}"
         return f"tiles of {self.tile_px} px at {self.tile_mpp:g} um/px, overlap {self.overlap} px, as {self.layout}"
 
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What pictures depend on, but for masks of the user's and what a table says."""
+        if self.features is not None:
+            return {"layout": self.layout, "tiles_of": str(self.features.absolute())}
+        return self.settings(SlideEntry(Path(), ""), None)
+
     def index(self, entry: SlideEntry) -> Path:
         """The file that says which tiles of a slide there are; it comes last."""
         return self.output / f"{entry.slide_id}.json"
