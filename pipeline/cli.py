@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "doctor": (".embed.doctor", "Check slides, weights and this machine before a long run."),
     "embed": (".embed.embed", "Embed slides: one feature file per slide, with tile embeddings and a slide embedding."),
+    "merge": (".merge", "Join the summaries of the shards of embed or predict."),
     "tiles": (".tiles.tiles", "Write tiles as pictures: PNG folders or WebDataset shards."),
     "pretrain": (".train.pretrain", "Pretrain a slide encoder on feature files without labels."),
     "fit": (".train.fit", "Train a slide classifier on feature files."),

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ...data.table import csv_of, decimal_point, read_rows
 from ...data.whole_file import remove_leftovers, write_whole
@@ -132,7 +132,7 @@ def record(output: Path, *results: SlideResult, name: str = SUMMARY, timeout: fl
     path = output / name
     try:
         with waited_claim(lock_folder(output) / f".{path.name}.lock", timeout) as held:  # no id has a dot in front
-            rows = _rows(path)
+            rows = read_summary(path)
             new = {result.slide_id: asdict(result) for result in results if not _said_better(result, rows)}
             if not new:
                 return
@@ -150,14 +150,15 @@ def record(output: Path, *results: SlideResult, name: str = SUMMARY, timeout: fl
         raise LongslideError(f"{path}: cannot write it ({error.strerror})") from error
 
 
-def _said_better(result: SlideResult, rows: dict[str, dict[str, object]]) -> bool:
+def _said_better(result: SlideResult, rows: dict[str, dict[str, Any]]) -> bool:
     """Whether the row that is there says more than this result."""
     before = rows.get(result.slide_id)
     found_done = result.status == "done" and result.seconds is None
     return before is not None and (result.reason.startswith(BUSY) or (found_done and before["status"] == "done"))
 
 
-def _rows(path: Path) -> dict[str, dict[str, object]]:
+def read_summary(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a summary by slide, cells as text; none if it is not there."""
     try:
         now = path.stat()
     except FileNotFoundError:
@@ -166,7 +167,7 @@ def _rows(path: Path) -> dict[str, dict[str, object]]:
 
 
 @lru_cache(maxsize=1)  # a run that finds ten thousand slides done would read ten thousand rows for each
-def _read_rows(path: Path, *version: int) -> dict[str, dict[str, object]]:
+def _read_rows(path: Path, *version: int) -> dict[str, dict[str, Any]]:
     rows = read_rows(path)
     if rows and not {"slide_id", "status"} <= rows[0].keys():
         raise LongslideError(f"{path}: not the summary of a job: no columns slide_id and status; move it away")

@@ -3,10 +3,10 @@
 import json
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self, cast, get_args
 
 import numpy as np
 
@@ -61,6 +61,13 @@ class SlideResult:
     seconds: float | None = None
     features: str | None = None
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, str]) -> Self:
+        """Of a row of a summary, cells as text."""
+        numbers: dict[str, Any] = {name: kind(row[name]) for name, kind in _NUMBERS.items() if row.get(name)}
+        text: dict[str, Any] = {name: row.get(name) or None for name in ("mpp_source", "features")}
+        return cls(row["slide_id"], row["slide"], cast(Status, row["status"]), row["reason"], **numbers, **text)
+
     @property
     def ok(self) -> bool:
         """Whether the slide does not count against the exit status."""
@@ -113,6 +120,12 @@ class SlideResult:
             traceback.print_exception(error)  # not the user's mistake: whoever reports it needs to know where
             reason = printable(f"unexpected {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         return cls(entry.slide_id, entry.shown, "failed", reason)
+
+
+_NUMBERS: Mapping[str, type[int] | type[float]] = {
+    **dict.fromkeys(("tiles", "bad_tiles", "blurred_tiles"), int),
+    **dict.fromkeys(("slide_mpp", "tile_mpp", "tissue_mm2", "left_out_mm2", "blur", "seconds"), float),
+}
 
 
 def remarks_on(features: Features) -> list[str]:

@@ -1,5 +1,6 @@
 """SIGTERM and SIGHUP end a command as Ctrl-C does, and leave neither processes nor pictures of patients."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 from classifier_files import ENCODER, write_classifier
 from longslide import embed, write_synthetic_slide
-from longslide.pipeline.signals import Stopped, ending_signals
+from longslide.pipeline import signals
+from longslide.pipeline.signals import Stopped, ending_signals, ending_soon
 from training_cohort import quick, write_cohort
 
 SAYS = """
@@ -99,6 +101,38 @@ def test_a_signal_ends_a_batch_in_one_line(command: str, number: signal.Signals,
     assert not list(temporary.glob("longslide-*"))
 
 
+@pytest.mark.parametrize("devices", [["--device", "cpu"], ["--devices", "cpu,cpu"]])
+def test_usr1_finishes_what_is_in_hand_and_leaves_the_rest_to_the_next_run(
+    devices: list[str], home: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "longslide", "embed", str(home / "slides"), "--output", str(tmp_path / "out")]
+    words += ["--tile-encoder", str(home / "tiny.yaml"), "--tile-checkpoint", "random", *devices]
+    status, last, left = ended(words, signal.SIGUSR1, "[2/60]", tmp_path)
+    assert status == 138
+    assert last == "longslide embed: stopped; the same command goes on from here"
+    assert not left
+    done = {path.stem for path in (tmp_path / "out").glob("*.h5")}
+    with (tmp_path / "out" / "summary.csv").open(newline="") as file:
+        assert {row["slide_id"] for row in csv.DictReader(file) if row["status"] == "done"} == done
+    assert 2 <= len(done) < 60
+    assert not list((tmp_path / "out" / ".locks").iterdir())
+
+
+def test_usr1_ends_a_job_whose_slides_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "GRACE", 0.2)
+
+    def work() -> None:
+        with ending_soon() as soon:
+            signal.raise_signal(signal.SIGUSR1)
+            assert soon.is_set()
+            time.sleep(30)
+
+    with pytest.raises(Stopped) as stopped:
+        work()
+    assert stopped.value.number == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_training_leaves_no_worker(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [
@@ -137,7 +171,7 @@ def test_a_signal_that_is_ignored_stays_ignored_as_under_nohup() -> None:
 
 def test_handlers_are_as_they_were_afterwards() -> None:
     before = [signal.getsignal(number) for number in STATUS]
-    with ending_signals() as signals, pytest.raises(Stopped):
+    with ending_signals() as came, pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)
-    assert signals.status == 143
+    assert came.status == 143
     assert [signal.getsignal(number) for number in STATUS] == before
