@@ -189,6 +189,9 @@ class TiledTiffReader(SlideReader):
             out[:, max(0, right - left) :] = hole
             if right <= left or bottom <= top:
                 return False
+        aligned = (left % tiles.tile_width, top % tiles.tile_height) == (0, 0)
+        alone = aligned and opaque and out.shape[1::-1] == (tiles.tile_width, tiles.tile_height)
+        alone = alone and out.flags.c_contiguous
         for row in range(top // tiles.tile_height, -(-bottom // tiles.tile_height)):
             y = row * tiles.tile_height
             y0, y1 = max(y, top), min(y + tiles.tile_height, bottom)
@@ -196,18 +199,22 @@ class TiledTiffReader(SlideReader):
                 x = column * tiles.tile_width
                 x0, x1 = max(x, left), min(x + tiles.tile_width, right)
                 place = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
-                tile = self._tile(level, column, row)
+                tile = self._tile(level, column, row, out if alone else None)
                 if tile is None:
                     out[place] = hole
                     opaque = False
                     continue
-                out[place] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
+                if tile is not out:
+                    out[place] = tile[y0 - y : y1 - y, x0 - x : x1 - x]
                 if alpha is not None:
                     alpha[place] = 255
         return opaque
 
-    def _tile(self, level: int, column: int, row: int) -> np.ndarray | None:
-        """`(tile_height, tile_width, 3)` uint8 pixels of a native tile, None where the file has none."""
+    def _tile(self, level: int, column: int, row: int, out: np.ndarray | None = None) -> np.ndarray | None:
+        """`(tile_height, tile_width, 3)` uint8 pixels of a native tile, None where the file has none.
+
+        With `out` they may go there; they are not kept then, for who reads native tiles as they lie reads each once.
+        """
         key = (level, column, row)
         with self._lock:
             if key in self._cache:
@@ -216,9 +223,11 @@ class TiledTiffReader(SlideReader):
         tiles = self._levels.tiles[level]
         try:
             parts = [self._bytes(*part) for part in tiles.parts(column, row)]
-            pixels = tiles.decode(parts) if all(parts) else None
+            pixels = tiles.decode(parts, out) if all(parts) else None
         except DamagedTileError as error:
             raise DamagedTileError(f"native tile ({column}, {row}): {error}") from error
+        if pixels is not None and pixels is out:
+            return out
         with self._lock:
             if key not in self._cache:
                 self._cache[key] = pixels

@@ -2,8 +2,10 @@
 
 import mmap
 import pickle
+import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 import cv2
@@ -37,10 +39,12 @@ def serve(descriptor: int, memory: int, batches: int, batch_size: int, tile_px: 
     tiles = np.frombuffer(mmap.mmap(memory, int(np.prod(shape))), np.uint8).reshape(shape)
     pipe: Connection[Any, Any] = Connection(descriptor)
     sources: dict[int, tuple[Slide, Grid] | str] = {}
-    with suppress(EOFError, OSError):  # the job has ended
+    asked: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
+    threading.Thread(target=_take_in, args=(pipe, asked), name="take-in", daemon=True).start()
+    with suppress(OSError):  # the job has ended
         pipe.send(None)
-        while True:
-            what, source, *details = pipe.recv()
+        while (message := asked.get()) is not None:
+            what, source, *details = message
             if what == "open":
                 sources[source] = _open(details[0])
             elif what == "close":
@@ -49,6 +53,14 @@ def serve(descriptor: int, memory: int, batches: int, batch_size: int, tile_px: 
                     closed[0].close()
             else:
                 pipe.send(_read(sources[source], tiles, *details))
+
+
+def _take_in(pipe: "Connection[Any, Any]", asked: "SimpleQueue[tuple[Any, ...] | None]") -> None:
+    """Empty the pipe while tiles are read: a large slide's native tiles fill it, and the other end would wait."""
+    with suppress(EOFError, OSError):
+        while True:
+            asked.put(pipe.recv())
+    asked.put(None)
 
 
 def _open(pickled: bytes) -> tuple[Slide, Grid] | str:

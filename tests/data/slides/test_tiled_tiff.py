@@ -226,9 +226,9 @@ def test_rows_of_tiles_read_one_below_the_other_decode_each_native_tile_once_and
     decoded: list[NativeTiles] = []
     decode = NativeTiles.decode
 
-    def counted(tiles: NativeTiles, parts: list[bytes]) -> np.ndarray:
+    def counted(tiles: NativeTiles, parts: list[bytes], out: np.ndarray | None) -> np.ndarray:
         decoded.append(tiles)
-        return decode(tiles, parts)
+        return decode(tiles, parts, out)
 
     with open_slide(path, reader="tiff") as slide:
         reader = slide._reader
@@ -249,6 +249,22 @@ def test_rows_of_tiles_read_one_below_the_other_decode_each_native_tile_once_and
                 np.testing.assert_array_equal(tile, whole[y : y + 64, x : x + 64])
                 np.testing.assert_array_equal(tile, slide.read_region(x, y, 0, 64, 64))
         assert len(decoded) - native == 20 * 15
+
+
+@pytest.mark.parametrize("kind", ["tiles-of-256", "raw"])
+def test_a_native_tile_read_as_it_lies_goes_straight_to_its_place(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, kind)
+    with open_slide(path, reader="tiff") as slide, open_slide(path, reader="openslide") as reference:
+        for x, y in ((0, 0), (512, 256), (256, 512), (768, 256), (-256, 0)):  # the last three stick out
+            expected = reference.read_region(x, y, 0, 256, 256)
+            wide = np.zeros((256, 300, 3), np.uint8)
+            for _ in range(2):
+                tile = np.zeros((256, 256, 3), np.uint8)
+                slide.read_into(x, y, 0, tile)
+                np.testing.assert_array_equal(tile, expected)
+                slide.read_into(x, y, 0, wide[:, :256])
+                np.testing.assert_array_equal(wide[:, :256], expected)
+            assert not wide[:, 256:].any()
 
 
 def zeros(content: bytes) -> bytes:

@@ -247,3 +247,41 @@ def test_a_process_that_hangs_is_ended_when_the_time_is_over(path: Path) -> None
             list(TileStream(slide, grid, batch_size=16, timeout=0.5).read_by(pool))
         np.testing.assert_array_equal(tiles_by_pool(slide, grid, pool), tiles_by_threads(slide, grid))
         assert worker.process.poll() == -signal.SIGKILL
+
+
+SLOW_READER = """
+import os, time
+from longslide.data.slides.tiled_tiff import TiledTiffReader
+
+class SlowReader(TiledTiffReader):
+    def __init__(self, path):
+        super().__init__(path)
+        self.ballast = os.urandom(2_000_000)  # as much as a slide of 100,000 native tiles
+
+    def read_into(self, *place):
+        time.sleep(0.5)
+        super().read_into(*place)
+"""
+
+
+def test_no_slide_is_waited_for_to_be_sent_to_a_process_that_reads_another(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slow_reader.py").write_text(SLOW_READER)
+    monkeypatch.syspath_prepend(tmp_path)
+    slow = "slow_reader.SlowReader"
+    with (
+        TilePool(1, batch_size=16, tile_px=64) as pool,
+        open_slide(path, reader=slow) as slide,
+        open_slide(path, reader=slow) as other,
+        open_slide(path) as fast,
+    ):
+        grid = grid_of(slide)
+        expected = tiles_by_threads(fast, grid)[:4]
+        pool.read(slide, grid, np.arange(1)).result()
+        started = time.monotonic()
+        pending = [pool.read(slide, grid, np.arange(4)), pool.read(other, grid, np.arange(4))]
+        assert time.monotonic() - started < 1
+        for one in pending:
+            np.testing.assert_array_equal(one.result()[0], expected)
+        assert time.monotonic() - started > 4
