@@ -131,7 +131,7 @@ def test_a_file_with_another_pixel_is_left_to_openslide_with_a_remark(
     path = write(tmp_path, "420")
     honest = NativeTiles.decode
 
-    def one_pixel_off(self: NativeTiles, parts: list[bytes]) -> np.ndarray:
+    def one_pixel_off(self: NativeTiles, parts: list[bytes], out: np.ndarray | None) -> np.ndarray:
         pixels = honest(self, parts)
         pixels[130, 130, 1] ^= 1
         return pixels
