@@ -77,15 +77,15 @@ class SlideEncoder(nn.Module):
         return self.spec.tile_encoder
 
     def shard_sequence(self, group: dist.ProcessGroup | None) -> None:
-        """Spread the tokens of a slide over the ranks of a group, or no longer.
+        """Spread the tokens of slides over the ranks of a group, or no longer.
 
-        Each rank then gives a part of a slide's tiles, all ranks together and in the order of the ranks, and gets the
-        embedding of the whole slide. A rank may have none; whether tiles of two ranks have one cell is not checked. Every
+        Each rank then gives a part of each slide's tiles, all ranks together and in the order of the ranks, and gets the
+        embeddings of the whole slides. A part may be empty; whether tiles of two ranks have one cell is not checked. Every
         rank must use the embedding for its loss: the gradients are those of the sum of the ranks' losses, so that their
         average over all ranks, which DDP and FSDP take, is the gradient of the loss itself.
 
         Args:
-            group: The ranks that share a slide: a process group, such as `mesh["sequence"].get_group()`; None for none.
+            group: The ranks that share slides: a process group, such as `mesh["sequence"].get_group()`; None for none.
 
         Raises:
             LongslideError: The encoder's attention pattern is not `dilated`.
@@ -194,44 +194,35 @@ class SlideEncoder(nn.Module):
         self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, "PackedSlides"]:
         """`(T, tile_dim)` and `(T, 2)` of all slides, or of this rank's part of one, and where they are."""
-        if self.sequence_group is not None:
-            return self._pack_part(tile_features, grid_cells, cu_seqlens, self.sequence_group)
+        group = self.sequence_group
         if cu_seqlens is None:
-            check_shapes(tile_features, grid_cells, self.spec)
             lengths = [tile_features.shape[1]] * len(tile_features)
+            if group is None or sum(lengths):
+                check_shapes(tile_features, grid_cells, self.spec)
             tile_features, grid_cells = tile_features.flatten(0, 1), grid_cells.flatten(0, 1)
         else:
             lengths = cu_seqlens.diff().tolist()
-            check_shapes(tile_features[None], grid_cells[None], self.spec)
-            if min(lengths) < 1 or sum(lengths) != len(tile_features):
+            if group is None or sum(lengths):
+                check_shapes(tile_features[None], grid_cells[None], self.spec)
+            if min(lengths) < (group is None) or sum(lengths) != len(tile_features):
                 raise LongslideError(
                     f"cu_seqlens of slides with {lengths} tiles do not fit {len(tile_features)} tile embeddings; each slide "
                     "has at least one tile"
                 )
-        return tile_features, grid_cells, PackedSlides(lengths, tile_features.device, grid_cells)
-
-    def _pack_part(
-        self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Tensor, "PackedSlides"]:
-        slides = len(tile_features) if cu_seqlens is None else len(cu_seqlens) - 1
-        if slides != 1:
-            raise LongslideError(f"a slide spread over several ranks comes alone, not with others: got {slides}")
-        if cu_seqlens is None:
-            tile_features, grid_cells = tile_features[0], grid_cells[0]
-        tiles = len(tile_features)
-        if tiles:
-            check_shapes(tile_features[None], grid_cells[None], self.spec)
-        device = tile_features.device
-        shards = SequenceShards.agree(tiles + (group.rank() == 0), group, device)  # the first rank has the cls token
-        if shards.total == 1:
-            raise LongslideError("no rank has a tile of the slide")
-        return tile_features, grid_cells, PackedSlides([tiles], device, grid_cells, shards)
+        device, shards = tile_features.device, None
+        if group is not None:  # the first rank has the cls tokens
+            shards = SequenceShards.agree([tiles + (group.rank() == 0) for tiles in lengths], group, device)
+            if min(shards.totals) == 1:
+                raise LongslideError(f"no rank has a tile of slide {shards.totals.index(1) + 1} of {len(lengths)}")
+        return tile_features, grid_cells, PackedSlides(lengths, device, grid_cells, shards)
 
     def _embed(self, tile_features: Tensor, grid_cells: Tensor, slides: "PackedSlides") -> Tensor:
         """The tokens before the layers: each slide's cls token before its tiles."""
         x = self.project(tile_features, grid_cells)
         if len(slides.lengths) == 1:
             return self.prepend_cls(x, slides.cls_tokens)
+        if slides.cls_tokens == 0:
+            return self.prepend_cls(x, 0)
         tokens = x.new_empty(len(x) + len(slides.lengths), self.spec.width).index_copy(0, slides.rows_of_tiles(), x)
         cls_tokens = self.cls_token[0].to(x.dtype).expand(len(slides.lengths), -1)
         return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens)
@@ -250,14 +241,16 @@ class SlideEncoder(nn.Module):
 
     def pool_tokens(self, x: Tensor, slides: "PackedSlides") -> Tensor:
         """`(B, width)` slide embeddings of the tokens after all layers."""
+        parts = torch.split(x, [tiles + slides.cls_tokens for tiles in slides.lengths])
         if slides.shards is not None:
-            cls_tokens = x[: len(x) - slides.lengths[0]]
-            own = cls_tokens if self.pool == "cls" else x[len(cls_tokens) :] / (slides.shards.total - 1)
-            pooled = slides.shards.sum(own.sum(0, keepdim=True))
+            own = [
+                part[: slides.cls_tokens] if self.pool == "cls" else part[slides.cls_tokens :] / (total - 1)
+                for part, total in zip(parts, slides.shards.totals, strict=True)
+            ]
+            pooled = slides.shards.sum(torch.stack([tokens.sum(0) for tokens in own]))
         elif self.pool == "cls":
             pooled = x[slides.cu_seqlens[:-1].long()]
         else:
-            parts = torch.split(x, [n + 1 for n in slides.lengths])
             pooled = torch.stack([tokens[1:].mean(0) for tokens in parts])
         normed: Tensor = self.norm(pooled)
         return normed
@@ -273,7 +266,7 @@ def ends(tokens: int, device: torch.device) -> Tensor:
 class PackedSlides:
     """Where packed slides are: `lengths` in tiles each, `cu_seqlens` `(B + 1,)` int32 with the cls tokens.
 
-    With `shards` it is one slide, of which this rank has `lengths` tiles, and its `cls_tokens` if it is the first.
+    With `shards` this rank has `lengths` tiles of them, and `cls_tokens` before each: one if it is the first, else none.
     """
 
     _of_tile: Tensor | None
@@ -301,8 +294,8 @@ class PackedSlides:
 
     def rows_of_tiles(self) -> Tensor:
         """`(T,)` int64, where each tile is among the tokens."""
-        rows = torch.arange(1, len(self.grid_cells) + 1, device=self.grid_cells.device)
-        return rows if self._of_tile is None else rows + self._of_tile
+        rows = torch.arange(self.cls_tokens, len(self.grid_cells) + self.cls_tokens, device=self.grid_cells.device)
+        return rows if self._of_tile is None else rows + self.cls_tokens * self._of_tile
 
     def check(self) -> None:
         """Refuse grid cells that cannot be right. On a GPU beside what has been launched, so that nothing waits for it.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ...errors import LongslideError
 from .attention_pattern import Pattern, attention
 from .dilated_attention import dilated_self_attention
-from .dilated_attention.parallel import SequenceShards, parallel_dilated_attention
+from .dilated_attention.parallel import SequenceShards, parallel_dilated_self_attention
 from .norm_linear import norm_linear
 
 
@@ -128,7 +128,7 @@ class LongNetLayer(nn.Module):
         Args:
             x: `(T, width)` tokens.
             cu_seqlens: `(B + 1,)` int32: where each sequence begins, and T.
-            shards: How the one sequence is spread over ranks of which this one holds T tokens.
+            shards: How the sequences are spread over ranks, of which this one holds T tokens.
             update: `(T, width)` to be added to the tokens first, as the layer before gives it.
 
         Returns:
@@ -149,8 +149,7 @@ class LongNetLayer(nn.Module):
     def _attend(self, qkv: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         lengths, ratios = self.segment_lengths, self.dilated_ratios
         if shards is not None:
-            q, k, v = qkv[None].unbind(2)
-            return parallel_dilated_attention(q, k, v, lengths, ratios, shards=shards)[0]
+            return parallel_dilated_self_attention(qkv, lengths, ratios, cu_seqlens, shards)
         if self.pattern == "dilated":
             return dilated_self_attention(qkv, lengths, ratios, cu_seqlens)
         q, k, v = qkv.unbind(1)

@@ -15,11 +15,13 @@ Without Lightning the same in three lines:
 with a sampler of 2 replicas of which this is number `mesh["data"].get_local_rank()`, and `own_tiles` of each slide.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...errors import LongslideError
@@ -40,14 +42,26 @@ def own_tiles(tiles: int, rank: int, ranks: int) -> slice:
     return slice(tiles * rank // ranks, tiles * (rank + 1) // ranks)
 
 
-class SequenceParallelStrategy(DDPStrategy):
-    """DDP in which groups of ranks share a slide.
+def own_parts(batch: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
+    """`own_tiles` of each slide of a batch: its `tile_features` `(T, D)`, `grid_cells` `(T, 2)` and `cu_seqlens` `(B + 1,)`."""
+    bounds = batch["cu_seqlens"].tolist()
+    parts = []
+    for begin, end in itertools.pairwise(bounds):
+        part = own_tiles(end - begin, rank, ranks)
+        parts.append(slice(begin + part.start, begin + part.stop))
+    ends = [0, *itertools.accumulate(part.stop - part.start for part in parts)]
+    own = {name: torch.cat([batch[name][part] for part in parts]) for name in ("tile_features", "grid_cells")}
+    return own | {"cu_seqlens": batch["cu_seqlens"].new_tensor(ends)}
 
-    Batches are those of `data/bags.py` with one slide each: a rank keeps its part of `tile_features` and `grid_cells` before
+
+class SequenceParallelStrategy(DDPStrategy):
+    """DDP in which groups of ranks share slides.
+
+    Batches are those of `data/cohort/bags.py`: a rank keeps its part of each slide's `tile_features` and `grid_cells` before
     they go to the GPU. The model's only use of them must be its slide encoder. Samplers go by the data axis.
 
     Args:
-        sequence_parallel_size: Ranks that share a slide; divides the number of all ranks.
+        sequence_parallel_size: Ranks that share slides; divides the number of all ranks.
         **options: Of `DDPStrategy`.
     """
 
@@ -97,18 +111,8 @@ class SequenceParallelStrategy(DDPStrategy):
         return {"num_replicas": data.size(), "rank": data.get_local_rank()}
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Keep this rank's part of the slide.
-
-        Raises:
-            LongslideError: The batch has several slides.
-        """
+        """Keep this rank's part of each slide."""
         if isinstance(batch, dict) and "tile_features" in batch:
-            slides = len(batch["cu_seqlens"]) - 1
-            if slides != 1:
-                raise LongslideError(
-                    f"sequence parallelism takes one slide at a time, not {slides}: set the batch size to 1"
-                )
             sequence = self.device_mesh["sequence"]
-            part = own_tiles(len(batch["tile_features"]), sequence.get_local_rank(), sequence.size())
-            batch = batch | {name: batch[name][part] for name in ("tile_features", "grid_cells")}
+            batch = batch | own_parts(batch, sequence.get_local_rank(), sequence.size())
         return super().batch_to_device(batch, device, dataloader_idx)

@@ -70,7 +70,7 @@ def dilated_attention(
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend {backend!r} is none of auto, {', '.join(BACKENDS)}")
     settings = (segments, ratios, is_causal, q.shape[-1] ** -0.5 if scale is None else scale)
-    if _fused(q, ratios, settings[3], backend):
+    if takes_kernels(q, ratios, settings[3], backend):
         from .fused import fused_dilated_attention
 
         if cu_seqlens is not None:
@@ -100,7 +100,7 @@ def dilated_self_attention(
     Returns:
         `(T, H, D)`.
     """
-    if _fused(qkv, dilated_ratios, qkv.shape[-1] ** -0.5, "auto"):
+    if takes_kernels(qkv, dilated_ratios, qkv.shape[-1] ** -0.5, "auto"):
         from .fused import fused_dilated_self_attention
 
         return fused_dilated_self_attention(qkv, cu_seqlens, segment_lengths, dilated_ratios)
@@ -127,7 +127,12 @@ def triton_runs() -> bool:
     return find_spec("triton") is not None and compiler is not None
 
 
-def _fused(q: Tensor, dilated_ratios: Sequence[int], scale: float, backend: str) -> bool:
+def takes_kernels(q: Tensor, dilated_ratios: Sequence[int], scale: float, backend: str) -> bool:
+    """Whether a backend means the fused kernels for tensors like this one.
+
+    Raises:
+        ValueError: It does, and they do not take them.
+    """
     if backend in ("naive", "gather") or (backend == "auto" and not has_kernels(q)):
         return False
     from .fused import eligible  # imports triton, which not every machine has

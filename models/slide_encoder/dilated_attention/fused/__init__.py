@@ -37,6 +37,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..windows import Windows
 from .op import SelfAttention, attention_op
 
 
@@ -69,12 +70,18 @@ def fused_dilated_attention(
 
 
 def fused_dilated_self_attention(
-    qkv: Tensor, cu_seqlens: Tensor, segment_lengths: Sequence[int], dilated_ratios: Sequence[int]
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    segment_lengths: Sequence[int],
+    dilated_ratios: Sequence[int],
+    is_causal: bool = False,
+    windows: Windows | None = None,
 ) -> Tensor:
-    """`fused_dilated_attention` of the projection `(T, 3, H, D)` of packed sequences, not causal: `(T, H, D)`."""
-    settings = (list(segment_lengths), list(dilated_ratios), False, qkv.shape[3] ** -0.5)
-    if torch.compiler.is_compiling():
+    """`fused_dilated_attention` of the projection `(T, 3, H, D)` of packed sequences, `windows` of them on this rank:
+    `(T, H, D)`."""
+    settings = (list(segment_lengths), list(dilated_ratios), is_causal, qkv.shape[3] ** -0.5)
+    if windows is None and torch.compiler.is_compiling():
         q, k, v = qkv.unbind(1)
         return fused_dilated_attention(q, k, v, cu_seqlens, *settings)
-    output: Tensor = SelfAttention.apply(qkv, cu_seqlens, *settings)
+    output: Tensor = SelfAttention.apply(qkv, cu_seqlens, windows, *settings)
     return output

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import LOG2_E, constants, load, run_arrange_grad, store_columns, tensor_at
+from ..windows import Windows
+from .layout import LOG2_E, constants, load, run_arrange_grad, shards_of, store_columns, sums_at, tensor_at
 from .schedule import settings
 from .walk import hold, place, walk
 
@@ -54,15 +55,15 @@ def take_keys(state, held, keys, block, low, high, MASK: tl.constexpr, z: tl.con
 
 @triton.jit
 def backward_q(
-    arranged, arranged_grad, lse, inners, grad_q, grad_stride, plan, cu_seqlens, sequences, tokens, padded, scale,
+    arranged, arranged_grad, sums, grad_q, grad_stride, plan, cu_seqlens, shards, sequences, tokens, padded, scale,
     z: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the queries (T, H, D), rows of each program."""
     head = tl.program_id(1)
-    block = place(cu_seqlens, sequences, tokens, plan, head, z)
+    block = place(cu_seqlens, shards, sequences, tokens, plan, head, z)
     if block.first >= block.end:
         return
-    valid = block.rows < block.length
+    valid = block.rows < block.stop
     keys_at = tensor_at(arranged, 1, head, block.origin, padded, z)
     values_at = tensor_at(arranged, 2, head, block.origin, padded, z)
     q = load(tensor_at(arranged, 0, head, block.origin, padded, z), block.own, valid, z.DP, True)
@@ -70,9 +71,9 @@ def backward_q(
     log_sum = tl.full((z.BM,), 0.0, tl.float32)
     inner = tl.full((z.BM,), 0.0, tl.float32)
     if not z.SPARE:
-        token = head.to(tl.int64) * tokens + block.begin + block.rows
-        log_sum = tl.load(lse + token, mask=valid, other=float("inf"))
-        inner = tl.load(inners + token, mask=valid, other=0.0)
+        pair = sums_at(sums, head, block.origin, padded) + 2 * block.own
+        log_sum = tl.load(pair, mask=valid, other=float("inf"))
+        inner = tl.load(pair + 1, mask=valid, other=0.0)
     q, none = hold(q, valid, z.BN)
     grad, nothing = hold(grad, valid, z.BN)
     acc = tl.full((z.BM, z.DP), 0.0, tl.float32) + none + nothing
@@ -87,14 +88,13 @@ def backward_q(
 
 
 class BackwardKeys(NamedTuple):
-    """What `take_queries` needs: keys and values; where queries, gradients, log-sum-exps and inner products are."""
+    """What `take_queries` needs: keys and values; where queries, gradients, and pairs of log-sum-exp and inner product are."""
 
     k: Any
     v: Any
     queries_at: Any
     grads_at: Any
-    lse_at: Any
-    inners_at: Any
+    sums_at: Any
     factor: Any
 
 
@@ -111,9 +111,9 @@ def take_queries(state, held, keys, block, low, high, MASK: tl.constexpr, z: tl.
         grad_share = tl.dot(held.v, tl.trans(grad), input_precision=z.PRECISION)
         exponent = logits * held.factor + keys.log_times[None, :]
         if not z.SPARE:
-            position = keys.start + (j + keys.slot) * keys.ratio
-            exponent -= tl.load(held.lse_at + position, mask=exists, other=float("inf"))[None, :]
-            grad_share -= tl.load(held.inners_at + position, mask=exists, other=0.0)[None, :]
+            pair = held.sums_at + 2 * (keys.lane + (j // z.BN) * keys.stride)
+            exponent -= tl.load(pair, mask=exists, other=float("inf"))[None, :]
+            grad_share -= tl.load(pair + 1, mask=exists, other=0.0)[None, :]
         share = tl.exp2(exponent)
         if MASK:
             seen = keys.inside[:, None] & exists[None, :]
@@ -127,26 +127,25 @@ def take_queries(state, held, keys, block, low, high, MASK: tl.constexpr, z: tl.
 
 @triton.jit
 def backward_kv(
-    arranged, arranged_grad, lse, inners, grad_k, grad_v, grad_stride, plan, cu_seqlens, sequences, tokens, padded, scale,
-    z: tl.constexpr,
+    arranged, arranged_grad, sums, grad_k, grad_v, grad_stride, plan, cu_seqlens, shards, sequences, tokens, padded,
+    scale, z: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys and values (T, H, D), rows of each program."""
     head = tl.program_id(1)
-    block = place(cu_seqlens, sequences, tokens, plan, head, z)
+    block = place(cu_seqlens, shards, sequences, tokens, plan, head, z)
     if block.first >= block.end:
         return
-    valid = block.rows < block.length
+    valid = block.rows < block.stop
     queries_at = tensor_at(arranged, 0, head, block.origin, padded, z)
     grads_at = tensor_at(arranged_grad, 0, head, block.origin, padded, z)
-    lse_at = lse + head.to(tl.int64) * tokens + block.begin
-    inners_at = inners + head.to(tl.int64) * tokens + block.begin
     k = load(tensor_at(arranged, 1, head, block.origin, padded, z), block.own, valid, z.DP, True)
     v = load(tensor_at(arranged, 2, head, block.origin, padded, z), block.own, valid, z.DP, True)
     k, none = hold(k, valid, z.BN)
     v, nothing = hold(v, valid, z.BN)
     acc_k = tl.full((z.BM, z.DP), 0.0, tl.float32) + none
     acc_v = tl.full((z.BM, z.DP), 0.0, tl.float32) + nothing
-    held = BackwardKeys(k, v, queries_at, grads_at, lse_at, inners_at, scale * LOG2_E)
+    pairs_at = sums_at(sums, head, block.origin, padded)
+    held = BackwardKeys(k, v, queries_at, grads_at, pairs_at, scale * LOG2_E)
     state, _ = walk(take_queries, (acc_k, acc_v), held, block, plan, head, z, "keys", False)
     acc_k, acc_v = state
     grad_base = block.begin.to(tl.int64) * grad_stride + head * z.D
@@ -168,12 +167,23 @@ def run_backward(
     ratios: Sequence[int],
     causal: bool,
     scale: float,
+    windows: Windows | None = None,
 ) -> None:
-    """Write the gradients of q, k and v to three tensors (T, H, D) of one set of strides, heads end to end."""
-    arranged_grad, inners = run_arrange_grad(grad, arranged, cu_seqlens, out, lse, ratios, scale)
-    sizes = (cu_seqlens, len(cu_seqlens) - 1, len(out), arranged.shape[2], scale)
+    """Write the gradients of q, k and v to three tensors (T, H, D) of one set of strides, heads end to end.
+
+    With windows the other ranks' queries and gradients, which those of the keys need, are fetched while those of the
+    queries are computed.
+    """
+    arranged_grad, sums = run_arrange_grad(grad, arranged, cu_seqlens, out, lse, ratios, scale, windows)
+    fetched = [] if windows is None else [windows.fetch(x) for x in (arranged[0], arranged_grad, sums) if x.numel()]
+    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, len(out), arranged.shape[2], scale)
     for name, kernel, outputs in (("backward_q", backward_q, grads[:1]), ("backward_kv", backward_kv, grads[1:])):
-        grid, z, options, plan = settings(out.shape, out.dtype, cu_seqlens, name, segment_lengths, ratios, causal)
+        grid, z, options, plan = settings(
+            out.shape, out.dtype, cu_seqlens, name, segment_lengths, ratios, causal, windows
+        )
+        if kernel is backward_kv:
+            for fetch in fetched:
+                fetch.wait()
         kernel[grid](
-            arranged, arranged_grad, lse, inners, *outputs, grads[0].stride(0), plan, *sizes, constants(z), **options
+            arranged, arranged_grad, sums, *outputs, grads[0].stride(0), plan, *sizes, constants(z), **options
         )

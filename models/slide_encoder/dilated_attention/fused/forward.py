@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import LOG2_E, constants, load, store_columns, tensor_at
+from ..windows import Windows
+from .layout import LOG2_E, constants, load, shards_of, store_columns, tensor_at
 from .schedule import settings
-from .walk import hold, place, walk
+from .walk import hold, meets_others, place, walk
 
 
 class Forward(NamedTuple):
@@ -67,7 +68,7 @@ def softmax(q, reference, keys_at, values_at, block, plan, head, factor, z: tl.c
     """
     zero = -reference if z.SPARE else tl.full((z.BM,), 0.0, tl.float32)  # the exponent of a zero key
     largest = tl.full((z.BM,), 0.0, tl.float32) if z.SPARE else reference
-    q, none = hold(q, block.rows < block.length, z.BN)
+    q, none = hold(q, block.rows < block.stop, z.BN)
     acc = tl.full((z.BM, z.DP), 0.0, tl.float32) + none
     total = tl.full((z.BM, 16), 0.0, tl.float32)
     ones = tl.full((z.BN, 16), 1.0, q.dtype)
@@ -93,15 +94,21 @@ def softmax(q, reference, keys_at, values_at, block, plan, head, factor, z: tl.c
 
 @triton.jit
 def forward(
-    arranged, out, lse, plan, cu_seqlens, sequences, tokens, padded, scale,
+    arranged, out, lse, plan, cu_seqlens, shards, sequences, tokens, padded, scale, others,
     z: tl.constexpr,
 ):  # fmt: skip
-    """Output (T, H, D) and base-2 log-sum-exp (H, T) of the rows of each program."""
+    """Output (T, H, D) and base-2 log-sum-exp (H, T) of the rows of each program.
+
+    Of a sequence spread over ranks, only of blocks that may meet keys of other ranks, or of those that do not: `others`.
+    """
     head = tl.program_id(1)
-    block = place(cu_seqlens, sequences, tokens, plan, head, z)
-    if block.first >= block.end:
+    block = place(cu_seqlens, shards, sequences, tokens, plan, head, z)
+    idle = block.first >= block.end
+    if z.SHARDED:
+        idle = idle | (meets_others(plan, head, block, z) != (others != 0))
+    if idle:
         return
-    valid = block.rows < block.length
+    valid = block.rows < block.stop
     keys_at = tensor_at(arranged, 1, head, block.origin, padded, z)
     values_at = tensor_at(arranged, 2, head, block.origin, padded, z)
     factor = scale * LOG2_E
@@ -139,11 +146,22 @@ def run_forward(
     ratios: Sequence[int],
     causal: bool,
     scale: float,
+    windows: Windows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, H, D) and base-2 log-sum-exp (H, T), +inf where no branch covers a token."""
+    """Output (T, H, D) and base-2 log-sum-exp (H, T), +inf where no branch covers a token.
+
+    With windows the other ranks' keys and values are fetched, while the blocks run that do without.
+    """
     out = torch.empty(tuple(shape), dtype=arranged.dtype, device=arranged.device)
     lse = torch.empty((shape[1], shape[0]), dtype=torch.float32, device=arranged.device)
-    grid, z, options, plan = settings(shape, arranged.dtype, cu_seqlens, "forward", segment_lengths, ratios, causal)
-    sizes = (cu_seqlens, len(cu_seqlens) - 1, shape[0], arranged.shape[2], scale)
-    forward[grid](arranged, out, lse, plan, *sizes, constants(z), **options)
+    grid, z, options, plan = settings(
+        shape, arranged.dtype, cu_seqlens, "forward", segment_lengths, ratios, causal, windows
+    )
+    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, shape[0], arranged.shape[2], scale)
+    fetched = [] if windows is None else [windows.fetch(arranged[which]) for which in (1, 2)]
+    forward[grid](arranged, out, lse, plan, *sizes, 0, constants(z), **options)
+    if windows is not None:
+        for fetch in fetched:
+            fetch.wait()
+        forward[grid](arranged, out, lse, plan, *sizes, 1, constants(z), **options)
     return out, lse

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..windows import Windows
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 BLOCK = 64
 """Tokens that a program of `arrange` moves."""
@@ -30,6 +32,7 @@ class LayoutSizes(NamedTuple):
     SPARE: bool
     ONE: int
     BLOCK: int
+    SHARDED: bool
 
 
 @cache
@@ -91,9 +94,42 @@ def first_row(sequence, begin, length, S: tl.constexpr):
 
 
 @triton.jit
+def extent(shards, sequence, begin, count, head, z):
+    """(tokens of a sequence, position of the first one here, first row, its classes' rows as `class_row` takes them), where
+    `count` of them are here, from token `begin`. All are, unless it is spread over ranks: then `Windows.table` says it."""
+    if z.SHARDED:
+        entry = shards + sequence * (2 + z.H * z.S)
+        length = tl.load(entry)
+        here = tl.load(entry + 1)
+        origin = begin.to(tl.int64) * 0
+        classes = entry + 2 + head * z.S
+    else:
+        length = count
+        here = count * 0
+        origin, classes = first_row(sequence, begin, count, z.S)
+    return length, here, origin, classes
+
+
+@triton.jit
+def class_row(classes, residue, SHARDED: tl.constexpr):
+    """Row of the class's position `residue`; position p has the row p // S after it."""
+    if SHARDED:
+        row = tl.load(classes + residue)
+    else:
+        row = residue * classes
+    return row
+
+
+@triton.jit
 def tensor_at(arranged, which, head, origin, padded, z: tl.constexpr):
     """Where a sequence begins in one of the tensors (H, padded, DP) that `arrange` makes."""
     return arranged + ((which * z.H + head).to(tl.int64) * padded + origin) * z.DP
+
+
+@triton.jit
+def sums_at(sums, head, origin, padded):
+    """Where a sequence begins in what `arrange_grad` makes of its log-sum-exps and inner products, two a row."""
+    return sums + (head.to(tl.int64) * padded + origin) * 2
 
 
 @triton.jit
@@ -110,22 +146,24 @@ def spare_columns(value, column, D: tl.constexpr):
 
 
 @triton.jit
-def own_tokens(cu_seqlens, sequences, z: tl.constexpr):
-    """What a program of `arrange` and `arrange_grad` moves: (head, begin, origin, positions, rows, which of them exist)."""
+def own_tokens(cu_seqlens, shards, sequences, z: tl.constexpr):
+    """What a program of `arrange` and `arrange_grad` moves: (head, the token at position 0 or where it would be, origin,
+    positions, rows, which of them exist)."""
     program = tl.program_id(0)
     head = program % z.H
     residue = program // z.H % z.S
     block = program // (z.H * z.S)
-    sequence, begin, length = find_sequence(cu_seqlens, sequences, block, z.BLOCK * z.S)
-    origin, run = first_row(sequence, begin, length, z.S)
+    sequence, begin, count = find_sequence(cu_seqlens, sequences, block, z.BLOCK * z.S)
+    _, here, origin, classes = extent(shards, sequence, begin, count, head, z)
     index = z.BLOCK * (block - begin // (z.BLOCK * z.S) - sequence) + tl.arange(0, z.BLOCK)
-    position = residue + z.S * index
-    return head, begin.to(tl.int64), origin, position, residue * run + index, position < length
+    position = here + ((residue - here) & (z.S - 1)) + z.S * index
+    row = class_row(classes, residue, z.SHARDED) + position // z.S
+    return head, (begin - here).to(tl.int64), origin, position, row, position < here + count
 
 
 @triton.jit
 def arrange(
-    q, k, v, arranged, cu_seqlens, sequences, padded, stride_l, stride_h,
+    q, k, v, arranged, cu_seqlens, shards, sequences, padded, stride_l, stride_h,
     z: tl.constexpr,
 ):  # fmt: skip
     """Queries, keys and values (T, H, D) by head, then by class of S, in rows of DP columns.
@@ -134,7 +172,7 @@ def arrange(
     lie together. Where columns are left over, three hold ones for the keys and values, and for the queries minus the logit
     of the token's own key, the reference of its softmax.
     """
-    head, begin, origin, position, row, valid = own_tokens(cu_seqlens, sequences, z)
+    head, begin, origin, position, row, valid = own_tokens(cu_seqlens, shards, sequences, z)
     base = begin * stride_l + head * stride_h
     offsets = position.to(tl.int64) * stride_l
     column = tl.arange(0, z.DP)[None, :]
@@ -156,29 +194,32 @@ def arrange(
 
 @triton.jit
 def arrange_grad(
-    grad, out, lse, arranged, arranged_grad, inners, cu_seqlens, sequences, tokens, padded, scale,
+    grad, out, lse, arranged, arranged_grad, sums, cu_seqlens, shards, sequences, tokens, padded, scale,
     z: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the output like the queries, and its inner product with the output.
 
     The columns left over take what the backward subtracts from logits and from their gradients: here minus the inner
-    product, in the queries minus the log-sum-exp.
+    product, in the queries minus the log-sum-exp. Where none are left over, `sums` (H, padded, 2) holds log-sum-exp and
+    inner product.
     """
-    head, begin, origin, position, row, valid = own_tokens(cu_seqlens, sequences, z)
+    head, begin, origin, position, row, valid = own_tokens(cu_seqlens, shards, sequences, z)
     base = (begin * z.H + head) * z.D
     offsets = position.to(tl.int64) * (z.H * z.D)
     column = tl.arange(0, z.DP)[None, :]
     value = load_columns(grad + base, offsets, valid, z.D, z.DP)
     inner = tl.sum(value.to(tl.float32) * load_columns(out + base, offsets, valid, z.D, z.DP).to(tl.float32), 1)
+    log_sum = tl.load(lse + head.to(tl.int64) * tokens + begin + position, mask=valid, other=0.0)
     if z.SPARE:
         value = tl.where(column < z.D, value, spare_columns(-inner, column, z.D).to(value.dtype))
-        log_sum = tl.load(lse + head.to(tl.int64) * tokens + begin + position, mask=valid, other=0.0)
         least: tl.constexpr = -1.0e30 if z.ONE == 1 else -60000.0  # for +inf, of a token that nothing covers
         parts = spare_columns(tl.maximum(-log_sum / (scale * LOG2_E * z.ONE), least), column, z.D)
         queries = tensor_at(arranged, 0, head, origin, padded, z) + row[:, None] * z.DP + column
         tl.store(queries, parts.to(arranged.dtype.element_ty), mask=valid[:, None] & (column >= z.D))
     else:
-        tl.store(inners + head.to(tl.int64) * tokens + begin + position, inner, mask=valid)
+        pair = sums_at(sums, head, origin, padded) + 2 * row
+        tl.store(pair, log_sum, mask=valid)
+        tl.store(pair + 1, inner, mask=valid)
     store_columns(tensor_at(arranged_grad, 0, head, origin, padded, z), row * z.DP, valid, value, z.DP, z.DP)
 
 
@@ -193,11 +234,11 @@ def has_spare(dim: int) -> bool:
 
 
 def _settings(
-    shape: Sequence[int], dtype: torch.dtype, cu_seqlens: Tensor, ratios: Sequence[int]
+    shape: Sequence[int], dtype: torch.dtype, cu_seqlens: Tensor, ratios: Sequence[int], windows: Windows | None = None
 ) -> tuple[int, tuple[int], LayoutSizes]:
     """Rows of a head in what `arrange` makes, its grid and sizes.
 
-    Each sequence takes whole groups of four rows of every class. Float16 holds the softmax's reference and the log-sum-exp
+    Each sequence takes whole groups of four rows of every class, or what its windows take. Float16 holds the softmax's reference and the log-sum-exp
     as 256ths.
     """
     tokens, heads, dim = shape
@@ -205,17 +246,21 @@ def _settings(
     sequences = len(cu_seqlens) - 1
     programs = (tokens // (BLOCK * stride) + sequences) * heads * stride
     one = 256 if dtype == torch.float16 else 1
-    z = LayoutSizes(heads, dim, columns(dim), stride, has_spare(dim), one, BLOCK)
-    return (tokens // (4 * stride) + sequences) * 4 * stride, (programs,), z
+    z = LayoutSizes(heads, dim, columns(dim), stride, has_spare(dim), one, BLOCK, windows is not None)
+    rows = (tokens // (4 * stride) + sequences) * 4 * stride if windows is None else windows.rows
+    return rows, (programs,), z
 
 
-def run_arrange(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, ratios: Sequence[int]) -> Tensor:
+def run_arrange(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, ratios: Sequence[int], windows: Windows | None = None
+) -> Tensor:
     """`(3, H, rows, columns)` of q, k and v `(T, H, D)`, see `arrange`."""
     if not q.stride() == k.stride() == v.stride() or q.stride(2) != 1:
         q, k, v = (x.contiguous() for x in (q, k, v))
-    rows, grid, z = _settings(q.shape, q.dtype, cu_seqlens, ratios)
+    rows, grid, z = _settings(q.shape, q.dtype, cu_seqlens, ratios, windows)
     arranged = torch.empty((3, q.shape[1], rows, z.DP), dtype=q.dtype, device=q.device)
-    arrange[grid](q, k, v, arranged, cu_seqlens, len(cu_seqlens) - 1, rows, q.stride(0), q.stride(1), constants(z))
+    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, rows)
+    arrange[grid](q, k, v, arranged, *sizes, q.stride(0), q.stride(1), constants(z))
     return arranged
 
 
@@ -227,11 +272,18 @@ def run_arrange_grad(
     lse: Tensor,
     ratios: Sequence[int],
     scale: float,
+    windows: Windows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(H, rows, columns)` of the output's gradient `(T, H, D)`, and its inner products `(H, T)`; see `arrange_grad`."""
-    rows, grid, z = _settings(out.shape, out.dtype, cu_seqlens, ratios)
+    """`(H, rows, columns)` of the output's gradient `(T, H, D)`; and `(H, rows, 2)` log-sum-exps and inner products, of no
+    rows where there are columns to spare. See `arrange_grad`."""
+    rows, grid, z = _settings(out.shape, out.dtype, cu_seqlens, ratios, windows)
     arranged_grad = torch.empty(arranged.shape[1:], dtype=out.dtype, device=out.device)
-    inners = torch.empty_like(lse)
-    sizes = (cu_seqlens, len(cu_seqlens) - 1, len(out), rows, scale)
-    arrange_grad[grid](grad.contiguous(), out, lse, arranged, arranged_grad, inners, *sizes, constants(z))
-    return arranged_grad, inners
+    sums = torch.empty((out.shape[1], 0 if z.SPARE else rows, 2), dtype=torch.float32, device=out.device)
+    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, len(out), rows, scale)
+    arrange_grad[grid](grad.contiguous(), out, lse, arranged, arranged_grad, sums, *sizes, constants(z))
+    return arranged_grad, sums
+
+
+def shards_of(cu_seqlens: Tensor, windows: Windows | None) -> Tensor:
+    """The kernels' argument `shards`; without windows they do not read it."""
+    return cu_seqlens if windows is None else windows.table

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..windows import Windows
 from .backward import run_backward
 from .forward import run_forward
 from .layout import run_arrange
@@ -109,17 +110,18 @@ attention_op.register_autograd(_differentiate, setup_context=_save)
 class SelfAttention(torch.autograd.Function):
     """The op without its dispatcher, which takes longer than the kernels on short sequences; of `(T, 3, H, D)`.
 
-    What the kernels read is kept in place of the projection, whose memory is free once this has run.
+    What the kernels read is kept in place of the projection, whose memory is free once this has run. With windows the
+    sequences are spread over ranks, of which each holds T tokens of its own.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, *settings: Any) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, windows: Windows | None, *settings: Any) -> Tensor:
         """`(T, H, D)`; the settings are segment lengths, ratios, whether it is causal, and the scale."""
         q, k, v = qkv.unbind(1)
-        arranged = run_arrange(q, k, v, cu_seqlens, settings[1])
-        out, lse = run_forward(arranged, (len(qkv), *qkv.shape[2:]), cu_seqlens, *settings)
+        arranged = run_arrange(q, k, v, cu_seqlens, settings[1], windows)
+        out, lse = run_forward(arranged, (len(qkv), *qkv.shape[2:]), cu_seqlens, *settings, windows)
         ctx.save_for_backward(arranged, cu_seqlens, out, lse)
-        ctx.settings = settings
+        ctx.settings = (*settings, windows)
         return out
 
     @staticmethod
@@ -129,4 +131,4 @@ class SelfAttention(torch.autograd.Function):
         arranged, cu_seqlens, out, lse = ctx.saved_tensors
         grad_qkv = torch.empty((len(out), 3, *out.shape[1:]), dtype=out.dtype, device=out.device)
         run_backward(grad, arranged, cu_seqlens, out, lse, grad_qkv.unbind(1), *ctx.settings)
-        return grad_qkv, None, None, None, None, None
+        return grad_qkv, None, None, None, None, None, None

@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..windows import Windows
 from .layout import columns, has_spare
 from .walk import Sizes
 
@@ -46,8 +47,10 @@ def settings(
     segment_lengths: Sequence[int],
     ratios: Sequence[int],
     causal: bool,
+    windows: Windows | None = None,
 ) -> tuple[tuple[int, int, int], Sizes, dict[str, int], Tensor]:
-    """Grid, sizes, options of the compiler and plan of a kernel for queries of a shape `(T, H, D)`."""
+    """Grid, sizes, options of the compiler and plan of a kernel for queries of a shape `(T, H, D)`, of sequences that
+    `windows` spread over ranks."""
     tokens, heads, dim = shape
     largest = max(ratios)
     stride = max(1, largest // 2)
@@ -70,6 +73,8 @@ def settings(
         BM=rows,
         BN=keys,
         PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3",
+        SHARDED=windows is not None,
     )
-    lengths = tuple(min(length, 2 ** (tokens - 1).bit_length()) for length in segment_lengths)
+    longest = tokens if windows is None else windows.longest
+    lengths = tuple(min(length, 2 ** (longest - 1).bit_length()) for length in segment_lengths)
     return (2 * pairs, heads, stride), z, options, plan(lengths, tuple(ratios), heads, stride, cu_seqlens.device)

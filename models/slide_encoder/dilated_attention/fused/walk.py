@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .layout import find_sequence, first_row
+from .layout import class_row, extent, find_sequence
 
 
 class Sizes(NamedTuple):
@@ -28,29 +28,34 @@ class Sizes(NamedTuple):
     BM: int
     BN: int
     PRECISION: str
+    SHARDED: bool
 
 
 class Block(NamedTuple):
     """The rows of a program: BM tokens of one class of one sequence.
 
     Attributes:
-        begin: First token of their sequence.
-        length: Tokens of the sequence.
+        begin: The token at position 0 of their sequence, or where it would be.
+        length: Positions of the sequence.
+        here: The first position that this rank holds.
+        stop: The position after the last one that this rank holds.
         end: End of what is to be written: rows past the last sequence are written too, zeros.
         origin: First row of the sequence in the arrangement.
-        run: Rows of the arrangement from one class to the next.
+        classes: Where its classes are in there, as `class_row` takes it.
         step: Tokens from one row to the next.
         rows: (BM,) positions in the sequence.
         own: (BM,) rows of the arrangement.
         first: The first position.
-        last: The last position that exists.
+        last: The last position that this rank holds.
     """
 
     begin: Any
     length: Any
+    here: Any
+    stop: Any
     end: Any
     origin: Any
-    run: Any
+    classes: Any
     step: Any
     rows: Any
     own: Any
@@ -83,24 +88,26 @@ class Keys(NamedTuple):
 
 
 @triton.jit
-def place(cu_seqlens, sequences, tokens, plan, head, z: tl.constexpr):
+def place(cu_seqlens, shards, sequences, tokens, plan, head, z: tl.constexpr):
     """This program's `Block`. Two neighbouring programs share 2 * BM rows of one class of S."""
     span = 2 * z.BM * z.S
     pair = tl.program_id(0) // 2
     half = tl.program_id(0) % 2
-    sequence, begin, length = find_sequence(cu_seqlens, sequences, pair, span)
-    end = tl.where(sequence == sequences - 1, tokens - begin, length)
-    origin, run = first_row(sequence, begin, length, z.S)
+    sequence, begin, count = find_sequence(cu_seqlens, sequences, pair, span)
+    length, here, origin, classes = extent(shards, sequence, begin, count, head, z)
+    stop = here + count
+    end = here + tl.where(sequence == sequences - 1, tokens - begin, count)
     residue = tl.load(plan + z.NB * (2 + z.H) + head * z.S + tl.program_id(2))  # the classes with most keys first
-    first = residue + z.S * 2 * z.BM * (pair - begin // span - sequence)
+    first = here + ((residue - here) & (z.S - 1)) + span * (pair - begin // span - sequence)
     width = tl.maximum(tl.minimum(tl.load(plan + 2 * z.LARGEST), length), 1)
     offset = tl.load(plan + z.NB * 2 + z.LARGEST * z.H + head)
     alternate = (z.S < z.R) & (((residue - first // width * width - offset) & (z.S - 1)) == 0)
     first += half * tl.where(alternate, z.S, z.S * z.BM)
     step = tl.where(alternate, z.R, z.S)
     rows = first + step * tl.arange(0, z.BM)
-    last = tl.minimum(first + step * (z.BM - 1), length - 1)
-    return Block(begin, length, end, origin, run, step, rows, first % z.S * run + rows // z.S, first, last)
+    last = tl.minimum(first + step * (z.BM - 1), stop - 1)
+    own = class_row(classes, residue, z.SHARDED) + rows // z.S
+    return Block(begin - here, length, here, stop, end, origin, classes, step, rows, own, first, last)
 
 
 @triton.jit
@@ -115,6 +122,17 @@ def look_up(plan, branch, head, block, z: tl.constexpr):
     ratio = 1 << shift
     covers = ((block.first - start - offset) & (tl.minimum(ratio, block.step) - 1)) == 0
     return width, shift, offset, start, one & covers & (ratio <= block.step), one & (covers == 0)
+
+
+@triton.jit
+def meets_others(plan, head, block, z: tl.constexpr):
+    """Whether a branch has keys for a block that other ranks may hold."""
+    meets = block.first < 0
+    for branch in range(z.NB):
+        width, _, _, start, _, none = look_up(plan, branch, head, block, z)
+        after = tl.minimum(block.last // width * width + width, block.length)
+        meets = meets | ((none == 0) & ((start < block.here) | (after > block.stop)))
+    return meets
 
 
 @triton.jit
@@ -160,18 +178,18 @@ def segment_of(block, start, width, shift, offset, z: tl.constexpr):
 
 
 @triton.jit
-def lanes_of(key, shift, run, S: tl.constexpr, BN: tl.constexpr):
+def lanes_of(key, shift, classes, S: tl.constexpr, BN: tl.constexpr, SHARDED: tl.constexpr):
     """(slot, row in the arrangement, position) of each of BN keys of a segment, of which the first is at position `key`.
 
     They are taken class by class, so that neighbours lie together. The next BN are BN * ratio / S rows further.
     """
     lane = tl.arange(0, BN)
-    classes = tl.maximum(S >> shift, 1)
-    group = lane * classes // BN
-    within = lane - group * (BN // classes)
+    groups = tl.maximum(S >> shift, 1)
+    group = lane * groups // BN
+    within = lane - group * (BN // groups)
     position = key + (group << shift)
-    row = position % S * run + position // S + within * tl.maximum((1 << shift) // S, 1)
-    return group + within * classes, row, key + ((group + within * classes) << shift)
+    row = class_row(classes, position % S, SHARDED) + position // S + within * tl.maximum((1 << shift) // S, 1)
+    return group + within * groups, row, key + ((group + within * groups) << shift)
 
 
 @triton.jit
@@ -236,7 +254,9 @@ def walk(take: tl.constexpr, state, held, block, plan, head, z: tl.constexpr, RO
                     skip = piece * high
                     count = tl.where(piece == 0, low, real - high)
                     if count > 0:
-                        slot, lane, position = lanes_of(key + (skip << shift), shift, block.run, z.S, z.BN)
+                        slot, lane, position = lanes_of(
+                            key + (skip << shift), shift, block.classes, z.S, z.BN, z.SHARDED
+                        )  # fmt: skip
                         log_times = log_of_times(position, block.first, merged, z.R)
                         keys = Keys(
                             slot, lane, z.BN * ratio // z.S, log_times, key + (skip << shift), ratio, count, inside
