@@ -43,7 +43,7 @@ def own_tiles(tiles: int, rank: int, ranks: int) -> slice:
 
 
 def own_parts(batch: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
-    """`own_tiles` of each slide of a batch: its `tile_features` `(T, D)`, `grid_cells` `(T, 2)` and `cu_seqlens` `(B + 1,)`."""
+    """`own_tiles` of each slide of a batch: `tile_features` `(T, D)`, `grid_cells` `(T, 2)`, `cu_seqlens` `(B + 1,)`."""
     bounds = batch["cu_seqlens"].tolist()
     parts = []
     for begin, end in itertools.pairwise(bounds):

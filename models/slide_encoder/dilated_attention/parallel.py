@@ -8,7 +8,7 @@ over ranks, and a token's softmax is one, so that results are those of one GPU a
 tokens only is computed while the others' are on their way: in the forward the blocks of classes that no long branch covers,
 in the backward the gradients of the queries.
 
-With H heads of D dimensions, D rounded up to DP, in numbers of s bytes, a layer and a sequence take on rank p of its n tokens
+With H heads of D dimensions, rounded up to DP, in numbers of s bytes, a layer and a sequence take on rank p of its n tokens
     held      3 n H DP s      queries, keys and values, and what was fetched of each
     received  2 H DP s x      in the forward, and as much in the backward
     x         <= sum over branches of (E - n) / r + 2: E counts the tokens of all segments that meet the part, so that
@@ -18,7 +18,7 @@ What travels depends on segment lengths w and ratios r, not on L: less than 2 w 
 A branch over everything (w = L) costs L / r, which does not grow either where r grows with w, as the paper has it.
 `benchmarks/sequence_parallel.py` measures it.
 
-Where there are no kernels (see `dilated_attention`) every rank computes the attention of whole sequences: correct, no faster.
+Where there are no kernels (see `dilated_attention`) every rank computes the attention of whole sequences: no faster.
 """
 
 import itertools
@@ -150,7 +150,5 @@ def parallel_dilated_self_attention(
     whole = shards.sum(qkv.new_zeros(sum(shards.totals), *qkv.shape[1:]).index_copy(0, rows, qkv))
     ends = torch.tensor([0, *itertools.accumulate(shards.totals)], dtype=torch.int32, device=qkv.device)
     q, k, v = whole.unbind(1)
-    attended = dilated_attention(
-        q, k, v, segment_lengths, dilated_ratios, is_causal, cu_seqlens=ends, backend="gather"
-    )
+    attended = dilated_attention(q, k, v, segment_lengths, dilated_ratios, is_causal, cu_seqlens=ends, backend="gather")
     return attended[rows]

@@ -7,7 +7,6 @@ border in many classes, long ones far in a few: of L tokens 2 L / r or so travel
 long branch.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -20,23 +20,31 @@ class Hopper:
 
 triton.runtime.driver.set_active(Hopper())
 from longslide.models.slide_encoder.dilated_attention.fused import backward, forward, layout, schedule
+from longslide.models.slide_encoder.dilated_attention.windows import make_windows
 
 def rows(*shape): return torch.empty(shape, dtype=torch.bfloat16)
 
-sizes = (torch.tensor([0, 64], dtype=torch.int32), 1, 64, 128, 0.1)
-for causal, dim in ((False, 48), (True, 64)):
+class FirstOfTwo:
+    def rank(self): return 0
+
+lengths = torch.tensor([0, 64], dtype=torch.int32)
+windows = make_windows(((64,), (64,)), FirstOfTwo(), 16, (16, 64), (1, 16), torch.device("cpu"))
+for causal, dim, shards in ((False, 48, None), (True, 64, None), (False, 48, windows), (True, 64, windows)):
     out, lse = rows(64, 16, dim), torch.empty(16, 64)
     arranged, grads = rows(3, 16, 128, 64), rows(16, 128, 64)
-    z = layout.constants(layout._settings(out.shape, out.dtype, sizes[0], [1, 16])[2])
-    layout.arrange.warmup(out, out, out, arranged, *sizes[:2], 128, out.stride(0), dim, z, grid=(1,))
+    sizes = (lengths, layout.shards_of(lengths, shards), 1, 64, 128, 0.1)
+    z = layout.constants(layout._settings(out.shape, out.dtype, lengths, [1, 16], shards)[2])
+    layout.arrange.warmup(out, out, out, arranged, *sizes[:3], 128, out.stride(0), dim, z, grid=(1,))
     layout.arrange_grad.warmup(out, out, lse, arranged, grads, lse, *sizes, z, grid=(1,))
-    for name, kernel, arguments in (
-        ("forward", forward.forward, (arranged, out, lse)),
-        ("backward_q", backward.backward_q, (arranged, grads, lse, lse, out, dim)),
-        ("backward_kv", backward.backward_kv, (arranged, grads, lse, lse, out, out, dim)),
+    for name, kernel, arguments, others in (
+        ("forward", forward.forward, (arranged, out, lse), (1,)),
+        ("backward_q", backward.backward_q, (arranged, grads, lse, out, dim), ()),
+        ("backward_kv", backward.backward_kv, (arranged, grads, lse, out, out, dim), ()),
     ):
-        grid, z, options, plan = schedule.settings(out.shape, out.dtype, sizes[0], name, [16, 64], [1, 16], causal)
-        kernel.warmup(*arguments, plan, *sizes, layout.constants(z), grid=grid, **options)
+        grid, z, options, plan = schedule.settings(
+            out.shape, out.dtype, lengths, name, [16, 64], [1, 16], causal, shards
+        )
+        kernel.warmup(*arguments, plan, *sizes, *others, layout.constants(z), grid=grid, **options)
         print(name, causal)
 """
 
@@ -51,7 +59,7 @@ def test_the_kernels_compile_for_a_gpu_on_a_machine_without_one(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         word
-        for causal in ("False", "True")
+        for causal in ("False", "True", "False", "True")
         for name in ("forward", "backward_q", "backward_kv")
         for word in (name, causal)
     ]

@@ -88,7 +88,7 @@ def backward_q(
 
 
 class BackwardKeys(NamedTuple):
-    """What `take_queries` needs: keys and values; where queries, gradients, and pairs of log-sum-exp and inner product are."""
+    """What `take_queries` needs: keys and values; where queries, gradients, log-sum-exps and inner products are."""
 
     k: Any
     v: Any
@@ -184,6 +184,4 @@ def run_backward(
         if kernel is backward_kv:
             for fetch in fetched:
                 fetch.wait()
-        kernel[grid](
-            arranged, arranged_grad, sums, *outputs, grads[0].stride(0), plan, *sizes, constants(z), **options
-        )
+        kernel[grid](arranged, arranged_grad, sums, *outputs, grads[0].stride(0), plan, *sizes, constants(z), **options)

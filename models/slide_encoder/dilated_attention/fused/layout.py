@@ -113,11 +113,7 @@ def extent(shards, sequence, begin, count, head, z):
 @triton.jit
 def class_row(classes, residue, SHARDED: tl.constexpr):
     """Row of the class's position `residue`; position p has the row p // S after it."""
-    if SHARDED:
-        row = tl.load(classes + residue)
-    else:
-        row = residue * classes
-    return row
+    return tl.load(classes + residue) if SHARDED else residue * classes
 
 
 @triton.jit
@@ -238,8 +234,8 @@ def _settings(
 ) -> tuple[int, tuple[int], LayoutSizes]:
     """Rows of a head in what `arrange` makes, its grid and sizes.
 
-    Each sequence takes whole groups of four rows of every class, or what its windows take. Float16 holds the softmax's reference and the log-sum-exp
-    as 256ths.
+    Each sequence takes whole groups of four rows of every class, or what its windows take. Float16 holds the softmax's
+    reference and the log-sum-exp as 256ths.
     """
     tokens, heads, dim = shape
     stride = max(1, max(ratios) // 2)
