@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader
 
-SLIDES = (23, 40, 3, 31)
+BATCHES = ([23], [40, 1, 7], [3, 3], [31])
+"""Tiles of the slides of each."""
 
 
 def small_encoder(**settings: object) -> SlideEncoder:
@@ -57,13 +58,18 @@ class Regression(lightning.LightningModule):
 
 
 def check_the_encoder(rank: int) -> None:
-    """Embeddings and gradients of slides spread unevenly over three ranks are those of one process."""
+    """Embeddings and gradients of slides spread unevenly over three ranks, alone and packed, are those of one process."""
     group = dist.new_group([0, 1, 2])
     if rank == 3:
         return
-    for parts in ([2, 9, 0], [0, 0, 1], [15, 14, 16]):
-        features, cells = slide(sum(parts))
-        own = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
+    for parts in ([[2, 9, 0]], [[0, 0, 1]], [[15, 14, 16]], [[10, 3, 10], [0, 40, 0], [1, 0, 1]]):
+        slides = [slide(sum(counts)) for counts in parts]
+        features, cells = (torch.cat(x) for x in zip(*slides, strict=True))
+        bounds = torch.tensor([0, *(sum(counts) for counts in parts)]).cumsum(0)
+        own = torch.cat(
+            [begin + torch.arange(sum(p[:rank]), sum(p[: rank + 1])) for begin, p in zip(bounds, parts, strict=False)]
+        )
+        own_bounds = torch.tensor([0, *(counts[rank] for counts in parts)]).cumsum(0)
         for pool in ("mean", "cls"):
             alone, shared = (
                 small_encoder(pool=pool, drop_path=0.5).train(),
@@ -71,11 +77,15 @@ def check_the_encoder(rank: int) -> None:
             )
             shared.shard_sequence(group)
             results = []
-            for encoder, x, where, seed in ((alone, features, cells, 0), (shared, features[own], cells[own], rank)):
+            for encoder, x, where, ends, seed in (
+                (alone, features, cells, bounds, 0),
+                (shared, features[own], cells[own], own_bounds, rank),
+            ):
                 torch.manual_seed(seed)  # the ranks' generators differ; the first one says which halves are left out
                 x = x.clone().requires_grad_()
-                embeddings = encoder.layer_embeddings(x[None], where[None])
-                embedding = encoder(x[None], where[None])
+                inputs = (x[None], where[None]) if len(parts) == 1 else (x, where, ends)
+                embeddings = encoder.layer_embeddings(*inputs)
+                embedding = encoder(*inputs)
                 (embedding.square().sum() + embeddings.sin().sum()).backward()
                 results.append((embedding, embeddings, x.grad))
             (embedding, embeddings, grad), (shared_embedding, shared_embeddings, shared_grad) = results
@@ -88,19 +98,21 @@ def check_the_encoder(rank: int) -> None:
                 torch.testing.assert_close(other.grad / 3, one.grad, msg=lambda text, name=name: f"{name}: {text}")
 
     shared.shard_sequence(None)
-    torch.testing.assert_close(shared.eval()(features[None], cells[None]), alone.eval()(features[None], cells[None]))
+    torch.testing.assert_close(shared.eval()(features, cells, bounds), alone.eval()(features, cells, bounds))
     shared.shard_sequence(group)
-    with pytest.raises(LongslideError, match="no rank has a tile"):
-        shared(features[None, :0], cells[None, :0])
-    with pytest.raises(LongslideError, match="comes alone, not with others: got 2"):
-        shared(features, cells, torch.tensor([0, 10, 45]))
+    with pytest.raises(LongslideError, match="no rank has a tile of slide 2 of 2"):
+        shared(features[:3], cells[:3], torch.tensor([0, 3, 3]))
 
 
 def check_the_trainer(folder: Path) -> None:
-    """Two slides at a time, each over two ranks: after two steps the weights are those of one process."""
+    """Two batches at a time, each over two ranks: after two steps the weights are those of one process."""
     batches = [
-        {"tile_features": x, "grid_cells": cells, "cu_seqlens": torch.tensor([0, len(x)], dtype=torch.int32)}
-        for x, cells in map(slide, SLIDES)
+        {
+            "tile_features": torch.cat([slide(tiles)[0] for tiles in batch]),
+            "grid_cells": torch.cat([slide(tiles)[1] for tiles in batch]),
+            "cu_seqlens": torch.tensor([0, *batch], dtype=torch.int32).cumsum(0).int(),
+        }
+        for batch in BATCHES
     ]
     loader = DataLoader(batches, batch_size=1, collate_fn=lambda items: items[0])
 

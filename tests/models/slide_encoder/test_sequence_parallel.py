@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from longslide import LongslideError, create_slide_encoder
-from longslide.models.slide_encoder.sequence_parallel import SequenceParallelStrategy, own_tiles
+from longslide.models.slide_encoder.sequence_parallel import own_parts, own_tiles
 
 RANKS = Path(__file__).parent / "encoder_ranks.py"
 
@@ -25,10 +25,17 @@ def test_each_tile_has_one_rank_and_parts_are_even(tiles: int, ranks: int) -> No
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_several_slides_in_a_batch_are_refused() -> None:
-    batch = {"tile_features": torch.zeros(5, 2), "cu_seqlens": torch.tensor([0, 2, 5])}
-    with pytest.raises(LongslideError, match="one slide at a time, not 2"):
-        SequenceParallelStrategy(2).batch_to_device(batch)
+def test_each_rank_holds_a_part_of_every_slide_of_a_batch() -> None:
+    batch = {
+        "tile_features": torch.arange(10)[:, None].float(),
+        "grid_cells": torch.arange(20).view(10, 2),
+        "cu_seqlens": torch.tensor([0, 2, 7, 8, 10], dtype=torch.int32),
+    }
+    first, second = (own_parts(batch, rank, 2) for rank in range(2))
+    assert first["tile_features"].flatten().tolist() == [0, 2, 3, 8]
+    assert first["cu_seqlens"].tolist() == [0, 1, 3, 3, 4]
+    assert second["grid_cells"][:, 0].tolist() == [2, 8, 10, 12, 14, 18]
+    assert second["cu_seqlens"].tolist() == [0, 1, 4, 5, 6]
 
 
 def test_other_patterns_than_dilated_stay_on_one_device() -> None:
