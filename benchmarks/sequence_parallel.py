@@ -98,7 +98,7 @@ def received_megabytes(encoder: SlideEncoder, tiles: int) -> float:
     windows = make_windows(
         lengths, group, spec.heads, spec.segment_lengths, spec.dilated_ratios, encoder.cls_token.device
     )
-    columns = 2 ** (spec.width // spec.heads - 1).bit_length()
+    columns: int = 2 ** (spec.width // spec.heads - 1).bit_length()
     return 2 * sum(windows.receive_sizes) * columns * encoder.cls_token.element_size() / 1e6
 
 

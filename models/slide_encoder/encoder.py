@@ -197,12 +197,12 @@ class SlideEncoder(nn.Module):
         group = self.sequence_group
         if cu_seqlens is None:
             lengths = [tile_features.shape[1]] * len(tile_features)
-            if group is None or sum(lengths):
+            if group is None or sum(lengths) > 0:
                 check_shapes(tile_features, grid_cells, self.spec)
             tile_features, grid_cells = tile_features.flatten(0, 1), grid_cells.flatten(0, 1)
         else:
             lengths = cu_seqlens.diff().tolist()
-            if group is None or sum(lengths):
+            if group is None or sum(lengths) > 0:
                 check_shapes(tile_features[None], grid_cells[None], self.spec)
             if min(lengths) < (group is None) or sum(lengths) != len(tile_features):
                 raise LongslideError(

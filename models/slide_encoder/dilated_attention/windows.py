@@ -104,7 +104,7 @@ def make_windows(
 
     first, after = slots(low), slots(high)
     sizes = (after - first).transpose(1, 2).flatten(2)  # (P, H, B * S)
-    begin = (sizes.cumsum(2) - sizes).unflatten(2, (-1, stride)).transpose(1, 2) - first
+    begin = (sizes.cumsum(2) - sizes).view(*sizes.shape[:2], -1, stride).transpose(1, 2) - first
     rows = -(-sizes.sum(2).amax(1).clamp(min=1) // 32) * 32  # multiples, for which kernels are compiled once
     table = torch.cat([torch.stack([total, starts[rank]], 1), begin[rank].flatten(1)], 1)
 

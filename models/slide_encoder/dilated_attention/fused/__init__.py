@@ -83,5 +83,5 @@ def fused_dilated_self_attention(
     if windows is None and torch.compiler.is_compiling():
         q, k, v = qkv.unbind(1)
         return fused_dilated_attention(q, k, v, cu_seqlens, *settings)
-    output: Tensor = SelfAttention.apply(qkv, cu_seqlens, windows, *settings)
+    output: Tensor = SelfAttention.apply(qkv, cu_seqlens, *settings, windows)
     return output

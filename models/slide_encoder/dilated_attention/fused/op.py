@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..windows import Windows
 from .backward import run_backward
 from .forward import run_forward
 from .layout import run_arrange
@@ -115,13 +114,13 @@ class SelfAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, windows: Windows | None, *settings: Any) -> Tensor:
-        """`(T, H, D)`; the settings are segment lengths, ratios, whether it is causal, and the scale."""
+    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, *settings: Any) -> Tensor:
+        """`(T, H, D)`; the settings are segment lengths, ratios, whether it is causal, the scale, and the windows."""
         q, k, v = qkv.unbind(1)
-        arranged = run_arrange(q, k, v, cu_seqlens, settings[1], windows)
-        out, lse = run_forward(arranged, (len(qkv), *qkv.shape[2:]), cu_seqlens, *settings, windows)
+        arranged = run_arrange(q, k, v, cu_seqlens, settings[1], settings[4])
+        out, lse = run_forward(arranged, (len(qkv), *qkv.shape[2:]), cu_seqlens, *settings)
         ctx.save_for_backward(arranged, cu_seqlens, out, lse)
-        ctx.settings = (*settings, windows)
+        ctx.settings = settings
         return out
 
     @staticmethod
