@@ -1,6 +1,6 @@
 """Tiles per second of `longslide embed` on one GPU and on several, the same slides one run after the other.
 
-    python benchmarks/scale.py [--tile-encoder gigapath] [--devices 0 0,1] [--slides 48] [--edge 8192]
+    python benchmarks/scale.py [--tile-encoder gigapath] [--devices 0 0,1] [--slides 80] [--edge 6144]
 
 Drawn slides of `edge` pixels squared, tissue found, random weights from a file, the encoder's own precision. `steady` is
 the rate from when every GPU has finished two slides to the end of the last one: what is left out is loading the weights and
@@ -18,7 +18,7 @@ from longslide.models.tile_encoder.encoder import build_network
 from longslide.models.tile_encoder.spec import load_tile_encoder_spec
 from safetensors.torch import save_file
 
-DRAWN = 4
+DRAWN = 2
 """Different slides; the others are links to them."""
 
 
@@ -62,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tile-encoder", default="gigapath")
     parser.add_argument("--devices", nargs="+", default=["0", "0,1"], help="as `embed --devices` takes them")
-    parser.add_argument("--slides", type=int, default=48)
-    parser.add_argument("--edge", type=int, default=8192)
+    parser.add_argument("--slides", type=int, default=80)
+    parser.add_argument("--edge", type=int, default=6144)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from longslide import create_slide_encoder
 from longslide.models.slide_encoder.dilated_attention.windows import make_windows
 from longslide.models.slide_encoder.encoder import SlideEncoder
-from longslide.models.slide_encoder.sequence_parallel import own_tiles
+from longslide.models.slide_encoder.sequence_parallel import make_mesh, own_tiles
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,12 +59,15 @@ def steps(
 
 
 def measure(
-    encoder: SlideEncoder, tiles: int, repeats: int, together: bool, profile: Path | None = None
+    encoder: SlideEncoder, tiles: int, repeats: int, group: dist.ProcessGroup | None, profile: Path | None = None
 ) -> tuple[float, float, list[Tensor]]:
-    """Seconds, peak GiB, and embedding and gradients."""
+    """Seconds, peak GiB, and embedding and gradients; by the ranks of a group, or by this one alone."""
+    together = group is not None
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    features, cells = slide(tiles, own_tiles(tiles, rank, ranks) if together else slice(None), encoder.cls_token)
-    encoder.shard_sequence(dist.group.WORLD if together else None)
+    features, cells = slide(
+        tiles, own_tiles(tiles, rank, ranks, encoder.spec) if together else slice(None), encoder.cls_token
+    )
+    encoder.shard_sequence(group)
     model = DistributedDataParallel(encoder, gradient_as_bucket_view=True) if together else encoder
     if CUDA:
         torch.cuda.empty_cache()
@@ -88,13 +91,11 @@ def measure(
     return statistics.median(slowest[:-1].tolist()), slowest[-1].item(), results
 
 
-def received_megabytes(encoder: SlideEncoder, tiles: int) -> float:
+def received_megabytes(encoder: SlideEncoder, tiles: int, group: dist.ProcessGroup) -> float:
     """What this rank receives in the forward of one layer."""
     ranks, spec = dist.get_world_size(), encoder.spec
-    parts = [own_tiles(tiles, rank, ranks) for rank in range(ranks)]
+    parts = [own_tiles(tiles, rank, ranks, spec) for rank in range(ranks)]
     lengths = tuple((part.stop - part.start + (rank == 0),) for rank, part in enumerate(parts))
-    group = dist.group.WORLD
-    assert group is not None
     windows = make_windows(
         lengths, group, spec.heads, spec.segment_lengths, spec.dilated_ratios, encoder.cls_token.device
     )
@@ -121,6 +122,7 @@ def main() -> None:
     if CUDA:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if CUDA else "gloo")
+    group = make_mesh(device.type, 1, ranks)["sequence"].get_group()
     encoder = create_slide_encoder("gigapath", checkpoint="random", layers=options.layers, checkpointing=True).train()
     if rank == 0:
         name = torch.cuda.get_device_name() if CUDA else "CPU"
@@ -134,12 +136,12 @@ def main() -> None:
     for tiles, dtype in jobs:
         encoder = encoder.to(device, dtype)
         profile = options.profile if dtype == torch.bfloat16 else None
-        seconds, memory, results = measure(encoder, tiles, options.repeats, True, profile)
-        received = torch.tensor(received_megabytes(encoder, tiles), device=device)
+        seconds, memory, results = measure(encoder, tiles, options.repeats, group, profile)
+        received = torch.tensor(received_megabytes(encoder, tiles, group), device=device)
         dist.all_reduce(received, dist.ReduceOp.MAX)
         if rank == 0:
             try:
-                alone, alone_memory, wanted = measure(encoder, tiles, options.repeats, False, profile)
+                alone, alone_memory, wanted = measure(encoder, tiles, options.repeats, None, profile)
                 errors = (relative_error(results[:1], wanted[:1]), relative_error(results[1:], wanted[1:]))
             except torch.OutOfMemoryError:
                 alone, alone_memory, errors = float("nan"), float("nan"), (float("nan"), float("nan"))

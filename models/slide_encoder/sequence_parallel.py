@@ -6,9 +6,9 @@ Here two slides are trained on at a time, each spread over four GPUs that stand 
 over the data axis and summed over the sequence axis: the sum comes about because DDP averages over all ranks and
 the exchanges within a slide have the gradients of the sum of its ranks' losses (see `SlideEncoder.shard_sequence`).
 
-Without Lightning the same in three lines:
+Without Lightning the same in three lines, with `make_mesh` of this file:
 
-    mesh = torch.distributed.init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "sequence"))
+    mesh = make_mesh("cuda", 2, 4)
     slide_encoder.shard_sequence(mesh["sequence"].get_group())
     model = torch.nn.parallel.DistributedDataParallel(model)  # or fully_shard(model): both average over all ranks
 
@@ -16,9 +16,11 @@ with a sampler of 2 replicas of which this is number `mesh["data"].get_local_ran
 """
 
 import itertools
+from bisect import bisect_left
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
@@ -26,32 +28,69 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ...errors import LongslideError
 from .encoder import SlideEncoder
+from .spec import SlideEncoderSpec
+
+LINEAR_WORK = 4
+"""What a layer's linear parts take for a token, in keys of its attention for each number of the width; on an H100."""
 
 
-def own_tiles(tiles: int, rank: int, ranks: int) -> slice:
-    """The tiles of a slide that a rank of its group holds: parts in a row, as even as can be.
+def own_tiles(tiles: int, rank: int, ranks: int, spec: SlideEncoderSpec) -> slice:
+    """The tiles of a slide that a rank of its group holds: parts in a row, as even in their work as can be.
+
+    Tokens of a last, shorter segment see fewer keys: the last part is the largest.
 
     Args:
         tiles: Tiles of the slide.
         rank: Rank in the group of those that share the slide.
         ranks: Ranks in the group.
+        spec: The slide encoder's facts.
 
     Returns:
         Where they are.
     """
-    return slice(tiles * rank // ranks, tiles * (rank + 1) // ranks)
+
+    def work(stop: int) -> float:
+        """Of the tiles before one, in keys that a head's queries meet."""
+        keys = float(LINEAR_WORK * spec.width * stop)
+        for segment_length, ratio in zip(spec.segment_lengths, spec.dilated_ratios, strict=True):
+            width = min(segment_length, tiles)
+            whole = stop // width * width if width else 0
+            keys += (whole * width + (stop - whole) * min(width, tiles - whole)) / ratio**2
+        return keys
+
+    bounds = [bisect_left(range(tiles), work(tiles) * part / ranks, key=work) for part in (rank, rank + 1)]
+    return slice(bounds[0], tiles if rank == ranks - 1 else bounds[1])
 
 
-def own_parts(batch: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
+def own_parts(batch: dict[str, Tensor], rank: int, ranks: int, spec: SlideEncoderSpec) -> dict[str, Tensor]:
     """`own_tiles` of each slide of a batch: `tile_features` `(T, D)`, `grid_cells` `(T, 2)`, `cu_seqlens` `(B + 1,)`."""
     bounds = batch["cu_seqlens"].tolist()
     parts = []
     for begin, end in itertools.pairwise(bounds):
-        part = own_tiles(end - begin, rank, ranks)
+        part = own_tiles(end - begin, rank, ranks, spec)
         parts.append(slice(begin + part.start, begin + part.stop))
     ends = [0, *itertools.accumulate(part.stop - part.start for part in parts)]
     own = {name: torch.cat([batch[name][part] for part in parts]) for name in ("tile_features", "grid_cells")}
     return own | {"cu_seqlens": batch["cu_seqlens"].new_tensor(ends)}
+
+
+def make_mesh(device_type: str, data: int, sequence: int) -> DeviceMesh:
+    """A mesh of all ranks with the axes `data` and `sequence`; those that share slides stand next to one another.
+
+    On GPUs the exchanges within a slide have streams of high priority: else they would wait for the kernels that are to
+    cover them.
+
+    Args:
+        device_type: `cuda` or `cpu`.
+        data: Size of the data axis.
+        sequence: Ranks that share a slide.
+    """
+    override: dict[int | str, Any] = {}
+    if device_type == "cuda":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        override["sequence"] = ("nccl", options)
+    names = ("data", "sequence")
+    return init_device_mesh(device_type, (data, sequence), mesh_dim_names=names, backend_override=override)
 
 
 class SequenceParallelStrategy(DDPStrategy):
@@ -69,6 +108,7 @@ class SequenceParallelStrategy(DDPStrategy):
         super().__init__(**options)
         self.sequence_parallel_size = sequence_parallel_size
         self._mesh: DeviceMesh | None = None
+        self._spec: SlideEncoderSpec | None = None
 
     @property
     def device_mesh(self) -> DeviceMesh:
@@ -87,8 +127,7 @@ class SequenceParallelStrategy(DDPStrategy):
         size, world_size = self.sequence_parallel_size, self.world_size
         if size < 1 or world_size % size:
             raise LongslideError(f"sequence_parallel_size {size} does not divide the {world_size} ranks")
-        names = ("data", "sequence")
-        self._mesh = init_device_mesh(self.root_device.type, (world_size // size, size), mesh_dim_names=names)
+        self._mesh = make_mesh(self.root_device.type, world_size // size, size)
 
     def setup(self, trainer: Trainer) -> None:
         """Let the model's slide encoders share their slides.
@@ -100,6 +139,7 @@ class SequenceParallelStrategy(DDPStrategy):
         encoders = [module for module in self.lightning_module.modules() if isinstance(module, SlideEncoder)]
         if not encoders:
             raise LongslideError("sequence parallelism is for slide encoders, and this model has none")
+        self._spec = encoders[0].spec
         for encoder in encoders:
             encoder.shard_sequence(self.device_mesh["sequence"].get_group())
         super().setup(trainer)
@@ -114,5 +154,6 @@ class SequenceParallelStrategy(DDPStrategy):
         """Keep this rank's part of each slide."""
         if isinstance(batch, dict) and "tile_features" in batch:
             sequence = self.device_mesh["sequence"]
-            batch = batch | own_parts(batch, sequence.get_local_rank(), sequence.size())
+            assert self._spec is not None
+            batch = batch | own_parts(batch, sequence.get_local_rank(), sequence.size(), self._spec)
         return super().batch_to_device(batch, device, dataloader_idx)

@@ -1,4 +1,4 @@
-"""Which rows of the kernels' arrangement a rank holds of sequences spread over ranks, and how it fetches those of others.
+"""Which rows of the kernels' arrangement a rank holds of sequences spread over ranks, and which of others it fetches.
 
 The kernels take tokens by head and residue class. Of a class a rank needs the positions of the segments that meet its part
 of the sequence and whose branch covers the class: an interval, for each of them meets that part. This interval is the
@@ -14,22 +14,6 @@ from functools import lru_cache
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Fetch:
-    """Rows of other ranks on their way."""
-
-    rows: Tensor
-    index: Tensor
-    received: Tensor
-    work: dist.Work | None
-
-    def wait(self) -> None:
-        """Put them where they belong. On a GPU the stream waits, not the process."""
-        if self.work is not None:
-            self.work.wait()
-            self.rows.index_copy_(0, self.index, self.received)
 
 
 @dataclass(frozen=True)
@@ -58,17 +42,6 @@ class Windows:
     receive_sizes: list[int]
     travels: bool
     group: dist.ProcessGroup
-
-    def fetch(self, x: Tensor) -> Fetch:
-        """Begin to fetch the other ranks' rows of `(H, rows, columns)`. All ranks call it together."""
-        rows = x.flatten(0, 1).view(torch.int64)  # fewer and larger numbers to move
-        sent = rows[self.send]
-        received = sent.new_empty(len(self.receive), sent.shape[1])
-        work = None
-        if self.travels:
-            sizes = (self.receive_sizes, self.send_sizes)
-            work = dist.all_to_all_single(received, sent, *sizes, group=self.group, async_op=True)
-        return Fetch(rows, self.receive, received, work)
 
 
 @lru_cache(maxsize=8)  # every layer asks for the same ones

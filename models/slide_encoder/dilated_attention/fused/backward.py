@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..windows import Windows
+from .exchange import fetch
 from .layout import LOG2_E, constants, load, run_arrange_grad, shards_of, store_columns, sums_at, tensor_at
 from .schedule import settings
 from .walk import hold, place, walk
@@ -175,13 +176,14 @@ def run_backward(
     queries are computed.
     """
     arranged_grad, sums = run_arrange_grad(grad, arranged, cu_seqlens, out, lse, ratios, scale, windows)
-    fetched = [] if windows is None else [windows.fetch(x) for x in (arranged[0], arranged_grad, sums) if x.numel()]
+    tensors = (arranged[0], arranged_grad, sums)[: 3 if sums.numel() else 2]
+    fetched = None if windows is None else fetch(windows, *tensors)
     sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, len(out), arranged.shape[2], scale)
     for name, kernel, outputs in (("backward_q", backward_q, grads[:1]), ("backward_kv", backward_kv, grads[1:])):
         grid, z, options, plan = settings(
             out.shape, out.dtype, cu_seqlens, name, segment_lengths, ratios, causal, windows
         )
-        if kernel is backward_kv:
-            for fetch in fetched:
-                fetch.wait()
+        if kernel is backward_kv and fetched is not None:
+            fetched.wait()
+            fetched = None  # its memory
         kernel[grid](arranged, arranged_grad, sums, *outputs, grads[0].stride(0), plan, *sizes, constants(z), **options)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..windows import Windows
+from .exchange import fetch
 from .layout import LOG2_E, constants, load, shards_of, store_columns, tensor_at
 from .schedule import settings
 from .walk import hold, meets_others, place, walk
@@ -158,10 +159,10 @@ def run_forward(
         shape, arranged.dtype, cu_seqlens, "forward", segment_lengths, ratios, causal, windows
     )
     sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, shape[0], arranged.shape[2], scale)
-    fetched = [] if windows is None else [windows.fetch(arranged[which]) for which in (1, 2)]
+    fetched = None if windows is None else fetch(windows, arranged[1], arranged[2])
     forward[grid](arranged, out, lse, plan, *sizes, 0, constants(z), **options)
     if windows is not None:
-        for fetch in fetched:
-            fetch.wait()
+        if fetched is not None:
+            fetched.wait()
         forward[grid](arranged, out, lse, plan, *sizes, 1, constants(z), **options)
     return out, lse
