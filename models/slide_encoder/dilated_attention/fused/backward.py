@@ -14,7 +14,7 @@ from ..windows import Windows
 from .exchange import fetch
 from .layout import LOG2_E, constants, load, run_arrange_grad, shards_of, store_columns, sums_at, tensor_at
 from .schedule import settings
-from .walk import hold, place, walk
+from .walk import hold, place, walk, written
 
 
 class BackwardQueries(NamedTuple):
@@ -64,7 +64,7 @@ def backward_q(
     block = place(cu_seqlens, shards, sequences, tokens, plan, head, z)
     if block.first >= block.end:
         return
-    valid = block.rows < block.stop
+    valid = block.valid
     keys_at = tensor_at(arranged, 1, head, block.origin, padded, z)
     values_at = tensor_at(arranged, 2, head, block.origin, padded, z)
     q = load(tensor_at(arranged, 0, head, block.origin, padded, z), block.own, valid, z.DP, True)
@@ -84,7 +84,7 @@ def backward_q(
     grad_base = block.begin.to(tl.int64) * grad_stride + head * z.D
     acc = tl.where(valid[:, None], acc * scale, 0.0)
     store_columns(
-        grad_q + grad_base, block.rows.to(tl.int64) * grad_stride, block.rows < block.end, acc, z.D, z.DP
+        grad_q + grad_base, block.rows.to(tl.int64) * grad_stride, written(block, z), acc, z.D, z.DP
     )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def backward_kv(
     block = place(cu_seqlens, shards, sequences, tokens, plan, head, z)
     if block.first >= block.end:
         return
-    valid = block.rows < block.stop
+    valid = block.valid
     queries_at = tensor_at(arranged, 0, head, block.origin, padded, z)
     grads_at = tensor_at(arranged_grad, 0, head, block.origin, padded, z)
     k = load(tensor_at(arranged, 1, head, block.origin, padded, z), block.own, valid, z.DP, True)
@@ -153,8 +153,8 @@ def backward_kv(
     grad_offsets = block.rows.to(tl.int64) * grad_stride
     acc_k = tl.where(valid[:, None], acc_k * scale, 0.0)
     acc_v = tl.where(valid[:, None], acc_v, 0.0)
-    store_columns(grad_k + grad_base, grad_offsets, block.rows < block.end, acc_k, z.D, z.DP)
-    store_columns(grad_v + grad_base, grad_offsets, block.rows < block.end, acc_v, z.D, z.DP)
+    store_columns(grad_k + grad_base, grad_offsets, written(block, z), acc_k, z.D, z.DP)
+    store_columns(grad_v + grad_base, grad_offsets, written(block, z), acc_v, z.D, z.DP)
 
 
 def run_backward(

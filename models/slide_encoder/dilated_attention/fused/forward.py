@@ -12,7 +12,7 @@ from ..windows import Windows
 from .exchange import fetch
 from .layout import LOG2_E, constants, load, shards_of, store_columns, tensor_at
 from .schedule import settings
-from .walk import hold, meets_others, place, walk
+from .walk import hold, meets_others, place, walk, written
 
 
 class Forward(NamedTuple):
@@ -69,7 +69,7 @@ def softmax(q, reference, keys_at, values_at, block, plan, head, factor, z: tl.c
     """
     zero = -reference if z.SPARE else tl.full((z.BM,), 0.0, tl.float32)  # the exponent of a zero key
     largest = tl.full((z.BM,), 0.0, tl.float32) if z.SPARE else reference
-    q, none = hold(q, block.rows < block.stop, z.BN)
+    q, none = hold(q, block.valid, z.BN)
     acc = tl.full((z.BM, z.DP), 0.0, tl.float32) + none
     total = tl.full((z.BM, 16), 0.0, tl.float32)
     ones = tl.full((z.BN, 16), 1.0, q.dtype)
@@ -109,7 +109,7 @@ def forward(
         idle = idle | (meets_others(plan, head, block, z) != (others != 0))
     if idle:
         return
-    valid = block.rows < block.stop
+    valid = block.valid
     keys_at = tensor_at(arranged, 1, head, block.origin, padded, z)
     values_at = tensor_at(arranged, 2, head, block.origin, padded, z)
     factor = scale * LOG2_E
@@ -134,7 +134,7 @@ def forward(
     out_base = (block.begin.to(tl.int64) * z.H + head) * z.D
     inverse = tl.where(valid, inverse, 0.0)
     store_columns(
-        out + out_base, block.rows.to(tl.int64) * (z.H * z.D), block.rows < block.end, acc * inverse[:, None], z.D, z.DP
+        out + out_base, block.rows.to(tl.int64) * (z.H * z.D), written(block, z), acc * inverse[:, None], z.D, z.DP
     )  # fmt: skip
     tl.store(lse + head.to(tl.int64) * tokens + block.begin + block.rows, log_sum, mask=valid)
 

@@ -69,16 +69,16 @@ def store_columns(pointer, offsets, mask, value, D: tl.constexpr, DP: tl.constex
 
 
 @triton.jit
-def find_sequence(cu_seqlens, sequences, block, span):
+def find_sequence(cu_seqlens, sequences, block, span, MORE: tl.constexpr):
     """(sequence, its begin, its length) of a block, of which each sequence has as many as it needs of `span` tokens.
 
-    Sequence b starts at block `begin // span + b`.
+    Sequence b starts at block `begin // span + MORE * b`.
     """
     low = 0
     high = sequences
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(cu_seqlens + middle) // span + middle <= block:
+        if tl.load(cu_seqlens + middle) // span + MORE * middle <= block:
             low = middle
         else:
             high = middle
@@ -149,7 +149,7 @@ def own_tokens(cu_seqlens, shards, sequences, z: tl.constexpr):
     head = program % z.H
     residue = program // z.H % z.S
     block = program // (z.H * z.S)
-    sequence, begin, count = find_sequence(cu_seqlens, sequences, block, z.BLOCK * z.S)
+    sequence, begin, count = find_sequence(cu_seqlens, sequences, block, z.BLOCK * z.S, 1)
     _, here, origin, classes = extent(shards, sequence, begin, count, head, z)
     index = z.BLOCK * (block - begin // (z.BLOCK * z.S) - sequence) + tl.arange(0, z.BLOCK)
     position = here + ((residue - here) & (z.S - 1)) + z.S * index

@@ -44,8 +44,9 @@ class Block(NamedTuple):
         classes: Where its classes are in there, as `class_row` takes it.
         step: Tokens from one row to the next.
         rows: (BM,) positions in the sequence.
+        valid: (BM,) which of them this rank holds.
         own: (BM,) rows of the arrangement.
-        first: The first position.
+        first: The first position that this rank holds; `end` for none.
         last: The last position that this rank holds.
     """
 
@@ -58,6 +59,7 @@ class Block(NamedTuple):
     classes: Any
     step: Any
     rows: Any
+    valid: Any
     own: Any
     first: Any
     last: Any
@@ -89,25 +91,44 @@ class Keys(NamedTuple):
 
 @triton.jit
 def place(cu_seqlens, shards, sequences, tokens, plan, head, z: tl.constexpr):
-    """This program's `Block`. Two neighbouring programs share 2 * BM rows of one class of S."""
+    """This program's `Block`. Two neighbouring programs share 2 * BM rows of one class of S.
+
+    Of a sequence spread over ranks blocks begin where they would in the whole one: at borders of segments, mostly.
+    """
     span = 2 * z.BM * z.S
     pair = tl.program_id(0) // 2
     half = tl.program_id(0) % 2
-    sequence, begin, count = find_sequence(cu_seqlens, sequences, pair, span)
+    MORE: tl.constexpr = 2 if z.SHARDED else 1
+    sequence, begin, count = find_sequence(cu_seqlens, sequences, pair, span, MORE)
     length, here, origin, classes = extent(shards, sequence, begin, count, head, z)
     stop = here + count
     end = here + tl.where(sequence == sequences - 1, tokens - begin, count)
     residue = tl.load(plan + z.NB * (2 + z.H) + head * z.S + tl.program_id(2))  # the classes with most keys first
-    first = here + ((residue - here) & (z.S - 1)) + span * (pair - begin // span - sequence)
+    first = residue + span * (here // span + pair - begin // span - MORE * sequence)
     width = tl.maximum(tl.minimum(tl.load(plan + 2 * z.LARGEST), length), 1)
     offset = tl.load(plan + z.NB * 2 + z.LARGEST * z.H + head)
     alternate = (z.S < z.R) & (((residue - first // width * width - offset) & (z.S - 1)) == 0)
     first += half * tl.where(alternate, z.S, z.S * z.BM)
     step = tl.where(alternate, z.R, z.S)
     rows = first + step * tl.arange(0, z.BM)
-    last = tl.minimum(first + step * (z.BM - 1), stop - 1)
+    last = first + step * (z.BM - 1)
+    valid = rows < stop
+    if z.SHARDED:
+        valid = valid & (rows >= here)
+        first = tl.maximum(first, here + ((first - here) & (step - 1)))
+        first = tl.where(first > last, end, first)
     own = class_row(classes, residue, z.SHARDED) + rows // z.S
-    return Block(begin - here, length, here, stop, end, origin, classes, step, rows, own, first, last)
+    last = tl.minimum(last, stop - 1)
+    return Block(begin - here, length, here, stop, end, origin, classes, step, rows, valid, own, first, last)
+
+
+@triton.jit
+def written(block, z: tl.constexpr):
+    """(BM,) which rows of a block are to be written."""
+    rows = block.rows < block.end
+    if z.SHARDED:
+        rows = rows & (block.rows >= block.here)
+    return rows
 
 
 @triton.jit
