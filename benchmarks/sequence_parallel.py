@@ -43,7 +43,7 @@ def average_gradients(encoder: SlideEncoder) -> None:
     grads = [x.grad for x in encoder.parameters() if x.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
     dist.all_reduce(flat)
-    parts = flat.split([grad.numel() for grad in grads])
+    parts = torch.split(flat, [grad.numel() for grad in grads])
     torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
 

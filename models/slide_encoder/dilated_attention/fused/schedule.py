@@ -58,7 +58,8 @@ def settings(
         kernel = "forward_long"
     options = dict(OTHER_BLOCKS if dtype == torch.float32 or dim > 64 else BLOCKS[kernel])
     rows, keys = options.pop("BM"), options.pop("BN")
-    pairs = tokens // (2 * rows * stride) + (len(cu_seqlens) - 1) * (1 if windows is None else 2)
+    more = 1 if windows is None else 2  # parts begin anywhere within a block
+    pairs = tokens // (2 * rows * stride) + more * (len(cu_seqlens) - 1)
     z = Sizes(
         H=heads,
         D=dim,
