@@ -14,13 +14,21 @@ from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from ...ranges import checked
 from ..batch.batch import PREPARED_AHEAD, run_batch
-from ..batch.devices import DeviceRun, Feed, local_workers
+from ..batch.devices import DeviceRun, Feed
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
 from ..batch.result import SlideResult, counted
 from ..batch.shards import SHARDS, Shard
 from ..batch.watched import WatchedProcesses
-from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder, look_at_tile_encoder, resolve_tiles
+from .choices import (
+    SlideEncoderChoice,
+    TileEncoderChoice,
+    check_places,
+    check_slide_encoder,
+    look_at_tile_encoder,
+    resolve_tiles,
+    workers_on,
+)
 from .contact_sheet import write_contact_sheet
 from .job import EmbedJob
 from .local_copies import LocalCopies
@@ -56,6 +64,7 @@ def embed(
     cache_dir_gb: float | None = None,
     device: str = "auto",
     devices: str | None = None,
+    ray: str | None = None,
     shard: str | None = None,
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     seed: int = 0,
@@ -102,6 +111,7 @@ def embed(
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         devices: Several devices, with a process on each: `all` GPUs, or some as `0,1,5`. One that dies gives its slides to
             the others.
+        ray: Work on the GPUs of a Ray cluster: `auto` where this machine is one of its nodes, or the address of its head.
         shard: Embed this shard of the slides alone, such as `3/16`: for job arrays. `longslide merge` joins the summaries.
         precision: Precision of the encoders. `auto`: the tile encoder's own on a GPU, float32 on a CPU.
         seed: Seed of `random` weights.
@@ -114,8 +124,9 @@ def embed(
         LongslideError: Wrong usage, found before any slide is touched.
     """
     output = Path(output)
-    if devices is not None and (device != "auto" or tile_encoder is None):
-        raise LongslideError("--devices is for embedding slides (--tile-encoder), and in place of --device")
+    check_places(device, devices, ray)
+    if tile_encoder is None and (devices, ray) != (None, None):
+        raise LongslideError("--devices and --ray are for embedding slides (--tile-encoder)")
     if tile_encoder is None:
         results = embed_features(
             slides,
@@ -170,12 +181,8 @@ def embed(
             seed=seed,
             overwrite=overwrite,
         )
-        if devices is None:
-            results = embedding(device)
-        else:
-            from .tile_embedding import resolve_devices
-
-            results = DeviceRun(local_workers(resolve_devices(devices)), embedding, entries, output, part).run()
+        with workers_on(devices, ray, output) as workers:
+            results = DeviceRun(workers, embedding, entries, output, part).run() if workers else embedding(device)
         if shard is None:
             try:
                 write_contact_sheet(output)

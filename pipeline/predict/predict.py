@@ -25,14 +25,14 @@ from ...registry import import_plugins
 from ...version import __version__
 from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.claims import ClaimedError, claim
-from ..batch.devices import DeviceRun, Feed, local_workers
+from ..batch.devices import DeviceRun, Feed
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult, counted, remarks_on
 from ..batch.shards import SHARDS, Shard
 from ..batch.watched import WatchedProcesses
-from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
+from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, check_places, workers_on
 from ..embed.job import PreparedSlide
 from ..embed.layout import look_at
 from ..seen import Seen
@@ -76,6 +76,7 @@ def predict(
     threads: int | None = None,
     device: str = "auto",
     devices: str | None = None,
+    ray: str | None = None,
     shard: str | None = None,
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     overwrite: bool = False,
@@ -112,6 +113,7 @@ def predict(
         threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         devices: Several devices, with a process on each, as `embed` takes them.
+        ray: Work on the GPUs of a Ray cluster, as `embed` takes it.
         shard: Predict this shard of the slides alone, such as `3/16`. `longslide merge` joins the shards; then the same
             command without this option adds the patients and `predictions.csv`.
         precision: Precision of the tile encoder. `auto`: its own on a GPU, float32 on a CPU.
@@ -133,10 +135,9 @@ def predict(
         entries = find_slides(
             [slides] if isinstance(slides, str | Path) else slides, slide_mpp, patient_column, id_from=id_from
         )
-    if devices is not None and device != "auto":
-        raise LongslideError("--devices is in place of --device")
-    if shard is not None and output is None:
-        raise LongslideError("--shard needs --output: the folder that all shards write to")
+    check_places(device, devices, ray)
+    if output is None and (shard, ray) != (None, None):
+        raise LongslideError(f"{'--ray' if shard is None else '--shard'} needs --output: the folder that all write to")
     paths = [Path(path) for path in ([checkpoint] if isinstance(checkpoint, str | Path) else checkpoint)]
     check_exist(paths)
     with ExitStack() as resources:
@@ -164,16 +165,10 @@ def predict(
             overwrite=overwrite,
             allow_seen=allow_seen,
         )
-        if devices is None:
-            with predicting.job(device) as job:
-                predictions = job.predictions(job.run(predicting.entries))
-        else:
-            from ..embed.tile_embedding import resolve_devices
-
-            names = resolve_devices(devices)
-            results = DeviceRun(local_workers(names), predicting, predicting.entries, output, part).run()
-            with predicting.job(names[0]) as job:
-                predictions = job.predictions(results)
+        with workers_on(devices, ray, output) as workers:
+            results = DeviceRun(workers, predicting, predicting.entries, output, part).run() if workers else None
+        with predicting.job(device) as job:
+            predictions = job.predictions(job.run(predicting.entries) if results is None else results)
     if kept:
         counts = counted(one for one in predictions if one.level == "slide")
         for one in predictions:

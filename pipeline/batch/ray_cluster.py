@@ -1,0 +1,341 @@
+"""Workers on a Ray cluster: on each of its GPUs the process that `--devices` starts on this machine."""
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ...errors import LongslideError
+from ...version import __version__
+from ..signals import ENDING
+from .devices import LocalWorker, Worker, cores_of
+
+logger = logging.getLogger(__name__)
+
+NODE_ANSWERS = 120.0
+"""Seconds in which a node starts a process and looks at the output folder."""
+PROBE_SEEN = 10.0
+"""Seconds in which a node sees a new file there: NFS takes a while."""
+
+
+def _ray() -> Any:
+    """The package, which is large and optional."""
+    return import_module("ray")
+
+
+@contextmanager
+def ray_workers(address: str, output: Path) -> Iterator[list[Worker]]:
+    """A worker for each GPU of a Ray cluster; where it has none, for each node with CPUs.
+
+    Args:
+        address: `auto` for the cluster that this machine is a node of, or the address of its head.
+        output: The output folder, which all nodes must see.
+
+    Raises:
+        LongslideError: There is no Ray, here or there; or a node has another version, or does not see the folders.
+    """
+    try:
+        ray = _ray()
+    except ImportError as error:
+        raise LongslideError("--ray needs the package ray: pip install 'longslide[cluster]'") from error
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(address)
+    try:
+        nodes = [_Node.of(node) for node in ray.nodes() if node["Alive"]]
+        gpus = any(node.gpus for node in nodes)
+        nodes = [node for node in nodes if (node.gpus if gpus else node.cpus)]
+        refuse_other_nodes(*_look_from(nodes, output), output)
+        if not nodes:
+            raise LongslideError(f"--ray {address}: no node of the cluster has a GPU or a CPU for Ray to use")
+        requests = _Requests()
+        yield [
+            _RayWorker(node, number, max(1, node.gpus), requests)
+            for node in nodes
+            for number in range(max(1, node.gpus))
+        ]
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Node:
+    id: str
+    name: str
+    gpus: int
+    cpus: int
+
+    @classmethod
+    def of(cls, node: Mapping[str, Any]) -> "_Node":
+        resources = node["Resources"]
+        name = f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"  # several may be on one machine
+        return cls(node["NodeID"], name, int(resources.get("GPU", 0)), int(resources.get("CPU", 0)))
+
+    def options(self, *, soft: bool) -> dict[str, Any]:
+        strategies = import_module("ray.util.scheduling_strategies")
+        return {"scheduling_strategy": strategies.NodeAffinitySchedulingStrategy(self.id, soft=soft)}
+
+
+def _connect(address: str) -> None:
+    ray = _ray()
+    if address.startswith("ray://"):
+        raise LongslideError(
+            f"--ray {address}: run the command on a node of the cluster, with its address without ray://, or auto"
+        )
+    if address != "auto":
+        _check_address(address)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        ray.init(address=address, log_to_driver=True, logging_level="error")
+    except Exception as error:  # ConnectionError, RuntimeError, ValueError: Ray has no class for it
+        text = " ".join(str(error).split())
+        if "ersion mismatch" in text:
+            raise LongslideError(f"--ray {address}: {text}; install the same versions here and there") from error
+        raise LongslideError(
+            f"--ray {address}: {text or type(error).__name__}; is Ray running? ray start --head"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():  # Ray puts its own in place of that for SIGTERM
+                signal.signal(number, handler)
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where no Ray can be, which Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise LongslideError(
+            f"--ray {address}: must be auto, or the address of the cluster's head such as 10.0.0.1:6379"
+        )
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as connection:
+            # Ray's is a gRPC server: to the beginning of HTTP/2 it answers with a frame of settings (type 4).
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+            answer = b""
+            while len(answer) < 4 and (more := connection.recv(64)):
+                answer += more
+    except (OSError, OverflowError) as error:
+        if not isinstance(error, TimeoutError):
+            raise LongslideError(
+                f"--ray {address}: nothing answers there ({error}); start Ray: ray start --head"
+            ) from error
+        answer = b""
+    if answer[3:4] != b"\4":
+        raise LongslideError(f"--ray {address}: the port is in use by another program, not by Ray; see ray status")
+
+
+def _look_from(nodes: list[_Node], output: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What each node sees, and what this process does; nodes that run nothing are taken out."""
+    ray = _ray()
+    folder, token = os.getcwd(), uuid.uuid4().hex
+    probe = output / f".probe-{token}"
+
+    def look(
+        path: str, folder: str, token: str, patience: float
+    ) -> dict[str, Any]:  # a nested function travels whole: no import there
+        import os
+        import platform
+        import time
+
+        try:
+            from longslide.version import __version__ as version
+        except ImportError:
+            version = ""
+        deadline = time.monotonic() + patience
+        sees_output = False
+        while not sees_output and time.monotonic() < deadline:
+            try:
+                with open(os.path.join(folder, path)) as file:
+                    sees_output = file.read() == token
+            except OSError:
+                time.sleep(0.5)
+        here = os.path.isdir(folder)
+        return {"longslide": version, "python": platform.python_version(), "folder": here, "output": sees_output}
+
+    try:
+        probe.write_text(token)
+        remote = ray.remote(num_cpus=0, max_retries=0)(look)
+        calls = {
+            remote.options(**node.options(soft=False)).remote(str(probe), folder, token, PROBE_SEEN): node
+            for node in nodes
+        }
+        late = ray.wait(list(calls), num_returns=len(calls), timeout=NODE_ANSWERS)[1]
+        if late:
+            raise LongslideError(
+                f"--ray: node {calls[late[0]].name} has not answered in {NODE_ANSWERS:g} s; see ray status"
+            )
+        found = []
+        for call, node in calls.items():
+            try:
+                found.append({"node": node.name, **ray.get(call)})
+            except ray.exceptions.RayError as error:  # Ray lists a node for a while that has died
+                logger.warning("%s is left out: %s", node.name, " ".join(str(error).split())[:300])
+                nodes.remove(node)
+    finally:
+        probe.unlink(missing_ok=True)
+    own = {"longslide": __version__, "python": platform.python_version(), "cwd": folder}
+    return found, own
+
+
+def refuse_other_nodes(nodes: Sequence[Mapping[str, Any]], own: Mapping[str, Any], output: Path) -> None:
+    """Refuse nodes whose results would be others, or elsewhere.
+
+    Args:
+        nodes: What each node says: `node`, `longslide` and `python` (versions), whether it sees `folder` and `output`.
+        own: The same versions here, and the working folder `cwd`.
+        output: The output folder.
+
+    Raises:
+        LongslideError: One is not like this machine.
+    """
+    for node in nodes:
+        where = f"--ray: node {node['node']}"
+        if not node["longslide"]:
+            raise LongslideError(f"{where} has no longslide; install version {own['longslide']} there")
+        for name in ("longslide", "python"):
+            if node[name] != own[name]:
+                raise LongslideError(
+                    f"{where} has {name} {node[name]}, this one {own[name]}; install the same on all nodes"
+                )
+        if not node["folder"]:
+            raise LongslideError(
+                f"{where} does not see the working folder {own['cwd']}; start the command in a shared one"
+            )
+        if not node["output"]:
+            raise LongslideError(f"{where} does not see the output folder {output}; choose one on a shared file system")
+
+
+class _Requests:
+    """What workers are to do, which travels to each node once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._references: dict[int, Any] = {}
+
+    def reference(self, request: bytes) -> Any:
+        ray = _ray()
+        with self._lock:
+            if id(request) not in self._references:
+                self._references[id(request)] = (ray.put(request), request)
+            return self._references[id(request)][0]
+
+
+class _Remote:
+    """The Ray actor: it has a `LocalWorker` on its node."""
+
+    def __init__(self, name: str, device: str, number: int, of: int, folder: str, path: list[str]) -> None:
+        os.chdir(folder)  # so that relative paths mean there what they mean here, and modules of the user's are found
+        sys.path[:] = [*path, *(one for one in sys.path if one not in path)]
+        self._worker = LocalWorker(name, device, cores_of(number, of))
+
+    def start(self, request: bytes) -> None:
+        self._worker.start(request, lambda _: True)
+
+    def recv(self) -> tuple[Any, ...]:
+        return self._worker.recv()
+
+    def send(self, answer: object) -> None:
+        self._worker.send(answer)
+
+    def how_it_died(self) -> str:
+        return self._worker.how_it_died()
+
+    def end(self) -> None:
+        self._worker.terminate()
+        self._worker.wait()
+
+
+class _RayWorker:
+    """A worker on a node; when that is gone, on another one that has room."""
+
+    def __init__(self, node: _Node, number: int, of: int, requests: _Requests) -> None:
+        self.name = f"{node.name} GPU {number}" if node.gpus else node.name
+        self._node = node
+        self._number, self._of = number, of
+        self._requests = requests
+        self._actor: Any = None
+        self._ended: Any = None
+
+    def start(self, request: bytes, wanted: Callable[[float], bool]) -> bool:
+        """Start the actor, as soon as there is room for it, and its process."""
+        ray = _ray()
+        reference = self._requests.reference(request)
+        if self._actor is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self._actor.start.remote(reference))
+                return True
+            self._kill()  # its node has died
+        gpu = self._node.gpus > 0
+        actor = ray.remote(_Remote).options(
+            num_gpus=int(gpu),
+            num_cpus=self._node.cpus // self._of,
+            max_concurrency=4,  # to answer while it waits for a message
+            **self._node.options(soft=True),
+        )
+        device = "cuda:0" if gpu else "cpu"  # Ray shows it one GPU
+        self._actor = actor.remote(self.name, device, self._number, self._of, os.getcwd(), sys.path)
+        started = self._actor.start.remote(reference)
+        begun = time.monotonic()
+        while not ray.wait([started], timeout=0.5)[0]:
+            if not wanted(time.monotonic() - begun):
+                self._kill()
+                return False
+        return True  # if its node has died meanwhile, so will `recv` say
+
+    def recv(self) -> tuple[Any, ...]:
+        """The next message."""
+        message: tuple[Any, ...] = self._call("recv")
+        return message
+
+    def send(self, answer: object) -> None:
+        """Answer it."""
+        self._call("send", answer)
+
+    def how_it_died(self) -> str:
+        """What the actor says, if that lives."""
+        try:
+            return str(self._call("how_it_died"))
+        except OSError as error:
+            return str(error)
+
+    def terminate(self) -> None:
+        """Send its process SIGTERM."""
+        if self._actor is not None:
+            self._ended = self._actor.end.remote()
+
+    def wait(self) -> None:
+        """Wait twenty seconds, then kill it."""
+        ray = _ray()
+        if self._ended is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(self._ended, timeout=20)
+        self._kill()
+
+    def _call(self, method: str, *args: object) -> Any:
+        ray = _ray()
+        try:
+            return ray.get(getattr(self._actor, method).remote(*args))
+        except ray.exceptions.RayTaskError as error:  # of the process, not of Ray
+            raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayError:
+            raise ConnectionError("its node, or Ray's process there, is gone") from None
+
+    def _kill(self) -> None:
+        ray = _ray()
+        if self._actor is not None:
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):
+                ray.kill(self._actor)
+            self._actor = None
