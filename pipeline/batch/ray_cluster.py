@@ -142,16 +142,18 @@ def _look_from(nodes: list[_Node], output: Path) -> tuple[list[dict[str, Any]], 
     ray = _ray()
     folder, token = os.getcwd(), uuid.uuid4().hex
     probe = output / f".probe-{token}"
+    module = f"{__name__.partition('.')[0]}.version"
 
     def look(
-        path: str, folder: str, token: str, patience: float
+        module: str, path: str, folder: str, token: str, patience: float
     ) -> dict[str, Any]:  # a nested function travels whole: no import there
+        import importlib
         import os
         import platform
         import time
 
         try:
-            from longslide.version import __version__ as version
+            version = importlib.import_module(module).__version__
         except ImportError:
             version = ""
         deadline = time.monotonic() + patience
@@ -169,7 +171,7 @@ def _look_from(nodes: list[_Node], output: Path) -> tuple[list[dict[str, Any]], 
         probe.write_text(token)
         remote = ray.remote(num_cpus=0, max_retries=0)(look)
         calls = {
-            remote.options(**node.options(soft=False)).remote(str(probe), folder, token, PROBE_SEEN): node
+            remote.options(**node.options(soft=False)).remote(module, str(probe), folder, token, PROBE_SEEN): node
             for node in nodes
         }
         late = ray.wait(list(calls), num_returns=len(calls), timeout=NODE_ANSWERS)[1]
