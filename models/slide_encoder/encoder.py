@@ -193,16 +193,17 @@ class SlideEncoder(nn.Module):
     def pack(
         self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, "PackedSlides"]:
-        """`(T, tile_dim)` and `(T, 2)` of all slides, or of this rank's part of one, and where they are."""
+        """`(T, tile_dim)` and `(T, 2)` of all slides, or of this rank's parts of them, and where they are."""
         group = self.sequence_group
+        some = group is None or tile_features.numel() > 0  # of a slide spread over ranks this one may have no tile
         if cu_seqlens is None:
-            lengths = [tile_features.shape[1]] * len(tile_features)
-            if group is None or sum(lengths) > 0:
+            if some:
                 check_shapes(tile_features, grid_cells, self.spec)
+            lengths = [tile_features.shape[1]] * len(tile_features)
             tile_features, grid_cells = tile_features.flatten(0, 1), grid_cells.flatten(0, 1)
         else:
             lengths = cu_seqlens.diff().tolist()
-            if group is None or sum(lengths) > 0:
+            if some:
                 check_shapes(tile_features[None], grid_cells[None], self.spec)
             if min(lengths) < (group is None) or sum(lengths) != len(tile_features):
                 raise LongslideError(
