@@ -10,7 +10,7 @@ import pandas as pd
 from ...errors import LongslideError
 from ...task import CLASSIFICATION, Task, TaskKind
 from ..patients import patient_column, probable_twins
-from ..slides.slide_table import slide_ids, without_suffix
+from ..slides.slide_table import id_of_name, slide_ids
 from ..table import (
     ID_COLUMNS,
     MISSING,
@@ -240,7 +240,7 @@ def _with_ids(
     assert ids is not None
     if ids.isna().any():
         raise LongslideError(f"{source}: row {int(ids.isna().argmax()) + 1} has no slide_id")
-    ids = ids.map(lambda name: without_suffix(name, there))
+    ids = ids.map(lambda name: id_of_name(name, there))
     twice = ids[ids.duplicated()]
     if len(twice):
         raise LongslideError(

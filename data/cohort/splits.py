@@ -11,7 +11,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from ...errors import LongslideError
 from ...task import CLASSIFICATION, Task
-from ..slides.slide_table import without_suffix
+from ..slides.slide_table import id_of_name
 from ..table import ID_COLUMNS, SLIDE_COLUMNS, csv_of_frame, find_column, listed, read_table
 from ..whole_file import write_whole
 from .cohort import Cohort
@@ -334,7 +334,7 @@ def read_splits(path: Path, cohort: Cohort, patients: str | None = None) -> tupl
     names = names_in_splits(table, key).astype(str)
     if of_slides:
         known = set(cohort.rows["slide_id"])
-        names = names.map(lambda name: without_suffix(name, known))
+        names = names.map(lambda name: id_of_name(name, known))
     parts = table[folds].assign(name=names).drop_duplicates().set_index("name")
     if parts.index.has_duplicates:
         raise LongslideError(

@@ -23,6 +23,13 @@ TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".ptif", ".btf"})
 """Suffixes of TIFF files that say nothing of who wrote them; `.ome.tif` ends with one of them."""
 
 
+def without_suffix(path: Path) -> Path:
+    """A path without the suffix of its format, which has two parts in OME's `.ome.tif` and `.ome.zarr`."""
+    stem = path.parent / path.stem
+    ome = stem.suffix.lower() == ".ome" and path.suffix.lower() in {*TIFF_SUFFIXES, ".zarr"}
+    return stem.parent / stem.stem if ome else stem
+
+
 class DeclinedError(Exception):
     """A reader's constructor raises it for a file that is not of its kind: the next reader is tried.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..table import listed
-from .base import IMAGE_SUFFIXES, READERS, SlideReader
+from .base import IMAGE_SUFFIXES, READERS, SlideReader, without_suffix
 from .dicom import series_of
 from .parts import data_folder
 
@@ -75,11 +75,11 @@ def read_folder(folder: Path, suffixes: Collection[str], folders: Collection[str
         elif suffix == ".dcm":  # a series is one slide, and any of its files opens it
             dicom.setdefault(path.parent, {}).setdefault(series_of(path), path)
         else:
-            slides[path] = inside.parent / inside.stem
+            slides[path] = without_suffix(inside)
     for parent, series in dicom.items():
         for path in series.values():
             inside = path.relative_to(folder)
-            slides[path] = inside.parent if len(series) == 1 else inside.parent / inside.stem
+            slides[path] = inside.parent if len(series) == 1 else without_suffix(inside)
             if not slides[path].name:
                 slides[path] = Path(parent.resolve().name)
     images = [path for path in slides if path.suffix.lower() in IMAGE_SUFFIXES]

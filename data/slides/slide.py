@@ -16,7 +16,7 @@ from PIL import Image
 
 from ...errors import LongslideError
 from ..regular_file import check_regular
-from .base import READERS, SlideReader, open_reader
+from .base import READERS, SlideReader, open_reader, without_suffix
 from .folder import folders_looked_at
 from .level_check import differing_levels
 from .metadata import metadata_remark
@@ -37,7 +37,7 @@ class Slide:
 
     Attributes:
         path: The file.
-        slide_id: Its id: the file's stem unless given.
+        slide_id: Its id: the file's name without suffix unless given.
         dimensions: (width, height) of level 0 in pixels.
         level_dimensions: (width, height) of each level, finest first.
         level_downsamples: Level-0 pixels per pixel of each level.
@@ -54,7 +54,7 @@ class Slide:
 
     def __init__(self, path: str | Path, reader: SlideReader, slide_mpp: float | None, slide_id: str | None) -> None:
         self.path = Path(path)
-        self.slide_id = slide_id or self.path.stem
+        self.slide_id = slide_id or without_suffix(self.path).name
         self._given_mpp = slide_mpp
         self._reader = reader
         self.reader = READERS.name_of(reader)
@@ -381,7 +381,7 @@ def open_slide(
     Args:
         path: The file.
         slide_mpp: Microns per pixel at level 0; overrides the file's.
-        slide_id: The slide's id; the file's stem by default.
+        slide_id: The slide's id; the file's name without suffix by default.
         reader: Name or dotted path of the slide reader, or its class; no other is tried then.
 
     Returns:

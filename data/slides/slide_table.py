@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...errors import LongslideError, is_printable, printable
 from ..patients import patient_column
 from ..table import ID_COLUMNS, SLIDE_COLUMNS, decimal_points, find_column, is_table, listed, read_table
-from .base import SlideReader
+from .base import SlideReader, without_suffix
 from .folder import folders_looked_at, looked_at, read_folder
 from .mpp import plausible
 
@@ -103,7 +103,7 @@ def find_slides(
         elif is_table(item):
             entries += _read_slide_table(item, patients, ask, id_from)
         else:
-            entries.append(SlideEntry(item, _id_of(item.parent / item.stem, id_from)))
+            entries.append(SlideEntry(item, _id_of(without_suffix(item), id_from)))
     if slide_mpp is not None:
         entries = [entry if entry.slide_mpp is not None else replace(entry, slide_mpp=slide_mpp) for entry in entries]
     return _distinct(entries)
@@ -126,16 +126,15 @@ def slide_ids(frame: "pd.DataFrame", id_from: IdFrom = "name") -> "pd.Series[Any
     given, slide = find_column(frame, ID_COLUMNS), find_column(frame, SLIDE_COLUMNS)
     if slide is None:
         return None if given is None else frame[given]
-    stems = frame[slide].map(lambda path: _id_of(Path(path).parent / Path(path).stem, id_from), na_action="ignore")
+    stems = frame[slide].map(lambda path: _id_of(without_suffix(Path(path)), id_from), na_action="ignore")
     return stems if given is None else frame[given].where(frame[given].notna(), stems)
 
 
-def without_suffix(name: str, known: Collection[str]) -> str:
+def id_of_name(name: str, known: Collection[str]) -> str:
     """A slide's id from the name of its file: without the suffix, unless the id that is known has it too."""
-    stem, dot, suffix = name.rpartition(".")
-    if not dot or name in known:
-        return name
-    return stem if f".{suffix.lower()}" in looked_at() | folders_looked_at() | {".h5", ".hdf5", ".pt"} else name
+    suffix = Path(name).suffix.lower()
+    of_a_file = suffix in looked_at() | folders_looked_at() | {".h5", ".hdf5", ".pt"}
+    return without_suffix(Path(name)).name if of_a_file and name not in known else name
 
 
 def _read_slide_table(table: Path, patients: str | None, ask: bool, id_from: IdFrom) -> list[SlideEntry]:

@@ -179,8 +179,8 @@ def test_ome_zarr_and_czi_are_embedded_from_a_folder_and_the_file_says_who_read_
     write_zarr(tmp_path / "slides" / "a.ome.zarr", pixels)
     write_czi(tmp_path / "slides" / "b.czi", pixels)
     results = embed(tmp_path / "slides", tmp_path / "out", "vit_tiny_patch16_224", "random")
-    assert [(result.slide_id, result.status) for result in results] == [("a.ome", "done"), ("b", "done")]
-    one, other = read_features(tmp_path / "out" / "a.ome.h5"), read_features(tmp_path / "out" / "b.h5")
+    assert [(result.slide_id, result.status) for result in results] == [("a", "done"), ("b", "done")]
+    one, other = read_features(tmp_path / "out" / "a.h5"), read_features(tmp_path / "out" / "b.h5")
     assert (one.settings["reader"], other.settings["reader"]) == ("ome-zarr", "fastslide")
     assert other.settings["reader_library"].startswith("fastslide 0.")
     assert len(one.coords) > 5

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from longslide.data.slides.dicom import series_of
 from longslide.data.slides.slide import open_slide
-from longslide.data.slides.slide_table import SlideEntry, find_slides
+from longslide.data.slides.slide_table import SlideEntry, find_slides, id_of_name
 from longslide.errors import LongslideError
 
 
@@ -37,6 +37,27 @@ def test_files_keep_the_users_order_whatever_their_suffix(tmp_path: Path) -> Non
     touch(tmp_path / "b.svs", tmp_path / "a.unusual")
     entries = find_slides([tmp_path / "b.svs", str(tmp_path / "a.unusual")])
     assert entries == [SlideEntry(tmp_path / "b.svs", "b"), SlideEntry(tmp_path / "a.unusual", "a")]
+
+
+@pytest.mark.parametrize("suffix", [".ome.tif", ".OME.TIFF", ".ome.btf"])
+def test_the_id_of_an_ome_file_is_its_name_without_ome_wherever_ids_are_made(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path / "slides" / f"a.1{suffix}")
+    table = write_table(tmp_path / "table.csv", [{"slide": f"slides/a.1{suffix}"}])
+    for given in (tmp_path / "slides", tmp_path / "slides" / f"a.1{suffix}", table):
+        assert [entry.slide_id for entry in find_slides(given)] == ["a.1"]
+    assert find_slides(tmp_path, id_from="path")[0].slide_id == "slides__a.1"
+    assert id_of_name(f"a.1{suffix}", known={"a.1"}) == "a.1"  # as a table of labels may name it
+    assert id_of_name(f"a.1{suffix}", known={f"a.1{suffix}"}) == f"a.1{suffix}"
+
+
+def test_the_id_of_an_ome_zarr_folder_is_its_name_without_ome(tmp_path: Path) -> None:
+    (tmp_path / "a.ome.zarr").mkdir()
+    assert [entry.slide_id for entry in find_slides(tmp_path)] == ["a"]
+
+
+def test_of_other_names_only_the_suffix_goes(tmp_path: Path) -> None:
+    touch(tmp_path / "a.ome.svs", tmp_path / "b.ome", tmp_path / "chrome.tif")
+    assert [find_slides(path)[0].slide_id for path in sorted(tmp_path.iterdir())] == ["a.ome", "b", "chrome"]
 
 
 def test_a_single_path_is_a_list_of_one(tmp_path: Path) -> None:
