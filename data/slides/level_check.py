@@ -14,11 +14,12 @@ _PATCH = 96  # edge of what is compared, in pixels of the reduced level
 _LARGEST = 2048  # edge of what is read of the finer level at most
 _COLOUR = 25  # grey levels between the mean colours of a patch: labelled YCbCr as RGB they differ by about 100
 _CONTRAST = 6  # standard deviation of grey below which a patch tells nothing of its place
+_STRETCHED = 0.02  # by which the downsample in x may differ from that in y
 _CORRELATION = 0.4  # of a patch with itself at the finer level; 0.9 and more on real slides, around 0 at another place
 
 
 def differing_levels(slide: "Slide") -> set[int]:
-    """Reduced levels that show other colours than level 0, or the same ones elsewhere.
+    """Reduced levels that are of another shape than level 0, show other colours, or the same ones elsewhere.
 
     Each is compared with the next finer level that can be trusted, at the places of the coarsest level with most contrast.
     Places that cannot be read tell nothing.
@@ -28,11 +29,17 @@ def differing_levels(slide: "Slide") -> set[int]:
     finer = 0
     for level in range(1, len(slide.level_dimensions)):
         found = [agrees for x, y in places if (agrees := _agrees(slide, level, finer, x, y)) is not None]
-        if found and not any(found):
+        if not _of_one_shape(slide.level_dimensions[level], slide.dimensions) or (found and not any(found)):
             differing.add(level)
         else:
             finer = level
     return differing
+
+
+def _of_one_shape(size: tuple[int, int], whole: tuple[int, int]) -> bool:
+    """Whether a level covers what level 0 covers; its edges may be a pixel or two off."""
+    scale_x, scale_y = (b / a for a, b in zip(size, whole, strict=True))
+    return abs(scale_x / scale_y - 1) <= _STRETCHED + 2 / min(size)
 
 
 def _telling_places(slide: "Slide") -> list[tuple[float, float]]:

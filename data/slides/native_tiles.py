@@ -1,6 +1,5 @@
 """The native tiles of one pyramid level of a TIFF file: where their bytes are, and how they become pixels."""
 
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import simplejpeg
 import tifffile
 
 from .base import DeclinedError
+from .jpeg2000 import jpeg2000_damage, jpeg2000_size
 
 MAX_TILE_BYTES = 256 * 2**20
 """A native tile that would take more memory than this is not read."""
@@ -34,6 +34,7 @@ _TO_PIXELS: dict[int, Callable[..., np.ndarray]] = {
 _RGB, _YCBCR, _CHUNKY, _PLANES = 2, 6, 1, 2
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _ZEROS = bytes(512)  # in a row no coder writes so many; a disk leaves them where a block was lost
+_EXCESS = 1024  # room for bytes that do not belong to a tile
 # An Adobe marker says which colours a JPEG stream has, as TIFF's tag does; its last byte is 0 for RGB and 1 for YCbCr.
 _ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
 
@@ -203,25 +204,18 @@ class NativeTiles:
             end = len(part.rstrip(b"\0"))  # some encoders pad
             if self.compression in _JPEG2000:
                 end = part.find(_EOI)  # the same bytes end a JPEG 2000 stream, and are nowhere within its data
-                if end < 0 or _jpeg2000_size(part) != shape[1::-1]:
-                    raise DamagedTileError("no whole JPEG 2000 stream of a tile's size")
+                if jpeg2000_size(part) != shape[1::-1]:
+                    raise DamagedTileError("no JPEG 2000 stream of a tile's size")
+                if damage := jpeg2000_damage(part):
+                    raise DamagedTileError(f"a damaged JPEG 2000 stream: {damage}")
             if part.find(_ZEROS, 0, end) >= 0:  # OpenJPEG decodes them without a word
                 raise DamagedTileError(f"{len(_ZEROS)} zeros in a row")
             # With `out` a stream of another size is an error before memory is taken for it.
             pixels = np.empty(shape if samples > 1 else shape[:2], dtype.newbyteorder("="))
             return np.asarray(_TO_PIXELS[self.compression](part, out=pixels)).reshape(shape)
         size = int(np.prod(shape)) * dtype.itemsize
-        raw = part if self.compression == _NONE else _TO_BYTES[self.compression](part, out=size)
-        if len(raw) < size:
+        raw = part if self.compression == _NONE else _TO_BYTES[self.compression](part, out=size + _EXCESS)
+        if len(raw) < size or (len(raw) > size and self.compression == _LZW):  # damaged LZW gives more as often as less
             raise DamagedTileError(f"{len(raw):,} bytes of pixels where {size:,} belong")
         pixels = np.frombuffer(raw, dtype, count=size // dtype.itemsize).reshape(shape).astype(dtype.newbyteorder("="))
         return np.asarray(imagecodecs.delta_decode(pixels, axis=1)) if self.predicted else pixels
-
-
-def _jpeg2000_size(stream: bytes) -> tuple[int, int] | None:
-    """(width, height) that a JPEG 2000 stream declares."""
-    start = stream.find(b"\xff\x4f\xff\x51", 0, 4096)  # the codestream may stand in boxes
-    if start < 0 or len(stream) < start + 24:
-        return None
-    right, bottom, left, top = struct.unpack_from(">4I", stream, start + 8)
-    return right - left, bottom - top

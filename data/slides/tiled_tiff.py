@@ -12,6 +12,7 @@ import tifffile
 from ...errors import LongslideError
 from .base import TIFF_SUFFIXES, DeclinedError, SlideReader
 from .blend import blend, is_whole, split
+from .lost_tiles import lost_tiles
 from .native_tiles import DamagedTileError
 from .openslide import OpenSlideReader
 from .tiff import TiffFacts, is_tiff, tiff_facts
@@ -39,6 +40,7 @@ class TiledTiffReader(SlideReader):
         if not is_tiff(path):
             raise DeclinedError
         self.path = path
+        self._lost: list[np.ndarray | None] = []
         self._openslide: OpenSlideReader | None = None
         openslide = _by_openslide(path)
         try:
@@ -50,6 +52,7 @@ class TiledTiffReader(SlideReader):
             self.vendor = levels.vendor
             self.background = levels.background
             self._start()
+            self._lost = lost_tiles(levels.tiles, self._tile, aperio=self.vendor == "aperio")
             if openslide is not None and not self._agrees_with(openslide):
                 raise DeclinedError(remark="its native tiles give other pixels than OpenSlide, which reads it")
         except BaseException:
@@ -215,6 +218,9 @@ class TiledTiffReader(SlideReader):
 
         With `out` they may go there; they are not kept then, for who reads native tiles as they lie reads each once.
         """
+        lost = self._lost[level] if self._lost else None  # not known yet while it is found out
+        if lost is not None and lost[row, column]:
+            raise DamagedTileError(f"native tile ({column}, {row}): the file has no bytes of it")
         key = (level, column, row)
         with self._lock:
             if key in self._cache:

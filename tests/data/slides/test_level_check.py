@@ -80,3 +80,14 @@ def test_a_level_of_one_colour_differs_from_one_with_tissue(tmp_path: Path) -> N
     blank = np.full((512, 512, 3), 240, np.uint8)
     with open_slide(pyramid(tmp_path / "a.tif", level_1=blank)) as slide:
         assert slide.differing_levels == {1}
+
+
+def test_a_level_of_another_shape_is_not_used(tmp_path: Path) -> None:
+    with open_slide(pyramid(tmp_path / "a.tif", level_1=files.levels_of(files.tissue(1024, 700), (2,))[0])) as slide:
+        assert slide.differing_levels == {1}
+
+
+def test_the_last_pixels_of_a_level_may_be_cut_off(tmp_path: Path) -> None:
+    honest = files.levels_of(files.tissue(1024, 1024), (2,))[0]
+    with open_slide(pyramid(tmp_path / "a.tif", level_1=np.ascontiguousarray(honest[:-2, :-1]))) as slide:
+        assert slide.differing_levels == set()

@@ -87,8 +87,12 @@ def write_jpeg_tiff(
 ) -> None:
     """A pyramid of JPEG tiles.
 
-    `rgb` stores the colours as they are; `missing` are native tiles of level 0 without bytes.
+    `rgb` stores the colours as they are; `missing` are native tiles of level 0 that were not scanned.
     """
+    image = image.copy()
+    for number in missing:
+        row, column = divmod(number, -(-image.shape[1] // tile))
+        image[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile] = 255
     with tifffile.TiffWriter(path) as file:
         for number, level in enumerate(levels_of(image, downsamples)):
             encode = rgb_jpeg if rgb else partial(jpeg, subsampling=subsampling)
@@ -113,7 +117,7 @@ def write_jpeg_tiff(
                 software=False,
             )
     for number in missing:
-        without_bytes(path, number)
+        without_bytes(path, number, place=aperio)
 
 
 def write_tiff(
@@ -148,9 +152,10 @@ def overwrite(path: Path, offset: int, content: bytes) -> None:
         raw.write(content)
 
 
-def without_bytes(path: Path, number: int, level: int = 0) -> None:
-    """Set the byte count of a native tile to zero, as scanners do where there is nothing."""
+def without_bytes(path: Path, number: int, level: int = 0, *, place: bool = False) -> None:
+    """Set the byte count of a native tile to zero, and its place unless Aperio's scanners are meant, which leave it."""
     with tifffile.TiffFile(path) as file:
-        tag = [page for page in file.pages if page.is_tiled][level].tags[325]
-        size = {3: 2, 4: 4, 16: 8}[int(tag.dtype)]
-        overwrite(path, tag.valueoffset + number * size, bytes(size))
+        tags = [page for page in file.pages if page.is_tiled][level].tags
+        for code in (325,) if place else (325, 324):
+            size = {3: 2, 4: 4, 16: 8}[int(tags[code].dtype)]
+            overwrite(path, tags[code].valueoffset + number * size, bytes(size))
