@@ -23,6 +23,10 @@ TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".ptif", ".btf"})
 """Suffixes of TIFF files that say nothing of who wrote them; `.ome.tif` ends with one of them."""
 
 
+MOST_BYTES = 1_500_000_000
+"""Memory that a plain image or a mask may take while it is decoded, and those of all slides of a job together."""
+
+
 def without_suffix(path: Path) -> Path:
     """A path without the suffix of its format, which has two parts in OME's `.ome.tif` and `.ome.zarr`."""
     stem = path.parent / path.stem

@@ -6,12 +6,22 @@ from pathlib import Path
 import numpy as np
 import openslide
 import PIL
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+import tifffile
+from PIL import Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from ...errors import LongslideError
-from .base import IMAGE_SUFFIXES, TIFF_SUFFIXES, VENDOR_SUFFIXES, DeclinedError, SlideReader, over_background
+from ..regular_file import check_regular
+from .base import (
+    IMAGE_SUFFIXES,
+    MOST_BYTES,
+    TIFF_SUFFIXES,
+    VENDOR_SUFFIXES,
+    DeclinedError,
+    SlideReader,
+    over_background,
+)
 from .metadata import icc_properties
-from .tiff import tiff_facts
+from .tiff import is_tiff, tiff_facts
 
 Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
 
@@ -40,16 +50,20 @@ class ImageReader(SlideReader):
                     raise DeclinedError
                 if picture.mode.startswith(("I", "F")):  # Pillow would clip it to white
                     raise LongslideError(f"{path}: an image of more than 8 bits a channel; convert it to 8-bit RGB")
-                if picture.width * picture.height > MAX_PX:
+                if picture.width * picture.height > MAX_PX or _bytes_of(picture) > MOST_BYTES:
                     raise LongslideError(
                         f"{path}: {picture.width:,} x {picture.height:,} px would take "
-                        f"{picture.width * picture.height * 4 / 1e9:,.1f} GB of memory, as a plain image has no tiles; "
+                        f"{_bytes_of(picture) / 1e9:,.1f} GB of memory, as a plain image has no tiles; "
                         "convert it by `vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg`"
                     )
                 x, y = picture.info.get("dpi", (0, 0))
                 icc = icc_properties(_icc_profile(picture))
-            self._image = openslide.ImageSlide(str(path))
-            self._image.read_region((0, 0), 0, (1, 1))  # decodes the image: a truncated one fails here
+            decoded: Image.Image = Image.open(path)
+            decoded.load()  # a truncated one fails here
+            if decoded.format == "WEBP":  # whose decoder keeps two more pictures
+                decoded = decoded.copy()
+            self._decoded = decoded
+            self._image = openslide.ImageSlide(decoded)
         except UnidentifiedImageError as error:
             raise DeclinedError from error
         except (OSError, SyntaxError, ValueError) as error:
@@ -66,6 +80,7 @@ class ImageReader(SlideReader):
     def close(self) -> None:
         """Free the image."""
         self._image.close()
+        self._decoded.close()
 
     def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
         """See `SlideReader.read_region`."""
@@ -75,6 +90,39 @@ class ImageReader(SlideReader):
             raise LongslideError(f"{self.path}: cannot read {width} x {height} px at ({x}, {y}): {error}") from error
         premultiplied = np.asarray(region.convert("RGBa"))
         return over_background(np.ascontiguousarray(premultiplied[..., [2, 1, 0, 3]]), self.background)
+
+
+def decoding_bytes(path: Path, reader: type[SlideReader] | None = None) -> int:
+    """Memory that a file takes while it is decoded, if it is a plain image that `ImageReader` takes; else 0.
+
+    Args:
+        path: The file.
+        reader: The slide reader, if one is named.
+    """
+    if reader not in (None, ImageReader) or path.suffix.lower() in VENDOR_SUFFIXES or path.is_dir():
+        return 0
+    try:
+        check_regular(path)
+        if is_tiff(path):
+            with tifffile.TiffFile(path) as tiff:
+                if tiff.pages.first.is_tiled:  # read tile by tile
+                    return 0
+        with Image.open(path) as picture:
+            size = _bytes_of(picture)
+            return size if size <= MOST_BYTES and picture.width * picture.height <= MAX_PX else 0  # else it is refused
+    except Exception:  # not one of these, or broken: opening it says how
+        return 0
+
+
+def _bytes_of(picture: Image.Image) -> int:
+    """Memory at the peak, measured with Pillow 13: 4 bytes a pixel, and what the decoder keeps beside."""
+    beside = {"JPEG2000": 16, "WEBP": 12, "AVIF": 12}.get(picture.format or "", 0)
+    if picture.info.get("progressive"):
+        beside = 6  # coefficients of the whole picture
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        rows = picture.tag_v2.get(278, picture.height)
+        beside = 4 if rows * 2 > picture.height else 0  # a strip is decoded at once
+    return picture.width * picture.height * (4 + beside)
 
 
 def _icc_profile(picture: Image.Image) -> ImageCms.ImageCmsProfile | None:

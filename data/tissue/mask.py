@@ -13,12 +13,11 @@ from PIL import Image, UnidentifiedImageError
 
 from ...errors import LongslideError
 from ..regular_file import check_regular
+from ..slides.base import MOST_BYTES
 from ..slides.slide import Slide
 from .base import MAX_MASK_PX, Tissue, TissueSegmenter
 
-Image.MAX_IMAGE_PIXELS = None  # the limit is this one:
-MOST_BYTES = 2_000_000_000
-"""Memory that a mask may take while it is decoded."""
+Image.MAX_IMAGE_PIXELS = None  # the limit is `MOST_BYTES`
 
 _BAND = 256  # rows of the mask that are reduced at once
 
@@ -53,7 +52,7 @@ def read_tissue_mask(path: str | Path, slide: Slide) -> Tissue:
 
     Args:
         path: A PNG that covers the whole slide (black or transparent is background, anything else tissue) of any size up to
-            2 gigapixels in grey, 500 megapixels in colour, of which `MAX_MASK_PX` along its longer edge are used; or
+            1.5 gigapixels in grey, 375 megapixels in colour, of which `MAX_MASK_PX` along its longer edge are used; or
             GeoJSON polygons in level-0 pixels, as QuPath exports them.
         slide: The slide it belongs to.
 
@@ -77,6 +76,22 @@ def mask_method(path: Path) -> str:
     return f"mask:{path.name}:{hashlib.sha256(_read_bytes(path)).hexdigest()[:16]}"
 
 
+def decoding_bytes(path: Path) -> int:
+    """Memory that a mask takes while it is read."""
+    try:
+        check_regular(path)
+        if path.suffix.lower() in (".geojson", ".json"):
+            return min(20 * path.stat().st_size, MOST_BYTES)  # lists of numbers
+        with Image.open(path) as picture:
+            return min(_bytes_of(picture), MOST_BYTES)  # with more it is refused
+    except Exception:  # not there, or broken: reading it says how
+        return 0
+
+
+def _bytes_of(picture: Image.Image) -> int:
+    return picture.width * picture.height * (1 if picture.mode in ("1", "L", "P") else 4)
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
         check_regular(path)
@@ -90,7 +105,7 @@ def _read_raster(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, 
         with Image.open(io.BytesIO(content)) as picture:
             width, height = picture.size
             _check_shape(path, width, height, slide)
-            need = width * height * (1 if picture.mode in ("1", "L", "P") else 4)
+            need = _bytes_of(picture)
             if need > MOST_BYTES:
                 raise LongslideError(
                     f"{path}: the mask of {width:,} x {height:,} px takes {need / 1e9:.1f} GB of memory; give a smaller "

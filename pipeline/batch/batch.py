@@ -14,6 +14,7 @@ from ...data.tiles.readers import usable_cores
 from ..signals import Stopped, ending_soon
 from .devices import Feed
 from .ledger import SUMMARY, Summary
+from .memory import MemoryBudget, Turn
 from .one_job import one_job
 from .progress import JobProgress, Progress
 from .result import SlideResult
@@ -51,8 +52,8 @@ class BatchJob(Protocol[T]):
         """What results depend on, in plain types; processes with other settings may not work in the folder meanwhile."""
         ...
 
-    def prepare(self, entry: SlideEntry, /) -> T | SlideResult:
-        """All that comes before the models; a result if that ends the slide."""
+    def prepare(self, entry: SlideEntry, turn: Turn, /) -> T | SlideResult:
+        """All that comes before the models; a result if that ends the slide. Much memory is taken from `turn` first."""
         ...
 
     def encode(self, slides: Generator[T | SlideResult], progress: Progress, /) -> Generator[T | SlideResult]:
@@ -92,6 +93,7 @@ def run_batch(
         Stopped: SIGUSR1 has ended the job before all slides were done.
     """
     feed = entries if isinstance(entries, Feed) else None
+    memory = MemoryBudget()
     with ExitStack() as given_up, ExitStack() as running:
         running.enter_context(one_job(output, job.made_with))
         if shard is not None:
@@ -105,11 +107,16 @@ def run_batch(
             summary = running.enter_context(Summary(output, SUMMARY if shard is None else shard.summary, progress.note))
         soon = running.enter_context(ending_soon())
 
-        def prepare(entry: SlideEntry) -> T | SlideResult:
-            prepared = job.prepare(entry)
-            if not isinstance(prepared, SlideResult):
-                given_up.callback(prepared.resources.close)
-            return prepared
+        def prepare(entry: SlideEntry, turn: Turn) -> T | SlideResult:
+            with ExitStack() as failed:
+                failed.callback(turn.close)
+                prepared = job.prepare(entry, turn)
+                if not isinstance(prepared, SlideResult):
+                    if turn.size is None:
+                        turn.take(0)
+                    prepared.resources.push(failed.pop_all())
+                    given_up.callback(prepared.resources.close)
+                return prepared
 
         def finish(prepared: T | SlideResult) -> SlideResult:
             result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
@@ -119,15 +126,15 @@ def run_batch(
             return result
 
         # Closed from the last to the first, whatever ends the job, and then what slides hold that were not finished.
-        ahead = running.enter_context(
-            closing(_ahead(prepare, entries, soon.is_set if feed is None else feed.ends_soon))
-        )
+        ends_soon = soon.is_set if feed is None else feed.ends_soon
+        ahead = running.enter_context(closing(_ahead(prepare, entries, memory, ends_soon)))
         encoded = running.enter_context(closing(job.encode(ahead, progress)))
         results = running.enter_context(closing(_behind(finish, encoded)))
         try:
             ended = list(results)
         except BaseException:  # Ctrl-C, for one
             job.stop()
+            memory.stop()
             raise
     if feed is None and len(ended) < len(entries):
         raise Stopped(signal.SIGUSR1)
@@ -135,8 +142,9 @@ def run_batch(
 
 
 def _ahead(
-    prepare: Callable[[SlideEntry], T | SlideResult],
+    prepare: Callable[[SlideEntry, Turn], T | SlideResult],
     entries: Iterable[SlideEntry | None],
+    memory: MemoryBudget,
     ends_soon: Callable[[], bool],
 ) -> Generator[T | SlideResult]:
     """Prepare the next slides (open them, find tissue) while the models work on earlier ones.
@@ -150,7 +158,7 @@ def _ahead(
                 if ends_soon():
                     break
                 if entry is not None:
-                    following.append(executor.submit(prepare, entry))
+                    following.append(executor.submit(prepare, entry, memory.turn()))
                 if len(following) > (0 if entry is None else PREPARED_AHEAD):
                     yield following.popleft().result()
                 elif entry is None:
@@ -158,6 +166,7 @@ def _ahead(
             while following and not ends_soon():
                 yield following.popleft().result()
         finally:
+            memory.stop()
             executor.shutdown(cancel_futures=True)
 
 

@@ -1,5 +1,6 @@
 """Work on files from outside, in a process that may crash or hang in the job's stead."""
 
+import ctypes
 import importlib
 import logging
 import os
@@ -8,6 +9,7 @@ import queue
 import signal
 import subprocess
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
@@ -31,7 +33,8 @@ class WatchedProcess:
     """Calls functions, one at a time, in a process of its own; one that crashes or hangs there is an error of that call.
 
     The process is no fork of this one, whose threads and GPU it would break, and does not run the user's script again, as
-    those of `multiprocessing` do. What it cannot be sent, such as a class of a notebook, is called here.
+    those of `multiprocessing` do. What it cannot be sent, such as a network on a GPU or a class of a notebook, a thread of
+    this process calls: the time is limited then, but not the memory, and a crash is one of the job.
 
     Args:
         timeout: Seconds that a call may take.
@@ -80,21 +83,47 @@ class WatchedProcess:
             try:
                 request = pickle.dumps((registered(), function, args, kwargs))
             except (pickle.PicklingError, AttributeError, TypeError) as error:
-                return self._here(error, function, *args, **kwargs)
+                return self._here(what, error, function, *args, **kwargs)
             answer, value, messages = self._answer(what, request)
         for name, level, message in messages:
             logging.getLogger(name).log(level, "%s", message)
         if answer == "unknown":
-            return self._here(value, function, *args, **kwargs)
+            with self._lock:
+                return self._here(what, value, function, *args, **kwargs)
         if answer == "no memory":
             raise LongslideError(f"{what}: needs more than {MEMORY_BYTES / 1e9:.1f} GB of memory; convert it")
         if answer == "raised":
             raise value
         return cast(T, value)
 
-    def _here(self, why: Any, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        logger.debug("called without a watch: %s", why)
-        return function(*args, **kwargs)
+    def _here(self, what: object, why: Any, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        logger.debug("called in this process: %s", why)
+        ended: queue.SimpleQueue[tuple[Literal[True], T] | tuple[Literal[False], BaseException]] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                ended.put((True, function(*args, **kwargs)))
+            except BaseException as error:
+                ended.put((False, error))
+
+        thread = threading.Thread(target=work, name="watched", daemon=True)
+        thread.start()
+        until = time.monotonic() + self.timeout
+        while not self._stopped and time.monotonic() < until:
+            try:
+                answer = ended.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            if answer[0]:
+                return answer[1]
+            raise answer[1]
+        _give_up(thread)
+        raise LongslideError(f"{what}: the job was stopped") if self._stopped else self._overdue(what)
+
+    def _overdue(self, what: object) -> LongslideError:
+        return LongslideError(
+            f"{what}: not done within {self.timeout:g} s: damaged, or on a slow disk; look at it, or raise --slide-timeout"
+        )
 
     def _answer(self, what: object, request: bytes) -> tuple[str, Any, list[tuple[str, int, str]]]:
         if self._stopped:
@@ -118,9 +147,7 @@ class WatchedProcess:
             ) from None
         self._process.kill()
         self._process.wait()
-        raise LongslideError(
-            f"{what}: not done within {self.timeout:g} s: damaged, or on a slow disk; look at it, or raise --slide-timeout"
-        )
+        raise self._overdue(what)
 
     def _start(self) -> None:
         if self._pipe is not None:
@@ -128,6 +155,25 @@ class WatchedProcess:
         self._pipe, theirs = Pipe()
         self._process = start_child(__name__, theirs.fileno(), os.getpid(), pass_fds=[theirs.fileno()])
         theirs.close()
+
+
+class _GivenUpError(BaseException):
+    """Ends a thread for which nobody waits any more."""
+
+
+def _give_up(thread: threading.Thread) -> None:
+    """End a thread at the next Python instruction that it comes to; one that a library holds stays until the job ends."""
+    if thread.ident is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(_GivenUpError))
+
+
+def can_be_sent(thing: object) -> bool:
+    """Whether a watched process can be sent something."""
+    try:
+        pickle.dumps(thing)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
 
 
 class WatchedProcesses:

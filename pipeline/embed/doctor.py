@@ -25,10 +25,11 @@ from ...errors import LongslideError
 from ...ranges import checked
 from ...task import TaskKind
 from ..batch.result import SlideResult
-from ..batch.watched import WatchedProcess
+from ..batch.watched import WatchedProcess, can_be_sent
 from .choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder, resolve_tiles
 from .job import why_no_tiles
 from .label_check import LabelCheck, check_labels, with_twins
+from .layout import LOOKED_AT_PX, look_at
 from .machine_check import (
     DiskCheck,
     EncoderCheck,
@@ -171,6 +172,7 @@ def doctor(
     elif label_column or task or patient_column:
         raise LongslideError("--label-column, --task and --patient-column are about a table: give --label")
 
+    chosen = None if reader is None else READERS.get(reader)
     look = partial(
         check_slide,
         tile_mpp=tile_mpp,
@@ -178,13 +180,16 @@ def doctor(
         overlap=overlap,
         min_tissue=min_tissue,
         segmenter=tissue,
-        reader=None if reader is None else READERS.get(reader),
+        reader=chosen,
         threads=threads,
     )
     checks = []
+    stays = not can_be_sent(tissue)
     with WatchedProcess(slide_timeout) as watched:
         for entry in track(entries, "checking slides", console=Console(stderr=True), transient=True):
             try:
+                if stays:  # here, and so first where the library that reads the slide may crash
+                    watched.call(entry.path, look_at, entry.path, chosen, LOOKED_AT_PX)
                 checks.append(watched.call(entry.path, look, entry))
             except LongslideError as error:
                 checks.append(SlideCheck(entry.slide_id, entry.shown, problem=str(error)))

@@ -25,11 +25,12 @@ from ...data.tissue.mask import Mask
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError, printable
 from ..batch.claims import ClaimedError, claim
+from ..batch.memory import Turn
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
-from .layout import lay_out
+from .layout import watch_lay_out
 from .local_copies import LocalCopies
 from .qc import draw_qc, save_qc
 
@@ -177,7 +178,7 @@ class EmbedJob:
             raise MadeOtherwiseError(path, ways, REMEDY)
         return features
 
-    def prepare(self, entry: SlideEntry) -> PreparedSlide | SlideResult:
+    def prepare(self, entry: SlideEntry, turn: Turn) -> PreparedSlide | SlideResult:
         """All that comes before the encoders: claim the slide, see what exists, open it, find tissue, lay the grid."""
         started = time.monotonic()
         with ExitStack() as resources:
@@ -190,7 +191,7 @@ class EmbedJob:
                     return PreparedSlide(entry, None, resources.pop_all(), started)
                 for path in (self.path(entry), self._qc_path(entry)):
                     remove_leftovers(path)
-                tiled = self._tile(entry, resources)
+                tiled = self._tile(entry, turn, resources)
                 if not len(tiled.stream):
                     return self._nothing_to_embed(entry, tiled, why_no_tiles(tiled.tissue, self.min_tissue))
                 return PreparedSlide(entry, tiled, resources.pop_all(), started)
@@ -283,14 +284,15 @@ class EmbedJob:
         except LongslideError:
             return None
 
-    def _tile(self, entry: SlideEntry, resources: ExitStack) -> TiledSlide:
+    def _tile(self, entry: SlideEntry, turn: Turn, resources: ExitStack) -> TiledSlide:
         reader = None if self.reader is None else READERS.get(self.reader)
         original = entry.path
         if self.copies is not None:
             entry = replace(entry, path=resources.enter_context(self.copies.copy_of(original)))
-        layout = self.watched.call(
+        layout = watch_lay_out(
+            self.watched,
+            turn,
             original,
-            lay_out,
             entry,
             reader,
             self._segmenter(entry),
@@ -308,6 +310,7 @@ class EmbedJob:
                 f"{self.output}: the disk is full ({free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB needed); make room"
             )
         slide = resources.enter_context(layout.open(entry, reader))
+        turn.take(slide.memory_bytes)
         # Before it is read: a change while it is read is one since then.
         identity = replace(SlideIdentity.of(slide), path=printable(str(original.absolute())))
         stream = TileStream(

@@ -18,6 +18,7 @@ from ...registry import is_factory
 from ..batch.batch import run_batch
 from ..batch.claims import ClaimedError, claim
 from ..batch.ledger import make_output_folder
+from ..batch.memory import Turn
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult
@@ -253,7 +254,7 @@ class SlideEmbeddingJob:
             raise MadeOtherwiseError(path, ways, REMEDY)
         return features if features.slide_embedding is not None else None
 
-    def prepare(self, entry: SlideEntry) -> ReadTiles | SlideResult:
+    def prepare(self, entry: SlideEntry, turn: Turn) -> ReadTiles | SlideResult:
         """Claim and read the tile embeddings, and see what exists."""
         started = time.monotonic()
         with ExitStack() as resources:

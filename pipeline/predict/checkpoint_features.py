@@ -15,6 +15,7 @@ from ...data.tissue.base import segmenter_of
 from ...errors import LongslideError
 from ...registry import import_object, is_factory
 from ..batch.ledger import make_output_folder
+from ..batch.memory import Turn
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
@@ -142,7 +143,7 @@ class FeatureMaker:
         """
         self._job = self._make_job()
 
-    def prepare(self, entry: SlideEntry) -> PreparedSlide | SlideResult:
+    def prepare(self, entry: SlideEntry, turn: Turn) -> PreparedSlide | SlideResult:
         """All that comes before the tile encoder.
 
         Raises:
@@ -152,7 +153,7 @@ class FeatureMaker:
             raise LongslideError(
                 f"{self.path(entry)}: the feature file was there before and is gone; run the command again"
             )
-        return self._job.prepare(entry)
+        return self._job.prepare(entry, turn)
 
     def encode_within(
         self, items: Generator[T], slide_of: Callable[[T], PreparedSlide | None], progress: Progress
@@ -226,6 +227,8 @@ class FeatureMaker:
             _check_weights("slide", slide_encoder.weights, made.slide_weights)
         precision = resolve_precision(self.precision, encoder.spec.precision, self.device)
         reader = recorded_reader(made.reader)
+        tissue = segmenter_of(made.tissue_segmenter, made.tissue_settings)
+        tissue.check()
         return EmbedJob(
             output=self.folder,
             embedder=TileEmbedder(encoder, self.device, precision, self.batch_size),
@@ -235,7 +238,7 @@ class FeatureMaker:
             overlap=overlap,
             min_tissue=0.1 if made.min_tissue is None else made.min_tissue,
             max_blur=1.0 if made.max_blur is None else made.max_blur,
-            tissue=segmenter_of(made.tissue_segmenter, made.tissue_settings),
+            tissue=tissue,
             reader=None if reader is None else READERS.name_of(reader),
             max_bad_tiles=self.max_bad_tiles,
             threads=self.threads,

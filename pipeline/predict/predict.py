@@ -27,6 +27,7 @@ from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.claims import ClaimedError, claim
 from ..batch.devices import DeviceRun, Feed
 from ..batch.ledger import SUMMARY, make_output_folder
+from ..batch.memory import Turn
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult, counted, remarks_on
@@ -383,7 +384,7 @@ class _Job:
         """The prediction of a slide."""
         return self.output / f"{entry.slide_id}.json"
 
-    def prepare(self, entry: SlideEntry) -> _Claimed | SlideResult:
+    def prepare(self, entry: SlideEntry, turn: Turn) -> _Claimed | SlideResult:
         """All that comes before the encoders and classifiers."""
         started = time.monotonic()
         entry = self._of_patient(entry)
@@ -397,7 +398,7 @@ class _Job:
                 remarks = self.maker.existing(entry)
                 if remarks is None:
                     remarks = []
-                    made = self.maker.prepare(entry)
+                    made = self.maker.prepare(entry, turn)
                     if isinstance(made, PreparedSlide):
                         prepared = made
                         resources.callback(made.resources.close)

@@ -21,12 +21,13 @@ from ...data.tissue.mask import Mask
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ..batch.claims import ClaimedError, claim
+from ..batch.memory import Turn
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
 from ..embed.job import REMEDY, why_no_tiles
-from ..embed.layout import lay_out
+from ..embed.layout import LOOKED_AT_PX, look_at, take_memory, watch_lay_out
 from .picture_files import Layout, PictureFiles, PngFolder, WebDatasetShards, png, remove_pictures
 
 
@@ -150,7 +151,7 @@ class TilesJob:
             raise MadeOtherwiseError(path, ways, REMEDY)
         return found
 
-    def prepare(self, entry: SlideEntry) -> PreparedTiles | SlideResult:
+    def prepare(self, entry: SlideEntry, turn: Turn) -> PreparedTiles | SlideResult:
         """Claim the slide, see what exists, open it, lay the grid."""
         started = time.monotonic()
         with ExitStack() as resources:
@@ -160,11 +161,11 @@ class TilesJob:
                     return self._done(entry, found, "already complete")
                 features = self._features(entry)
                 if features is None:
-                    slide, tissue, grid = self._tile(entry, resources)
+                    slide, tissue, grid = self._tile(entry, turn, resources)
                     if not len(grid.coords):
                         return self._no_tiles(entry, why_no_tiles(tissue, self.min_tissue))
                 else:
-                    slide, grid = self._tiles_of(features, entry, resources)
+                    slide, grid = self._tiles_of(features, entry, turn, resources)
                     if not len(grid.coords):
                         return self._no_tiles(entry, "no tiles in its feature file")
                 return PreparedTiles(entry, slide, grid, resources.pop_all(), started)
@@ -261,11 +262,12 @@ class TilesJob:
             return None
         return read_features(self.features / f"{entry.slide_id}.h5", embeddings=False)
 
-    def _tile(self, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
+    def _tile(self, entry: SlideEntry, turn: Turn, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
         reader = None if self.reader is None else READERS.get(self.reader)
-        layout = self.watched.call(
+        layout = watch_lay_out(
+            self.watched,
+            turn,
             entry.path,
-            lay_out,
             entry,
             reader,
             self._segmenter(entry),
@@ -275,9 +277,11 @@ class TilesJob:
             overlap=self.overlap,
             min_tissue=self.min_tissue,
         )
-        return resources.enter_context(layout.open(entry, reader)), layout.tissue, layout.grid
+        slide = resources.enter_context(layout.open(entry, reader))
+        turn.take(slide.memory_bytes)
+        return slide, layout.tissue, layout.grid
 
-    def _tiles_of(self, features: Features, entry: SlideEntry, resources: ExitStack) -> tuple[Slide, Grid]:
+    def _tiles_of(self, features: Features, entry: SlideEntry, turn: Turn, resources: ExitStack) -> tuple[Slide, Grid]:
         path = self.features
         if features.tile_px is None or features.tile_size_level0 is None:
             raise LongslideError(
@@ -288,7 +292,9 @@ class TilesJob:
             raise LongslideError(
                 f"{path}/{entry.slide_id}.h5: {mismatch}; embed this slide again, or give the other one"
             )
-        reader = self.reader or recorded_reader(features.settings.get("reader"))
+        reader = recorded_reader(features.settings.get("reader")) if self.reader is None else READERS.get(self.reader)
+        take_memory(self.watched, turn, entry.path, replace(entry, tissue_mask=None), reader)
+        self.watched.call(entry.path, look_at, entry.path, reader, LOOKED_AT_PX)
         slide = resources.enter_context(
             open_slide(
                 entry.path, slide_mpp=entry.slide_mpp or features.slide_mpp, slide_id=entry.slide_id, reader=reader

@@ -5,15 +5,17 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import openslide
 import pytest
 import tifffile
+from longslide.data.slides import image
 from longslide.data.slides import openslide as openslide_module
 from longslide.data.slides.slide import open_slide
-from longslide.data.synthetic import write_pyramid
+from longslide.data.synthetic import write_pyramid, write_synthetic_slide
 from longslide.errors import LongslideError
 from PIL import Image
 
@@ -284,3 +286,36 @@ def test_failed_reads_leave_no_open_handles_behind(tmp_path: Path) -> None:
             item for item in gc.get_objects() if isinstance(item, openslide.OpenSlide) and str(path) in repr(item)
         ]
         assert len(handles) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "bytes_a_pixel"),
+    [
+        ("a.png", {}, 4),
+        ("a.jpg", {}, 4),
+        ("b.jpg", {"progressive": True}, 10),
+        ("a.jp2", {}, 20),
+        ("a.webp", {}, 16),
+        ("a.bmp", {}, 4),
+        ("a.tif", {}, 8),  # of one strip
+    ],
+)
+def test_the_memory_that_a_plain_image_takes_is_known_before_it_is_decoded(
+    tmp_path: Path, name: str, options: dict[str, Any], bytes_a_pixel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    Image.fromarray(np.full((300, 400, 3), 200, np.uint8)).save(path, **options)
+    assert image.decoding_bytes(path) == bytes_a_pixel * 300 * 400
+    monkeypatch.setattr(image, "MOST_BYTES", bytes_a_pixel * 300 * 400 - 1)
+    with pytest.raises(LongslideError, match=r"400 x 300 px would take .* convert it by `vips tiffsave"):
+        open_slide(path)
+    assert image.decoding_bytes(path) == 0
+
+
+def test_slides_that_are_read_piece_by_piece_take_no_memory_of_images(tmp_path: Path) -> None:
+    write_synthetic_slide(tmp_path / "a.svs", size=(512, 512))
+    write_synthetic_slide(tmp_path / "a.tif", size=(512, 512))
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    os.mkfifo(tmp_path / "c.png")
+    for name in ("a.svs", "a.tif", "b.png", "c.png", "none.png"):
+        assert image.decoding_bytes(tmp_path / name) == 0

@@ -23,6 +23,7 @@ import os, signal, time
 from pathlib import Path
 from longslide.data.slides.base import DeclinedError, SlideReader
 from longslide.data.slides.openslide import OpenSlideReader
+from longslide.data.tissue.optical_density import OpticalDensity
 
 class Fragile(OpenSlideReader):
     '''Reads as OpenSlide does, but for two files that its library cannot take.'''
@@ -35,6 +36,12 @@ class Fragile(OpenSlideReader):
         if path.stem == "memory":
             self.much = bytearray(6 * 2**30)
         super().__init__(path)
+
+class Stays(OpticalDensity):
+    '''A segmenter that no other process can be sent, as one with a network on a GPU.'''
+
+    def __reduce__(self):
+        raise TypeError("stays")
 """
 
 
@@ -86,9 +93,10 @@ def test_names_that_are_no_text_and_pipes_end_no_batch(encoder: Path, slide: Pat
     assert [one.reason for one in again if one.status == "done"] == ["already complete"] * 3
 
 
+@pytest.mark.parametrize("tissue", ["optical-density", "fragile.Stays"])
 @pytest.mark.parametrize("command", ["embed", "doctor"])
 def test_a_library_that_crashes_hangs_or_takes_all_memory_fails_one_slide_each(
-    command: str, encoder: Path, slide: Path, tmp_path: Path
+    command: str, tissue: str, encoder: Path, slide: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "fragile.py").write_text(PLUGIN)
     folder = tmp_path / "slides"
@@ -96,7 +104,7 @@ def test_a_library_that_crashes_hangs_or_takes_all_memory_fails_one_slide_each(
     for name in ("a", "crash", "hang", "memory", "z"):
         shutil.copy(slide, folder / f"{name}.svs")
     words = [sys.executable, "-m", "longslide", command, str(folder), "--reader", "fragile.Fragile", "--device", "cpu"]
-    words += ["--slide-timeout", "8", "--output", str(tmp_path / "out")]
+    words += ["--slide-timeout", "8", "--output", str(tmp_path / "out"), "--tissue", tissue]
     if command == "embed":
         words += ["--tile-encoder", str(encoder), "--tile-checkpoint", "random"]
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
@@ -128,6 +136,35 @@ def test_a_class_of_this_process_alone_is_called_here(encoder: Path, slide: Path
     (result,) = embed([slide], tissue=Own(), **job(encoder, tmp_path / "out"))
     assert result.status == "done"
     assert read_features(tmp_path / "out" / "a.h5").tissue_method == "own 1"
+
+
+def test_a_segmenter_of_this_process_that_never_ends_fails_its_slide_alone_and_is_given_up(
+    encoder: Path, slide: Path, tmp_path: Path
+) -> None:
+    from longslide.data.tissue.optical_density import OpticalDensity
+
+    ended: list[str] = []
+
+    class Slow(OpticalDensity):
+        def __call__(self, slide: Slide) -> Tissue:
+            try:
+                while slide.slide_id == "slow":
+                    time.sleep(0.05)
+                return super().__call__(slide)
+            finally:
+                ended.append(slide.slide_id)
+
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    for name in ("a", "slow", "z"):
+        shutil.copy(slide, folder / f"{name}.svs")
+    began = time.monotonic()
+    results = embed([folder], tissue=Slow(), slide_timeout=10, **job(encoder, tmp_path / "out"))
+    assert [one.status for one in results] == ["done", "failed", "done"]
+    assert "slow.svs: not done within 10 s" in results[1].reason
+    assert time.monotonic() - began < 60
+    time.sleep(1)
+    assert sorted(ended) == ["a", "slow", "z"]
 
 
 def test_ctrl_c_while_a_slide_is_opened_for_ever_ends_at_once(encoder: Path, slide: Path, tmp_path: Path) -> None:

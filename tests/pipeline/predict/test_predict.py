@@ -674,6 +674,38 @@ def test_a_tile_encoder_that_cannot_be_had_is_one_line_before_any_slide_is_touch
     assert not list(job["output"].glob("*.json"))
 
 
+SEGMENTER = """
+from pathlib import Path
+from longslide.data.tissue.optical_density import OpticalDensity
+from longslide.errors import LongslideError
+
+class Learned(OpticalDensity):
+    def check(self) -> None:
+        if not Path(__file__).with_name("weights.pth").exists():
+            raise LongslideError("weights.pth: no such checkpoint")
+"""
+
+
+def test_missing_weights_of_the_segmenter_are_one_line_before_any_slide_is_touched(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "learned_segmenter.py").write_text(SEGMENTER)
+    (tmp_path / "weights.pth").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from learned_segmenter import Learned  # type: ignore[import-not-found]
+
+    tiny = str(home / "tiny.yaml")
+    embed([home / "slides"], tmp_path / "features", tiny, "random", tissue=Learned(), device="cpu")
+    write_classifier(tmp_path / "best.ckpt", tmp_path / "features")
+    job = {"checkpoint": tmp_path / "best.ckpt", "output": tmp_path / "out", "tile_encoder": tiny, "device": "cpu"}
+    (tmp_path / "weights.pth").rename(tmp_path / "elsewhere.pth")
+    with pytest.raises(LongslideError, match=r"weights\.pth: no such checkpoint"):
+        predict([home / "slides"], **job)
+    assert not (tmp_path / "out" / "summary.csv").exists()
+    (tmp_path / "elsewhere.pth").rename(tmp_path / "weights.pth")
+    assert {one.status for one in predict([home / "slides"], **job)} == {"done"}
+
+
 def test_explain_gives_the_scores_that_predict_writes(home: Path, job: dict[str, Any]) -> None:
     predict(**job | {"slides": [home / "slides" / "a.svs"]}, explain="gradient-x-input")
     found = explain(home / "features" / "a.h5", job["checkpoint"], "gradient-x-input", device="cpu")
