@@ -21,7 +21,7 @@ from .base import (
     over_background,
 )
 from .metadata import icc_properties
-from .tiff import is_tiff, tiff_facts
+from .tiff import broken_directory, is_tiff, tiff_facts
 
 Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
 
@@ -39,6 +39,8 @@ class ImageReader(SlideReader):
         facts = tiff_facts(path)
         if facts is not None and facts.refusal:
             raise DeclinedError(facts.refusal)
+        if broken := broken_directory(path):  # Pillow would show what is left of it, and grey for what is not
+            raise DeclinedError(f"a truncated or broken TIFF ({broken}); copy it again")
         try:
             with Image.open(path) as picture:
                 if path.suffix.lower() in VENDOR_SUFFIXES:

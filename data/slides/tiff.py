@@ -59,6 +59,19 @@ def tiff_facts(path: Path) -> TiffFacts | None:
         return TiffFacts(f"a truncated or broken TIFF ({reason or type(error).__name__}); copy it again")
 
 
+def broken_directory(path: Path) -> str:
+    """Why a directory of a TIFF file, of whichever of its pages, cannot be read; empty if all can, or it is no TIFF file."""
+    if not is_tiff(path):
+        return ""
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            for _ in tiff.pages:
+                pass
+    except Exception as error:  # whatever a broken directory makes of the parser
+        return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
 def white_of(tiff: tifffile.TiffFile) -> int | None:
     """The largest value of a sample of 16 bits by the file's own word; None if it does not say."""
     tags = tiff.pages.first.tags
@@ -85,15 +98,19 @@ def _facts(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> TiffFacts:
     mpp = _ome_mpp(tiff.ome_metadata or "") if tiff.is_ome else _imagej_mpp(page)
     codec = CODECS.get(int(page.compression))
     if codec is not None:
-        return TiffFacts(f"its pixels are compressed by {codec}, which is not read here; {_CONVERT}", mpp)
+        read = "which is not read here" if codec == "LERC" else "which is read here in tiles of RGB alone"
+        return TiffFacts(f"its pixels are compressed by {codec}, {read}; {_CONVERT}", mpp)
     bits = page.bitspersample
     if isinstance(bits, tuple):
         bits = max(bits)
     if bits > 8:
         what = f"{page.samplesperpixel} channel{'s' * (page.samplesperpixel > 1)} of {bits} bits"
-        return TiffFacts(f"{what}, not 8-bit RGB brightfield; scale and {_CONVERT}", mpp)
+        read = "; of 16 bits tiles of RGB are read that say which value is white" if bits == 16 else ""
+        return TiffFacts(f"{what}, not 8-bit RGB brightfield{read}; scale and {_CONVERT}", mpp)
     if page.samplesperpixel > 1 and int(page.planarconfig) == 2:
-        return TiffFacts(f"its colours are stored in separate planes, which are not read here; {_CONVERT}", mpp)
+        return TiffFacts(
+            f"its colours are stored in separate planes, which are read here in tiles alone; {_CONVERT}", mpp
+        )
     if page.samplesperpixel == 1 and (channels := _channels(tiff)) > 1:
         return TiffFacts(f"{channels} grey channels: fluorescence or multiplex, not 8-bit RGB brightfield", mpp)
     return TiffFacts("", mpp)

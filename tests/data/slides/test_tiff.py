@@ -44,7 +44,7 @@ def test_what_is_neither_tiled_nor_in_a_codec_of_pillows_is_refused_by_its_codec
 ) -> None:
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb", compression=codec, rowsperstrip=64)
     message = refusal(tmp_path / "a.tif")
-    assert what in message
+    assert f"compressed by {what}, which is read here in tiles of RGB alone" in message
     assert "convert it" in message
     assert "truncated" not in message
 
@@ -62,7 +62,7 @@ def test_what_is_not_8_bit_chunky_rgb_is_refused(tmp_path: Path, tile: tuple[int
     assert "3 channels of 16 bits" in refusal(path)
     if tile is None:  # tiles of separate planes are read
         tifffile.imwrite(path, np.moveaxis(RGB, -1, 0), photometric="rgb", planarconfig="separate")
-        assert "separate planes" in refusal(path)
+        assert "separate planes, which are read here in tiles alone" in refusal(path)
     stack = np.zeros((4, 512, 512), np.uint8)
     tifffile.imwrite(tmp_path / "a.ome.tif", stack, tile=tile, photometric="minisblack", metadata={"axes": "CYX"})
     assert "4 grey channels" in refusal(tmp_path / "a.ome.tif")
@@ -80,6 +80,17 @@ def test_a_truncated_svs_is_called_truncated(tmp_path: Path) -> None:
     path = write_synthetic_slide(tmp_path / "a.svs", size=(1536, 1024))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     assert "truncated" in refusal(path)
+
+
+def test_a_tiff_with_a_broken_directory_is_no_plain_image(tmp_path: Path) -> None:
+    """Pillow shows such a file as if it were whole, and grey where its tiles are damaged."""
+    path = write_synthetic_slide(tmp_path / "a.tif", size=(1024, 768))
+    with tifffile.TiffFile(path) as tiff:
+        second = tiff.pages[1].offset
+    with path.open("r+b") as file:
+        file.seek(second)
+        file.write(b"\xaa" * 64)
+    assert "broken TIFF" in refusal(path)
 
 
 def test_a_plain_image_too_large_for_memory_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
