@@ -69,7 +69,7 @@ class SlideReader(Plugin, ABC):
             tried whatever its suffix.
         FOLDER_SUFFIXES: Suffixes of folders that are slides.
         library: Name and version of the library that decodes, for the record; empty for none.
-        remark: What a person should know of how the file is read; set by `open_reader`.
+        remark: What a person should know of how the file is read; `open_reader` adds why readers before it declined.
         cache_bytes: Memory for decoded native tiles that an open slide may keep, where it keeps any.
         reopens: Whether other processes may open the file for themselves: a pickled reader is then opened again where it is
             unpickled. Of others all tiles are read by threads of one process.
@@ -170,7 +170,7 @@ def open_reader(path: Path, choice: str | type[SlideReader] | None = None) -> Sl
             reasons += [" ".join(str(declined).split())] if str(declined) else []
             remarks += [declined.remark] if declined.remark else []
         else:
-            reader.remark = "; ".join(remarks)
+            reader.remark = "; ".join(filter(None, [*remarks, reader.remark]))
             return reader
     why = "; ".join(dict.fromkeys(reasons))
     if choice is not None:

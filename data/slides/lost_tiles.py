@@ -46,6 +46,13 @@ def lost_tiles(tiles: tuple[NativeTiles, ...], tile: Tile, *, aperio: bool) -> l
     return found
 
 
+def placed_and_empty(native: NativeTiles, lost: np.ndarray | None) -> int:
+    """How many tiles of a level have a place and no bytes, and are not lost."""
+    grids = (native.planes, native.rows, native.columns)
+    found = (native.counts.reshape(grids) == 0).all(0) & (native.offsets.reshape(grids) > 0).any(0)
+    return int((found if lost is None else found & ~lost).sum())
+
+
 def _shown_elsewhere(tiles: tuple[NativeTiles, ...], level: int, empty: np.ndarray, tile: Tile) -> np.ndarray:
     """`(rows, columns)` int8: 1 where another level shows something at the place of an empty tile, 0 where not, else -1."""
     native = tiles[level]

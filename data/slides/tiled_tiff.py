@@ -12,7 +12,7 @@ import tifffile
 from ...errors import LongslideError
 from .base import TIFF_SUFFIXES, DeclinedError, SlideReader
 from .blend import blend, is_whole, split
-from .lost_tiles import lost_tiles
+from .lost_tiles import lost_tiles, placed_and_empty
 from .native_tiles import DamagedTileError
 from .openslide import OpenSlideReader
 from .tiff import TiffFacts, is_tiff, tiff_facts
@@ -53,6 +53,8 @@ class TiledTiffReader(SlideReader):
             self.background = levels.background
             self._start()
             self._lost = lost_tiles(levels.tiles, self._tile, aperio=self.vendor == "aperio")
+            if self.vendor == "aperio" and (blank := placed_and_empty(levels.tiles[0], self._lost[0])):
+                self.remark = f"native tiles without bytes shown as glass, as another level shows none there: {blank}"
             if openslide is not None and not self._agrees_with(openslide):
                 raise DeclinedError(remark="its native tiles give other pixels than OpenSlide, which reads it")
         except BaseException:
