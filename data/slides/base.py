@@ -70,6 +70,7 @@ class SlideReader(Plugin, ABC):
         FOLDER_SUFFIXES: Suffixes of folders that are slides.
         library: Name and version of the library that decodes, for the record; empty for none.
         remark: What a person should know of how the file is read; `open_reader` adds why readers before it declined.
+        whole_rows: Whether wide regions are read as fast as narrow ones, for rows are stored as a whole.
         cache_bytes: Memory for decoded native tiles that an open slide may keep, where it keeps any.
         reopens: Whether other processes may open the file for themselves: a pickled reader is then opened again where it is
             unpickled. Of others all tiles are read by threads of one process.
@@ -92,6 +93,7 @@ class SlideReader(Plugin, ABC):
     memory_bytes: int = 0
     library: str = ""
     remark: str = ""
+    whole_rows: bool = False
     cache_bytes: int = 256 * 2**20  # several rows of a 100,000 px wide level, so neighbours are not decoded twice
     reopens: ClassVar[bool] = False
 

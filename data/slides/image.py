@@ -1,6 +1,7 @@
 """Plain images (PNG, JPEG, ...) as slides of one level."""
 
 import io
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from .base import (
     over_background,
 )
 from .metadata import icc_properties
-from .tiff import broken_directory, is_tiff, tiff_facts
+from .native_tiles import NativeTiles
+from .tiff import broken_directory, is_tiff, tiff_facts, white_of
 
 Image.MAX_IMAGE_PIXELS = None  # plain images of many gigapixels are no attack here
 
@@ -106,9 +108,9 @@ def decoding_bytes(path: Path, reader: type[SlideReader] | None = None) -> int:
     try:
         check_regular(path)
         if is_tiff(path):
-            with tifffile.TiffFile(path) as tiff:
-                if tiff.pages.first.is_tiled:  # read tile by tile
-                    return 0
+            with tifffile.TiffFile(path) as tiff, suppress(DeclinedError):
+                NativeTiles.of(tiff.pages.first, white_of(tiff))
+                return 0  # read tile by tile, or strip by strip
         with Image.open(path) as picture:
             size = _bytes_of(picture)
             return size if size <= MOST_BYTES and picture.width * picture.height <= MAX_PX else 0  # else it is refused

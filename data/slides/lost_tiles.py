@@ -100,7 +100,7 @@ def _picture(native: NativeTiles, tile: Callable[[int, int], np.ndarray | None])
                 continue
             if pixels is not None:
                 y, x = row * native.tile_height, column * native.tile_width
-                place = slice(y, y + native.tile_height), slice(x, x + native.tile_width)
+                place = slice(y, y + len(pixels)), slice(x, x + native.tile_width)
                 grey[place] = pixels.min(-1)
                 known[place] = True
     return grey[: native.height, : native.width], known[: native.height, : native.width]

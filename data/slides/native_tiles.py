@@ -13,6 +13,8 @@ from .jpeg2000 import jpeg2000_damage, jpeg2000_size
 
 MAX_TILE_BYTES = 256 * 2**20
 """A native tile that would take more memory than this is not read."""
+MAX_STRIP_BYTES = 64 * 2**20
+"""Of a file in strips a larger one is not read: each is as wide as the picture, and several are kept."""
 
 _NONE, _LZW, _JPEG, _DEFLATE, _ADOBE_DEFLATE, _PACKBITS = 1, 5, 7, 8, 32946, 32773
 _JPEG2000 = (34712, 33005)  # the second is Aperio's; 33003, its YCbCr, is left to OpenSlide
@@ -52,6 +54,7 @@ class NativeTiles:
         height: Of the level in pixels.
         tile_width: Of a native tile in pixels; those at the right border are padded to it.
         tile_height: Of a native tile in pixels.
+        strips: Whether they are strips, as wide as the level, of which the last one is not padded.
         offsets: `(planes * rows * columns,)` int64, first byte of each tile.
         counts: Bytes of each tile; 0 where the file has none.
         compression: TIFF's number of the codec.
@@ -66,6 +69,7 @@ class NativeTiles:
     height: int
     tile_width: int
     tile_height: int
+    strips: bool
     offsets: np.ndarray
     counts: np.ndarray
     compression: int
@@ -84,13 +88,11 @@ class NativeTiles:
             white: Value of a sample that stands for 255, for samples of 16 bits.
 
         Raises:
-            DeclinedError: It is not tiled, or not RGB of a kind that is read here.
+            DeclinedError: It is not RGB of a kind that is read here.
         """
         compression, photometric = int(page.compression), int(page.photometric)
         bits = page.bitspersample
         planes = 3 if int(page.planarconfig) == _PLANES else 1
-        if not page.is_tiled:
-            raise DeclinedError
         if page.samplesperpixel != 3 or photometric not in (_RGB, _YCBCR):
             raise DeclinedError
         if bits != 8 and (bits != 16 or white is None or compression == _JPEG):
@@ -107,15 +109,19 @@ class NativeTiles:
         tables = page.jpegtables or _SOI + _EOI
         if tables[:2] != _SOI or tables[-2:] != _EOI:
             raise DeclinedError("broken JPEG tables")
-        if min(page.imagewidth, page.imagelength, page.tilewidth, page.tilelength) < 1:
+        width, height = page.tilewidth, page.tilelength
+        if not page.is_tiled:
+            width, height = page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)
+        if min(page.imagewidth, page.imagelength, width, height) < 1:
             raise DeclinedError("a TIFF page or tile without pixels")
-        if page.tilewidth * page.tilelength * 3 * bits // 8 > MAX_TILE_BYTES:
-            raise DeclinedError(f"native tiles of {page.tilewidth:,} x {page.tilelength:,} px")
+        if width * height * 3 * bits // 8 > (MAX_TILE_BYTES if page.is_tiled else MAX_STRIP_BYTES):
+            raise DeclinedError(f"native {'tiles' if page.is_tiled else 'strips'} of {width:,} x {height:,} px")
         tiles = cls(
             width=page.imagewidth,
             height=page.imagelength,
-            tile_width=page.tilewidth,
-            tile_height=page.tilelength,
+            tile_width=width,
+            tile_height=height,
+            strips=not page.is_tiled,
             offsets=np.array(page.dataoffsets, np.int64),
             counts=np.array(page.databytecounts, np.int64),
             compression=compression,
@@ -158,23 +164,29 @@ class NativeTiles:
         numbers = range(first, first + step * self.planes, step)
         return [(int(self.offsets[number]), int(self.counts[number])) for number in numbers]
 
-    def decode(self, parts: list[bytes], out: np.ndarray | None = None) -> np.ndarray:
+    def height_of(self, row: int) -> int:
+        """Pixels of the tiles of a row from top to bottom."""
+        return min(self.tile_height, self.height - row * self.tile_height) if self.strips else self.tile_height
+
+    def decode(self, parts: list[bytes], out: np.ndarray | None = None, *, height: int | None = None) -> np.ndarray:
         """The pixels of a tile.
 
         Args:
             parts: Its bytes, one part for each plane.
             out: Contiguous `(tile_height, tile_width, 3)` uint8, where they may go.
+            height: Its height, as of `height_of`; `tile_height` by default.
 
         Returns:
-            `(tile_height, tile_width, 3)` uint8 RGB: `out`, or an array of its own.
+            `(height, tile_width, 3)` uint8 RGB: `out`, or an array of its own.
 
         Raises:
             DamagedTileError: The bytes are damaged.
         """
+        height = self.tile_height if height is None else height
         try:
             if self.compression == _JPEG:
-                return self._jpeg(parts[0], out)
-            pixels = [self._samples(part) for part in parts]
+                return self._jpeg(parts[0], height, out)
+            pixels = [self._samples(part, height) for part in parts]
         except DamagedTileError:
             raise
         except (ValueError, RuntimeError, OSError, MemoryError) as error:  # errors of imagecodecs are RuntimeErrors
@@ -184,10 +196,10 @@ class NativeTiles:
             together = ((together.astype(np.uint32) * 255 + self.white // 2) // self.white).clip(0, 255)
         return np.ascontiguousarray(together, np.uint8)
 
-    def _jpeg(self, stream: bytes, out: np.ndarray | None) -> np.ndarray:
+    def _jpeg(self, stream: bytes, height: int, out: np.ndarray | None) -> np.ndarray:
         if stream[:2] != _SOI:
             raise DamagedTileError("no JPEG stream")
-        shape = (self.tile_height, self.tile_width, 3)
+        shape = (height, self.tile_width, 3)
         # Tiles without an end marker are intact for OpenSlide; a second one does no harm. What libjpeg warns of is damage.
         whole = b"".join((self.jpeg_prefix, stream[2:], _EOI))
         pixels = np.empty(shape, np.uint8) if out is None else out
@@ -196,9 +208,9 @@ class NativeTiles:
             raise DamagedTileError(f"pixels of the shape {decoded.shape} where {shape} belongs")
         return pixels
 
-    def _samples(self, part: bytes) -> np.ndarray:
+    def _samples(self, part: bytes, height: int) -> np.ndarray:
         samples = 3 // self.planes
-        shape = (self.tile_height, self.tile_width, samples)
+        shape = (height, self.tile_width, samples)
         dtype = np.dtype(self.dtype)
         if self.compression in _TO_PIXELS:
             end = len(part.rstrip(b"\0"))  # some encoders pad

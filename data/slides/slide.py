@@ -212,12 +212,14 @@ class Slide:
         x0, y0, level_width, level_height = parts[level]
         # First by a whole factor, block by block, so that no more than a block of the level is in memory.
         factor = max(1, min(level_width // width, level_height // height))
-        block = max(1, _BLOCK // factor) * factor
+        block = wide = max(1, _BLOCK // factor) * factor
+        if self._reader.whole_rows:
+            wide, block = level_width, max(1, _BLOCK**2 // level_width // factor) * factor
         small = np.empty((-(-level_height // factor), -(-level_width // factor), 3), np.uint8)
         unreadable: Counter[int] = Counter()
         for top in range(0, level_height, block):
-            for left in range(0, level_width, block):
-                w, h = min(block, level_width - left), min(block, level_height - top)
+            for left in range(0, level_width, wide):
+                w, h = min(wide, level_width - left), min(block, level_height - top)
                 region = self._read_what_can_be_read(x0 + left, y0 + top, level, w, h, unreadable)
                 out = small[top // factor : -(-(top + h) // factor), left // factor : -(-(left + w) // factor)]
                 out[...] = cv2.resize(region, out.shape[1::-1], interpolation=cv2.INTER_AREA)

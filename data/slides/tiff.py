@@ -98,18 +98,18 @@ def _facts(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> TiffFacts:
     mpp = _ome_mpp(tiff.ome_metadata or "") if tiff.is_ome else _imagej_mpp(page)
     codec = CODECS.get(int(page.compression))
     if codec is not None:
-        read = "which is not read here" if codec == "LERC" else "which is read here in tiles of RGB alone"
+        read = "which is not read here" if codec == "LERC" else "which is read here as RGB alone"
         return TiffFacts(f"its pixels are compressed by {codec}, {read}; {_CONVERT}", mpp)
     bits = page.bitspersample
     if isinstance(bits, tuple):
         bits = max(bits)
     if bits > 8:
         what = f"{page.samplesperpixel} channel{'s' * (page.samplesperpixel > 1)} of {bits} bits"
-        read = "; of 16 bits tiles of RGB are read that say which value is white" if bits == 16 else ""
+        read = "; RGB of 16 bits is read where the file says which value is white" if bits == 16 else ""
         return TiffFacts(f"{what}, not 8-bit RGB brightfield{read}; scale and {_CONVERT}", mpp)
     if page.samplesperpixel > 1 and int(page.planarconfig) == 2:
         return TiffFacts(
-            f"its colours are stored in separate planes, which are read here in tiles alone; {_CONVERT}", mpp
+            f"its colours are stored in separate planes, which are read here as RGB alone; {_CONVERT}", mpp
         )
     if page.samplesperpixel == 1 and (channels := _channels(tiff)) > 1:
         return TiffFacts(f"{channels} grey channels: fluorescence or multiplex, not 8-bit RGB brightfield", mpp)

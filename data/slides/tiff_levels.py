@@ -77,10 +77,10 @@ def own_levels(tiff: tifffile.TiffFile, facts: TiffFacts) -> Levels:
     """The levels of the largest picture of a file, which may stand in sub-directories (OME-TIFF).
 
     Raises:
-        DeclinedError: It is not a tiled RGB picture of a kind that is read here.
+        DeclinedError: It is not an RGB picture of a kind that is read here.
     """
     series = max(tiff.series, key=lambda one: one.keyframe.imagewidth * one.keyframe.imagelength)
-    pages = [level.keyframe for level in series.levels if len(level.pages) == 1 and level.keyframe.is_tiled]
+    pages = [level.keyframe for level in series.levels if len(level.pages) == 1]
     first = tiff.is_ome or (pages and pages[0].index == 0)  # else the page of level 0 is broken, and this a reduced one
     if not pages or pages[0] is not series.keyframe or pages[0].subfiletype & _REDUCED or not first:
         raise DeclinedError(facts.refusal)

@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 
 from ...errors import LongslideError
-from .base import TIFF_SUFFIXES, DeclinedError, SlideReader
+from .base import TIFF_SUFFIXES, VENDOR_SUFFIXES, DeclinedError, SlideReader
 from .blend import blend, is_whole, split
 from .lost_tiles import lost_tiles, placed_and_empty
 from .native_tiles import DamagedTileError
@@ -51,6 +51,7 @@ class TiledTiffReader(SlideReader):
             self.properties = levels.properties
             self.vendor = levels.vendor
             self.background = levels.background
+            self.whole_rows = levels.tiles[0].strips
             self._start()
             self._lost = lost_tiles(levels.tiles, self._tile, aperio=self.vendor == "aperio")
             if self.vendor == "aperio" and (blank := placed_and_empty(levels.tiles[0], self._lost[0])):
@@ -72,7 +73,8 @@ class TiledTiffReader(SlideReader):
         self._cached = 0
         # What is never asked for again would only be memory that the system has to clear: a fifth of the time of a tile.
         rows = max(tiles.columns * tiles.tile_width * tiles.tile_height * 3 for tiles in self._levels.tiles)
-        self._most_cached = max(_LEAST_CACHE, _CACHED_ROWS * rows)
+        strips = any(tiles.strips for tiles in self._levels.tiles)  # a row of tiles needs many of them
+        self._most_cached = self.cache_bytes if strips else max(_LEAST_CACHE, _CACHED_ROWS * rows)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: another one opens the file again, with the levels found here."""
@@ -231,7 +233,7 @@ class TiledTiffReader(SlideReader):
         tiles = self._levels.tiles[level]
         try:
             parts = [self._bytes(*part) for part in tiles.parts(column, row)]
-            pixels = tiles.decode(parts, out) if all(parts) else None
+            pixels = tiles.decode(parts, out, height=tiles.height_of(row)) if all(parts) else None
         except DamagedTileError as error:
             raise DamagedTileError(f"native tile ({column}, {row}): {error}") from error
         if pixels is not None and pixels is out:
@@ -271,8 +273,6 @@ def _by_openslide(path: Path) -> OpenSlideReader | None:
 def _find_levels(path: Path, openslide: OpenSlideReader | None) -> Levels:
     try:
         with tifffile.TiffFile(path) as tiff:
-            if not tiff.pages.first.is_tiled:
-                raise DeclinedError
             if openslide is None:
                 levels = own_levels(tiff, tiff_facts(path) or TiffFacts())
             else:
@@ -283,6 +283,8 @@ def _find_levels(path: Path, openslide: OpenSlideReader | None) -> Levels:
         raise
     except Exception as error:  # whatever a broken directory makes of the parser
         raise DeclinedError((tiff_facts(path) or TiffFacts()).refusal) from error
+    if levels.tiles[0].strips and path.suffix.lower() in VENDOR_SUFFIXES:  # a thumbnail, of a file that is broken
+        raise DeclinedError
     end, size = levels.tiles[0].end, path.stat().st_size
     if end > size:
         raise LongslideError(f"{path}: truncated: its pixels end at byte {end:,}, the file at {size:,}; copy it again")

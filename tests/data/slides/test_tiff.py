@@ -39,12 +39,13 @@ def test_16_bits_of_which_the_file_does_not_say_how_many_count_are_refused() -> 
 
 
 @pytest.mark.parametrize(("codec", "what"), [("webp", "WebP"), ("jpegxl", "JPEG XL"), ("jpeg2000", "JPEG 2000")])
-def test_what_is_neither_tiled_nor_in_a_codec_of_pillows_is_refused_by_its_codec(
+def test_what_is_neither_rgb_nor_in_a_codec_of_pillows_is_refused_by_its_codec(
     tmp_path: Path, codec: str, what: str
 ) -> None:
-    tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb", compression=codec, rowsperstrip=64)
+    four = np.dstack([RGB, RGB[..., :1]])
+    tifffile.imwrite(tmp_path / "a.tif", four, photometric="rgb", extrasamples=["unassalpha"], compression=codec)
     message = refusal(tmp_path / "a.tif")
-    assert f"compressed by {what}, which is read here in tiles of RGB alone" in message
+    assert f"compressed by {what}, which is read here as RGB alone" in message
     assert "convert it" in message
     assert "truncated" not in message
 
@@ -60,9 +61,9 @@ def test_what_is_not_8_bit_chunky_rgb_is_refused(tmp_path: Path, tile: tuple[int
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, RGB.astype(np.uint16) * 16, tile=tile, photometric="rgb")
     assert "3 channels of 16 bits" in refusal(path)
-    if tile is None:  # tiles of separate planes are read
-        tifffile.imwrite(path, np.moveaxis(RGB, -1, 0), photometric="rgb", planarconfig="separate")
-        assert "separate planes, which are read here in tiles alone" in refusal(path)
+    four = np.moveaxis(np.dstack([RGB, RGB[..., :1]]), -1, 0)
+    tifffile.imwrite(path, four, tile=tile, photometric="rgb", planarconfig="separate", extrasamples=["unassalpha"])
+    assert "separate planes, which are read here as RGB alone" in refusal(path)
     stack = np.zeros((4, 512, 512), np.uint8)
     tifffile.imwrite(tmp_path / "a.ome.tif", stack, tile=tile, photometric="minisblack", metadata={"axes": "CYX"})
     assert "4 grey channels" in refusal(tmp_path / "a.ome.tif")

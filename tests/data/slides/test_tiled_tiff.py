@@ -131,7 +131,7 @@ def test_a_file_with_another_pixel_is_left_to_openslide_with_a_remark(
     path = write(tmp_path, "420")
     honest = NativeTiles.decode
 
-    def one_pixel_off(self: NativeTiles, parts: list[bytes], out: np.ndarray | None) -> np.ndarray:
+    def one_pixel_off(self: NativeTiles, parts: list[bytes], *given: object, **more: object) -> np.ndarray:
         pixels = honest(self, parts)
         pixels[130, 130, 1] ^= 1
         return pixels
@@ -226,9 +226,9 @@ def test_rows_of_tiles_read_one_below_the_other_decode_each_native_tile_once_and
     decoded: list[NativeTiles] = []
     decode = NativeTiles.decode
 
-    def counted(tiles: NativeTiles, parts: list[bytes], out: np.ndarray | None) -> np.ndarray:
+    def counted(tiles: NativeTiles, parts: list[bytes], out: np.ndarray | None, *, height: int) -> np.ndarray:
         decoded.append(tiles)
-        return decode(tiles, parts, out)
+        return decode(tiles, parts, out, height=height)
 
     with open_slide(path, reader="tiff") as slide:
         reader = slide._reader
