@@ -55,7 +55,9 @@ class TiledTiffReader(SlideReader):
             self._start()
             self._lost = lost_tiles(levels.tiles, self._tile, aperio=self.vendor == "aperio")
             if self.vendor == "aperio" and (blank := placed_and_empty(levels.tiles[0], self._lost[0])):
-                self.remark = f"native tiles without bytes shown as glass, as another level shows none there: {blank}"
+                self.remark = (
+                    f"native tiles without bytes shown as glass, as another level shows nothing there: {blank}"
+                )
             if openslide is not None and not self._agrees_with(openslide):
                 raise DeclinedError(remark="its native tiles give other pixels than OpenSlide, which reads it")
         except BaseException:

@@ -42,7 +42,7 @@ def test_what_was_not_scanned_is_empty(tmp_path: Path, aperio: bool, downsamples
         assert slide.reader == "tiff"
         assert (slide.read_region(700, 100, 0, 100, 100) == 255).all()
         slide.thumbnail()
-        said = "native tiles without bytes shown as glass, as another level shows none there: 24"
+        said = "native tiles without bytes shown as glass, as another level shows nothing there: 24"
         assert slide.remark == (said if aperio else "")
         assert not slide.unreadable_areas
         assert not slide.unreadable_levels
