@@ -165,6 +165,7 @@ def benchmark(home: Path, pixels: float) -> int:
             writer.writerow([f"slides/{name}", 0.5, "slides/mask.png" if masked else ""])
     words = [sys.executable, "-m", "longslide", "embed", str(home / "slides.csv"), "--output", str(output)]
     words += ["--tile-encoder", str(home / "tiny.yaml"), "--tile-checkpoint", "random", "--device", "cpu"]
+    words += ["--slide-timeout", "3600"]
     peak, at = 0, 0.0
     most: dict[int, int] = {}
     began = time.monotonic()

@@ -34,6 +34,7 @@ _TO_PIXELS: dict[int, Callable[..., np.ndarray]] = {
     _JPEGXL_DNG: imagecodecs.jpegxl_decode,
 }
 _RGB, _YCBCR, _CHUNKY, _PLANES = 2, 6, 1, 2
+_TILE_TAGS = (322, 323, 324, 325)
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _ZEROS = bytes(512)  # in a row no coder writes so many; a disk leaves them where a block was lost
 _EXCESS = 1024  # room for bytes that do not belong to a tile
@@ -111,6 +112,8 @@ class NativeTiles:
             raise DeclinedError("broken JPEG tables")
         width, height = page.tilewidth, page.tilelength
         if not page.is_tiled:
+            if 273 not in page.tags or any(code in page.tags for code in _TILE_TAGS):  # tiles whose directory is broken
+                raise DeclinedError
             width, height = page.imagewidth, min(page.rowsperstrip or page.imagelength, page.imagelength)
         if min(page.imagewidth, page.imagelength, width, height) < 1:
             raise DeclinedError("a TIFF page or tile without pixels")
