@@ -14,7 +14,12 @@ from ...errors import LongslideError
 from ...ranges import checked
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ...data.features.feature_file import Features
     from ...models.slide_encoder.attention_pattern import Pattern
+
+FORMATS = (".png", ".svg", ".pdf")
 
 MAX_TOKENS = 1024
 """More would be smaller than the picture's pixels."""
@@ -25,9 +30,9 @@ class AttentionMap:
     """A picture that was drawn.
 
     Attributes:
-        output: The PNG file.
+        output: The picture.
         share: Query-key pairs that are scored, as a share of dense attention's.
-        seen: Query-key pairs that some head sees, as a share of dense attention's.
+        seen: Query-key pairs that some head sees, as such a share; of a slide the share of tiles that the tile sees.
         ok: Whether it was drawn, as the command line asks of every result.
     """
 
@@ -42,50 +47,63 @@ def attention_map(
     output: str | Path = Path("attention-map.png"),
     pattern: Literal["dilated", "dense", "sliding-window", "strided"] = "dilated",
     tokens: int = 64,
-    heads: int = 4,
-    segment_lengths: list[int] = [16, 32, 64],  # noqa: B006  the command line shows it; never changed
-    dilated_ratios: list[int] = [1, 2, 4],  # noqa: B006
+    heads: int | None = None,
+    segment_lengths: list[int] | None = None,
+    dilated_ratios: list[int] | None = None,
     window: int = 0,
     period: int = 0,
     causal: bool = False,
+    slide: str | Path | None = None,
+    tile: str | tuple[int, int] | None = None,
+    slide_encoder: str | Path = "gigapath",
 ) -> AttentionMap:
-    """Draw which keys each query sees: for each head, for all heads together, and what it costs beside dense attention.
+    """Draw which keys each query sees, or with `--slide` which tiles of a slide one tile sees.
+
+    The first shows each head, all heads together, and what it costs beside dense attention. The second shows the tiles of
+    each branch, of each head and of all heads at their places on the slide, and those that reach the tile within all layers.
 
     Args:
-        output: The PNG file to write.
+        output: The picture to write: .png, .svg or .pdf.
         pattern: Which attention.
         tokens: Tokens of the sequence; a small model of the real thing shows most.
-        heads: Attention heads.
-        segment_lengths: Tokens of a segment for each branch of dilated attention, such as [16,32,64].
-        dilated_ratios: Every how many-th token takes part for each branch, such as [1,2,4].
+        heads: Attention heads; 4, or with --slide those of the slide encoder.
+        segment_lengths: Tokens of a segment for each branch of dilated attention; [16,32,64], or the slide encoder's.
+        dilated_ratios: Every how many-th token takes part for each branch; [1,2,4], or the slide encoder's.
         window: Tokens seen on either side, for the sliding window.
         period: Distance of the keys from one another, for the strided pattern.
         causal: Whether later keys are hidden.
+        slide: A feature file, whose tiles are drawn at their places.
+        tile: x,y in level-0 pixels, within the tile that looks; without it, one in the middle of the sequence.
+        slide_encoder: With --slide: the slide encoder by name, or the path of a YAML file.
 
     Returns:
         What was drawn.
 
     Raises:
-        LongslideError: The configuration does not fit, or the picture cannot be written.
+        LongslideError: The configuration does not fit, no tile is there, or the picture cannot be written.
     """
+    output = Path(output)
+    if output.suffix.lower() not in FORMATS:
+        raise LongslideError(f"{output}: a picture is written as {', '.join(FORMATS)}; give the file such a suffix")
+    if slide is not None:
+        if pattern != "dilated" or causal:
+            raise LongslideError(
+                "--slide draws dilated attention that sees both ways; leave --pattern and --causal out"
+            )
+        return _of_slide(output, Path(slide), tile, slide_encoder, heads, segment_lengths, dilated_ratios)
+    if tile is not None:
+        raise LongslideError("--tile is a tile of a slide: give its feature file as --slide")
     from .figure import MAX_BRANCHES, draw_attention_map
 
-    output = Path(output)
-
-    branches = tuple(zip(segment_lengths, dilated_ratios, strict=False)) if pattern == "dilated" else ()
-    if pattern == "dilated" and (
-        len(segment_lengths) != len(dilated_ratios) or min([*segment_lengths, *dilated_ratios], default=0) < 1
-    ):
-        raise LongslideError(
-            f"--segment-lengths {segment_lengths} and --dilated-ratios {dilated_ratios} must be positive, one of each a "
-            "branch, such as [16,32,64] and [1,2,4]"
-        )
+    heads = 4 if heads is None else heads
+    segment_lengths, dilated_ratios = segment_lengths or [16, 32, 64], dilated_ratios or [1, 2, 4]
+    branches = _branches(segment_lengths, dilated_ratios) if pattern == "dilated" else ()
     if len(branches) > MAX_BRANCHES:
         raise LongslideError(f"{len(branches)} branches are more than the {MAX_BRANCHES} that can be distinguished")
     if not 1 <= tokens <= MAX_TOKENS or heads < 1:
         raise LongslideError(
             f"--tokens {tokens} and --heads {heads}: a picture takes 1 to {MAX_TOKENS:,} tokens and a head or more; draw "
-            "longer sequences with tokens and segments divided by one number"
+            "longer sequences with tokens and segments divided by one number, or a whole slide with --slide"
         )
     seen = visible_keys(tokens, heads, pattern, causal, branches=branches, window=window, period=period)
 
@@ -104,15 +122,85 @@ def attention_map(
         "strided": [_every(period)],
     }[pattern]
     lengths = [length for length, _ in branches]
-    figure = draw_attention_map(seen, title, labels, lengths, causal, result.share, result.seen, pairs)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    write_whole(output, picture.getbuffer())
+    _save(draw_attention_map(seen, title, labels, lengths, causal, result.share, result.seen, pairs), output)
     print(
         f"{output}: each head scores {result.share:.1%} of dense attention's query-key pairs; all heads together see "
         f"{result.seen:.1%} of them"
     )
     return result
+
+
+def _branches(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    if len(segment_lengths) != len(dilated_ratios) or min([*segment_lengths, *dilated_ratios], default=0) < 1:
+        raise LongslideError(
+            f"--segment-lengths {segment_lengths} and --dilated-ratios {dilated_ratios} must be positive, one of each a "
+            "branch, such as [16,32,64] and [1,2,4]"
+        )
+    return tuple(zip(segment_lengths, dilated_ratios, strict=True))
+
+
+def _of_slide(
+    output: Path,
+    path: Path,
+    place: str | tuple[int, int] | None,
+    slide_encoder: str | Path,
+    heads: int | None,
+    segment_lengths: list[int] | None,
+    dilated_ratios: list[int] | None,
+) -> AttentionMap:
+    """Draw what one tile of a feature file sees."""
+    from ...data.features.feature_file import read_features
+    from ...models.slide_encoder.spec import load_slide_encoder_spec
+    from .figure import MAX_BRANCHES
+    from .slide_map import CLS_TOKENS, draw_slide_map, keys_seen
+
+    features, spec = read_features(path, embeddings=False), load_slide_encoder_spec(slide_encoder)
+    heads = heads or spec.heads
+    branches = _branches(segment_lengths or list(spec.segment_lengths), dilated_ratios or list(spec.dilated_ratios))
+    if len(branches) > MAX_BRANCHES:
+        raise LongslideError(f"{len(branches)} branches are more than the {MAX_BRANCHES} that can be distinguished")
+    number = len(features.coords) // 2 if place is None else _tile_at(path, features, place)
+    x, y = features.coords[number].tolist()
+    title = f"{features.slide_id}: which tiles the tile at {x:,}, {y:,} sees ({spec.name}, {heads} heads)"
+    _save(draw_slide_map(features.cells, number, heads, branches, spec.layers, title), output)
+    tokens = len(features.coords) + CLS_TOKENS
+    seen = keys_seen(np.arange(tokens) == number + CLS_TOKENS, heads, branches)[:, :, CLS_TOKENS:]
+    pairs = sum(scored_pairs(tokens, heads, "dilated", False, branches=branches))
+    result = AttentionMap(output, pairs / (heads * tokens**2), float(seen.any((0, 1)).mean()))
+    print(
+        f"{output}: the tile at {x:,}, {y:,} sees {result.seen:.1%} of the {len(features.coords):,} tiles in one layer; "
+        f"each head scores {result.share:.1%} of dense attention's query-key pairs"
+    )
+    return result
+
+
+def _tile_at(path: Path, features: "Features", tile: str | tuple[int, int]) -> int:
+    """The number of the tile that a level-0 pixel lies in; of several that overlap, the one whose middle is nearest."""
+    size = features.tile_size_level0 or features.step_level0
+    try:
+        x, y = map(int, tile.strip("[]").split(",")) if isinstance(tile, str) else tile
+    except ValueError as error:
+        raise LongslideError(f"--tile {tile}: give x and y in level-0 pixels, such as 20480,10240") from error
+    place = np.array([x, y])
+    inside = ((features.coords <= place) & (features.coords + size > place)).all(1)
+    distance = np.abs(features.coords + size / 2 - place).sum(1)
+    nearest = int(distance.argmin())
+    if not inside.any():
+        x, y = features.coords[nearest].tolist()
+        raise LongslideError(
+            f"{path}: no tile holds the pixel {place[0]:,}, {place[1]:,}; the nearest begins at {x}, {y}"
+        )
+    return int(np.flatnonzero(inside)[distance[inside].argmin()])
+
+
+def _save(figure: "Figure", output: Path) -> None:
+    """Write a figure by its suffix; text stays text."""
+    import matplotlib
+
+    picture = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):
+        figure.savefig(picture, format=output.suffix[1:].lower())
+    write_whole(output, picture.getbuffer())
 
 
 def visible_keys(

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-MAX_HEADS_SHOWN = 8
+MAX_HEADS_SHOWN = 16
 
 # Okabe and Ito's colours, distinguishable to colour-blind readers too; the nearest branch first.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6D31", "#555555")
@@ -218,7 +218,7 @@ def _draw_together(
 
 
 def _draw_matrix(axes: Axes, seen: np.ndarray, title: str, query: int | None, *, labelled: bool) -> None:
-    axes.imshow(_picture(seen), interpolation="none")
+    axes.imshow(_picture(seen), interpolation="antialiased")  # many tokens would be moire
     if query is not None:
         edge = seen.shape[2] * 1.012 - 0.5
         axes.plot(edge, query, marker="<", color=INK, markersize=6, clip_on=False)

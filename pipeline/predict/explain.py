@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
 
 from ...data.features.feature_file import Features, read_features
 from ...data.features.preprocessing import Preprocessing
@@ -15,8 +16,8 @@ from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from .checkpoint_features import check_exist, trained_on
 from .gallery import write_gallery
-from .geojson import AGAINST_COLOUR, FOR_COLOUR, regions_to_geojson, tiles_to_geojson, to_geojson
-from .overlay import draw_overlay, score_limit, tile_raster
+from .geojson import regions_to_geojson, tiles_to_geojson, to_geojson
+from .overlay import AGAINST_COLOUR, FOR_COLOUR, STRONG, draw_overlay, score_limit, tile_raster
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from ...models.classifier.ensemble import ClassifierEnsemble
     from ...models.explain.methods import Method
     from .prediction import Prediction
-
-REGION_SHARE = 0.5
-"""Tiles of at least this share of the score at which the overlay's colours end are merged to regions."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,12 @@ def shown_name(explanation: Explanation, prediction: "Prediction") -> str:
 
 
 def write_explanation(
-    folder: Path, explanation: Explanation, prediction: "Prediction", slide: Slide | None, thumbnail: np.ndarray | None
+    folder: Path,
+    explanation: Explanation,
+    prediction: "Prediction",
+    slide: Slide | None,
+    thumbnail: np.ndarray | None,
+    tissue: str | None = None,
 ) -> dict[str, Any]:
     """Write `tiles.csv`, and, where the feature file has level-0 pixels, `tiles.geojson`; with the slide also `overlay.png`
     and `gallery/`.
@@ -174,6 +177,7 @@ def write_explanation(
         prediction: What they explain.
         slide: The open slide, if it can be read.
         thumbnail: `(h, w, 3)` uint8 RGB, `Slide.thumbnail`, if there is one.
+        tissue: Tissue contours as GeoJSON in level-0 pixels, if they are known.
 
     Returns:
         What was written, in plain types for JSON.
@@ -196,7 +200,7 @@ def write_explanation(
     size = explanation.tile_size_level0
     if size is None:  # the coordinates are cells of a grid whose place on the slide is not known
         return written
-    threshold = REGION_SHARE * limit
+    threshold = STRONG * limit
     regions = [(shown, f"for {name}" if explanation.signed else "attention", FOR_COLOUR)]
     if explanation.signed:
         regions.append((-shown, f"against {name}", AGAINST_COLOUR))
@@ -208,6 +212,7 @@ def write_explanation(
     if slide is None or thumbnail is None:
         return written
     height, width = thumbnail.shape[:2]
+    scale = np.array([width, height]) / slide.bounds[2:]
     overlay = draw_overlay(
         thumbnail,
         tile_raster(explanation.coords, size, shown, slide.bounds, (width, height)),
@@ -216,10 +221,23 @@ def write_explanation(
         limit=limit,
         ends=_ends(name, explanation.signed),
         signed=explanation.signed,
+        tissue=[(ring - slide.bounds[:2]) * scale for ring in _rings(tissue)],
     )
     overlay.save(folder / "overlay.png")
     gallery = write_gallery(folder / "gallery", slide, explanation.coords, size, shown)
     return written | {"gallery": [asdict(tile) for tile in gallery]}
+
+
+def _rings(tissue: str | None) -> list[np.ndarray]:
+    """Outlines and holes of GeoJSON polygons, `(n, 2)` each."""
+    if tissue is None:
+        return []
+    rings = [
+        ring
+        for polygon in shapely.get_parts(shapely.from_geojson(tissue))
+        for ring in (polygon.exterior, *polygon.interiors)
+    ]
+    return [np.asarray(ring.coords) for ring in rings]
 
 
 def _ends(name: str, signed: bool) -> tuple[str, str]:

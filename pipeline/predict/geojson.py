@@ -10,10 +10,6 @@ from typing import Any
 import numpy as np
 import shapely
 
-FOR_COLOUR = (180, 4, 38)
-AGAINST_COLOUR = (59, 76, 192)
-"""Both ends of the overlay's colour map."""
-
 Polygon = list[list[list[int]]]
 
 

@@ -1,4 +1,4 @@
-"""The overlay of a slide: its thumbnail with a score for each tile in colour, a legend, a scale bar and a title."""
+"""The overlay of a slide: its thumbnail, beside it a score for each tile in colour, a legend, a scale bar and a title."""
 
 from collections.abc import Sequence
 
@@ -16,8 +16,22 @@ UNSIGNED_MAP = "cividis"
 """Colour map of scores from 0 up: the same for people with and without red-green colour blindness
 (https://doi.org/10.1371/journal.pone.0199239)."""
 
-OPACITY = 0.6
-"""Share of the colour in a painted pixel; the rest is the thumbnail in grey, whose own colours would shift the map's."""
+OPACITY = 0.25, 0.6
+"""Share of the colour where the score is 0 and where the map ends: the rest is the thumbnail in grey, whose own colours
+would shift the map's. The stain is to be seen in the picture beside it."""
+
+STRONG = 0.5
+"""Tiles of at least this share of the score at which the colours end are outlined, and merged to regions."""
+
+FOR_COLOUR = (180, 4, 38)
+AGAINST_COLOUR = (59, 76, 192)
+"""Both ends of the map of signed scores."""
+
+GAP = 16
+"""Pixels between the two pictures."""
+
+CONTOUR_WIDTH = 700
+"""A line is a pixel wide in a picture of so many."""
 
 
 def score_limit(scores: np.ndarray) -> float:
@@ -87,10 +101,37 @@ def paint_tiles(thumbnail: np.ndarray, raster: np.ndarray, limit: float, *, sign
     covered = ~np.isnan(raster)
     share = raster[covered] / limit
     colours = colormaps[SIGNED_MAP if signed else UNSIGNED_MAP](0.5 + share / 2 if signed else share)[:, :3] * 255
-    grey = cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY)[covered]
+    grey = cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY)[covered][:, None]
+    opacity = OPACITY[0] + (OPACITY[1] - OPACITY[0]) * np.abs(share).clip(0, 1)[:, None]
     painted = thumbnail.copy()
-    painted[covered] = np.rint(OPACITY * colours + (1 - OPACITY) * grey[:, None]).astype(np.uint8)
+    painted[covered] = np.rint(opacity * colours + (1 - opacity) * grey).astype(np.uint8)
     return painted
+
+
+def outline(
+    picture: np.ndarray, raster: np.ndarray, limit: float, tissue: Sequence[np.ndarray], *, signed: bool
+) -> np.ndarray:
+    """Draw the tissue's contours, and around the strongest tiles lines in the colours of the map's ends.
+
+    Args:
+        picture: `(h, w, 3)` uint8 RGB.
+        raster: `(h, w)` scores; NaN where there is no tile.
+        limit: Magnitude at which the colours end.
+        tissue: Rings `(n, 2)` of (x, y) in pixels of the picture.
+        signed: Whether scores below 0 are outlined too.
+
+    Returns:
+        `(h, w, 3)` uint8 RGB, another picture.
+    """
+    drawn = picture.copy()
+    width = max(1, round(max(drawn.shape[:2]) / CONTOUR_WIDTH))
+    rings = [np.rint(ring).astype(np.int32) for ring in tissue]
+    cv2.polylines(drawn, rings, isClosed=True, color=TEXT_COLOUR, thickness=width, lineType=cv2.LINE_AA)
+    for sign, colour in ((1, FOR_COLOUR), (-1, AGAINST_COLOUR))[: 1 + signed]:
+        strong = (np.nan_to_num(sign * raster) >= STRONG * limit).astype(np.uint8)
+        around, _ = cv2.findContours(strong, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(drawn, around, -1, colour, 2 * width)
+    return drawn
 
 
 def draw_overlay(
@@ -102,8 +143,10 @@ def draw_overlay(
     limit: float,
     ends: tuple[str, str],
     signed: bool = True,
+    tissue: Sequence[np.ndarray] = (),
 ) -> Image.Image:
-    """The painted thumbnail between a title above and a scale bar and a legend below.
+    """The thumbnail with outlines of tissue and of the strongest tiles, and beside it (below it, if it is wide) the painted
+    one; above them a title, below them a scale bar and a legend.
 
     Args:
         thumbnail: `(h, w, 3)` uint8 RGB, `Slide.thumbnail`.
@@ -113,12 +156,19 @@ def draw_overlay(
         limit: Magnitude at which the colours end.
         ends: What the low and the high end of the colours mean.
         signed: Whether scores go from -limit to limit, or from 0.
+        tissue: Rings `(n, 2)` of the tissue's contours, (x, y) in pixels of the thumbnail.
 
     Returns:
-        An RGB picture, at least 480 pixels wide; the thumbnail is centred in it, unscaled.
+        An RGB picture, at least 480 pixels wide; the two are centred in it, unscaled.
     """
-    painted = paint_tiles(thumbnail, raster, limit, signed=signed)
-    height, width = painted.shape[:2]
+    plain = outline(thumbnail, raster, limit, tissue, signed=signed)
+    painted = outline(
+        paint_tiles(thumbnail, raster, limit, signed=signed), np.full_like(raster, np.nan), limit, tissue, signed=signed
+    )
+    below_one_another = thumbnail.shape[1] > 1.5 * thumbnail.shape[0]
+    gap = np.full_like(thumbnail[:GAP] if below_one_another else thumbnail[:, :GAP], 255)
+    both = np.concatenate([plain, gap, painted], axis=0 if below_one_another else 1)
+    height, width = both.shape[:2]
     canvas_width = max(width, 480)
     size = int(np.clip(round(canvas_width / 50), 12, 24))
     title_font, lines = _fit(title, canvas_width - 2 * size, size)
@@ -128,7 +178,7 @@ def draw_overlay(
     draw = ImageDraw.Draw(canvas)
     for number, line in enumerate(lines):
         draw.text((size, (0.5 + 1.35 * number) * size), line, fill=TEXT_COLOUR, font=title_font)
-    canvas.paste(Image.fromarray(painted), ((canvas_width - width) // 2, top))
+    canvas.paste(Image.fromarray(both), ((canvas_width - width) // 2, top))
     below = top + height + round(0.9 * size)
     if mm_per_px is not None:
         draw_scale_bar(draw, (size, below + size), 0.3 * canvas_width, mm_per_px, size)

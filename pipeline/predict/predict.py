@@ -484,7 +484,7 @@ class _Job:
                 slide = thumbnail = None
             if self.method is not None:
                 scores = explain_features(self.ensemble, features, self.method, self.device)
-                explanation = write_explanation(folder, scores, prediction, slide, thumbnail)
+                explanation = write_explanation(folder, scores, prediction, slide, thumbnail, features.tissue)
         result = replace(
             SlideResult.done(entry, features, path, seconds=time.monotonic() - started),
             reason="; ".join(prediction.warnings),

@@ -13,9 +13,12 @@ from longslide.data.tiles.stream import TileStream
 from longslide.data.tissue.base import Tissue
 from longslide.data.tissue.optical_density import find_tissue
 from longslide.pipeline.predict.overlay import (
+    AGAINST_COLOUR,
+    FOR_COLOUR,
     SIGNED_MAP,
     UNSIGNED_MAP,
     draw_overlay,
+    outline,
     paint_tiles,
     score_limit,
     tile_raster,
@@ -115,7 +118,7 @@ def test_the_limit_is_the_99th_percentile_and_never_zero() -> None:
 
 
 @pytest.mark.parametrize("size", [(60, 1200), (1400, 500), (300, 300)])
-def test_the_thumbnail_is_in_the_overlay_unscaled_with_title_and_legend_around_it(size: tuple[int, int]) -> None:
+def test_the_thumbnail_is_in_the_overlay_twice_unscaled_with_title_and_legend_around_it(size: tuple[int, int]) -> None:
     thumbnail = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
     raster = np.full(size, np.nan)
     picture = np.asarray(
@@ -128,15 +131,44 @@ def test_the_thumbnail_is_in_the_overlay_unscaled_with_title_and_legend_around_i
             ends=("against a class with a name as long as can be " * 3, "for it"),
         )
     )
-    left = (picture.shape[1] - size[1]) // 2
-    middle = picture[:, left : left + size[1]]
-    tops = [top for top in range(picture.shape[0] - size[0]) if (middle[top : top + size[0]] == thumbnail).all()]
-    assert len(tops) == 1
-    assert (picture[: tops[0]] < 100).any(), "no title"
-    below = picture[tops[0] + size[0] :]
+    first = (picture[:, :, None] == thumbnail[0, 0]).all(-1)
+    corners = [
+        (y, x)
+        for y, x in np.argwhere(first[..., 0])
+        if (found := picture[y : y + size[0], x : x + size[1]]).shape == thumbnail.shape and (found == thumbnail).all()
+    ]
+    assert len(corners) == 2, "a score nowhere: the painted one is as it was"
+    (upper, left), (lower, right) = corners
+    assert (upper == lower) != (left == right), "side by side, or of a wide slide one below the other"
+    assert (picture[:upper] < 100).any(), "no title"
+    below = picture[lower + size[0] :]
     assert (below < 60).all(-1).any(), "no scale bar"
     assert (below[..., 0].astype(int) - below[..., 2] > 60).any(), "no legend"
     assert (below[..., 2].astype(int) - below[..., 0] > 60).any(), "no legend"
+
+
+def test_outlines_leave_the_stain_of_tissue_and_of_the_strongest_tiles_to_be_seen() -> None:
+    thumbnail = np.full((200, 300, 3), (210, 150, 190), np.uint8)
+    raster = np.full((200, 300), np.nan)
+    raster[40:160, 60:240] = 0.2
+    raster[60:100, 80:120], raster[60:100, 160:200] = 1.0, -0.9
+    ring = np.array([[60, 40], [240, 40], [240, 160], [60, 160]])
+    drawn = outline(thumbnail, raster, 1.0, [ring], signed=True)
+    assert (drawn == thumbnail).all(-1).mean() > 0.95
+    assert (drawn[60, 80:119] == FOR_COLOUR).all()
+    assert (drawn[60, 160:199] == AGAINST_COLOUR).all()
+    assert (drawn[100, 60] < 60).all(), "the tissue's contour"
+    assert (thumbnail == (210, 150, 190)).all(), "another picture"
+    unsigned = outline(thumbnail, raster, 1.0, [], signed=False)
+    assert not (unsigned == AGAINST_COLOUR).all(-1).any()
+
+
+def test_a_weak_score_hides_less_than_a_strong_one() -> None:
+    stripes = np.zeros((10, 100, 3), np.uint8)
+    stripes[:, ::2] = 255
+    painted = [paint_tiles(stripes, np.full((10, 100), score), 1.0, signed=True) for score in (0.0, 0.5, 1.0)]
+    contrast = [int(np.ptp(picture, axis=(0, 1)).max()) for picture in painted]
+    assert contrast[0] > contrast[1] > contrast[2] > 90
 
 
 def test_the_real_slide_lights_up_where_its_tissue_is_darkest() -> None:
