@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -95,7 +96,8 @@ def draw_slide_map(
     rows = [len(branches), *[columns] * math.ceil(shown / columns), 2]
     heights = [13 / count * aspect + 0.75 for count in rows[:-1]] + [min(6.0, 6.2 * aspect) + 0.8]
     figure = Figure(figsize=(13, sum(heights) + 0.9), dpi=110, layout="constrained", facecolor="white")
-    head, *strips = figure.subfigures(len(rows) + 1, 1, height_ratios=[0.9, *heights])
+    panels: Any = figure.subfigures(len(rows) + 1, 1, height_ratios=[0.9, *heights])
+    head, *strips = panels
     head.text(0.5, 0.62, title, fontsize=15, fontweight="bold", color=INK, ha="center", va="center")
     head.text(
         0.5, 0.16, "Tiles are read row by row, so a segment is a band of rows. The circle is the tile that looks.",
@@ -143,7 +145,7 @@ def draw_slide_map(
     together, deep = strips[-1].subplots(1, 2)
     strips[-1].suptitle("3   All heads of one layer, and all layers", **_LEFT)
     share = tiles_seen.any((0, 1)).mean()
-    draw(together, of_branches(tiles_seen.any(1)), f"all heads: {share:.1%} of {len(cells):,} tiles")
+    draw(together, of_branches(np.asarray(tiles_seen.any(1))), f"all heads: {share:.1%} of {len(cells):,} tiles")
     colour_of = np.tile(np.array(to_rgb(NOTHING)), (len(cells), 1))
     deepest = int(reached[reached <= layers].max(initial=1))
     steps = range(1, min(deepest, len(LAYER_COLOURS)) + 1)
