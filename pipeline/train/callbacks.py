@@ -1,6 +1,8 @@
 """What a training run does beside training: random numbers that a resume repeats, and its history as a table."""
 
 import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,61 @@ class History(Callback):
 
     def _write(self, rows: pd.DataFrame) -> None:
         write_whole(self.path, csv_of_frame(rows), "--run")
+
+
+class EpochLines(Callback):
+    """Says in a line how training goes, where no progress bar can be drawn: for an epoch each, at most one a second.
+
+    Args:
+        fold: The fold that is trained.
+    """
+
+    def __init__(self, fold: int) -> None:
+        self.fold = fold
+        self._line = ""
+        self._began = self._said = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._began, self._first_step = time.monotonic(), trainer.global_step
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Say how the epoch was."""
+        now, metrics = time.monotonic(), trainer.callback_metrics
+        values = [f"{name} {float(metrics[name]):.3g}" for name in HISTORY_COLUMNS if name in metrics]
+        best = next(callback for callback in trainer.callbacks if isinstance(callback, BestCheckpoint))  # type: ignore[attr-defined]
+        if best.monitor is not None and best.monitor in metrics:
+            # Its own turn comes after this one.
+            scores = [float(metrics[best.monitor])]
+            scores += [] if best.best_model_score is None else [float(best.best_model_score)]
+            values.append(f"best {best.monitor} {(max if best.mode == 'max' else min)(scores):.3g}")
+        rate = (trainer.global_step - self._first_step) / max(now - self._began, 1e-9)
+        values.append(f"{rate:.3g} steps/s")
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        if 0 < left < math.inf and rate:
+            values.append(f"at most {_duration(left / rate)} left")
+        epochs = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
+        self._line = f"fold {self.fold}, epoch {trainer.current_epoch + 1}{epochs}: {', '.join(values)}"
+        if not trainer.is_global_zero:
+            self._line = ""
+        elif now - self._said >= 1:
+            self._say(now)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """Say how the last epoch was."""
+        self._say(time.monotonic())
+
+    def _say(self, now: float) -> None:
+        if self._line:
+            print(self._line, file=sys.stderr, flush=True)
+        self._line, self._said = "", now
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class BestCheckpoint(ModelCheckpoint):

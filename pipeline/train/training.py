@@ -32,7 +32,7 @@ from ...models.classifier.options import ClassifierOptions
 from ...models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
 from ..parser import one_line
 from ..seen import Seen
-from .callbacks import BestCheckpoint, DefinedMetric, History, StepSeed
+from .callbacks import BestCheckpoint, DefinedMetric, EpochLines, History, StepSeed
 from .checkpoint_io import WholeFileCheckpoints
 from .prediction_table import prediction_rows, run_classifier
 from .run import TrainingRun
@@ -146,6 +146,9 @@ def build(settings: Settings, data: BagDataModule) -> Training:
     plugins = plugins if isinstance(plugins, list) else [plugins]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins = [*plugins, WholeFileCheckpoints()]
+    if not sys.stdout.isatty() and options.get("enable_progress_bar") is None:
+        options["enable_progress_bar"] = False
+        callbacks.append(EpochLines(data.fold))
     limited = is_limited(options)
     try:
         trainer = Trainer(**options | ({} if limited else {"max_epochs": 1}), callbacks=callbacks, plugins=plugins)

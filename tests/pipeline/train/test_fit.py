@@ -74,6 +74,21 @@ def test_a_run_leaves_what_comparison_report_and_inference_need(finished: Path) 
     assert auroc.iloc[0] > 0.9, "the class is plain to see in the features"
 
 
+@pytest.mark.slow
+def test_outside_a_terminal_lines_say_how_training_goes(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
+    done = cli("fit", *BINARY, *cohort[1], "--run", tmp_path / "run", "--trainer.accelerator", "cpu")
+    assert done.returncode == 0, done.stderr
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("fold 0, epoch ")]
+    assert 2 <= len(lines) <= len(history), "the first, the last, and those more than a second apart"
+    assert lines[0].startswith(f"fold 0, epoch 1 of 3: train_loss {history['train_loss'][0]:.3g}, val_loss ")
+    assert " steps/s, at most " in lines[0]
+    assert lines[0].endswith(" left")
+    assert lines[-1].startswith("fold 0, epoch 3 of 3: ")
+    assert f"best val_loss {history['val_loss'].min():.3g}" in lines[-1]
+    assert "\u2501" not in done.stdout, "no bar"
+
+
 def test_the_checkpoint_is_plain_tensors_and_says_all_that_inference_needs(finished: Path) -> None:
     content = torch.load(finished / "best.ckpt", weights_only=True)["longslide"]
     assert content["preprocessing"] == {
