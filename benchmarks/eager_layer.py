@@ -68,7 +68,9 @@ def gpu_milliseconds(run: Callable[[], object], calls: int = 10) -> float:
     return float(sum(event.self_device_time_total for event in profiler.key_averages()) / 1000 / calls)
 
 
-def pair(call: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> tuple[Callable[[], object], ...]:
+def pair(
+    call: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]
+) -> tuple[Callable[[], object], ...]:
     """The forward without gradients; forward and backward."""
 
     def forward() -> object:
@@ -104,7 +106,8 @@ def main() -> None:
             return dilated_self_attention(qkv, SEGMENT_LENGTHS, DILATED_RATIOS, cu_seqlens)
 
         def sdpa(qkv: Tensor) -> Tensor:
-            return scaled_dot_product_attention(*qkv[None].transpose(1, 3).unbind(2)).transpose(1, 2)[0]
+            q, k, v = qkv[None].transpose(1, 3).unbind(2)
+            return scaled_dot_product_attention(q, k, v).transpose(1, 2)[0]
 
         own = pair(layer, x, list(ours.parameters()))
         columns = [

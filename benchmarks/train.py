@@ -33,6 +33,7 @@ from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.aggregators.slide_encoder import use_cuda_graphs
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.options import ClassifierOptions
+from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -112,7 +113,8 @@ class Watch(lightning.Callback):
     def idle(self) -> float:
         assert self.profiler is not None
         kernels = [
-            event for event in self.profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA
+            event for event in self.profiler.events()  # type: ignore[no-untyped-call]
+ if event.device_type == DeviceType.CUDA
             and not event.name.startswith(("Memcpy", "Memset"))
         ]  # fmt: skip
         busy, end = 0.0, 0.0

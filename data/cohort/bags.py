@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ...bag_lengths import with_lengths
 from ...errors import LongslideError
 from ..features.cache import FeatureCache, SlideTiles
 from ..table import listed
@@ -136,12 +137,18 @@ class BagDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, keys: int | Sequence[BagKey]) -> dict[str, Tensor]:
         """The packed batch of these bags; a number stands for that bag alone, as in epoch 0."""
-        if isinstance(keys, int):
-            keys = [(keys, 0, 0)]
-        return collate([self.sample(key) for key in keys])
+        return self.batch([(keys, 0, 0)] if isinstance(keys, int) else keys)
 
-    def sample(self, key: BagKey) -> dict[str, Any]:
+    def batch(self, keys: Sequence[BagKey], device: torch.device | None = None) -> dict[str, Tensor]:
+        """The packed batch of these bags, on a device: see `collate`."""
+        return collate([self.sample(key, pinned=device is not None) for key in keys], device)
+
+    def sample(self, key: BagKey, *, pinned: bool = False) -> dict[str, Any]:
         """One bag: `tile_features` `(N, D)`, `grid_cells` `(N, 2)` int64 row by row, `index`, `target`, `slide_embedding`.
+
+        Args:
+            key: Which draw of which bag.
+            pinned: Whether features that are kept in memory are to lie in page-locked memory.
 
         Raises:
             LongslideError: A file cannot be read.
@@ -149,7 +156,7 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         index, epoch, draw = key
         bag = self.bags[index]
         rng = np.random.default_rng([self.seed, index, epoch, draw])
-        slides = [self.cache.read(path) for path in bag.files]
+        slides = [self.cache.read(path, pinned=pinned) for path in bag.files]
         chosen = [self._changed(slide, rng) for slide in slides]
         cells = _side_by_side([cells for _, cells in chosen])
         order = np.lexsort((cells[:, 0], cells[:, 1]))
@@ -195,22 +202,23 @@ def _side_by_side(grids: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(placed)
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def collate(samples: Sequence[dict[str, Any]], device: torch.device | None = None) -> dict[str, Tensor]:
     """Pack bags end to end: no padding.
 
     Args:
         samples: Bags as `BagDataset.sample` gives them.
+        device: Where the batch goes: each bag's features are copied to their place there, on the current stream; None for
+            the host.
 
     Returns:
-        `tile_features` (T, D) float16 or float32, `grid_cells` (T, 2) int64, `cu_seqlens` (B + 1,) int32 from 0, `index`
-        (B,) int64, `target` (not without labels) as in `Cohort.targets` but float32 for float64, `slide_embedding`
-        (B, D_slide) float32 if all files have one.
+        `tile_features` (T, D) float16 or float32, `grid_cells` (T, 2) int64, `cu_seqlens` (B + 1,) int32 from 0 (known to
+        `lengths_of` without asking a GPU), `index` (B,) int64, `target` (not without labels) as in `Cohort.targets` but
+        float32 for float64, `slide_embedding` (B, D_slide) float32 if all files have one.
     """
     lengths = [len(sample["tile_features"]) for sample in samples]
     batch = {
-        # Concatenation of float16 and float32 gives float32.
-        "tile_features": torch.from_numpy(np.concatenate([sample["tile_features"] for sample in samples])),
-        "grid_cells": torch.from_numpy(np.concatenate([sample["grid_cells"] for sample in samples])),
+        "tile_features": _end_to_end([sample["tile_features"] for sample in samples], device),
+        "grid_cells": _end_to_end([sample["grid_cells"] for sample in samples], device),
         "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
     }
@@ -218,4 +226,16 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         values = [sample[name] for sample in samples if sample.get(name) is not None]
         if len(values) == len(samples):
             batch[name] = torch.from_numpy(np.stack(values))
+    if device is not None:
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    batch["cu_seqlens"] = with_lengths(batch["cu_seqlens"], lengths)
     return batch
+
+
+def _end_to_end(parts: Sequence[np.ndarray], device: torch.device | None) -> Tensor:
+    """The parts one after the other; float32 where float16 and float32 meet."""
+    dtype = torch.from_numpy(np.empty(0, np.result_type(*parts))).dtype
+    whole = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=dtype, device=device)
+    for place, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
+        place.copy_(torch.from_numpy(part), non_blocking=True)
+    return whole

@@ -2,8 +2,6 @@
 
 import copy
 import logging
-import multiprocessing
-import sys
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self, assert_never
@@ -274,6 +272,16 @@ class BagDataModule(lightning.LightningDataModule):
             notes += self._notes_of_fold()
         return notes
 
+    def _memory(self) -> str:
+        """How many of the features are read once, and how many in every epoch."""
+        slides, kept, size = len(self.cohort.files), len(self.cache), f"{self.cache.nbytes / 1e9:.2g} GB"
+        if kept == slides:
+            return f"features of {slides} slides, {size}, are kept in memory"
+        return (
+            f"features of {kept} of {slides} slides, {size}, are kept in memory; the others are read anew in every epoch "
+            "(--data.cache-gb)"
+        )
+
     def _notes_of_fold(self) -> list[str]:
         """What the validation and test parts lack: metrics need all classes."""
         notes = []
@@ -327,7 +335,7 @@ class BagDataModule(lightning.LightningDataModule):
                 write_splits(
                     self.options.splits_file, self.splits
                 )  # only now: splits that are refused would be used again
-            for note in self.notes:
+            for note in (*self.notes, self._memory()):
                 if note not in self._logged:
                     logger.info(note)
                     self._logged.add(note)
@@ -343,7 +351,7 @@ class BagDataModule(lightning.LightningDataModule):
         sampler = self._training_sampler(
             dataset, 1 if trainer is None else trainer.world_size, 0 if trainer is None else trainer.global_rank
         )
-        return BagLoader(dataset, batch_size=None, sampler=sampler, **self._loading())
+        return BagLoader(dataset, sampler=sampler, threads=self.options.workers, device=self._device)
 
     def _training_set(self) -> BagDataset:
         return BagDataset(
@@ -375,8 +383,13 @@ class BagDataModule(lightning.LightningDataModule):
         """All test bags in order, whole."""
         return self._in_order("test")
 
-    def in_order(self, part: Part) -> DataLoader[Any]:
-        """The bags of any part in order, whole: for evaluation."""
+    def in_order(self, part: Part, device: torch.device | None = None) -> DataLoader[Any]:
+        """The bags of any part in order, whole: for evaluation.
+
+        Args:
+            part: The part.
+            device: The GPU that the batches are wanted on; None for the host, or for the trainer's.
+        """
         dataset = BagDataset(self.bags(part), self.cache, seed=self.options.seed)
         trainer = self.trainer
         sampler = TokenBudgetBatchSampler(
@@ -385,7 +398,7 @@ class BagDataModule(lightning.LightningDataModule):
             num_replicas=1 if trainer is None else trainer.world_size,
             rank=0 if trainer is None else trainer.global_rank,
         )
-        return DataLoader(dataset, batch_size=None, sampler=sampler, **self._loading())
+        return BagLoader(dataset, sampler=sampler, threads=self.options.workers, device=device or self._device)
 
     def _in_order(self, part: Part) -> DataLoader[Any] | list[Any]:
         return self.in_order(part) if self.bags(part) else []
@@ -405,11 +418,7 @@ class BagDataModule(lightning.LightningDataModule):
             case _:
                 assert_never(task.kind)
 
-    def _loading(self) -> dict[str, Any]:
-        """Options of the loaders. Forked workers share the memory of the cache, which the survey has filled."""
-        options: dict[str, Any] = {"num_workers": self.options.workers, "pin_memory": torch.cuda.is_available()}
-        if self.options.workers:
-            fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
-            options |= {"prefetch_factor": 2, "multiprocessing_context": "fork" if fork else None}
-            options["persistent_workers"] = True
-        return options
+    @property
+    def _device(self) -> torch.device | None:
+        """Where the trainer wants batches."""
+        return None if self.trainer is None else self.trainer.strategy.root_device

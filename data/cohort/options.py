@@ -46,8 +46,9 @@ class DataOptions:
         balance: Draw training bags so that each class comes equally often.
         augment: How training bags are changed.
         slide_embeddings: Use the slide embeddings of the files: each slide has one tile, its embedding (linear probes).
-        cache_gb: Gigabytes of features that each training process (each rank) keeps in memory.
-        workers: Processes that put batches together; 0 does it in the training process.
+        cache_gb: Gigabytes of features that each training process (each rank) keeps in memory at most; 0 reads each file in
+            every epoch. Default: as much as it leaves free.
+        workers: Threads that put batches together ahead; 0 makes each one when it is wanted.
         seed: Of splits, order of bags and augmentation.
 
     Raises:
@@ -77,7 +78,7 @@ class DataOptions:
     balance: bool = False
     augment: Augmentation = Augmentation()
     slide_embeddings: bool = False
-    cache_gb: float = 8.0
+    cache_gb: float | None = None
     workers: int = 2
     seed: int = 0
 

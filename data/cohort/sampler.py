@@ -1,13 +1,19 @@
 """Which bags form a batch: sequences of different lengths under a budget of tokens."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from .bags import BagKey
+from .bags import BagDataset, BagKey
+
+T = TypeVar("T")
 
 _TRIES = 8
 
@@ -167,18 +173,34 @@ def _halve_largest(batches: Sequence[list[BagKey]]) -> list[list[BagKey]] | None
 
 
 class BagLoader(DataLoader[Any]):
-    """A data loader over a `TokenBudgetBatchSampler` that goes on within an epoch after a resume.
+    """Batches of a `TokenBudgetBatchSampler`, put together ahead by threads, and copied ahead to a GPU.
 
-    It takes the arguments of `DataLoader`, `batch_size` None among them: the sampler gives whole batches. `state_dict`
-    counts the batches handed out in this epoch; Lightning keeps it in the checkpoint and gives it back.
+    Threads, not processes: what takes long (reading, sorting, drawing, copying) runs beside Python's interpreter, and
+    features that are kept in memory are there for all. A batch does not depend on which thread makes it, or when.
+
+    It goes on within an epoch after a resume: `state_dict` counts the batches handed out in this epoch; Lightning keeps it
+    in the checkpoint and gives it back.
+
+    Args:
+        dataset: Makes the batches.
+        threads: Threads; 0 makes each batch when it is asked for.
+        device: The GPU on which the batches are to be; None, or another device, for the host.
+        **options: Of `DataLoader`, the sampler among them.
     """
 
     _epoch = 0
     _handed_out = 0
     _resume: dict[str, int] | None = None
 
+    def __init__(
+        self, dataset: BagDataset, *, threads: int = 0, device: torch.device | None = None, **options: Any
+    ) -> None:
+        super().__init__(dataset, **({"batch_size": None} | options))  # the sampler gives whole batches
+        self.threads = threads
+        self.device = device
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """The batches; workers start with the first one, when the sampler knows its epoch."""
+        """The batches; threads start with the first one, when the sampler knows its epoch."""
         sampler = self.sampler
         if not isinstance(sampler, TokenBudgetBatchSampler):  # Lightning puts another in its place to overfit batches
             yield from super().__iter__()
@@ -192,9 +214,14 @@ class BagLoader(DataLoader[Any]):
             self._handed_out = self._resume["batches"]
         self._resume = None
         sampler.start = self._handed_out
-        for batch in super().__iter__():
+        assert isinstance(self.dataset, BagDataset)
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        way: _Way[Any] = (
+            _ToGPU(self.dataset, self.device) if on_gpu and self.device is not None else _ToHost(self.dataset)
+        )
+        for made in _ahead(way.make, sampler, self.threads):
             self._handed_out += 1
-            yield batch
+            yield way.arrived(made)
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and batches handed out in it."""
@@ -203,3 +230,73 @@ class BagLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after these batches, if the next epoch is theirs."""
         self._resume = dict(state)
+
+
+def _ahead(make: Callable[[list[BagKey]], T], batches: Iterable[list[BagKey]], threads: int) -> Iterator[T]:
+    """What is made of the batches, in their order, by threads that are two batches ahead at least."""
+    if not threads:
+        yield from map(make, batches)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="bags") as pool:
+        pending: deque[Future[T]] = deque()
+        try:
+            for keys in batches:
+                pending.append(pool.submit(make, keys))
+                if len(pending) > max(2, threads):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class _Way(Protocol[T]):
+    """How a batch comes to where it is wanted: `make` runs in a thread, `arrived` where the batch is handed out."""
+
+    def make(self, keys: list[BagKey]) -> T: ...
+
+    def arrived(self, made: T) -> dict[str, Tensor]: ...
+
+
+class _ToHost:
+    """Batches that stay on the host."""
+
+    def __init__(self, dataset: BagDataset) -> None:
+        self.dataset = dataset
+
+    def make(self, keys: list[BagKey]) -> dict[str, Tensor]:
+        return self.dataset.batch(keys)
+
+    def arrived(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        return made
+
+
+class _ToGPU:
+    """Batches that are copied to a GPU on a stream of their own, while it works on those before."""
+
+    STEPS = 2
+    """Batches that the host may be ahead of the GPU: enough for it never to wait, few enough for its memory."""
+
+    def __init__(self, dataset: BagDataset, device: torch.device) -> None:
+        self.dataset, self.device = dataset, device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._handed_out: deque[torch.cuda.Event] = deque()
+
+    def make(self, keys: list[BagKey]) -> tuple[dict[str, Tensor], torch.cuda.Event]:
+        """In a thread: the batch, and when it will be there."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            batch = self.dataset.batch(keys, self.device)
+            return batch, self._stream.record_event()
+
+    def arrived(self, made: tuple[dict[str, Tensor], torch.cuda.Event]) -> dict[str, Tensor]:
+        """The batch, for the current stream."""
+        batch, ready = made
+        if len(self._handed_out) == self.STEPS:
+            self._handed_out.popleft().synchronize()
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(ready)
+        for tensor in batch.values():
+            tensor.record_stream(stream)  # its memory is free when this stream has done with it
+        self._handed_out.append(stream.record_event())
+        return batch

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...bag_lengths import lengths_of
 from ...errors import LongslideError
 from ...registry import Plugin
 from .registry import AGGREGATORS, AggregatorChoice
@@ -116,4 +117,4 @@ def split_bags(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
     Reductions run bag by bag over these views: a handful of bags fills a batch, each reduction is one kernel, its order of
     summation does not depend on the neighbours, and no atomic addition makes two runs differ.
     """
-    return torch.split(packed, cu_seqlens.diff().tolist())
+    return torch.split(packed, lengths_of(cu_seqlens))

@@ -5,7 +5,34 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import Metric
+
+from ..later import Later
+from ..slide_encoder.encoder import SlideEncoder
+
+TINY = 1e-12
+
+
+class MeanLoss(Metric):
+    """The quotient of two sums. torchmetrics' own mean looks for NaN, for which it waits for the GPU."""
+
+    full_state_update = False
+    mean_value: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("mean_value", "weight"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, weight: Tensor) -> None:
+        """Add a sum of losses, and that of their weights."""
+        self.mean_value += loss
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        """The mean."""
+        return self.mean_value / self.weight
 
 
 class BagWeightedModule(LightningModule):
@@ -17,9 +44,10 @@ class BagWeightedModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.train_loss = MeanMetric()
+        self.train_loss = MeanLoss()
         self.train_loss.persistent(True)  # so that an epoch that is resumed in the middle reports all its bags
-        self._group_weight = 0.0
+        self.later = Later()
+        self._group_weight: Tensor | None = None
 
     def weighted_loss(self, loss: Tensor, weight: Tensor) -> Tensor:
         """Take note of the weight of a batch, and log its loss as `train_loss`.
@@ -31,11 +59,24 @@ class BagWeightedModule(LightningModule):
         Returns:
             The sum of the losses.
         """
-        self._group_weight += float(weight)
-        if weight > 0:
-            self.train_loss.update(loss.detach() / weight, weight)
+        weight = weight.detach()
+        self._group_weight = weight if self._group_weight is None else self._group_weight + weight
+        self.train_loss.update(loss.detach(), weight)
         self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
         return loss
+
+    def on_fit_start(self) -> None:
+        """Grid cells are looked at later too."""
+        self._look_at_cells(self.later)
+
+    def on_fit_end(self) -> None:
+        """At once again."""
+        self._look_at_cells(None)
+
+    def _look_at_cells(self, later: Later | None) -> None:
+        for module in self.modules():
+            if isinstance(module, SlideEncoder):
+                module.later = later
 
     def on_train_epoch_start(self) -> None:
         """Nothing is accumulated over the end of an epoch."""
@@ -44,24 +85,27 @@ class BagWeightedModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the gradient that of the mean over all bags."""
-        total = self.trainer.strategy.reduce(
-            torch.tensor(self._group_weight, device=self.device, dtype=torch.float32), reduce_op="sum"
-        )
+        weight = torch.zeros((), device=self.device) if self._group_weight is None else self._group_weight.float()
+        total = self.trainer.strategy.reduce(weight, reduce_op="sum")
+        assert isinstance(total, Tensor)
         # Lightning divided each loss by the number of batches, DDP the gradients by the number of devices.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(float(total), 1e-12)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=TINY)
+        torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
         self.start_group()
 
     def start_group(self) -> None:
         """Begin to accumulate anew."""
-        self._group_weight = 0.0
+        self._group_weight = None
+
+    def on_train_epoch_end(self) -> None:
+        """Nothing is left to be looked at before validation."""
+        self.later.look(wait=True)
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint holds under `longslide`: all that inference needs beside the weights, in plain types."""
         raise NotImplementedError
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the description."""
+        """Add the description; a model that a loss has spoilt is not saved."""
+        self.later.look(wait=True)
         checkpoint["longslide"] = self.describe()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -162,14 +163,10 @@ class SlideClassifier(BagWeightedModule):
         """The sum of the losses of a batch.
 
         Raises:
-            LongslideError: It is not finite.
+            LongslideError: It is not finite; on a GPU that of a step before.
         """
         loss, weight = self.objective(self.outputs_of(batch), batch["target"])
-        if not math.isfinite(value := float(loss.detach())):
-            raise LongslideError(
-                f"the loss is {value} at step {self.global_step}: lower --model.optimiser.learning_rate, set "
-                "--trainer.gradient_clip_val 1, or train with --trainer.precision bf16-mixed instead of 16-mixed"
-            )
+        self.later.put(loss, partial(_check_loss, self.global_step))
         return self.weighted_loss(loss, weight)
 
     def start_group(self) -> None:
@@ -221,6 +218,14 @@ class SlideClassifier(BagWeightedModule):
             "bag_unit": self.bag_unit,
             "cases": None if self.cases is None else self.cases.to_dict(),
         }
+
+
+def _check_loss(step: int, loss: Tensor) -> None:
+    if not math.isfinite(value := float(loss)):
+        raise LongslideError(
+            f"the loss is {value} at step {step}: lower --model.optimiser.learning_rate, set "
+            "--trainer.gradient_clip_val 1, or train with --trainer.precision bf16-mixed instead of 16-mixed"
+        )
 
 
 def _class_weights(choice: str | Sequence[float], facts: TrainingFacts) -> Sequence[float] | None:

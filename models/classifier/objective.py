@@ -74,7 +74,7 @@ class _Classification(Objective):
     def forward(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective.forward`."""
         weights = self.class_weights.to(outputs.dtype)[target]
-        return (weights * self._losses(outputs, target)).sum(), weights.new_tensor(float(len(target)))
+        return (weights * self._losses(outputs, target)).sum(), weights.new_full((), float(len(target)))
 
     def _losses(self, outputs: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(self.logits(outputs), target, reduction="none")
@@ -179,7 +179,7 @@ class Regression(Objective):
     def forward(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective.forward`."""
         standardised = (target.to(outputs.dtype) - self.mean) / self.std
-        return (outputs[:, 0] - standardised).square().sum(), outputs.new_tensor(float(len(outputs)))
+        return (outputs[:, 0] - standardised).square().sum(), outputs.new_full((), float(len(outputs)))
 
     def predict(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> dict[str, Tensor]:
         """See `Objective.predict`: in the units of the table."""
@@ -298,7 +298,7 @@ class DiscreteHazards(Objective):
         survived = torch.where(event, time >= self.ends, time >= (begins + self.ends) / 2)
         failed = event & (time >= begins) & (time < self.ends)
         likelihood = logsigmoid(-outputs) * survived + logsigmoid(outputs) * failed
-        return -likelihood.sum(), outputs.new_tensor(float(len(outputs)))
+        return -likelihood.sum(), outputs.new_full((), float(len(outputs)))
 
     def predict(self, outputs: Tensor, temperature: float | None = None, intercept: float = 0.0) -> dict[str, Tensor]:
         """See `Objective.predict`; the risk is minus the mean survival time up to the last interval's end."""

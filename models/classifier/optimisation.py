@@ -50,7 +50,8 @@ def parameter_groups(model: nn.Module, options: OptimiserOptions, learning_rate:
     for name, parameter in named:
         depth = depths[name]
         decays = parameter.ndim > 1 and not name.endswith(("cls_token", "mask_token"))
-        groups.setdefault((top if depth is None else depth, decays), []).append(parameter)
+        level = top if depth is None or options.layer_decay == 1 else depth  # a group takes launches of its own
+        groups.setdefault((level, decays), []).append(parameter)
     return [
         {
             "params": parameters,

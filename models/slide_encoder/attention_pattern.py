@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...bag_lengths import lengths_of
 from ...errors import LongslideError
 from .dilated_attention import dilated_attention, has_kernels
 from .spec import Pattern as Pattern
@@ -73,7 +74,7 @@ def attention(
         )
     if cu_seqlens is None:
         return _attend(q, k, v, pattern, is_causal, window, period, (q.shape[1],), scale)
-    lengths = tuple(cu_seqlens.diff().tolist())
+    lengths = tuple(lengths_of(cu_seqlens))
     return _attend(q[None], k[None], v[None], pattern, is_causal, window, period, lengths, scale)[0]
 
 

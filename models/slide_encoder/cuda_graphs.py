@@ -62,7 +62,7 @@ class GraphedEncoder:
         if self._graphs is None:
             self._graphs = EncoderGraphs(self._encode_one, self._modules_of_one)
         embeddings = self.encoder.pool_tokens(self._graphs(tile_features, grid_cells, slides.cu_seqlens), slides)
-        slides.check()
+        slides.check(self.encoder.later)
         return embeddings
 
     def drop_graphs(self) -> None:

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from ...bag_lengths import lengths_of, with_lengths
 from ...errors import LongslideError
 from ..checkpoint_file import digest, download
+from ..later import Later
 from .attention_pattern import check_pattern
 from .checkpoint import load_published
 from .dilated_attention.parallel import SequenceShards
@@ -27,6 +29,9 @@ class SlideEncoder(nn.Module):
         spec: Its facts.
         pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token.
         weights: Source and digest of the weights.
+
+    Attributes:
+        later: Where set, impossible cells on a GPU are refused when this looks, at a later call or step, and not at once.
     """
 
     def __init__(self, spec: SlideEncoderSpec, pool: Literal["mean", "cls"] = "mean", weights: str = "") -> None:
@@ -40,6 +45,7 @@ class SlideEncoder(nn.Module):
         self.pool = pool
         self.weights = weights
         self.sequence_group: dist.ProcessGroup | None = None
+        self.later: Later | None = None
         self.tile_projection = nn.Linear(spec.tile_dim, spec.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, spec.width))
         drop_path = [spec.drop_path * i / max(1, spec.layers - 1) for i in range(spec.layers)]
@@ -113,7 +119,7 @@ class SlideEncoder(nn.Module):
         tile_features, grid_cells, slides = self.pack(tile_features, grid_cells, cu_seqlens)
         tokens = self.encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens, slides.shards)
         embeddings = self.pool_tokens(tokens, slides)
-        slides.check()
+        slides.check(self.later)
         return embeddings
 
     def layer_embeddings(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -136,7 +142,7 @@ class SlideEncoder(nn.Module):
         for layer in self.layers:
             x = torch.add(*self._run(layer, x, slides.cu_seqlens, slides.shards))
             embeddings.append(self.pool_tokens(x, slides))
-        slides.check()
+        slides.check(self.later)
         return torch.stack(embeddings)
 
     def tile_tokens(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -159,7 +165,7 @@ class SlideEncoder(nn.Module):
             )
         tile_features, grid_cells, slides = self.pack(tile_features, grid_cells, cu_seqlens)
         tokens = self.encode(self._embed(tile_features, grid_cells, slides), slides.cu_seqlens)[slides.rows_of_tiles()]
-        slides.check()
+        slides.check(self.later)
         return tokens
 
     def encode(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None = None) -> Tensor:
@@ -200,9 +206,10 @@ class SlideEncoder(nn.Module):
             if some:
                 check_shapes(tile_features, grid_cells, self.spec)
             lengths = [tile_features.shape[1]] * len(tile_features)
+            cu_seqlens = torch.arange(len(lengths) + 1, dtype=torch.int32, device=tile_features.device) * lengths[0]
             tile_features, grid_cells = tile_features.flatten(0, 1), grid_cells.flatten(0, 1)
         else:
-            lengths = cu_seqlens.diff().tolist()
+            lengths = lengths_of(cu_seqlens)
             if some:
                 check_shapes(tile_features[None], grid_cells[None], self.spec)
             if min(lengths) < (group is None) or sum(lengths) != len(tile_features):
@@ -215,7 +222,7 @@ class SlideEncoder(nn.Module):
             shards = SequenceShards.agree([tiles + (group.rank() == 0) for tiles in lengths], group, device)
             if min(shards.totals) == 1:
                 raise LongslideError(f"no rank has a tile of slide {shards.totals.index(1) + 1} of {len(lengths)}")
-        return tile_features, grid_cells, PackedSlides(lengths, device, grid_cells, shards)
+        return tile_features, grid_cells, PackedSlides(lengths, cu_seqlens.to(device), grid_cells, shards)
 
     def _embed(self, tile_features: Tensor, grid_cells: Tensor, slides: "PackedSlides") -> Tensor:
         """The tokens before the layers: each slide's cls token before its tiles."""
@@ -265,7 +272,7 @@ def ends(tokens: int, device: torch.device) -> Tensor:
 
 
 class PackedSlides:
-    """Where packed slides are: `lengths` in tiles each, `cu_seqlens` `(B + 1,)` int32 with the cls tokens.
+    """Where packed slides are: `lengths` in tiles each, `cu_seqlens` `(B + 1,)` int32, to which it adds the cls tokens.
 
     With `shards` this rank has `lengths` tiles of them, and `cls_tokens` before each: one if it is the first, else none.
     """
@@ -274,8 +281,13 @@ class PackedSlides:
     """Each tile's slide, `(T,)` int64; None of one slide."""
 
     def __init__(
-        self, lengths: list[int], device: torch.device, grid_cells: Tensor, shards: SequenceShards | None = None
+        self,
+        lengths: list[int],
+        cu_seqlens: Tensor,
+        grid_cells: Tensor,
+        shards: SequenceShards | None = None,
     ) -> None:
+        device = cu_seqlens.device
         self.lengths = lengths
         self.shards = shards
         self.cls_tokens = 1 if shards is None or shards.rank == 0 else 0
@@ -284,7 +296,9 @@ class PackedSlides:
             self.cu_seqlens = ends(lengths[0] + self.cls_tokens, device)
             self._of_tile = None
         else:
-            self.cu_seqlens = torch.tensor([0, *(n + self.cls_tokens for n in lengths)]).cumsum(0).int().to(device)
+            before = self.cls_tokens * torch.arange(len(cu_seqlens), dtype=torch.int32, device=device)
+            self.cu_seqlens = cu_seqlens.int() + before
+            with_lengths(self.cu_seqlens, [n + self.cls_tokens for n in lengths])
             counts = self.cu_seqlens.diff() - self.cls_tokens
             self._of_tile = torch.arange(len(lengths), device=device).repeat_interleave(
                 counts, output_size=sum(lengths)
@@ -298,8 +312,11 @@ class PackedSlides:
         rows = torch.arange(self.cls_tokens, len(self.grid_cells) + self.cls_tokens, device=self.grid_cells.device)
         return rows if self._of_tile is None else rows + self.cls_tokens * self._of_tile
 
-    def check(self) -> None:
-        """Refuse grid cells that cannot be right. On a GPU beside what has been launched, so that nothing waits for it.
+    def check(self, later: Later | None = None) -> None:
+        """Refuse grid cells that cannot be right. On a GPU beside what has been launched, so that it does not wait for this.
+
+        Args:
+            later: What looks at the cells of a GPU when the answer is there, so that the host does not wait for it either.
 
         Raises:
             LongslideError: A negative cell or one beyond any slide, or two tiles of a slide in one cell.
@@ -307,22 +324,31 @@ class PackedSlides:
         if len(self.grid_cells) == 0:
             return
         if self._ready is None or torch.compiler.is_compiling():
-            faults = cell_faults(self.grid_cells, self._of_tile).tolist()
-        else:
-            with torch.cuda.stream(_side_stream(self.grid_cells.device)):
-                torch.cuda.current_stream().wait_event(self._ready)
-                faults = cell_faults(self.grid_cells, self._of_tile).tolist()
-        outside, twice = faults
-        if outside:
-            raise LongslideError(
-                f"grid cell below 0 or of {MAX_CELL:,} or more: cells are coords // step_level0, counted from the slide's "
-                "corner"
-            )
-        if twice:
-            raise LongslideError(
-                "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 "
-                "pixels"
-            )
+            _refuse(cell_faults(self.grid_cells, self._of_tile))
+            return
+        stream = _side_stream(self.grid_cells.device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(self._ready)
+            faults = cell_faults(self.grid_cells, self._of_tile)
+            if later is None:
+                _refuse(faults)
+                return
+            for read in (self.grid_cells, self._of_tile):
+                if read is not None:
+                    read.record_stream(stream)  # else their memory may be another's before they are read
+            later.put(faults, _refuse)
+
+
+def _refuse(faults: Tensor) -> None:
+    outside, twice = faults.tolist()
+    if outside:
+        raise LongslideError(
+            f"grid cell below 0 or of {MAX_CELL:,} or more: cells are coords // step_level0, counted from the slide's corner"
+        )
+    if twice:
+        raise LongslideError(
+            "two tiles in one grid cell: cells must be coords // step_level0, with the step between tiles in level-0 pixels"
+        )
 
 
 @cache

@@ -163,4 +163,8 @@ class LongNetLayer(nn.Module):
             kept = shards.first(kept)  # the half is left out on all ranks or on none
         if len(kept) == 1:
             return x * kept
-        return x * kept.repeat_interleave(cu_seqlens.diff(), output_size=len(x))[:, None]
+        rows = torch.arange(len(x), device=x.device)
+        sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp(
+            max=len(kept) - 1
+        )  # rows may lie past the end
+        return x * kept[sequence][:, None]

@@ -288,7 +288,7 @@ def test_a_loader_goes_on_within_an_epoch_where_it_was(workers: int, slide: Call
     def loader() -> BagLoader:
         dataset = BagDataset(bags, FeatureCache(), augmentation=EVERYTHING, feature_std=STD)
         sampler = TokenBudgetBatchSampler(dataset.lengths, max_tokens=40, shuffle=True)
-        return BagLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers)
+        return BagLoader(dataset, sampler=sampler, threads=workers)
 
     whole = loader()
     whole.sampler.set_epoch(3)

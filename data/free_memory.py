@@ -1,0 +1,45 @@
+"""How much memory may still be taken: of the machine, or of the container or job that has less."""
+
+from pathlib import Path
+
+GROUPS = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int | None:
+    """Bytes that are free or can be freed; None where the system does not say.
+
+    The limits of control groups (containers, SLURM jobs) count, where they are lower than the machine.
+    """
+    try:
+        found = [1024 * _fields(Path("/proc/meminfo"))["MemAvailable"]]
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except (OSError, KeyError):
+        return None
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            base, names = GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, names = GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inner = base / path.lstrip("/")  # in a container perhaps not there: then the base is the container's own
+        for folder in (inner, *inner.parents):
+            if folder == base or base in folder.parents:
+                found += _free_of_group(folder, *names)
+    return min(found)
+
+
+def _free_of_group(folder: Path, limit: str, used: str, inactive: str) -> list[int]:
+    """What a group has left, inactive cache of files not counted as used; nothing for one without a limit."""
+    try:
+        taken = int((folder / used).read_text()) - _fields(folder / "memory.stat").get(inactive, 0)
+        return [max(0, int((folder / limit).read_text()) - taken)]  # "max" for none
+    except (OSError, ValueError):
+        return []
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    words = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {word[0]: int(word[1]) for word in words if len(word) > 1}
