@@ -33,7 +33,7 @@ from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.aggregators.slide_encoder import use_cuda_graphs
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.options import ClassifierOptions
-from torch.autograd.profiler_util import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 

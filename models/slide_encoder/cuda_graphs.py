@@ -1,4 +1,4 @@
-"""A slide encoder replayed as CUDA graphs: on short slides launching the kernels takes longer than running them."""
+"""A slide encoder replayed as CUDA graphs: of few tiles launching the kernels takes longer than running them."""
 
 import threading
 import weakref
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .dilated_attention import has_kernels
-from .encoder import SlideEncoder, ends
+from .encoder import SlideEncoder
 
 MAX_TOKENS = 16_384
 """Above it the GPU is the slower part."""
@@ -34,8 +34,8 @@ class GraphedEncoder:
     """A slide encoder whose short slides are replayed as CUDA graphs; called as the encoder is, for the same numbers.
 
     No module: the encoder stays what it is and where it is. Its attributes are the encoder's. Slides that graphs cannot
-    stand for (long ones, several at once, a CPU, hooks, sequence parallelism, `torch.compile`) go to the encoder itself. A
-    copy starts without graphs. See `EncoderGraphs` for what it asks of its caller.
+    stand for (long ones, a CPU, hooks, sequence parallelism, `torch.compile`) go to the encoder itself. A copy starts
+    without graphs. See `EncoderGraphs` for what it asks of its caller.
 
     Args:
         encoder: The slide encoder.
@@ -60,7 +60,7 @@ class GraphedEncoder:
             return embeddings
         tile_features, grid_cells, slides = self.encoder.pack(tile_features, grid_cells, cu_seqlens)
         if self._graphs is None:
-            self._graphs = EncoderGraphs(self._encode_one, self._modules_of_one)
+            self._graphs = EncoderGraphs(self._encode, self._modules_of_encode)
         embeddings = self.encoder.pool_tokens(self._graphs(tile_features, grid_cells, slides.cu_seqlens), slides)
         slides.check(self.encoder.later)
         return embeddings
@@ -73,11 +73,11 @@ class GraphedEncoder:
         self._graphs = None
 
     def takes_graphs(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None) -> bool:
-        """Whether the tokens may come from CUDA graphs: of one short slide, by kernels that never ask the host."""
+        """Whether the tokens may come from CUDA graphs: of few tiles, by kernels that never ask the host."""
         encoder = self.encoder
         slides = len(tile_features) if cu_seqlens is None else len(cu_seqlens) - 1
-        tiles = tile_features.shape[-2]
-        if slides != 1 or not 0 < tiles < MAX_TOKENS or encoder.sequence_group is not None:
+        tiles = tile_features.shape[:-1].numel()
+        if not 0 < tiles <= MAX_TOKENS - slides or encoder.sequence_group is not None:
             return False
         if not has_kernels(tile_features) or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
             return False
@@ -96,15 +96,22 @@ class GraphedEncoder:
 
         spec = encoder.spec
         dtype = encoder.tile_projection.weight.dtype
-        return spec.pattern == "dilated" and eligible(dtype, spec.width // spec.heads, spec.dilated_ratios)
+        return spec.pattern == "dilated" and eligible(dtype, spec.width // spec.heads, tuple(spec.dilated_ratios))
 
-    def _encode_one(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`(N + 1, width)` tokens of one slide after all layers."""
+    def _encode(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(N + B, width)` tokens of B slides after all layers."""
         encoder = self.encoder
-        return encoder.encode(encoder.prepend_cls(encoder.project(tile_features, grid_cells)), cu_seqlens)
+        x = encoder.project(tile_features, grid_cells)
+        if len(cu_seqlens) == 2:
+            return encoder.encode(encoder.prepend_cls(x), cu_seqlens)
+        # The number of each tile's slide, found on the GPU; tiles past the end go with the last one.
+        numbers = torch.arange(len(x), device=x.device)
+        begins = cu_seqlens[1:-1] - torch.arange(1, len(cu_seqlens) - 1, device=x.device)
+        of_tile = torch.searchsorted(begins, numbers, right=True)
+        return encoder.encode(encoder.insert_cls(x, numbers + 1 + of_tile, cu_seqlens), cu_seqlens)
 
-    def _modules_of_one(self) -> list[nn.Module]:
-        """The modules of `_encode_one`, the encoder for its cls token."""
+    def _modules_of_encode(self) -> list[nn.Module]:
+        """The modules of `_encode`, the encoder for its cls token."""
         encoder = self.encoder
         roots = (encoder.tile_projection, encoder.layers, encoder.layers_norm)
         return [encoder, *(part for root in roots for part in root.modules())]
@@ -131,18 +138,19 @@ class _Ticket:
 
 
 class EncoderGraphs:
-    """Runs a function of one slide's tiles from a graph for each bucket of lengths, and its backward from another.
+    """Runs a function of the tiles of slides from a graph for each bucket of their number and each number of slides, and its
+    backward from another.
 
-    The kernels find the end of the sequence by the cumulative lengths on the device, so one graph serves every length up to
-    its bucket's; the rows past the end are computed and never read, and their gradients are zero. All graphs read and write
-    the same buffers, and keep their activations in the same memory: that of the longest slide so far. A second forward
-    before the backward of the first runs without graphs, as do modules with hooks, those of FSDP, and calls from another
+    The kernels find where sequences end by the cumulative lengths on the device, so one graph serves all lengths whose sum
+    is in its bucket; the rows past the end are computed and never read, and their gradients are zero. All graphs read and
+    write the same buffers, and keep their activations in the same memory: that of the longest slides so far. A second
+    forward before the backward of the first runs without graphs, as do modules with hooks, those of FSDP, and calls from another
     thread or stream than the first one's. Nothing may differentiate twice. Weights that change between a forward and its
     backward go unnoticed, and so do settings that are no weights, such as the rate of a dropout.
 
     Args:
-        run: Maps `(N, D)` tile features, their `(N, 2)` integer cells and `(2,)` int32 cumulative lengths, 0 and the number
-            of tokens, to `(N + 1, width)` tokens, on one GPU.
+        run: Maps `(N, D)` tile features of B slides, their `(N, 2)` integer cells and `(B + 1,)` int32 cumulative lengths,
+            which count a token more for each slide, to `(N + B, width)` tokens, on one GPU. It never asks for the lengths.
         modules: Gives all modules whose parameters it uses, each for its own: graphs are thrown away when these have moved.
     """
 
@@ -165,7 +173,7 @@ class EncoderGraphs:
         self._ticket: Callable[[], _Ticket | None] = lambda: None
 
     def __call__(self, features: Tensor, cells: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`(N + 1, width)`; without gradients valid until the next call."""
+        """`(N + B, width)`; without gradients valid until the next call."""
         ticket = self._ticket()
         caller = (threading.get_ident(), torch.cuda.current_stream(features.device))
         self._caller = self._caller or caller
@@ -175,7 +183,8 @@ class EncoderGraphs:
         trained = self._trained(held) if torch.is_grad_enabled() else []
         differentiable = torch.is_grad_enabled() and (len(trained) > 0 or features.requires_grad)
         self._ticket = lambda: None  # first: a capture that fails has changed the buffers
-        graph = self._graph(features if differentiable else features.detach(), cells, held, trained)
+        slides = len(cu_seqlens) - 1
+        graph = self._graph(features if differentiable else features.detach(), cells, slides, held, trained)
         output = self._replay(graph, features, cells, cu_seqlens)
         if differentiable:  # autograd's part comes after the launch: the GPU need not wait for it
             output = _Replay.apply(self, graph, output, features, *trained)
@@ -238,10 +247,12 @@ class EncoderGraphs:
         graph.cells[:tiles].copy_(cells)
         graph.lengths.copy_(cu_seqlens)
         graph.forward.replay()
-        return graph.output[: tiles + 1]
+        return graph.output[: tiles + len(cu_seqlens) - 1]
 
     @torch.inference_mode(False)
-    def _graph(self, features: Tensor, cells: Tensor, held: list[nn.Parameter | None], trained: list[Tensor]) -> _Graph:
+    def _graph(
+        self, features: Tensor, cells: Tensor, slides: int, held: list[nn.Parameter | None], trained: list[Tensor]
+    ) -> _Graph:
         addresses = [0 if parameter is None else parameter.data_ptr() for parameter in held]
         if addresses != self._addresses:
             self._graphs.clear()
@@ -251,22 +262,23 @@ class EncoderGraphs:
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         wanted = (features.requires_grad, *[parameter.data_ptr() for parameter in trained])
         precision = torch.backends.cuda.matmul.fp32_precision
-        tokens = bucket(len(features) + 1)
-        key = (tokens, features.dtype, cells.dtype, wanted, autocast, precision, self._training)
+        tokens = bucket(len(features) + slides)
+        key = (tokens, slides, features.dtype, cells.dtype, wanted, autocast, precision, self._training)
         if key not in self._graphs:
             # Weights that autocast has cast and kept for later would be read by the graph when they are long gone.
             casts = torch.autocast("cuda", autocast, enabled=autocast is not None, cache_enabled=False)
             with torch.cuda.device(features.device), torch.random.fork_rng([features.device]), casts:
-                self._graphs[key] = self._capture(tokens, features, cells, trained)
+                self._graphs[key] = self._capture(tokens, slides, features, cells, trained)
         return self._graphs[key]
 
-    def _capture(self, rows: int, features: Tensor, cells: Tensor, trained: list[Tensor]) -> _Graph:
-        """For up to `rows` tokens, of which one is no tile."""
+    def _capture(self, rows: int, slides: int, features: Tensor, cells: Tensor, trained: list[Tensor]) -> _Graph:
+        """For up to `rows` tokens, of which one of each slide is no tile."""
         differentiable = features.requires_grad or len(trained) > 0
-        inputs = self._buffer("features", features)[: rows - 1].detach().requires_grad_(features.requires_grad)
-        places = self._buffer("cells", cells)[: rows - 1]
-        whole = ends(rows, features.device)
-        lengths = self._buffer("lengths", whole).copy_(whole)  # not those of a longer slide before
+        tiles = rows - slides
+        inputs = self._buffer("features", features)[:tiles].detach().requires_grad_(features.requires_grad)
+        places = self._buffer("cells", cells)[:tiles]
+        whole = torch.linspace(0, rows, slides + 1, device=features.device).int()
+        lengths = self._buffer(f"lengths of {slides}", whole).copy_(whole)  # not those of a longer slide before
         graphs = [torch.cuda.CUDAGraph() for _ in range(1 + differentiable)]
         self._stream.wait_stream(torch.cuda.current_stream())
         # A loader's thread may pin memory meanwhile: only this thread's calls are held to what a capture allows.
@@ -286,7 +298,7 @@ class EncoderGraphs:
                 output.copy_(found.detach())
             if not differentiable:
                 return _Graph(graphs[0], inputs, places, lengths, output)
-            grad_features = self._buffer("grad_features", features)[: rows - 1] if features.requires_grad else None
+            grad_features = self._buffer("grad_features", features)[:tiles] if features.requires_grad else None
             grad_parameters = [self._grad_of(parameter) for parameter in trained]
             with torch.cuda.graph(graphs[1], **capture):
                 # Retained: a second gradient of the same forward reads the activations again.
@@ -320,7 +332,7 @@ class _Replay(torch.autograd.Function):
     ) -> Tensor:
         ctx.ticket = _Ticket()
         graphs._ticket = weakref.ref(ctx.ticket)
-        ctx.graphs, ctx.graph, ctx.tiles = graphs, graph, len(features)
+        ctx.graphs, ctx.graph, ctx.tiles, ctx.tokens = graphs, graph, len(features), len(output)
         return output.clone()
 
     @staticmethod
@@ -329,8 +341,8 @@ class _Replay(torch.autograd.Function):
         graphs, graph = ctx.graphs, ctx.graph
         if graphs._ticket() is not ctx.ticket:
             raise RuntimeError("a slide's second backward comes too late: another slide has taken its activations")
-        graph.grad_output[: ctx.tiles + 1].copy_(grad)
-        graph.grad_output[ctx.tiles + 1 :].zero_()
+        graph.grad_output[: ctx.tokens].copy_(grad)
+        graph.grad_output[ctx.tokens :].zero_()
         graph.backward.replay()
         ctx.ticket.done = True
         grads = [torch.empty_like(found) for found in graph.grad_parameters]

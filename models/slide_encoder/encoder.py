@@ -231,9 +231,14 @@ class SlideEncoder(nn.Module):
             return self.prepend_cls(x, slides.cls_tokens)
         if slides.cls_tokens == 0:
             return self.prepend_cls(x, 0)
-        tokens = x.new_empty(len(x) + len(slides.lengths), self.spec.width).index_copy(0, slides.rows_of_tiles(), x)
-        cls_tokens = self.cls_token[0].to(x.dtype).expand(len(slides.lengths), -1)
-        return tokens.index_copy(0, slides.cu_seqlens[:-1].long(), cls_tokens)
+        return self.insert_cls(x, slides.rows_of_tiles(), slides.cu_seqlens)
+
+    def insert_cls(self, x: Tensor, rows_of_tiles: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Several slides' tokens before the layers, from their projected tiles and the rows where these belong."""
+        slides = len(cu_seqlens) - 1
+        tokens = x.new_empty(len(x) + slides, self.spec.width).index_copy(0, rows_of_tiles, x)
+        cls_tokens = self.cls_token[0].to(x.dtype).expand(slides, -1)
+        return tokens.index_copy(0, cu_seqlens[:-1].long(), cls_tokens)
 
     def prepend_cls(self, x: Tensor, cls_tokens: int = 1) -> Tensor:
         """One slide's tokens before the layers, from its projected tiles; ranks without the cls token take none of it."""
@@ -249,8 +254,8 @@ class SlideEncoder(nn.Module):
 
     def pool_tokens(self, x: Tensor, slides: "PackedSlides") -> Tensor:
         """`(B, width)` slide embeddings of the tokens after all layers."""
-        parts = torch.split(x, [tiles + slides.cls_tokens for tiles in slides.lengths])
         if slides.shards is not None:
+            parts = torch.split(x, [tiles + slides.cls_tokens for tiles in slides.lengths])
             own = [
                 part[: slides.cls_tokens] if self.pool == "cls" else part[slides.cls_tokens :] / (total - 1)
                 for part, total in zip(parts, slides.shards.totals, strict=True)
@@ -258,10 +263,25 @@ class SlideEncoder(nn.Module):
             pooled = slides.shards.sum(torch.stack([tokens.sum(0) for tokens in own]))
         elif self.pool == "cls":
             pooled = x[slides.cu_seqlens[:-1].long()]
+        elif x.is_cuda and len(slides.lengths) > 1 and len(x) <= FEW_TOKENS:  # two launches, not two for each slide
+            row = torch.arange(len(x), device=x.device)
+            tiles = (row > slides.cu_seqlens[:-1, None]) & (row < slides.cu_seqlens[1:, None])
+            with torch.autocast("cuda", enabled=False):
+                sums = tiles.to(_at_least_float32(x)) @ x.to(_at_least_float32(x))
+            pooled = (sums / tiles.sum(1, keepdim=True)).to(x.dtype)
         else:
+            parts = torch.split(x, [tiles + 1 for tiles in slides.lengths])
             pooled = torch.stack([tokens[1:].mean(0) for tokens in parts])
         normed: Tensor = self.norm(pooled)
         return normed
+
+
+FEW_TOKENS = 32_768
+"""Up to which several slides are pooled by one product, whose factors take memory."""
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def ends(tokens: int, device: torch.device) -> Tensor:

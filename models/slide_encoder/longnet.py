@@ -141,10 +141,10 @@ class LongNetLayer(nn.Module):
         qkv = qkv.view(len(x), 3, self.heads, x.shape[1] // self.heads)
         attended = self._attend(qkv, cu_seqlens, shards).flatten(1)
         attended, _ = norm_linear(attended, self.attention_inner_norm, self.attention_out)
-        attended = self._drop_path(self.dropout(attended), cu_seqlens, shards)
+        attended = self._drop(attended, cu_seqlens, shards)
         hidden, x = norm_linear(attended, self.ffn_norm, self.ffn_in, residual=x)
         hidden, _ = norm_linear(hidden, self.ffn_inner_norm, self.ffn_out, gelu=True)
-        return x, self._drop_path(self.dropout(hidden), cu_seqlens, shards)
+        return x, self._drop(hidden, cu_seqlens, shards)
 
     def _attend(self, qkv: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         lengths, ratios = self.segment_lengths, self.dilated_ratios
@@ -155,15 +155,19 @@ class LongNetLayer(nn.Module):
         q, k, v = qkv.unbind(1)
         return attention(q, k, v, self.pattern, window=self.window, period=self.period, cu_seqlens=cu_seqlens)
 
-    def _drop_path(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
-        if self.drop_path == 0 or not self.training:
+    def _drop(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
+        """In training, some of the values, and all of some sequences."""
+        if not self.training:
+            return x
+        x = self.dropout(x)
+        if self.drop_path == 0:
             return x
         kept = (torch.rand(len(cu_seqlens) - 1, device=x.device) >= self.drop_path).to(x.dtype) / (1 - self.drop_path)
         if shards is not None:
             kept = shards.first(kept)  # the half is left out on all ranks or on none
         if len(kept) == 1:
             return x * kept
-        rows = torch.arange(len(x), device=x.device)
+        rows = torch.arange(len(x), dtype=cu_seqlens.dtype, device=x.device)
         sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True).clamp(
             max=len(kept) - 1
         )  # rows may lie past the end

@@ -1,5 +1,6 @@
 """`norm_linear` on a GPU: one Triton kernel each way around the matrix products, and sums over the rows."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -7,6 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from .launch import launch
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 MINUS_HALF_LOG2_E = tl.constexpr(-0.7213475204444817)
@@ -30,6 +34,7 @@ def _normal(x):
 def _norm_forward(
     x, residual, total, weight, bias, y, moments, rows, eps,
     N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr, GELU: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -51,8 +56,9 @@ def _norm_forward(
     b = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     value = value * inverse[:, None] * w[None, :] + b[None, :]
     tl.store(y + where, value.to(y.dtype.element_ty), mask=mask)
-    tl.store(moments + row, centre, mask=row < rows)
-    tl.store(moments + rows + row, inverse, mask=row < rows)
+    if KEEP:
+        tl.store(moments + row, centre, mask=row < rows)
+        tl.store(moments + rows + row, inverse, mask=row < rows)
 
 
 @triton.jit
@@ -117,46 +123,50 @@ def _sum_rows(x, sums, rows, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.cons
     tl.store(sums + tl.program_id(1).to(tl.int64) * N + column, tl.sum(total, 0), mask=inside)
 
 
-def _shape(width: int, rows: int) -> dict[str, int]:
-    """The columns of a program, and how many rows it takes at a time: fewer of them where they are wide."""
+@cache
+def _shape(width: int, most: int) -> tuple[int, int, int]:
+    """Width, columns of a program, and the rows it takes at a time: `most`, or fewer where they are wide."""
     block = triton.next_power_of_2(width)
-    return {"N": width, "BLOCK": block, "ROWS": max(1, min(rows, rows * 1024 // block)), "num_warps": 4}
+    return width, block, max(1, min(most, most * 1024 // block))
 
 
 def _normalise(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, gelu: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised values (T, width); what was normalised; mean and inverse deviation (2, T) of each row."""
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    gelu: bool,
+    dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Normalised values (T, width); what was normalised; if kept, mean and inverse deviation (2, T) of each row."""
     x = x.contiguous()
     rows, width = x.shape
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    moments = torch.empty((2, rows), dtype=torch.float32, device=x.device)
+    y = torch.empty((rows, width), dtype=dtype, device=x.device)
+    moments = torch.empty((2, rows), dtype=torch.float32, device=x.device) if keep else None
     total = x
     if residual is not None:
         residual = residual.contiguous()
-        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+        total_dtype = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
+        total = torch.empty((rows, width), dtype=total_dtype, device=x.device)
     shape = _shape(width, 4)
-    _norm_forward[(triton.cdiv(rows, shape["ROWS"]),)](
-        x, residual, total, weight, bias, y, moments, rows, eps, RESIDUAL=residual is not None, GELU=gelu, **shape
-    )
+    launch(
+        _norm_forward, (-(-rows // shape[2]),), (x, residual, total, weight, bias, y, moments, rows, eps),
+        (*shape, residual is not None, gelu, keep),
+    )  # fmt: skip
     return y, total, moments
-
-
-def _linear(y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if not torch.is_autocast_enabled(y.device.type):
-        return torch.nn.functional.linear(y, weight, bias)
-    with torch.autocast(y.device.type, enabled=False):
-        return torch.nn.functional.linear(y, weight.to(y.dtype), bias.to(y.dtype))
 
 
 def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums over the rows of a contiguous matrix, in float32 before they are rounded to `dtype`."""
-    few = len(x) <= 1024  # then one launch of narrow programs; else some sums, then their sum
+    length, width = x.shape
+    few = length <= 1024  # then one launch of narrow programs; else some sums, then their sum
     columns, rows = (32, 128) if few else (128, 32)
-    across = triton.cdiv(x.shape[1], columns)
-    programs = 1 if few else min(triton.cdiv(len(x), rows), max(2, PROGRAMS // across))
-    sums = torch.empty(programs, x.shape[1], dtype=dtype if few else torch.float32, device=x.device)
-    _sum_rows[(across, programs)](x, sums, len(x), N=x.shape[1], BLOCK=columns, ROWS=rows, num_warps=4)
+    across = -(-width // columns)
+    programs = 1 if few else min(-(-length // rows), max(2, PROGRAMS // across))
+    sums = torch.empty((programs, width), dtype=dtype if few else torch.float32, device=x.device)
+    launch(_sum_rows, (across, programs), (x, sums, length), (width, columns, rows))
     return sums[0] if few else _column_sums(sums, dtype)
 
 
@@ -180,43 +190,47 @@ class _NormLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         dtype = _compute_dtype(weight)
-        y, total, moments = _normalise(x, residual, norm_weight, norm_bias, eps, gelu, dtype)
-        output = _linear(y, weight, bias)
-        ctx.save_for_backward(total, moments, norm_weight, norm_bias, weight)
-        ctx.settings = (gelu, dtype, x.dtype, None if residual is None else residual.dtype, bias.dtype)
+        y, total, moments = _normalise(x, residual, norm_weight, norm_bias, eps, gelu, dtype, True)
+        cast = weight.to(dtype)  # under autocast, which finds nothing more to do then
+        ctx.save_for_backward(total, moments, norm_weight, norm_bias, cast)
+        ctx.settings = (
+            gelu, dtype, x.dtype, None if residual is None else residual.dtype, weight.dtype, bias.dtype,
+        )  # fmt: skip
         if residual is None:
             ctx.mark_non_differentiable(total)
-        return output, total
+        return linear(y, cast, bias.to(dtype)), total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
         total, moments, norm_weight, norm_bias, weight = ctx.saved_tensors
-        gelu, dtype, x_dtype, residual_dtype, bias_dtype = ctx.settings
-        grad = total.new_zeros(len(total), len(weight), dtype=dtype) if grad is None else grad.contiguous()
+        gelu, dtype, x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.settings
         rows, width = total.shape
-        grad_y = grad @ weight.to(dtype)
-        y = torch.empty(total.shape, dtype=dtype, device=total.device)
-        grad_x = torch.empty(total.shape, dtype=x_dtype, device=total.device)
+        device = total.device
+        grad = torch.zeros((rows, len(weight)), dtype=dtype, device=device) if grad is None else grad.contiguous()
+        grad_y = torch.mm(grad, weight)
+        y = torch.empty((rows, width), dtype=dtype, device=device)
+        grad_x = torch.empty((rows, width), dtype=x_dtype, device=device)
         # The gradient of the residual is that of x, in a dtype of its own.
         grad_sum = grad_x if residual_dtype in (None, x_dtype) else torch.empty_like(total, dtype=residual_dtype)
         shape = _shape(width, 2)
-        held = shape["ROWS"] * shape["BLOCK"] * max(total.element_size(), grad_y.element_size())
-        programs = min(triton.cdiv(rows, shape["ROWS"]), PROGRAMS)
-        grad_norm = torch.empty(programs, 2 * width, dtype=torch.float32, device=total.device)
-        _norm_backward[(programs,)](
-            total, grad_y, None if grad_total is None else grad_total.contiguous(), norm_weight, norm_bias, moments,
-            grad_x, grad_sum, y, grad_norm, rows,
-            TOTAL=grad_total is not None, SUM=grad_sum is not grad_x, GELU=gelu,
-            STAGES=3 if held <= 8192 else 1, **shape,
+        held = shape[2] * shape[1] * max(total.element_size(), grad_y.element_size())
+        programs = min(-(-rows // shape[2]), PROGRAMS)
+        grad_norm = torch.empty((programs, 2 * width), dtype=torch.float32, device=device)
+        if grad_total is not None:
+            grad_total = grad_total.contiguous()
+        arguments = (
+            total, grad_y, grad_total, norm_weight, norm_bias, moments, grad_x, grad_sum, y, grad_norm, rows,
         )  # fmt: skip
+        flags = (grad_total is not None, grad_sum is not grad_x, gelu, 3 if held <= 8192 else 1)
+        launch(_norm_backward, (programs,), arguments, (*shape, *flags))
         grad_norm_weight, grad_norm_bias = _column_sums(grad_norm, norm_weight.dtype).split(width)
         return (
             grad_x,
             None if residual_dtype is None else grad_sum,
             grad_norm_weight,
             grad_norm_bias,
-            (grad.T @ y).to(weight.dtype) if ctx.needs_input_grad[4] else None,
+            torch.mm(grad.t(), y).to(weight_dtype) if ctx.needs_input_grad[4] else None,
             _column_sums(grad, bias_dtype) if ctx.needs_input_grad[5] else None,
             None,
             None,
@@ -224,13 +238,14 @@ class _NormLinear(torch.autograd.Function):
 
 
 def fused_norm_linear(
-    x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, residual: Tensor | None, gelu: bool
+    x: Tensor, norm: nn.LayerNorm, layer: nn.Linear, residual: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor]:
     """See `norm_linear`."""
-    parameters = (norm.weight, norm.bias, linear.weight, linear.bias)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, *parameters))):
-        y, total, _ = _normalise(x, residual, norm.weight, norm.bias, norm.eps, gelu, _compute_dtype(linear.weight))
-        return _linear(y, linear.weight, linear.bias), total
+    parameters = (norm.weight, norm.bias, layer.weight, layer.bias)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, residual, *parameters)):
+        dtype = _compute_dtype(layer.weight)
+        y, total, _ = _normalise(x, residual, norm.weight, norm.bias, norm.eps, gelu, dtype, False)
+        return linear(y, layer.weight.to(dtype), layer.bias.to(dtype)), total
     output: Tensor
     output, total = _NormLinear.apply(x, residual, *parameters, norm.eps, gelu)
     return output, x if residual is None else total

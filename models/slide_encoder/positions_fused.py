@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 TWO_PI = tl.constexpr(6.283185307179586)
 
 
@@ -29,8 +31,6 @@ def fused_grid_positions(grid_cells: Tensor, frequencies: Tensor, dtype: torch.d
     quarter = len(frequencies)
     out = torch.empty((*grid_cells.shape[:-1], 4 * quarter), dtype=dtype, device=grid_cells.device)
     tiles = grid_cells.numel() // 2
-    _positions[(triton.cdiv(tiles, 8), 2)](
-        grid_cells.contiguous(), frequencies / TWO_PI.value, out, tiles, Q=quarter,
-        BLOCK=triton.next_power_of_2(quarter), ROWS=8, num_warps=4,
-    )  # fmt: skip
+    arguments = (grid_cells.contiguous(), frequencies / TWO_PI.value, out, tiles)
+    launch(_positions, (-(-tiles // 8), 2), arguments, (quarter, triton.next_power_of_2(quarter), 8))
     return out

@@ -137,7 +137,7 @@ def takes_kernels(q: Tensor, dilated_ratios: Sequence[int], scale: float, backen
         return False
     from .fused import eligible  # imports triton, which not every machine has
 
-    fits = eligible(q.dtype, q.shape[-1], dilated_ratios, scale)
+    fits = eligible(q.dtype, q.shape[-1], tuple(dilated_ratios), scale)
     if backend == "fused" and not fits:
         raise ValueError(
             f"the fused kernels do not take {q.dtype}, head dimension {q.shape[-1]}, ratios {dilated_ratios}, scale {scale}"

@@ -189,6 +189,20 @@ def test_the_cache_keeps_what_fits_and_no_more(slide: Callable[..., Path]) -> No
         cache.read(paths[4])
 
 
+def test_a_cache_without_a_limit_keeps_as_much_as_it_leaves_free(
+    slide: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 100 * (6 * 2 + 16)
+    cache = FeatureCache(None)
+    monkeypatch.setattr("longslide.data.features.cache.free_memory", lambda: 8 * size - cache.nbytes)
+    for number in range(8):
+        cache.read(slide(f"s{number}", tiles=100))
+    assert len(cache) == 4
+    monkeypatch.setattr("longslide.data.features.cache.free_memory", lambda: None)
+    cache.read(slide("later", tiles=1))
+    assert len(cache) == 4, "a system that does not say keeps nothing more"
+
+
 def test_a_cache_that_is_sent_to_another_process_is_empty(slide: Callable[..., Path]) -> None:
     cache = FeatureCache(1.0, slide_embeddings=False)
     cache.read(slide("a"))

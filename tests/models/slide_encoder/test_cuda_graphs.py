@@ -66,17 +66,22 @@ class Layers:
         self.seen: list[tuple[int, int]] = []
         self.graphs = EncoderGraphs(self.run, lambda: list(self.net.modules()))
 
-    def plain(self, x: Tensor) -> Tensor:
-        output: Tensor = self.net(torch.cat([self.net.first, x]))
+    def plain(self, x: Tensor, slides: int = 1) -> Tensor:
+        output: Tensor = self.net(torch.cat([*[self.net.first] * slides, x]))
         return output
 
     def run(self, x: Tensor, cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         assert len(x) == len(cells)
-        self.seen.append((len(x) + 1, int(cu_seqlens[1])))
-        return self.plain(x)
+        self.seen.append((len(x) + len(cu_seqlens) - 1, int(cu_seqlens[-1])))
+        return self.plain(x, len(cu_seqlens) - 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.graphs(x, torch.zeros(len(x), 2, dtype=torch.long), ends(len(x) + 1, x.device))
+
+    def packed(self, x: Tensor, slides: int) -> Tensor:
+        """Tokens of several slides, whose first tokens stand before the tiles here."""
+        cu_seqlens = torch.linspace(0, len(x) + slides, slides + 1).int()
+        return self.graphs(x, torch.zeros(len(x), 2, dtype=torch.long), cu_seqlens)
 
     def weight_gradient(self, output: Tensor, **options: Any) -> Tensor:
         wanted = (self.net[0].weight, self.net.first)
@@ -104,6 +109,17 @@ def test_replays_and_their_gradients_are_those_of_the_layers(layers: Layers) -> 
         with torch.no_grad():
             torch.testing.assert_close(layers(x), layers.plain(x))
         torch.testing.assert_close(layers.weight_gradient(layers(x)), layers.weight_gradient(layers.plain(x)))
+
+
+def test_several_slides_have_graphs_by_their_number_and_share_buffers_with_one(layers: Layers) -> None:
+    for rows, slides in ((500, 4), (40, 1), (490, 4), (300, 2), (500, 4)):
+        x = torch.randn(rows, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(layers.packed(x, slides), layers.plain(x, slides))
+        found = layers.weight_gradient(layers.packed(x, slides))
+        torch.testing.assert_close(found, layers.weight_gradient(layers.plain(x, slides)))
+    assert all(rows == length for rows, length in layers.seen)
+    assert len(layers.seen) == 2 * 2 * 3, "two runs for a graph, with gradients and without: 500 and 490 share them"
 
 
 def test_a_first_run_knows_its_own_length_and_not_that_of_the_sequence_before(layers: Layers) -> None:
@@ -199,7 +215,7 @@ def test_a_replica_a_checkpoint_around_the_encoder_hooks_and_cells_elsewhere_tak
     with mock.patch("longslide.models.slide_encoder.cuda_graphs.has_kernels", return_value=True), torch.no_grad():
         assert takes(encoder)
         assert takes(encoder, x[0], cells[0], torch.tensor([0, 4]))
-        assert not takes(encoder, x[0], cells[0], torch.tensor([0, 1, 4]))
+        assert takes(encoder, x[0], cells[0], torch.tensor([0, 1, 4]))
         assert not takes(encoder._replicate_for_data_parallel())
         assert not takes(encoder, cells=cells.to("meta"))
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
@@ -309,6 +325,31 @@ def test_gradients_from_graphs_add_up_as_those_of_the_layers(autocast: bool) -> 
 
 
 @needs_gpu
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_packed_slides_from_graphs_give_what_the_layers_give_and_so_do_their_gradients(pool: str) -> None:
+    encoder = graphed(layers=2, pool=pool)
+    for lengths in ([300, 1, 700], [500] * 4, [290, 8, 690], [2], [40, 2000, 30]):
+        parts = [slide(n) for n in lengths]
+        x, cells = (torch.cat([part[i][0] for part in parts]) for i in range(2))
+        cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+        assert encoder.takes_graphs(x, cells, cu_seqlens)
+        found = []
+        for run in (encoder, encoder.encoder):
+            encoder.zero_grad()
+            leaf = x.clone().requires_grad_()
+            output = run(leaf, cells, cu_seqlens)
+            output.square().sum().backward()
+            grads = {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+            found.append({"output": output.detach(), "x": leaf.grad} | grads)
+        assert found[0].keys() == found[1].keys()
+        for name, wanted in found[1].items():
+            assert (found[0][name] - wanted).norm() <= 1e-4 * wanted.norm() + 1e-6, (lengths, name)
+    runs = len(encoder._graphs._graphs)
+    encoder(x, cells, cu_seqlens).sum().backward()
+    assert len(encoder._graphs._graphs) == runs == 4, "one graph for each number of slides and bucket of tokens"
+
+
+@needs_gpu
 def test_a_second_slide_before_the_backward_of_the_first_leaves_that_one_right() -> None:
     encoder = graphed(layers=1)
     wanted = [
@@ -335,6 +376,17 @@ def test_one_forward_has_as_many_gradients_as_are_asked_for() -> None:
             torch.autograd.grad(output[0, 1], x, retain_graph=True)
         found, wanted = (torch.autograd.grad(output[0, column], x)[0] for output in (replayed, plain))
         assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@needs_gpu
+def test_some_of_packed_slides_are_left_out_of_a_layer() -> None:
+    encoder = graphed(layers=2, drop_path=0.5)
+    encoder.train()
+    x, cells = slide(300)
+    packed = (x[0].repeat(8, 1), cells[0].repeat(8, 1), torch.arange(0, 2700, 300, device="cuda", dtype=torch.int32))
+    assert encoder.takes_graphs(*packed)
+    kinds = {round(value, 4) for value in encoder(*packed)[:, 0].tolist()}
+    assert 1 < len(kinds) <= 4, "the last layer's two halves are there or not"
 
 
 @needs_gpu

@@ -21,6 +21,7 @@ class Hopper:
 triton.runtime.driver.set_active(Hopper())
 from longslide.models.slide_encoder.dilated_attention.fused import backward, forward, layout, schedule
 from longslide.models.slide_encoder.dilated_attention.windows import make_windows
+from longslide.models.slide_encoder import launch
 
 def rows(*shape): return torch.empty(shape, dtype=torch.bfloat16)
 
@@ -33,7 +34,7 @@ for causal, dim, shards in ((False, 48, None), (True, 64, None), (False, 48, win
     out, lse = rows(64, 16, dim), torch.empty(16, 64)
     arranged, grads = rows(3, 16, 128, 64), rows(16, 128, 64)
     sizes = (lengths, layout.shards_of(lengths, shards), 1, 64, 128, 0.1)
-    z = layout.constants(layout._settings(out.shape, out.dtype, lengths, [1, 16], shards)[2])
+    z = launch.marked(layout._settings(out.shape, out.dtype, lengths, [1, 16], shards)[2])
     layout.arrange.warmup(out, out, out, arranged, *sizes[:3], 128, out.stride(0), dim, z, grid=(1,))
     layout.arrange_grad.warmup(out, out, lse, arranged, grads, lse, *sizes, z, grid=(1,))
     for name, kernel, arguments, others in (
@@ -44,7 +45,7 @@ for causal, dim, shards in ((False, 48, None), (True, 64, None), (False, 48, win
         grid, z, options, plan = schedule.settings(
             out.shape, out.dtype, lengths, name, [16, 64], [1, 16], causal, shards
         )
-        kernel.warmup(*arguments, plan, *sizes, *others, layout.constants(z), grid=grid, **options)
+        kernel.warmup(*arguments, plan, *sizes, *others, launch.marked(z), grid=grid, **options)
         print(name, causal)
 """
 

@@ -33,6 +33,7 @@ Names that all kernels share:
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ from ..windows import Windows
 from .op import SelfAttention, attention_op
 
 
-def eligible(dtype: torch.dtype, head_dim: int, dilated_ratios: Sequence[int], scale: float = 1.0) -> bool:
+@cache
+def eligible(dtype: torch.dtype, head_dim: int, dilated_ratios: tuple[int, ...], scale: float = 1.0) -> bool:
     """Whether the kernels take tensors of this kind: ratios are powers of two, head dimension up to 128."""
     return (
         dtype in (torch.float16, torch.bfloat16, torch.float32)
@@ -79,7 +81,7 @@ def fused_dilated_self_attention(
 ) -> Tensor:
     """`fused_dilated_attention` of the projection `(T, 3, H, D)` of packed sequences, `windows` of them on this rank:
     `(T, H, D)`."""
-    settings = (list(segment_lengths), list(dilated_ratios), is_causal, qkv.shape[3] ** -0.5)
+    settings = (tuple(segment_lengths), tuple(dilated_ratios), is_causal, qkv.shape[3] ** -0.5)
     if windows is None and torch.compiler.is_compiling():
         q, k, v = qkv.unbind(1)
         return fused_dilated_attention(q, k, v, cu_seqlens, *settings)

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch
 from ..windows import Windows
 from .exchange import fetch
-from .layout import LOG2_E, constants, load, run_arrange_grad, shards_of, store_columns, sums_at, tensor_at
+from .layout import LOG2_E, load, run_arrange_grad, shards_of, store_columns, sums_at, tensor_at
 from .schedule import settings
 from .walk import hold, place, walk, written
 
@@ -186,4 +187,5 @@ def run_backward(
         if kernel is backward_kv and fetched is not None:
             fetched.wait()
             fetched = None  # its memory
-        kernel[grid](arranged, arranged_grad, sums, *outputs, grads[0].stride(0), plan, *sizes, constants(z), **options)
+        arguments = (arranged, arranged_grad, sums, *outputs, grads[0].stride(0), plan, *sizes)
+        launch(kernel, grid, arguments, (z,), options)

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch
 from ..windows import Windows
 from .exchange import fetch
-from .layout import LOG2_E, constants, load, shards_of, store_columns, tensor_at
+from .layout import LOG2_E, load, shards_of, store_columns, tensor_at
 from .schedule import settings
 from .walk import hold, meets_others, place, walk, written
 
@@ -160,9 +161,9 @@ def run_forward(
     )
     sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, shape[0], arranged.shape[2], scale)
     fetched = None if windows is None else fetch(windows, arranged[1], arranged[2])
-    forward[grid](arranged, out, lse, plan, *sizes, 0, constants(z), **options)
+    launch(forward, grid, (arranged, out, lse, plan, *sizes, 0), (z,), options)
     if windows is not None:
         if fetched is not None:
             fetched.wait()
-        forward[grid](arranged, out, lse, plan, *sizes, 1, constants(z), **options)
+        launch(forward, grid, (arranged, out, lse, plan, *sizes, 1), (z,), options)
     return out, lse

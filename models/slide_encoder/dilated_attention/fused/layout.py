@@ -7,14 +7,14 @@ backward.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launch import launch
 from ..windows import Windows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -33,14 +33,6 @@ class LayoutSizes(NamedTuple):
     ONE: int
     BLOCK: int
     SHARDED: bool
-
-
-@cache
-def constants(sizes: Any) -> Any:
-    """A named tuple of sizes as a kernel takes it: Triton 3.6 knows its fields for constants only if each is marked."""
-    if not isinstance(load, triton.JITFunction):
-        return sizes  # in Triton's interpreter, which computes with plain numbers
-    return type(sizes)(*(tl.constexpr(size) for size in sizes))
 
 
 @triton.jit
@@ -256,7 +248,7 @@ def run_arrange(
     rows, grid, z = _settings(q.shape, q.dtype, cu_seqlens, ratios, windows)
     arranged = torch.empty((3, q.shape[1], rows, z.DP), dtype=q.dtype, device=q.device)
     sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, rows)
-    arrange[grid](q, k, v, arranged, *sizes, q.stride(0), q.stride(1), constants(z))
+    launch(arrange, grid, (q, k, v, arranged, *sizes, *q.stride()[:2]), (z,))
     return arranged
 
 
@@ -276,7 +268,7 @@ def run_arrange_grad(
     arranged_grad = torch.empty(arranged.shape[1:], dtype=out.dtype, device=out.device)
     sums = torch.empty((out.shape[1], 0 if z.SPARE else rows, 2), dtype=torch.float32, device=out.device)
     sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, len(out), rows, scale)
-    arrange_grad[grid](grad.contiguous(), out, lse, arranged, arranged_grad, sums, *sizes, constants(z))
+    launch(arrange_grad, grid, (grad.contiguous(), out, lse, arranged, arranged_grad, sums, *sizes), (z,))
     return arranged_grad, sums
 
 

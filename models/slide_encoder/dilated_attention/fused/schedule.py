@@ -1,6 +1,6 @@
 """How the kernels are launched: block sizes, the grid, and the table of branches that they look up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -48,34 +48,57 @@ def settings(
     ratios: Sequence[int],
     causal: bool,
     windows: Windows | None = None,
-) -> tuple[tuple[int, int, int], Sizes, dict[str, int], Tensor]:
+) -> tuple[tuple[int, int, int], Sizes, Mapping[str, int], Tensor]:
     """Grid, sizes, options of the compiler and plan of a kernel for queries of a shape `(T, H, D)`, of sequences that
     `windows` spread over ranks."""
     tokens, heads, dim = shape
-    largest = max(ratios)
-    stride = max(1, largest // 2)
     if kernel == "forward" and tokens * heads >= LONG:
         kernel = "forward_long"
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    z, options = _sizes(heads, dim, dtype, kernel, tuple(ratios), causal, tf32, windows is not None)
+    pairs = tokens // (2 * z.BM * z.S) + len(cu_seqlens) - 1
+    longest = tokens if windows is None else windows.longest
+    table = _plan(tuple(segment_lengths), 2 ** (longest - 1).bit_length(), tuple(ratios), heads, z.S, cu_seqlens.device)
+    return (2 * pairs, heads, z.S), z, options, table
+
+
+@cache
+def _sizes(
+    heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    kernel: str,
+    ratios: tuple[int, ...],
+    causal: bool,
+    tf32: bool,
+    sharded: bool,
+) -> tuple[Sizes, Mapping[str, int]]:
+    """Sizes and options of the compiler."""
     options = dict(OTHER_BLOCKS if dtype == torch.float32 or dim > 64 else BLOCKS[kernel])
     rows, keys = options.pop("BM"), options.pop("BN")
-    more = 1 if windows is None else 2  # parts begin anywhere within a block
-    pairs = tokens // (2 * rows * stride) + more * (len(cu_seqlens) - 1)
+    largest = max(ratios)
     z = Sizes(
         H=heads,
         D=dim,
         DP=columns(dim),
         SPARE=has_spare(dim),
         R=largest,
-        S=stride,
+        S=max(1, largest // 2),
         NB=len(ratios),
-        LARGEST=list(ratios).index(largest),
+        LARGEST=ratios.index(largest),
         CAUSAL=causal,
         MERGE=keys >= largest and len(ratios) < 16,  # what `log_of_times` can count
         BM=rows,
         BN=keys,
-        PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3",
-        SHARDED=windows is not None,
+        PRECISION="tf32" if tf32 else "tf32x3",
+        SHARDED=sharded,
     )
-    longest = tokens if windows is None else windows.longest
-    lengths = tuple(min(length, 2 ** (longest - 1).bit_length()) for length in segment_lengths)
-    return (2 * pairs, heads, stride), z, options, plan(lengths, tuple(ratios), heads, stride, cu_seqlens.device)
+    return z, options
+
+
+@cache
+def _plan(
+    segment_lengths: tuple[int, ...], most: int, ratios: tuple[int, ...], heads: int, stride: int, device: torch.device
+) -> Tensor:
+    """The plan of sequences of up to so many tokens together."""
+    return plan(tuple(min(length, most) for length in segment_lengths), ratios, heads, stride, device)

@@ -1,0 +1,79 @@
+"""Launches of Triton kernels. Triton looks at every argument and constant of a launch anew, which takes longer than many a
+kernel; here a kernel that has been compiled for such arguments is handed to its launcher directly.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WARPS: Mapping[str, int] = {"num_warps": 4}
+_ONES = (1, 1, 1)
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    options: Mapping[str, int] = WARPS,
+) -> None:
+    """`kernel[grid](*arguments, *constants, **options)`, on the current stream of the current device.
+
+    Args:
+        kernel: What `triton.jit` made.
+        grid: Its programs, in up to three dimensions.
+        arguments: Tensors, numbers and None, in the order of its parameters.
+        constants: The `tl.constexpr` that follow: hashable, named tuples among them.
+        options: Of the compiler.
+    """
+    if torch.compiler.is_compiling() or not isinstance(kernel, triton.JITFunction) or torch.version.hip is not None:
+        kernel[grid](*arguments, *map(marked, constants), **options)  # as the compiler and Triton's interpreter know it
+        return
+    device: int = torch._C._cuda_getDevice()
+    # What Triton makes kernels of their own for. The last bits of an address, and of a number, say how wide loads may be.
+    kinds = [
+        (value.dtype, value.data_ptr() & 15 == 0)
+        if isinstance(value, Tensor)
+        else _kind_of_int(value)
+        if type(value) is int
+        else type(value)
+        for value in arguments
+    ]
+    key = (id(kernel), device, constants, *options.items(), *kinds)
+    found = _compiled.get(key)
+    if found is None:
+        final = tuple(map(marked, constants))
+        _compiled[key] = kernel[grid](*arguments, *final, **options), final
+        return
+    compiled, final = found
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled.run(
+        *grid,
+        *_ONES[len(grid) :],
+        stream,
+        compiled.function,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
+        *arguments,
+        *final,
+    )
+
+
+def _kind_of_int(value: int) -> tuple[bool, bool, bool]:
+    return value == 1, value & 15 == 0, -(2**31) <= value < 2**31
+
+
+@cache
+def marked(constant: Any) -> Any:
+    """A constant as a kernel takes it: Triton 3.6 knows the fields of a named tuple for constants only if each is marked."""
+    if not isinstance(constant, tuple) or triton.knobs.runtime.interpret:
+        return constant  # in Triton's interpreter, which computes with plain numbers
+    return type(constant)(*(tl.constexpr(size) for size in constant))
