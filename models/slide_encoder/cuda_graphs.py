@@ -141,12 +141,13 @@ class EncoderGraphs:
     """Runs a function of the tiles of slides from a graph for each bucket of their number and each number of slides, and its
     backward from another.
 
-    The kernels find where sequences end by the cumulative lengths on the device, so one graph serves all lengths whose sum
-    is in its bucket; the rows past the end are computed and never read, and their gradients are zero. All graphs read and
-    write the same buffers, and keep their activations in the same memory: that of the longest slides so far. A second
-    forward before the backward of the first runs without graphs, as do modules with hooks, those of FSDP, and calls from another
-    thread or stream than the first one's. Nothing may differentiate twice. Weights that change between a forward and its
-    backward go unnoticed, and so do settings that are no weights, such as the rate of a dropout.
+    The kernels find where sequences end by the cumulative lengths on the device, so one graph serves all lengths whose
+    sum is in its bucket; the rows past the end are computed and never read, and their gradients are zero. All graphs
+    read and write the same buffers, and keep their activations in the same memory: that of the longest slides so far. A
+    second forward before the backward of the first runs without graphs, as do modules with hooks, those of FSDP, and
+    calls from another thread or stream than the first one's. Nothing may differentiate twice. Weights that change
+    between a forward and its backward go unnoticed, and so do settings that are no weights, such as the rate of a
+    dropout.
 
     Args:
         run: Maps `(N, D)` tile features of B slides, their `(N, 2)` integer cells and `(B + 1,)` int32 cumulative lengths,

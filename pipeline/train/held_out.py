@@ -49,7 +49,7 @@ def run_best_model(training: Training) -> HeldOut:
 
     def outputs_of(part: Part) -> Outputs:
         precision = training.trainer.precision_plugin.forward_context()
-        return run_classifier(classifier, data.in_order(part), device, precision)
+        return run_classifier(classifier, data.in_order(part, device), device, precision)
 
     if isinstance(classifier.objective, Cox):
         fitted = outputs_of("train")

@@ -56,9 +56,9 @@ def run_classifier(
     with torch.inference_mode(), precision or nullcontext():
         for batch in batches:
             moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-            parts.append((classifier.outputs_of(moved).float().cpu(), batch["target"], batch["index"]))
+            parts.append((classifier.outputs_of(moved).float(), batch["target"], batch["index"]))
     classifier.cpu()
-    raw, target, index = (torch.cat(column) for column in zip(*parts, strict=True))
+    raw, target, index = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return Outputs(raw, target, index)
 
 

@@ -321,5 +321,6 @@ def predict_test_part(
     """The rows of `predictions.csv` of a test part, predicted on one device."""
     trainer = Trainer(accelerator=accelerator, devices=1, precision=precision, logger=False, enable_checkpointing=False)
     context = trainer.precision_plugin.forward_context()
-    outputs = run_classifier(classifier, data.in_order("test"), trainer.strategy.root_device, context)
+    device = trainer.strategy.root_device
+    outputs = run_classifier(classifier, data.in_order("test", device), device, context)
     return prediction_rows(classifier, outputs, data.bags("test"), fold=0, part="test", seen=seen.mark)
