@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .errors import LongslideError as LongslideError
     from .evaluation import evaluate as evaluate
     from .models.aggregators.base import Aggregator as Aggregator
+    from .models.aggregators.base import split_bags as split_bags
     from .models.aggregators.registry import AggregatorChoice as AggregatorChoice
     from .models.classifier.checkpoint import load_classifier as load_classifier
     from .models.classifier.classifier import SlideClassifier as SlideClassifier
@@ -89,6 +90,7 @@ _HOME = {
     "LongslideError": ".errors",
     "evaluate": ".evaluation",
     "Aggregator": ".models.aggregators.base",
+    "split_bags": ".models.aggregators.base",
     "AggregatorChoice": ".models.aggregators.registry",
     "load_classifier": ".models.classifier.checkpoint",
     "SlideClassifier": ".models.classifier.classifier",
