@@ -45,19 +45,18 @@ class DenseLayer(nn.Module):
         return output
 
 
-def milliseconds(run: Callable[[], object], calls: int = 100) -> float:
-    """Best of five means."""
-    for _ in range(10):
-        run()
-    found = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-        found.append(1000 * (time.perf_counter() - started) / calls)
-    return min(found)
+def milliseconds(runs: list[Callable[[], object]], calls: int = 40, rounds: int = 25) -> list[float]:
+    """Of each, the best mean of `rounds`, taken in turns: what else the machine does falls on all of them."""
+    found = [float("inf")] * len(runs)
+    for _ in range(rounds):
+        for number, run in enumerate(runs):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(calls):
+                run()
+            torch.cuda.synchronize()
+            found[number] = min(found[number], 1000 * (time.perf_counter() - started) / calls)
+    return found
 
 
 def gpu_milliseconds(run: Callable[[], object], calls: int = 10) -> float:
@@ -110,13 +109,10 @@ def main() -> None:
             return scaled_dot_product_attention(q, k, v).transpose(1, 2)[0]
 
         own = pair(layer, x, list(ours.parameters()))
-        columns = [
-            [milliseconds(run) for run in own],
-            [milliseconds(run) for run in pair(dense, x, list(dense.parameters()))],
-            [gpu_milliseconds(run) for run in own],
-            [milliseconds(run) for run in pair(attention, qkv, [])],
-            [milliseconds(run) for run in pair(sdpa, qkv, [])],
-        ]
+        others = (*pair(dense, x, list(dense.parameters())), *pair(attention, qkv, []), *pair(sdpa, qkv, []))
+        times = milliseconds([*own, *others])
+        times[4:4] = [gpu_milliseconds(run) for run in own]
+        columns = zip(times[::2], times[1::2], strict=True)
         print(f"{tokens:7,} " + " ".join(f"{once:7.3f}/{twice:7.3f}" for once, twice in columns), flush=True)
 
 

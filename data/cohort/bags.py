@@ -119,7 +119,7 @@ class BagDataset(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.bags = list(bags)
         self.cache = cache
-        self.augmentation = augmentation
+        self.augmentation = None if augmentation == Augmentation() else augmentation
         self.max_tiles = max_tiles
         self.feature_std = feature_std
         self.seed = seed
@@ -153,10 +153,21 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         Raises:
             LongslideError: A file cannot be read.
         """
-        index, epoch, draw = key
-        bag = self.bags[index]
-        rng = np.random.default_rng([self.seed, index, epoch, draw])
+        bag = self.bags[key[0]]
         slides = [self.cache.read(path, pinned=pinned) for path in bag.files]
+        features, cells = slides[0].features, slides[0].cells  # row by row
+        whole = self.max_tiles is None or sum(bag.tiles) <= self.max_tiles
+        if len(slides) > 1 or self.augmentation is not None or not whole:
+            features, cells = self._drawn(key, slides)
+        sample = {"tile_features": features, "grid_cells": cells, "index": key[0], "target": _float32(bag.target)}
+        embeddings = [slide.slide_embedding for slide in slides if slide.slide_embedding is not None]
+        if len(embeddings) == len(slides):
+            sample["slide_embedding"] = np.mean(embeddings, axis=0, dtype=np.float32)
+        return sample
+
+    def _drawn(self, key: BagKey, slides: Sequence[SlideTiles]) -> tuple[np.ndarray, np.ndarray]:
+        """Features and cells of what the augmentation and `max_tiles` leave of the slides of a bag, row by row."""
+        rng = np.random.default_rng([self.seed, *key])
         chosen = [self._changed(slide, rng) for slide in slides]
         cells = _side_by_side([cells for _, cells in chosen])
         order = np.lexsort((cells[:, 0], cells[:, 1]))
@@ -171,11 +182,7 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         if self.augmentation is not None and self.augmentation.noise > 0:
             assert self.feature_std is not None
             features = self.augmentation.add_noise(features, self.feature_std, rng)
-        sample = {"tile_features": features, "grid_cells": cells[order], "index": index, "target": _float32(bag.target)}
-        embeddings = [slide.slide_embedding for slide in slides if slide.slide_embedding is not None]
-        if len(embeddings) == len(slides):
-            sample["slide_embedding"] = np.mean(embeddings, axis=0, dtype=np.float32)
-        return sample
+        return features, cells[order]
 
     def _changed(self, slide: SlideTiles, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Rows of the tiles that stay, and their cells."""
@@ -218,7 +225,7 @@ def collate(samples: Sequence[dict[str, Any]], device: torch.device | None = Non
     lengths = [len(sample["tile_features"]) for sample in samples]
     batch = {
         "tile_features": _end_to_end([sample["tile_features"] for sample in samples], device),
-        "grid_cells": _end_to_end([sample["grid_cells"] for sample in samples], device),
+        "grid_cells": torch.from_numpy(np.concatenate([sample["grid_cells"] for sample in samples])),
         "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         "index": torch.tensor([sample["index"] for sample in samples], dtype=torch.int64),
     }

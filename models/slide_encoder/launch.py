@@ -38,7 +38,7 @@ def launch(
     device: int = torch._C._cuda_getDevice()
     # What Triton makes kernels of their own for. The last bits of an address, and of a number, say how wide loads may be.
     kinds = [
-        (value.dtype, value.data_ptr() & 15 == 0)
+        ((value.dtype, "unaligned") if value.data_ptr() & 15 else value.dtype)
         if isinstance(value, Tensor)
         else _kind_of_int(value)
         if type(value) is int
@@ -67,8 +67,11 @@ def launch(
     )
 
 
-def _kind_of_int(value: int) -> tuple[bool, bool, bool]:
-    return value == 1, value & 15 == 0, -(2**31) <= value < 2**31
+def _kind_of_int(value: int) -> str:
+    if value == 1:
+        return "one"
+    kind = "number" if value & 15 else "multiple of 16"
+    return kind if -(2**31) <= value < 2**31 else "long " + kind
 
 
 @cache

@@ -158,16 +158,21 @@ def _normalise(
     return y, total, moments
 
 
+FEW_ROWS = 4096
+"""Up to which torch's own sum is fast enough, and cheaper to launch."""
+
+
 def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums over the rows of a contiguous matrix, in float32 before they are rounded to `dtype`."""
     length, width = x.shape
-    few = length <= 1024  # then one launch of narrow programs; else some sums, then their sum
-    columns, rows = (32, 128) if few else (128, 32)
+    if length <= FEW_ROWS:
+        return x.sum(0, dtype=x.dtype if x.dtype == dtype else torch.float32).to(dtype)
+    columns, rows = 128, 32
     across = -(-width // columns)
-    programs = 1 if few else min(-(-length // rows), max(2, PROGRAMS // across))
-    sums = torch.empty((programs, width), dtype=dtype if few else torch.float32, device=x.device)
+    programs = min(-(-length // rows), max(2, PROGRAMS // across))
+    sums = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     launch(_sum_rows, (across, programs), (x, sums, length), (width, columns, rows))
-    return sums[0] if few else _column_sums(sums, dtype)
+    return _column_sums(sums, dtype)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -224,7 +229,7 @@ class _NormLinear(torch.autograd.Function):
         )  # fmt: skip
         flags = (grad_total is not None, grad_sum is not grad_x, gelu, 3 if held <= 8192 else 1)
         launch(_norm_backward, (programs,), arguments, (*shape, *flags))
-        grad_norm_weight, grad_norm_bias = _column_sums(grad_norm, norm_weight.dtype).split(width)
+        grad_norm_weight, grad_norm_bias = _column_sums(grad_norm, norm_weight.dtype).view(2, width).unbind()
         return (
             grad_x,
             None if residual_dtype is None else grad_sum,
