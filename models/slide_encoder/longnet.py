@@ -138,7 +138,8 @@ class LongNetLayer(nn.Module):
             qkv, _ = norm_linear(x, self.attention_norm, self.qkv)
         else:
             qkv, x = norm_linear(update, self.attention_norm, self.qkv, residual=x)
-        qkv = qkv.view(len(x), 3, self.heads, x.shape[1] // self.heads)
+        tokens, width = x.shape
+        qkv = qkv.view(tokens, 3, self.heads, width // self.heads)
         attended = self._attend(qkv, cu_seqlens, shards).flatten(1)
         attended, _ = norm_linear(attended, self.attention_inner_norm, self.attention_out)
         attended = self._drop(attended, cu_seqlens, shards)
@@ -159,7 +160,8 @@ class LongNetLayer(nn.Module):
         """In training, some of the values, and all of some sequences."""
         if not self.training:
             return x
-        x = self.dropout(x)
+        if self.dropout.p > 0:
+            x = self.dropout(x)
         if self.drop_path == 0:
             return x
         kept = (torch.rand(len(cu_seqlens) - 1, device=x.device) >= self.drop_path).to(x.dtype) / (1 - self.drop_path)

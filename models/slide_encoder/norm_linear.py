@@ -27,7 +27,7 @@ def norm_linear(
         `(T, out)` in the autocast dtype, or the dtype of the weights; and what was normalised (before GELU): `residual + x`,
         or `x`.
     """
-    if has_kernels(x) and len(x) and x.dtype != torch.float64:
+    if has_kernels(x) and x.shape[0] and x.dtype != torch.float64:
         from .norm_linear_fused import fused_norm_linear  # imports triton, which not every machine has
 
         return fused_norm_linear(x, norm, linear, residual, gelu)

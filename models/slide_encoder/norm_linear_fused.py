@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .launch import launch
+from .once import differentiable_once
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 MINUS_HALF_LOG2_E = tl.constexpr(-0.7213475204444817)
@@ -192,7 +192,7 @@ class _NormLinear(torch.autograd.Function):
         bias: Tensor,
         eps: float,
         gelu: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         dtype = _compute_dtype(weight)
         y, total, moments = _normalise(x, residual, norm_weight, norm_bias, eps, gelu, dtype, True)
@@ -201,13 +201,12 @@ class _NormLinear(torch.autograd.Function):
         ctx.settings = (
             gelu, dtype, x.dtype, None if residual is None else residual.dtype, weight.dtype, bias.dtype,
         )  # fmt: skip
-        if residual is None:
-            ctx.mark_non_differentiable(total)
-        return linear(y, cast, bias.to(dtype)), total
+        output = linear(y, cast, bias.to(dtype))
+        return output if residual is None else (output, total)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None = None) -> tuple[Tensor | None, ...]:
         total, moments, norm_weight, norm_bias, weight = ctx.saved_tensors
         gelu, dtype, x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.settings
         rows, width = total.shape
@@ -246,11 +245,17 @@ def fused_norm_linear(
     x: Tensor, norm: nn.LayerNorm, layer: nn.Linear, residual: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor]:
     """See `norm_linear`."""
-    parameters = (norm.weight, norm.bias, layer.weight, layer.bias)
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, residual, *parameters)):
-        dtype = _compute_dtype(layer.weight)
-        y, total, _ = _normalise(x, residual, norm.weight, norm.bias, norm.eps, gelu, dtype, False)
-        return linear(y, layer.weight.to(dtype), layer.bias.to(dtype)), total
-    output: Tensor
-    output, total = _NormLinear.apply(x, residual, *parameters, norm.eps, gelu)
-    return output, x if residual is None else total
+    norm_weight, norm_bias, weight, bias = norm.weight, norm.bias, layer.weight, layer.bias
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (residual is not None and residual.requires_grad)
+        or norm_weight.requires_grad
+        or norm_bias.requires_grad
+        or weight.requires_grad
+        or bias.requires_grad
+    ):
+        found = _NormLinear.apply(x, residual, norm_weight, norm_bias, weight, bias, norm.eps, gelu)
+        return (found, x) if residual is None else found
+    dtype = _compute_dtype(weight)
+    y, total, _ = _normalise(x, residual, norm_weight, norm_bias, norm.eps, gelu, dtype, False)
+    return linear(y, weight.to(dtype), bias.to(dtype)), total

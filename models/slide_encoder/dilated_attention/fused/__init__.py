@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ..windows import Windows
-from .op import SelfAttention, attention_op
+from .op import SelfAttention, attend, attention_op
 
 
 @cache
@@ -85,5 +85,7 @@ def fused_dilated_self_attention(
     if windows is None and torch.compiler.is_compiling():
         q, k, v = qkv.unbind(1)
         return fused_dilated_attention(q, k, v, cu_seqlens, *settings)
+    if not (torch.is_grad_enabled() and qkv.requires_grad):
+        return attend(qkv, cu_seqlens, *settings, windows)[1]
     output: Tensor = SelfAttention.apply(qkv, cu_seqlens, *settings, windows)
     return output

@@ -179,7 +179,14 @@ def run_backward(
     arranged_grad, sums = run_arrange_grad(grad, arranged, cu_seqlens, out, lse, ratios, scale, windows)
     tensors = (arranged[0], arranged_grad, sums)[: 3 if sums.numel() else 2]
     fetched = None if windows is None else fetch(windows, *tensors)
-    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, len(out), arranged.shape[2], scale)
+    sizes = (
+        cu_seqlens,
+        shards_of(cu_seqlens, windows),
+        cu_seqlens.shape[0] - 1,
+        out.shape[0],
+        arranged.shape[2],
+        scale,
+    )
     for name, kernel, outputs in (("backward_q", backward_q, grads[:1]), ("backward_kv", backward_kv, grads[1:])):
         grid, z, options, plan = settings(
             out.shape, out.dtype, cu_seqlens, name, segment_lengths, ratios, causal, windows

@@ -159,7 +159,7 @@ def run_forward(
     grid, z, options, plan = settings(
         shape, arranged.dtype, cu_seqlens, "forward", segment_lengths, ratios, causal, windows
     )
-    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, shape[0], arranged.shape[2], scale)
+    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), cu_seqlens.shape[0] - 1, shape[0], arranged.shape[2], scale)
     fetched = None if windows is None else fetch(windows, arranged[1], arranged[2])
     launch(forward, grid, (arranged, out, lse, plan, *sizes, 0), (z,), options)
     if windows is not None:

@@ -7,6 +7,7 @@ backward.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -229,13 +230,21 @@ def _settings(
     Each sequence takes whole groups of four rows of every class, or what its windows take. Float16 holds the softmax's
     reference and the log-sum-exp as 256ths.
     """
+    spread = None if windows is None else windows.rows
+    return _layout(tuple(shape), dtype, cu_seqlens.shape[0] - 1, tuple(ratios), spread)
+
+
+@lru_cache(maxsize=4096)
+def _layout(
+    shape: tuple[int, int, int], dtype: torch.dtype, sequences: int, ratios: tuple[int, ...], spread: int | None
+) -> tuple[int, tuple[int], LayoutSizes]:
+    """See `_settings`; `spread` are the rows of sequences that are spread over ranks, None if none are."""
     tokens, heads, dim = shape
     stride = max(1, max(ratios) // 2)
-    sequences = len(cu_seqlens) - 1
     programs = (tokens // (BLOCK * stride) + sequences) * heads * stride
     one = 256 if dtype == torch.float16 else 1
-    z = LayoutSizes(heads, dim, columns(dim), stride, has_spare(dim), one, BLOCK, windows is not None)
-    rows = (tokens // (4 * stride) + sequences) * 4 * stride if windows is None else windows.rows
+    z = LayoutSizes(heads, dim, columns(dim), stride, has_spare(dim), one, BLOCK, spread is not None)
+    rows = (tokens // (4 * stride) + sequences) * 4 * stride if spread is None else spread
     return rows, (programs,), z
 
 
@@ -243,12 +252,14 @@ def run_arrange(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, ratios: Sequence[int], windows: Windows | None = None
 ) -> Tensor:
     """`(3, H, rows, columns)` of q, k and v `(T, H, D)`, see `arrange`."""
-    if not q.stride() == k.stride() == v.stride() or q.stride(2) != 1:
+    strides = q.stride()
+    if not strides == k.stride() == v.stride() or strides[2] != 1:
         q, k, v = (x.contiguous() for x in (q, k, v))
+        strides = q.stride()
     rows, grid, z = _settings(q.shape, q.dtype, cu_seqlens, ratios, windows)
     arranged = torch.empty((3, q.shape[1], rows, z.DP), dtype=q.dtype, device=q.device)
-    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, rows)
-    launch(arrange, grid, (q, k, v, arranged, *sizes, *q.stride()[:2]), (z,))
+    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), cu_seqlens.shape[0] - 1, rows)
+    launch(arrange, grid, (q, k, v, arranged, *sizes, *strides[:2]), (z,))
     return arranged
 
 
@@ -267,7 +278,7 @@ def run_arrange_grad(
     rows, grid, z = _settings(out.shape, out.dtype, cu_seqlens, ratios, windows)
     arranged_grad = torch.empty(arranged.shape[1:], dtype=out.dtype, device=out.device)
     sums = torch.empty((out.shape[1], 0 if z.SPARE else rows, 2), dtype=torch.float32, device=out.device)
-    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), len(cu_seqlens) - 1, len(out), rows, scale)
+    sizes = (cu_seqlens, shards_of(cu_seqlens, windows), cu_seqlens.shape[0] - 1, out.shape[0], rows, scale)
     launch(arrange_grad, grid, (grad.contiguous(), out, lse, arranged, arranged_grad, sums, *sizes), (z,))
     return arranged_grad, sums
 

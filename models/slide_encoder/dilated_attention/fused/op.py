@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...once import differentiable_once
 from .backward import run_backward
 from .forward import run_forward
 from .layout import run_arrange
@@ -106,6 +106,13 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
 attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
+def attend(qkv: Tensor, cu_seqlens: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels read, output (T, H, D), and base-2 log-sum-exp (H, T); settings as of `SelfAttention`."""
+    q, k, v = qkv.unbind(1)
+    arranged = run_arrange(q, k, v, cu_seqlens, settings[1], settings[4])
+    return arranged, *run_forward(arranged, (qkv.shape[0], *qkv.shape[2:]), cu_seqlens, *settings)
+
+
 class SelfAttention(torch.autograd.Function):
     """The op without its dispatcher, which takes longer than the kernels on short sequences; of `(T, 3, H, D)`.
 
@@ -116,18 +123,16 @@ class SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, *settings: Any) -> Tensor:
         """`(T, H, D)`; the settings are segment lengths, ratios, whether it is causal, the scale, and the windows."""
-        q, k, v = qkv.unbind(1)
-        arranged = run_arrange(q, k, v, cu_seqlens, settings[1], settings[4])
-        out, lse = run_forward(arranged, (len(qkv), *qkv.shape[2:]), cu_seqlens, *settings)
+        arranged, out, lse = attend(qkv, cu_seqlens, *settings)
         ctx.save_for_backward(arranged, cu_seqlens, out, lse)
         ctx.settings = settings
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the projection."""
         arranged, cu_seqlens, out, lse = ctx.saved_tensors
-        grad_qkv = torch.empty((len(out), 3, *out.shape[1:]), dtype=out.dtype, device=out.device)
+        grad_qkv = torch.empty((out.shape[0], 3, *out.shape[1:]), dtype=out.dtype, device=out.device)
         run_backward(grad, arranged, cu_seqlens, out, lse, grad_qkv.unbind(1), *ctx.settings)
         return grad_qkv, None, None, None, None, None, None

@@ -1,7 +1,7 @@
 """How the kernels are launched: block sizes, the grid, and the table of branches that they look up."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -51,39 +51,42 @@ def settings(
 ) -> tuple[tuple[int, int, int], Sizes, Mapping[str, int], Tensor]:
     """Grid, sizes, options of the compiler and plan of a kernel for queries of a shape `(T, H, D)`, of sequences that
     `windows` spread over ranks."""
-    tokens, heads, dim = shape
-    if kernel == "forward" and tokens * heads >= LONG:
-        kernel = "forward_long"
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    z, options = _sizes(heads, dim, dtype, kernel, tuple(ratios), causal, tf32, windows is not None)
-    pairs = tokens // (2 * z.BM * z.S) + len(cu_seqlens) - 1
-    longest = tokens if windows is None else windows.longest
-    table = _plan(tuple(segment_lengths), 2 ** (longest - 1).bit_length(), tuple(ratios), heads, z.S, cu_seqlens.device)
-    return (2 * pairs, heads, z.S), z, options, table
+    return _settings(
+        tuple(shape), dtype, cu_seqlens.device, cu_seqlens.shape[0] - 1, kernel, tuple(segment_lengths), tuple(ratios),
+        causal, tf32, None if windows is None else windows.longest,
+    )  # fmt: skip
 
 
-@cache
-def _sizes(
-    heads: int,
-    dim: int,
+@lru_cache(maxsize=4096)
+def _settings(
+    shape: tuple[int, int, int],
     dtype: torch.dtype,
+    device: torch.device,
+    sequences: int,
     kernel: str,
+    segment_lengths: tuple[int, ...],
     ratios: tuple[int, ...],
     causal: bool,
     tf32: bool,
-    sharded: bool,
-) -> tuple[Sizes, Mapping[str, int]]:
-    """Sizes and options of the compiler."""
+    longest: int | None,
+) -> tuple[tuple[int, int, int], Sizes, Mapping[str, int], Tensor]:
+    """See `settings`; `longest` is the longest sequence of those spread over ranks, None if none are."""
+    tokens, heads, dim = shape
+    largest = max(ratios)
+    stride = max(1, largest // 2)
+    if kernel == "forward" and tokens * heads >= LONG:
+        kernel = "forward_long"
     options = dict(OTHER_BLOCKS if dtype == torch.float32 or dim > 64 else BLOCKS[kernel])
     rows, keys = options.pop("BM"), options.pop("BN")
-    largest = max(ratios)
+    pairs = tokens // (2 * rows * stride) + sequences
     z = Sizes(
         H=heads,
         D=dim,
         DP=columns(dim),
         SPARE=has_spare(dim),
         R=largest,
-        S=max(1, largest // 2),
+        S=stride,
         NB=len(ratios),
         LARGEST=ratios.index(largest),
         CAUSAL=causal,
@@ -91,14 +94,8 @@ def _sizes(
         BM=rows,
         BN=keys,
         PRECISION="tf32" if tf32 else "tf32x3",
-        SHARDED=sharded,
+        SHARDED=longest is not None,
     )
-    return z, options
-
-
-@cache
-def _plan(
-    segment_lengths: tuple[int, ...], most: int, ratios: tuple[int, ...], heads: int, stride: int, device: torch.device
-) -> Tensor:
-    """The plan of sequences of up to so many tokens together."""
-    return plan(tuple(min(length, most) for length in segment_lengths), ratios, heads, stride, device)
+    most = 2 ** ((tokens if longest is None else longest) - 1).bit_length()
+    lengths = tuple(min(length, most) for length in segment_lengths)
+    return (2 * pairs, heads, stride), z, options, plan(lengths, ratios, heads, stride, device)
