@@ -45,7 +45,7 @@ class DenseLayer(nn.Module):
         return output
 
 
-def milliseconds(runs: list[Callable[[], object]], calls: int = 40, rounds: int = 25) -> list[float]:
+def milliseconds(runs: list[Callable[[], object]], calls: int = 40, rounds: int = 15) -> list[float]:
     """Of each, the best mean of `rounds`, taken in turns: what else the machine does falls on all of them."""
     found = [float("inf")] * len(runs)
     for _ in range(rounds):

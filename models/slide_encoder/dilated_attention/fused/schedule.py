@@ -79,7 +79,8 @@ def _settings(
         kernel = "forward_long"
     options = dict(OTHER_BLOCKS if dtype == torch.float32 or dim > 64 else BLOCKS[kernel])
     rows, keys = options.pop("BM"), options.pop("BN")
-    pairs = tokens // (2 * rows * stride) + sequences
+    parts = sequences if longest is None else 2 * sequences  # parts begin anywhere within a block
+    pairs = tokens // (2 * rows * stride) + parts
     z = Sizes(
         H=heads,
         D=dim,
