@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -251,6 +252,12 @@ def _ahead(make: Callable[[list[BagKey]], T], batches: Iterable[list[BagKey]], t
                 future.cancel()
 
 
+@cache  # torch keeps the memory of a stream for that stream
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream of the copies to a GPU."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class _Way(Protocol[T]):
     """How a batch comes to where it is wanted: `make` runs in a thread, `arrived` where the batch is handed out."""
 
@@ -280,7 +287,7 @@ class _ToGPU:
 
     def __init__(self, dataset: BagDataset, device: torch.device) -> None:
         self.dataset, self.device = dataset, device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _copying(device)
         self._handed_out: deque[torch.cuda.Event] = deque()
 
     def make(self, keys: list[BagKey]) -> tuple[dict[str, Tensor], torch.cuda.Event]:
