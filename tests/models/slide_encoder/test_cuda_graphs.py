@@ -226,6 +226,36 @@ def test_a_replica_a_checkpoint_around_the_encoder_hooks_and_cells_elsewhere_tak
         assert takes(encoder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lengths", [[5, 1, 9], [12], [3, 20]])
+def test_rows_past_the_last_of_several_slides_change_nothing(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a graph of a bucket runs, against the tokens of the slides alone: by the kernels, in their interpreter too."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr("longslide.models.slide_encoder.dilated_attention.has_kernels", lambda x: True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = {"layers": 2, "width": 32, "heads": 2, "ffn_width": 64, "tile_dim": 8, "dilated_ratios": (1, 2)}
+    encoder = create_slide_encoder("gigapath", checkpoint="random", **small).to(device)
+    tiles, slides, room = sum(lengths), len(lengths), 40
+    x = torch.randn(room, 8, device=device)
+    x[tiles:] = 0
+    x.requires_grad_()
+    index = torch.arange(room, device=device)
+    cells = torch.stack([index, index], -1)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    with_cls = cu_seqlens + torch.arange(slides + 1, dtype=torch.int32, device=device)
+    found = GraphedEncoder(encoder)._encode(x, cells, with_cls)[: tiles + slides]
+    features, places, packed = encoder.pack(x[:tiles], cells[:tiles], cu_seqlens)
+    wanted = encoder.encode(encoder._embed(features, places, packed), packed.cu_seqlens)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    leaves = [x, encoder.cls_token, encoder.layers[0].qkv.weight]
+    direction = torch.randn_like(wanted)
+    grads = [torch.autograd.grad(tokens, leaves, direction) for tokens in (found, wanted)]
+    for one, other in zip(*grads, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
+
+
 def test_a_graphed_encoder_is_called_asked_and_copied_as_the_encoder_is() -> None:
     encoder = create_slide_encoder("gigapath", checkpoint="random", layers=1)
     graphed = GraphedEncoder(encoder)
