@@ -1,5 +1,6 @@
 """DICOM files: which slide (series) each belongs to, from its header alone."""
 
+import re
 import struct
 from pathlib import Path
 
@@ -8,9 +9,37 @@ from ..regular_file import check_regular
 
 SERIES_INSTANCE_UID = (0x0020, 0x000E)
 
+_CODECS = {
+    "1.2.840.10008.1.2.1.99": "deflate",
+    "1.2.840.10008.1.2.4.57": "lossless JPEG",
+    "1.2.840.10008.1.2.4.70": "lossless JPEG",
+    "1.2.840.10008.1.2.4.80": "JPEG-LS",
+    "1.2.840.10008.1.2.4.81": "JPEG-LS",
+    "1.2.840.10008.1.2.4.110": "JPEG XL",
+    "1.2.840.10008.1.2.4.111": "JPEG XL",
+    "1.2.840.10008.1.2.4.112": "JPEG XL",
+    "1.2.840.10008.1.2.4.201": "high-throughput JPEG 2000",
+    "1.2.840.10008.1.2.4.202": "high-throughput JPEG 2000",
+    "1.2.840.10008.1.2.4.203": "high-throughput JPEG 2000",
+    "1.2.840.10008.1.2.5": "run lengths (RLE)",
+}  # transfer syntaxes of DICOM PS3.6, annex A
+
 _LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 _EXPLICIT_BIG_ENDIAN, _IMPLICIT, _DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99"
 _HEADER_BYTES = 2**20  # the series stands near the beginning: tags ascend
+
+
+def unread_codec(error: object) -> str:
+    """What to say where OpenSlide's error is a codec of DICOM that it does not read; empty if it is another error."""
+    found = re.search(r"[Uu]nsupported transfer syntax ([\d.]+)", str(error))
+    if found is None:
+        return ""
+    syntax = found.group(1).rstrip(".")
+    codec = _CODECS.get(syntax, f"the transfer syntax {syntax}")
+    return (
+        f"its pixels are compressed by {codec}, which OpenSlide does not read in DICOM; convert all files of the slide, for "
+        "instance by `gdcmconv --raw IN OUT`"
+    )
 
 
 def series_of(path: Path) -> str | None:

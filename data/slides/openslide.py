@@ -10,6 +10,7 @@ from openslide import lowlevel
 
 from ...errors import LongslideError
 from .base import TIFF_SUFFIXES, VENDOR_SUFFIXES, DeclinedError, SlideReader, over_background
+from .dicom import unread_codec
 from .metadata import icc_properties
 from .parts import missing_part
 from .tiff import tiff_facts
@@ -119,6 +120,8 @@ class OpenSlideReader(SlideReader):
                 raise DeclinedError(facts.refusal) from error
             if self.path.suffix.lower() == ".czi":  # it reads some of them; fastslide reads more
                 raise DeclinedError(f"OpenSlide does not read this one ({error})") from error
+            if codec := unread_codec(error):
+                raise LongslideError(f"{self.path}: {codec}") from error
             raise LongslideError(f"{self.path}: a broken or truncated slide ({error}); copy it again") from error
 
 

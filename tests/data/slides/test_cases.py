@@ -56,6 +56,30 @@ def test_two_series_in_a_folder_are_two_slides(cases: Path) -> None:
     assert len(quickhashes) == 2
 
 
+@pytest.mark.parametrize(
+    ("syntax", "codec"),
+    [("80", "JPEG-LS"), ("70", "lossless JPEG"), ("99", "the transfer syntax 1.2.840.10008.1.2.4.99")],
+)
+def test_dicom_in_a_codec_that_openslide_lacks_is_refused_by_its_codec(
+    cases: Path, tmp_path: Path, syntax: str, codec: str
+) -> None:
+    for file in (cases / "dicom_two_series").glob("s1_*.dcm"):
+        content = file.read_bytes().replace(b"1.2.840.10008.1.2.4.50", f"1.2.840.10008.1.2.4.{syntax}".encode())
+        (tmp_path / file.name).write_bytes(content)
+    with pytest.raises(LongslideError) as refused:
+        open_slide(next(tmp_path.iterdir()))
+    assert f"compressed by {codec}, which OpenSlide does not read in DICOM; convert" in str(refused.value)
+    assert "truncated" not in str(refused.value)
+
+
+def test_any_file_of_a_series_opens_its_slide(cases: Path) -> None:
+    found = set()
+    for file in (cases / "dicom_two_series").glob("s1_*.dcm"):
+        with open_slide(file) as slide:
+            found.add((slide.quickhash, slide.level_dimensions))
+    assert len(found) == 1
+
+
 def test_an_mrxs_without_its_folder_names_the_folder(cases: Path) -> None:
     with pytest.raises(LongslideError, match=r"case1\.mrxs: the folder case1/ .* is missing"):
         open_slide(cases / "mrxs_alone" / "case1.mrxs")

@@ -5,6 +5,7 @@ import struct
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,16 @@ def test_ome_metadata_state_the_mpp_in_any_unit(tmp_path: Path, unit: str, size:
     tifffile.imwrite(tmp_path / "a.ome.tif", RGB, tile=(256, 256), photometric="rgb", metadata={"axes": "YXS"} | stated)
     with open_slide(tmp_path / "a.ome.tif") as slide:
         assert slide.mpp.value == pytest.approx(0.2525)
+
+
+@pytest.mark.parametrize(
+    ("unit", "size"), [("um", 0.2525), ("\\u00B5m", 0.2525), ("micron", 0.2525), ("mm", 0.0002525)]
+)
+def test_imagejs_unit_is_that_of_the_resolution_tags(tmp_path: Path, unit: str, size: float) -> None:
+    how: dict[str, Any] = {"imagej": True, "resolution": (1 / size, 1 / size), "metadata": {"unit": unit}}
+    tifffile.imwrite(tmp_path / "a.tif", RGB, **how)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert (slide.mpp.value, slide.mpp.source) == (pytest.approx(0.2525), "file")
 
 
 def test_a_truncated_svs_is_called_truncated(tmp_path: Path) -> None:
