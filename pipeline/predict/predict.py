@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -35,7 +35,7 @@ from ..batch.shards import SHARDS, Shard
 from ..batch.watched import WatchedProcesses
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, check_places, workers_on
 from ..embed.job import PreparedSlide
-from ..embed.layout import look_at
+from ..embed.layout import look_at, take_memory
 from ..seen import Seen
 from .checkpoint_features import FeatureMaker, check_exist, distribution_warnings, trained_on
 from .explain import explain_features, write_explanation
@@ -404,6 +404,9 @@ class _Job:
                         resources.callback(made.resources.close)
                     elif made.status != "done":
                         return made
+                else:
+                    with suppress(LongslideError):  # of its pictures, without which there is a prediction too
+                        take_memory(self.maker.watched, turn, entry.path, replace(entry, tissue_mask=None), None)
                 return _Claimed(entry, prepared, remarks, resources.pop_all(), started)
             except ClaimedError as busy:
                 return SlideResult.skipped(entry, str(busy))
