@@ -4,8 +4,8 @@
 
 Every tile of the slide is read at 0.5 um/px, tissue or not, or as many as `--tiles` says; each run opens the slide anew, so
 that no decoded tile is kept, while the file's bytes are in memory. The ways take turns, and the best of `--repeats` runs
-counts. Without a slide JPEG pyramids (4:2:0, shared tables, about 7 KiB a tile of 256 px) are made of the one in
-LONGSLIDE_TEST_SLIDES, or of synthetic tissue: native tiles of 256 px are aligned with the tiles that are read, others not.
+counts. Without a slide JPEG pyramids (4:2:0, shared tables, 8 KiB a tile of 256 px) are made of the one in
+LONGSLIDE_TEST_SLIDES, or of synthetic tissue (4 KiB): native tiles of 256 px are aligned with the tiles that are read, others not.
 Libraries that are not installed are left out. `ours` reads regions as they do; `ours-threads` and `ours-pool` are what
 `embed` reads by, and score the blur of each tile besides.
 """
