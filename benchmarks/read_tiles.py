@@ -5,9 +5,9 @@
 Every tile of the slide is read at 0.5 um/px, tissue or not, or as many as `--tiles` says; each run opens the slide anew, so
 that no decoded tile is kept, while the file's bytes are in memory. The ways take turns, and the best of `--repeats` runs
 counts. Without a slide JPEG pyramids (4:2:0, shared tables, 8 KiB a tile of 256 px) are made of the one in
-LONGSLIDE_TEST_SLIDES, or of synthetic tissue (4 KiB): native tiles of 256 px are aligned with the tiles that are read, others not.
-Libraries that are not installed are left out. `ours` reads regions as they do; `ours-threads` and `ours-pool` are what
-`embed` reads by, and score the blur of each tile besides.
+LONGSLIDE_TEST_SLIDES, or of synthetic tissue (4 KiB): native tiles of 256 px are aligned with the tiles that are read,
+others not. Libraries that are not installed are left out. `ours` reads regions as they do; `ours-threads` and `ours-pool`
+are what `embed` reads by, and score the blur of each tile besides.
 """
 
 import argparse
@@ -171,19 +171,18 @@ def measure(path: Path, slide_mpp: float, arguments: argparse.Namespace) -> None
     print(f"\n{path.name}, {slide_mpp:g} -> 0.5 um/px, level {grid.level}, {len(grid.coords):,} tiles", flush=True)
     print(f"{'way':<15} {'workers':>8} {'tiles/s':>9} {'per CPU s':>10} {'x OpenSlide':>12} {'pixels':>22}")
     expected = run("openslide", path, Grid(**vars(grid) | {"coords": grid.coords[:300]}), 1, 300)[2]
+    runs: dict[tuple[str, int], list[Any]] = {(way, n): [] for way in arguments.ways for n in arguments.workers}
+    for _ in range(arguments.repeats):
+        for (way, workers), done in runs.items():
+            done.append(run(way, path, grid, workers, 300))
     reference = 0.0
-    for way in arguments.ways:
-        for workers in arguments.workers:
-            runs: list[Any] = [run(way, path, grid, workers, 300) for _ in range(arguments.repeats)]
-            wall, cpu = min(one[0] for one in runs), min(one[1] for one in runs)
-            reference = reference or len(grid.coords) / cpu
-            apart = np.abs(runs[0][2].astype(int) - expected[: len(runs[0][2])])
-            pixels = "equal" if not apart.any() else f"{(apart > 0).any(-1).mean():.1%} differ, by {apart.max()}"
-            rates = len(grid.coords) / wall, len(grid.coords) / cpu
-            line = (
-                f"{way:<15} {workers:8d} {rates[0]:9,.0f} {rates[1]:10,.0f} {rates[1] / reference:12.2f} {pixels:>22}"
-            )
-            print(line, flush=True)
+    for (way, workers), done in runs.items():
+        wall, cpu = min(one[0] for one in done), min(one[1] for one in done)
+        reference = reference or len(grid.coords) / cpu
+        apart = np.abs(done[0][2].astype(int) - expected[: len(done[0][2])])
+        pixels = "equal" if not apart.any() else f"{(apart > 0).any(-1).mean():.1%} differ, by {apart.max()}"
+        rates = len(grid.coords) / wall, len(grid.coords) / cpu
+        print(f"{way:<15} {workers:8d} {rates[0]:9,.0f} {rates[1]:10,.0f} {rates[1] / reference:12.2f} {pixels:>22}")
 
 
 def write_jpeg_slide(path: Path, native: int, mpp: float, columns: int, quality: int) -> None:
