@@ -1,8 +1,9 @@
 """Files that appear under their name only when they are complete and on the disk."""
 
 import errno
-import glob
 import os
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,23 @@ def write_whole(path: Path, content: bytes | memoryview, option: str = "--output
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed while they wrote this file left; only while no other is writing it."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.tmp"):
-        leftover.unlink(missing_ok=True)
+    """Remove what processes that were killed while they wrote this file left; only while no other is writing it.
+
+    The folder is listed again no more often than takes a twentieth of the time: there may be a million files in it.
+    """
+    folder, now = path.parent, time.monotonic()
+    due, temporary = _listings.get(folder, (0.0, []))
+    if now >= due:
+        try:
+            temporary = [name for name in os.listdir(folder) if name.startswith(".") and name.endswith(".tmp")]
+        except FileNotFoundError:
+            return
+        listed = time.monotonic()
+        _listings[folder] = listed + 20 * (listed - now), temporary
+    for name in temporary:
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.tmp", name):
+            (folder / name).unlink(missing_ok=True)
+
+
+_listings: dict[Path, tuple[float, list[str]]] = {}
+"""Temporary files by folder, and when that is to be listed again."""

@@ -31,11 +31,16 @@ PATIENCE = 60.0
 
 
 class Feed:
-    """What a device's process gets from the job, and tells it: the slides to work on, in place of a list, and a progress."""
+    """What a device's process gets from the job, and tells it: the slides to work on, in place of a list, and a progress.
+
+    Attributes:
+        on_slide: Is called with each slide, in their order.
+    """
 
     def __init__(self, pipe: "Connection[Any, Any]", slides: int) -> None:
         self._pipe = pipe
         self._slides = slides
+        self.on_slide: Callable[[SlideEntry], None] = lambda _: None
         self._ends_soon = False
         self._untold, self._told = 0, 0.0
         self._lock = threading.Lock()
@@ -51,6 +56,8 @@ class Feed:
             if answer in ("over", "stop"):
                 self._ends_soon = answer == "stop"
                 return
+            if answer is not None:
+                self.on_slide(answer)
             yield answer
 
     def ends_soon(self) -> bool:

@@ -5,10 +5,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from ...data.table import csv_of, decimal_point, read_rows
 from ...data.whole_file import remove_leftovers, write_whole
@@ -133,15 +132,18 @@ def record(output: Path, *results: SlideResult, name: str = SUMMARY, timeout: fl
     try:
         with waited_claim(lock_folder(output) / f".{path.name}.lock", timeout) as held:  # no id has a dot in front
             rows = read_summary(path)
-            new = {result.slide_id: asdict(result) for result in results if not _said_better(result, rows)}
+            new = [result for result in results if not _said_better(result, rows)]
             if not new:
                 return
-            rows |= new
+            for result in new:
+                cells = asdict(result).items()
+                rows[result.slide_id] = {name: "" if cell is None else str(cell) for name, cell in cells}
             columns = [field.name for field in fields(SlideResult)]
             if not held.held:
                 raise LongslideError(f"{path}: another process took it over while this one was stopped; tried again")
             remove_leftovers(path)
             write_whole(path, csv_of(columns, (rows[slide_id] for slide_id in sorted(rows))))
+            _remember(path, _version(path), rows)
     except ClaimedError as error:
         raise LongslideError(
             f"{path}: locked by {error.who}, for more than {timeout:g} s: is it stopped? The job goes on, and tries again"
@@ -150,30 +152,46 @@ def record(output: Path, *results: SlideResult, name: str = SUMMARY, timeout: fl
         raise LongslideError(f"{path}: cannot write it ({error.strerror})") from error
 
 
-def _said_better(result: SlideResult, rows: dict[str, dict[str, Any]]) -> bool:
+def _said_better(result: SlideResult, rows: dict[str, dict[str, str]]) -> bool:
     """Whether the row that is there says more than this result."""
     before = rows.get(result.slide_id)
     found_done = result.status == "done" and result.seconds is None
     return before is not None and (result.reason.startswith(BUSY) or (found_done and before["status"] == "done"))
 
 
-def read_summary(path: Path) -> dict[str, dict[str, Any]]:
+def read_summary(path: Path) -> dict[str, dict[str, str]]:
     """The rows of a summary by slide, cells as text; none if it is not there."""
-    try:
-        now = path.stat()
-    except FileNotFoundError:
+    version = _version(path)
+    if version is None:
         return {}
-    return dict(_read_rows(path, now.st_ino, now.st_mtime_ns, now.st_size))
-
-
-@lru_cache(maxsize=1)  # a run that finds ten thousand slides done would read ten thousand rows for each
-def _read_rows(path: Path, *version: int) -> dict[str, dict[str, Any]]:
+    known = _last.get(path)
+    if known is not None and known[0] == version:
+        return dict(known[1])
     rows = read_rows(path)
     if rows and not {"slide_id", "status"} <= rows[0].keys():
         raise LongslideError(f"{path}: not the summary of a job: no columns slide_id and status; move it away")
     # A spreadsheet may have written them with commas.
     numbers = ("slide_mpp", "tile_mpp", "tissue_mm2", "left_out_mm2", "blur", "seconds")
-    return {
+    by_slide = {
         row["slide_id"]: {name: decimal_point(cell) if name in numbers else cell for name, cell in row.items()}
         for row in rows
     }
+    _remember(path, version, by_slide)
+    return dict(by_slide)
+
+
+_last: dict[Path, tuple[object, dict[str, dict[str, str]]]] = {}
+"""The summary that this process has read or written last, with its version: to read a million rows takes a while."""
+
+
+def _remember(path: Path, version: object, rows: dict[str, dict[str, str]]) -> None:
+    _last.clear()
+    _last[path] = version, rows
+
+
+def _version(path: Path) -> object:
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return None
+    return now.st_ino, now.st_mtime_ns, now.st_size

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +16,7 @@ from ...ranges import checked
 from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.devices import DeviceRun, Feed
 from ..batch.ledger import SUMMARY, make_output_folder
-from ..batch.rerun import refuse_mistaken_rerun
+from ..batch.rerun import refuse_mistaken_rerun, with_results
 from ..batch.result import SlideResult, counted
 from ..batch.shards import SHARDS, Shard
 from ..batch.watched import WatchedProcesses
@@ -182,7 +182,11 @@ def embed(
             overwrite=overwrite,
         )
         with workers_on(devices, ray, output) as workers:
-            results = DeviceRun(workers, embedding, entries, output, part).run() if workers else embedding(device)
+            if workers:
+                work = replace(embedding, entries=with_results(entries, output))  # the others come one by one
+                results = DeviceRun(workers, work, entries, output, part).run()
+            else:
+                results = embedding(device)
         if shard is None:
             try:
                 write_contact_sheet(output)
@@ -236,8 +240,10 @@ class _Embedding:
             watched = resources.enter_context(WatchedProcesses(self.slide_timeout, PREPARED_AHEAD))
             copies = None
             if self.cache_dir is not None:
-                paths = [entry.path for entry in self.entries]
+                paths = [entry.path for entry in self.entries] if feed is None else []
                 copies = resources.enter_context(LocalCopies(self.cache_dir, self.cache_dir_gb, paths))
+                if feed is not None:
+                    feed.on_slide = lambda entry: copies.expect(entry.path)
             torch_device = resolve_device(device)
             slide_model = None
             if self.slide_encoder is not None:  # before the tile encoder, whose weights are far larger

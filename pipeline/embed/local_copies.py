@@ -19,7 +19,7 @@ class LocalCopies:
     Args:
         folder: The folder; made if need be.
         gigabytes: What all copies together may take; None for half of what is free there.
-        slides: The slides, in the order in which they are read.
+        slides: The slides, in the order in which they are read, as far as it is known: see `expect`.
 
     Raises:
         LongslideError: The folder cannot be written.
@@ -37,6 +37,10 @@ class LocalCopies:
         self._order = {path: place for place, path in enumerate(slides)}
         self._sizes: dict[int, int] = {}  # bytes by the place of the slide that is copied
         self._changed = threading.Condition()
+
+    def expect(self, slide: Path) -> None:
+        """Say which slide is read after those that were given or said before."""
+        self._order[slide] = max(self._order.values(), default=-1) + 1
 
     def __enter__(self) -> Self:
         return self

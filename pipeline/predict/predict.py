@@ -167,7 +167,14 @@ def predict(
             allow_seen=allow_seen,
         )
         with workers_on(devices, ray, output) as workers:
-            results = DeviceRun(workers, predicting, predicting.entries, output, part).run() if workers else None
+            results = None
+            if workers:
+                with predicting.job("cpu") as job:
+                    entries, makes_features, notes = job.checked()
+                for note in notes:
+                    print(note)
+                work = replace(predicting, entries=[], makes_features=makes_features)  # slides come one by one
+                results = DeviceRun(workers, work, entries, output, part).run()
         with predicting.job(device) as job:
             predictions = job.predictions(job.run(predicting.entries) if results is None else results)
     if kept:
@@ -206,6 +213,7 @@ class _Predicting:
     precision: str
     overwrite: bool
     allow_seen: bool
+    makes_features: bool = False
 
     def __call__(self, device: str, feed: Feed) -> list[SlideResult]:
         """Predict the slides that a feed gives.
@@ -309,11 +317,26 @@ class _Job:
         return {"checkpoints": self.digests, "explain": self.method}
 
     def run(self, slides: Sequence[SlideEntry] | Feed) -> list[SlideResult]:
-        """Predict the slides of the job, or those that a feed gives.
+        """Predict the slides of the job; or those that a feed gives, by whom they have been `checked`.
 
         Raises:
-            LongslideError: What is wrong with the encoders, and so for every slide that has no features; or predictions of
-                other checkpoints are in the folder: the tables are of one set of them.
+            LongslideError: See `checked`; or what is wrong with the encoders, and so for every slide that has no features.
+        """
+        makes_features, notes = self.asked.makes_features, list[str]()
+        if isinstance(slides, Feed):
+            self._known = {}
+        else:
+            slides, makes_features, notes = self.checked()
+        if makes_features:
+            self.maker.load_encoders()
+        return run_batch(self, slides, self.output, notes, self.asked.shard)
+
+    def checked(self) -> tuple[list[SlideEntry], bool, list[str]]:
+        """The slides of the job with their patients, whether one lacks features, and what is to be said first.
+
+        Raises:
+            LongslideError: Predictions of other checkpoints are in the folder, whose tables are of one set of them; or the
+                slides were predicted otherwise.
         """
         entries, overwrite = self.asked.entries, self.asked.overwrite
         there = self.slides()
@@ -323,10 +346,9 @@ class _Job:
             raise LongslideError(f"{path}: a prediction of other checkpoints; choose another --output, or --overwrite")
         if not overwrite:
             refuse_mistaken_rerun(entries, self.done_before, self.output)
-        missing = [entry for entry in entries if overwrite or not self.json_path(entry).exists()]
+        missing = [entry for entry in entries if overwrite or entry.slide_id not in there]
         refuse_mistaken_rerun(missing, self.maker.existing, self.maker.folder)
-        if any(not self.maker.path(entry).exists() for entry in missing):
-            self.maker.load_encoders()
+        makes_features = any(not self.maker.path(entry).exists() for entry in missing)
         notes = []
         if left := set(other) - {entry.slide_id for entry in entries}:
             notes.append(
@@ -334,7 +356,7 @@ class _Job:
                 "they are predicted again"
             )
         self._known = self.patients.known(there)
-        return run_batch(self, slides, self.output, notes, self.asked.shard)
+        return [self._of_patient(entry) for entry in entries], makes_features, notes
 
     def predictions(self, results: Sequence[SlideResult]) -> list[Prediction]:
         """What became of the slides of the job; of all but shards then the patients, and the tables."""

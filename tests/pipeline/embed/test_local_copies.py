@@ -48,6 +48,26 @@ def test_copies_take_no_more_than_the_budget_and_later_slides_wait_for_earlier_o
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_slides_that_come_one_by_one_wait_in_the_order_in_which_they_come(tmp_path: Path) -> None:
+    slides = files(tmp_path / "slides", 600, 600)
+    with LocalCopies(tmp_path / "cache", 1e-6, []) as copies:
+        for slide in reversed(slides):
+            copies.expect(slide)
+        later: list[Path] = []
+        with copies.copy_of(slides[1]):
+
+            def read_later() -> None:
+                with copies.copy_of(slides[0]) as copy:
+                    later.append(copy)
+
+            thread = threading.Thread(target=read_later)
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive()
+        thread.join(10)
+        assert later[0].parent != slides[0].parent, "a copy, once there was room"
+
+
 def test_a_slide_of_several_files_is_copied_whole(tmp_path: Path) -> None:
     slide = tmp_path / "case.mrxs"
     slide.write_bytes(b"preview")
