@@ -269,6 +269,7 @@ class _RayWorker:
         self._number, self._of = number, of
         self._requests = requests
         self._actor: Any = None
+        self._started = False
         self._ended: Any = None
 
     def start(self, request: bytes, wanted: Callable[[float], bool]) -> bool:
@@ -280,6 +281,7 @@ class _RayWorker:
                 ray.get(self._actor.start.remote(reference))
                 return True
             self._kill()  # its node has died
+            self._started = False
         gpu = self._node.gpus > 0
         actor = ray.remote(_Remote).options(
             num_gpus=int(gpu),
@@ -295,6 +297,7 @@ class _RayWorker:
             if not wanted(time.monotonic() - begun):
                 self._kill()
                 return False
+        self._started = True
         return True  # if its node has died meanwhile, so will `recv` say
 
     def recv(self) -> tuple[Any, ...]:
@@ -315,7 +318,7 @@ class _RayWorker:
 
     def terminate(self) -> None:
         """Send its process SIGTERM."""
-        if self._actor is not None:
+        if self._actor is not None and self._started:
             self._ended = self._actor.end.remote()
 
     def wait(self) -> None:
@@ -328,10 +331,13 @@ class _RayWorker:
 
     def _call(self, method: str, *args: object) -> Any:
         ray = _ray()
+        actor = self._actor
+        if actor is None:
+            raise ConnectionError("it was ended")
         try:
-            return ray.get(getattr(self._actor, method).remote(*args))
+            return ray.get(getattr(actor, method).remote(*args))
         except ray.exceptions.RayTaskError as error:  # of the process, not of Ray
-            raise error.as_instanceof_cause() from None
+            raise ConnectionError(" ".join(str(error.cause).split())) from None
         except ray.exceptions.RayError:
             raise ConnectionError("its node, or Ray's process there, is gone") from None
 
