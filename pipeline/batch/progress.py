@@ -1,5 +1,6 @@
 """Progress of a job over slides: slides, tiles, tiles per second, time left."""
 
+import time
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -18,6 +19,9 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from .result import SlideResult
+
+MINUTE = 60.0
+"""Seconds between the lines that say how far a job is where no bar can be drawn."""
 
 STYLES = {"done": "green", "failed": "bold red", "skipped": "yellow"}
 
@@ -58,7 +62,7 @@ class Progress(Protocol):
 class JobProgress:
     """Two bars on standard error, all slides and the present one, and a line for each slide that ended.
 
-    Where standard error is not a terminal (a cluster's log), only the lines are written.
+    Where standard error is not a terminal (a cluster's log), only the lines are written, and every minute one more.
     """
 
     def __init__(self, slides: int) -> None:
@@ -79,6 +83,8 @@ class JobProgress:
         self._tiles = self._progress.add_task("tiles", total=None, tiles=True, remark="", visible=False)
         self._total = slides
         self._ended = 0
+        self._done = self._done_before = 0
+        self._began = self._said = time.monotonic()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -100,6 +106,16 @@ class JobProgress:
     def tiles_done(self, tiles: int, remark: str = "") -> None:
         """So many more tiles are embedded, of the present slide if it was said which; with a remark on the speed."""
         self._progress.update(self._tiles, advance=tiles, remark=remark, visible=True)
+        self._done += tiles
+        now = time.monotonic()
+        if self._console.is_terminal or now - self._said < MINUTE:
+            return
+        rate = (self._done - self._done_before) / (now - self._said)
+        line = f"[{self._ended}/{self._total}] {self._done:,} tiles, {rate:,.0f} tiles/s {remark}".rstrip()
+        if self._ended:
+            line += f", about {duration((now - self._began) * (self._total - self._ended) / self._ended)} left"
+        self._console.print(escape(line))
+        self._said, self._done_before = now, self._done
 
     def slide_ended(self, result: SlideResult) -> None:
         """Write the slide's line and advance the bar of all slides."""
@@ -114,3 +130,11 @@ class JobProgress:
         if result.reason:
             line += f"  {escape(result.reason)}"
         self._console.print(f"{escape(f'[{self._ended}/{self._total}]')} {line}")
+
+
+def duration(seconds: float) -> str:
+    """A time to be read, in hours, minutes or seconds."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -24,6 +24,7 @@ from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from ...ranges import checked
 from ...task import TaskKind
+from ..batch.progress import duration
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcess, can_be_sent
 from .choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder, resolve_tiles
@@ -314,18 +315,11 @@ def _print_totals(console: Console, checks: list[SlideCheck], encoders: list[Enc
     readable = _readable(checks)
     tiles = sum(check.tiles for check in readable)
     reading = sum(check.tiles / check.tiles_per_second for check in readable if check.tiles_per_second)
-    hours = f"{_duration(reading)} to read them"
+    hours = f"{duration(reading)} to read them"
     if encoders and encoders[0].tiles_per_second:
         embedding = tiles / encoders[0].tiles_per_second
-        hours += f", {_duration(embedding)} to embed them; both at once {_duration(max(reading, embedding))}"
+        hours += f", {duration(embedding)} to embed them; both at once {duration(max(reading, embedding))}"
     elif not encoders:
         hours += "; name a --tile-encoder to learn how long embedding takes"
     console.print(f"slides        {sum(check.ok for check in checks)} of {len(checks)} without problem")
     console.print(f"tiles         {tiles:,}: {hours}")
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from ...data.table import csv_of_frame, read_table, typed
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
+from ..batch.progress import duration
 
 HISTORY_COLUMNS = ["fold", "epoch", "step", "train_loss", "val_loss", "val_metric", "learning_rate"]
 
@@ -113,7 +114,7 @@ class EpochLines(Callback):
         values.append(f"{rate:.3g} steps/s")
         left = trainer.estimated_stepping_batches - trainer.global_step
         if 0 < left < math.inf and rate:
-            values.append(f"at most {_duration(left / rate)} left")
+            values.append(f"at most {duration(left / rate)} left")
         epochs = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
         self._line = f"fold {self.fold}, epoch {trainer.current_epoch + 1}{epochs}: {', '.join(values)}"
         if not trainer.is_global_zero:
@@ -129,12 +130,6 @@ class EpochLines(Callback):
         if self._line:
             print(self._line, file=sys.stderr, flush=True)
         self._line, self._said = "", now
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class BestCheckpoint(ModelCheckpoint):
