@@ -1,20 +1,21 @@
 """How much memory may still be taken: of the machine, or of the container or job that has less."""
 
+import os
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int | None:
-    """Bytes that are free or can be freed; None where the system does not say.
+    """Bytes that are free or can be freed; a quarter of all where the system does not say, None where it says nothing.
 
     The limits of control groups (containers, SLURM jobs) count, where they are lower than the machine.
     """
     try:
         found = [1024 * _fields(Path("/proc/meminfo"))["MemAvailable"]]
         groups = Path("/proc/self/cgroup").read_text().splitlines()
-    except (OSError, KeyError):
-        return None
+    except (OSError, KeyError):  # not Linux
+        return _quarter_of_all()
     for line in groups:
         _, controllers, path = line.split(":", 2)
         if not controllers:  # version 2
@@ -28,6 +29,13 @@ def free_memory() -> int | None:
             if folder == base or base in folder.parents:
                 found += _free_of_group(folder, *names)
     return min(found)
+
+
+def _quarter_of_all() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _free_of_group(folder: Path, limit: str, used: str, inactive: str) -> list[int]:

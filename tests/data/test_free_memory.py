@@ -14,6 +14,17 @@ def group(folder: Path, limit: str, used: int, inactive: int) -> None:
     (folder / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\n")
 
 
+def test_a_system_without_files_about_its_memory_has_a_share_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_of_it = 4 * (module._quarter_of_all() or 0)
+    assert all_of_it > 2**28
+
+    def missing(path: Path) -> dict[str, int]:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(module, "_fields", missing)
+    assert free_memory() == all_of_it // 4
+
+
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux")
 def test_the_lower_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "GROUPS", tmp_path)

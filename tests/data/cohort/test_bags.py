@@ -203,6 +203,35 @@ def test_a_cache_without_a_limit_keeps_as_much_as_it_leaves_free(
     assert len(cache) == 4, "a system that does not say keeps nothing more"
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_features_for_a_gpu_move_to_page_locked_memory_once_or_stay_where_they_are(
+    allowed: bool, slide: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a GPU: the system gives such memory, in blocks, or refuses it."""
+    blocks: list[int] = []
+    empty = torch.empty
+
+    def locked(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        if not allowed:
+            raise RuntimeError("CUDA error: out of memory")
+        blocks.append(size)
+        return empty(size, dtype=dtype)
+
+    paths = [slide(f"s{i}", tiles=20 + i, seed=i) for i in range(9)]
+    cache = FeatureCache(1.0)
+    before = [cache.read(path).features for path in paths]
+    monkeypatch.setattr("longslide.data.features.cache.torch.empty", locked)
+    for _ in range(2):
+        for path, features in zip(paths, before, strict=True):
+            tiles = cache.read(path, pinned=True)
+            assert tiles.pinned == allowed
+            assert tiles.features.dtype == features.dtype
+            np.testing.assert_array_equal(tiles.features, features)
+    assert (len(blocks) > 0) == allowed
+    assert len(blocks) <= 5, "each as large as all before"
+    assert all(size & (size - 1) == 0 for size in blocks)
+
+
 def test_a_cache_that_is_sent_to_another_process_is_empty(slide: Callable[..., Path]) -> None:
     cache = FeatureCache(1.0, slide_embeddings=False)
     cache.read(slide("a"))
