@@ -1,7 +1,8 @@
 """Ink of markers on a slide: what distinguishes it from stained tissue of the same colour.
 
 Ink is one dye: its hue does not change, and its density hardly; tissue holds two stains in uneven shares, and nuclei. Ink
-lies in strokes, beside or across tissue, in a colour that the bulk of the tissue lacks.
+lies in strokes, beside or across tissue, in a colour that the bulk of the tissue lacks. Whether tissue lies below it is
+another question: see `under_ink.py`.
 """
 
 from collections.abc import Iterator
@@ -28,8 +29,11 @@ MAX_HUE_SPREAD = 0.035
 LEAST_TISSUE = 0.15
 """Where less than this of all that absorbs light were tissue, only what can be nothing else is ink."""
 
-MIN_SIGNIFICANCE = 5.0
-"""Ink is followed onto tissue where it differs from it by so many standard deviations of the tissue's colours."""
+SMOOTH = 0.6
+"""Ink is smoother, in hue from pixel to pixel and in density, than so much of what is usual in the picture."""
+
+MIN_HUE_DEVIATION = 0.012
+"""Least of what counts as usual: H&E has 0.015 to 0.03, ink 0.004 to 0.01; a slide of nothing but ink has no usual."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,14 @@ class _Piece:
     def is_green_or_black(self) -> bool:
         """Whether it is of a colour that no stain has."""
         red, green, blue = self.direction.tolist()
-        return bool(max(red, green, blue) < 1.3 * min(red, green, blue) or red > blue > 1.1 * green)
+        black = max(red, green, blue) < (1.6 if average(self.density) > MIN_DARKNESS else 1.3) * min(red, green, blue)
+        return bool(black or red > blue > 1.1 * green)
 
     @property
     def is_brown(self) -> bool:
         """Whether it is of the colour of DAB, which no marker has."""
         red, green, blue = self.direction.tolist()
-        return bool(blue > 1.1 * green and red > 0.25 * blue and green > red)
+        return bool(blue > 1.1 * green and red > 0.25 * blue and green > red and not self.is_green_or_black)
 
     @property
     def is_no_tissue(self) -> bool:
@@ -100,18 +105,8 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
             depths = depth(rest)
         elif not len(sample):
             break  # wider strokes would be the same pieces
-    blots = [  # and hatching that runs together
-        piece
-        for piece in _pieces(rest, density, direction, relative, 8, measured)
-        if piece.flatness < 0.035 and piece.hue_spread < 0.03 and not piece.is_brown
-    ]
-    for piece in blots:
-        rest[piece.where] &= ~piece.mask
-    others = density.reshape(-1, 3)[np.flatnonzero(rest)[::7]]
-    for piece in blots:
-        of_an_ink = any(np.linalg.norm(piece.direction - stroke.direction) < 0.1 for stroke in taken)
-        if of_an_ink or piece.is_no_tissue or (len(others) and np.mean(_alike(piece, others)) < 0.3):
-            take(piece)
+    for stroke in _smooth_strokes(rest, density, direction, relative, mpp, taken):
+        take(stroke)
     rest &= ~ink
     if np.count_nonzero(rest) < LEAST_TISSUE * np.count_nonzero(foreground):
         # Next to nothing but ink: a slide without tissue, or tissue of one even stain.
@@ -123,7 +118,7 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
     for vivid in _vivid_strokes(rest, density, mpp):
         ink |= vivid
         rest &= ~vivid
-    return np.asarray(ink | _over_tissue(ink, rest, foreground, density, [piece.density for piece in taken]))
+    return ink
 
 
 def _pieces(
@@ -174,7 +169,7 @@ def _measure(
     if slenderness < 6:  # short and thick: all of it must be flat, or it is tissue that a stroke crosses
         flatness = max(flatness, float(np.percentile(relative[where][piece & (depths >= 0.35 * radius)], 70)))
     hue_spread = float(np.median(length(directions - typical)))
-    own = piece & (length(direction[where] - typical) < 0.2)  # without tissue that hangs on to it
+    own = piece & (length(direction[where] - typical) < 0.1)  # without tissue that hangs on to it
     return _Piece(where, own, slenderness, flatness, hue_spread, typical, np.median(colours[densest], axis=0))
 
 
@@ -203,6 +198,64 @@ def _alike(piece: _Piece, colours: np.ndarray) -> np.ndarray:
     return (length(unit(colours) - piece.direction) < 0.1) & (length(colours) > 0.5 * np.linalg.norm(piece.density))
 
 
+def _smooth_strokes(
+    rest: np.ndarray,
+    density: np.ndarray,
+    direction: np.ndarray,
+    relative: np.ndarray,
+    mpp: float,
+    inks: list[_Piece],
+) -> Iterator[_Piece]:
+    """Strokes of any width and shape, which may touch tissue or run together: smooth, and of the hue of one dye."""
+    rest = rest.copy()
+    core = rest & (depth(rest) > 2.5)
+    if not core.any():
+        return
+    unevenness = _hue_deviation(rest, density)
+    usual = max(float(np.median(unevenness[core])), MIN_HUE_DEVIATION)
+    flat = SMOOTH * float(np.median(relative[core]))
+    unevenness = cv2.blur(unevenness, (5, 5))
+    seeds = opening(rest & (unevenness < SMOOTH * usual), max(1.5, 30 / mpp))
+    least_px = max(8.0, (100 / mpp) ** 2)
+    dyes: list[_Piece] = []
+    smooth = (
+        piece
+        for piece in _pieces(seeds, density, direction, relative, least_px, {})
+        if piece.hue_spread < 0.03 and piece.flatness < 0.1 and not piece.is_brown
+    )
+    for piece in (*inks, *smooth):
+        if all(np.linalg.norm(piece.direction - dye.direction) > 0.05 for dye in dyes):
+            dyes.append(piece)
+    by_glass = depth(rest) <= 4
+    lengths = length(density)
+    for dye in dyes:
+        member = rest & (length(direction - dye.direction) < 0.08) & (lengths > 0.35 * np.linalg.norm(dye.density))
+        for stroke in _pieces(opening(member, 1.0), density, direction, relative, least_px, {}):
+            where, within = stroke.where, stroke.mask & core[stroke.where]
+            border = stroke.mask & (depth(np.pad(stroke.mask, 1))[1:-1, 1:-1] <= 1.5)
+            if stroke.hue_spread > 0.03 or np.mean(by_glass[where][border]) < 0.25:
+                continue
+            others = rest.copy()
+            others[where] &= ~stroke.mask
+            sample = density.reshape(-1, 3)[np.flatnonzero(others)[::7]]
+            is_smooth = stroke.flatness < flat and within.any() and np.median(unevenness[where][within]) < 0.75 * usual
+            unlike = len(sample) > 0 and np.mean(_alike(stroke, sample)) < 0.3
+            of_an_ink = any(dye is ink for ink in inks) and _is_stroke(stroke, sample, 7)
+            if (is_smooth and (unlike or stroke.is_no_tissue)) or of_an_ink:
+                rest[where] &= ~stroke.mask
+                yield stroke
+
+
+def _hue_deviation(mask: np.ndarray, density: np.ndarray) -> np.ndarray:
+    """How far optical densities lie off their mean direction, as a share of its length, within 5 pixels."""
+    share = np.maximum(cv2.blur(mask.astype(np.float32), (5, 5)), 0.04)
+    inside = np.where(mask[..., None], density, 0).astype(np.float32)
+    mean = cv2.blur(inside, (5, 5))
+    along = np.einsum("ijk,ijk->ij", inside, unit(mean))
+    off = cv2.blur(np.einsum("ijk,ijk->ij", inside, inside) - along * along, (5, 5))
+    return np.asarray(np.sqrt(np.maximum(off, 0) / share) / np.maximum(length(mean) / share, 0.1))
+
+
 def _vivid_strokes(rest: np.ndarray, density: np.ndarray, mpp: float) -> Iterator[np.ndarray]:
     """Real strokes that tissue joins and that are uneven: vivid colours that are few, thin and lie along the glass."""
     red, green, blue = (density[..., channel] for channel in range(3))
@@ -227,39 +280,3 @@ def _vivid_strokes(rest: np.ndarray, density: np.ndarray, mpp: float) -> Iterato
         if along_glass > 0.25 and thick < 0.3 and area < 0.25 * np.count_nonzero(rest):
             yield strokes
             rest &= ~strokes
-
-
-def _over_tissue(
-    ink: np.ndarray, tissue: np.ndarray, foreground: np.ndarray, density: np.ndarray, inks: list[np.ndarray]
-) -> np.ndarray:
-    """Where strokes go on over tissue: Fisher's linear discriminant between the tissue and the tissue with ink on it."""
-    over = np.zeros_like(ink)
-    sample = density[tissue][::5].astype(np.float64)
-    if not inks or len(sample) < 50:
-        return over
-    mean = np.median(sample, axis=0)
-    distance = length(sample - mean)
-    central = sample[distance <= np.percentile(distance, 60)]
-    inverse = np.linalg.inv(np.cov(central.T) + 1e-4 * np.eye(3))
-    where = foreground & ~ink
-    colours = density[where]
-    lengths = length(colours)
-    different: list[np.ndarray] = []
-    for colour in inks:  # dozens of strokes are of a few inks
-        if all(np.linalg.norm(colour - other) > 0.1 * np.linalg.norm(other) for other in different):
-            different.append(colour)
-    for colour in different:
-        axis = inverse @ colour
-        strength = float(colour @ axis)
-        alike = (colours @ unit(colour) > 0.99 * lengths) & (lengths > 0.5 * length(colour))
-        if strength >= MIN_SIGNIFICANCE**2:
-            alike |= (colours - mean.astype(np.float32)) @ (axis / strength).astype(np.float32) > 0.6
-        if not alike.any():
-            continue
-        inked = np.zeros_like(ink)
-        inked[where] = alike
-        inked = opening(inked, 1.5)
-        inked &= connected_to(inked | ink, ink)
-        if np.count_nonzero(inked) < 0.25 * np.count_nonzero(tissue):
-            over |= inked
-    return over

@@ -11,8 +11,9 @@ from .base import MAX_MASK_PX, Tissue, TissueSegmenter
 from .channels import average, highest, lowest, spread
 from .ink import find_ink
 from .morphology import closing, connected_to, depth, local_deviation, opening, without_small
+from .under_ink import tissue_under_ink
 
-METHOD = "longslide-tissue-3"
+METHOD = "longslide-tissue-4"
 """Name and version of the classical method, recorded in feature files."""
 
 MASK_MPP = 10.0
@@ -159,6 +160,7 @@ def _tissue_and_ink(
         both = tissue | loose
         tissue = closing(both, max(1.0, 25 / mpp)) | (closing(both, 120 / mpp) & (depth(~loose) < 150 / mpp))
     tissue &= ~lost & (~dark | closing(solid, max(1.0, 60 / mpp)))  # what is dark amid tissue is pigment or a fold
+    tissue |= tissue_under_ink(ink & foreground, (stained | dark) & ~lost | ink, tissue, density, mpp)
     filled = ~without_small(~tissue, min(MAX_HOLE_UM2 / mpp**2, MAX_HOLE_SHARE * tissue.size))
     tissue = without_small(filled, max(4.0, min_area / mpp**2))
     return tissue, ink & ~tissue

@@ -122,10 +122,33 @@ class _Pen:
             for _ in range(int(rng.integers(1, 4))):
                 centre = (round(rng.uniform(0.03, 0.1) * w), round(rng.uniform(0.1, 0.9) * h))
                 cv2.circle(raster, centre, round(width * rng.uniform(0.8, 1.6)), 1, -1)
-        soft = cv2.GaussianBlur(raster.astype(np.float32), (0, 0), 0.8)[..., None]
-        uneven = np.clip(1 + 0.15 * self.noise(1500), 0.3, 1.5)[..., None] * opacity
-        self.density += soft * uneven * -np.log10(np.float32(colour) / 245)
-        self.truth[raster > 0] = 0  # what ink covers is lost
+        soft = cv2.GaussianBlur(raster.astype(np.float32), (0, 0), 0.8)
+        self.dye(soft * np.clip(1 + 0.15 * self.noise(1500), 0.3, 1.5) * opacity, colour)
+
+    def dye(self, amount: np.ndarray, colour: RGB) -> None:
+        """Ink that light passes: tissue below it remains tissue."""
+        self.density += amount[..., None] * -np.log10(np.float32(colour) / 245)
+
+    def stroke(self, points: np.ndarray, colour: RGB, width_um: float, opacity: float) -> None:
+        """A stroke by hand through `(n, 2)` points as shares of the picture: of uneven width, streaky, dark at its ends."""
+        rng, (h, w) = self.rng, (self.height, self.width)
+        along = np.linspace(0, len(points) - 1, 12 * len(points))
+        path = np.stack([np.interp(along, range(len(points)), points[:, axis]) for axis in range(2)], 1) * (w, h)
+        path = cv2.GaussianBlur(path.astype(np.float32), (1, 0), 3, sigmaY=3) if len(path) > 20 else path
+        amount, width = np.zeros((h, w), np.float32), self.um(width_um)
+        widths = width * np.clip(1 + 0.15 * cv2.GaussianBlur(rng.normal(size=(len(path), 1)), (1, 0), 3) * 4, 0.6, 1.4)
+        for n in range(len(path) - 1):
+            ends = [tuple(int(v) for v in np.rint(path[n + k] * 16)) for k in (0, 1)]
+            part = np.zeros((h, w), np.uint8)
+            cv2.line(part, ends[0], ends[1], 255, max(1, round(float(widths[n, 0]))), cv2.LINE_AA, 4)
+            amount = np.maximum(amount, part / np.float32(255) * (1 + 0.25 * np.sin(n / 9)))
+        streaks = 1 + 0.12 * self.noise(max(width_um / 4, 10)) + 0.15 * self.noise(width_um * 3)
+        amount *= np.clip(streaks, 0.4, 1.6)
+        for end in (path[0], path[-1]):
+            blot = np.zeros((h, w), np.uint8)
+            cv2.circle(blot, tuple(int(v) for v in np.rint(end)), max(1, round(0.5 * width)), 1, -1)
+            amount += 0.8 * blot * (rng.random() < 0.6)
+        self.dye(cv2.GaussianBlur(amount, (0, 0), max(0.8, 0.06 * width)) * opacity, colour)
 
     def finish(self, grey: bool = False) -> DrawnSlide:
         rng = self.rng
@@ -150,8 +173,56 @@ def _pieces(pen: _Pen) -> np.ndarray:
 def _inked(name: str, kind: str) -> Callable[[_Pen], None]:
     def draw(pen: _Pen) -> None:
         pen.haematoxylin_eosin(_pieces(pen), pen.rng.uniform(0.6, 1.3))
-        jitter = tuple(float(np.clip(c + pen.rng.normal(0, 12), 12, 244)) for c in INKS[name])
-        pen.ink(kind, jitter, pen.rng.uniform(60, 220), pen.rng.uniform(0.75, 1.0))  # type: ignore[arg-type]
+        pen.ink(kind, _jittered(pen.rng, name), pen.rng.uniform(60, 220), pen.rng.uniform(0.75, 1.0))
+
+    return draw
+
+
+def _jittered(rng: np.random.Generator, name: str) -> RGB:
+    red, green, blue = (float(np.clip(value + rng.normal(0, 12), 12, 244)) for value in INKS[name])
+    return red, green, blue
+
+
+def _outline_points(raster: np.ndarray, reach: float) -> np.ndarray:
+    """The outline of a raster, moved outwards by so many pixels, as shares of the picture."""
+    size = 2 * max(0, round(reach)) + 1
+    grown = cv2.dilate(raster, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)))
+    contours, _ = cv2.findContours(grown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    points = max(contours, key=len)[:, 0]
+    return np.asarray(points[:: max(1, len(points) // 40)] / raster.shape[::-1])
+
+
+def _by_hand(*names: str) -> Callable[[_Pen], None]:
+    """Markers as pathologists use them: along the margin of the tissue, in rings upon it, and across it."""
+
+    def draw(pen: _Pen) -> None:
+        rng = pen.rng
+        raster = _pieces(pen)
+        pen.haematoxylin_eosin(raster, rng.uniform(0.6, 1.3))
+        width, opacity = rng.uniform(100, 350), rng.uniform(0.35, 0.9)
+        for number, name in enumerate(names):
+            colour = _jittered(rng, name)
+            way = ("margin", "rings", "across", "beside")[number if len(names) > 2 else int(rng.integers(4))]
+            if way in ("margin", "beside"):
+                reach = pen.um(width * (rng.uniform(0.2, 0.6) if way == "margin" else rng.uniform(1.0, 1.6)))
+                points = _outline_points(raster, reach)
+                first, count = int(rng.integers(len(points))), int(len(points) * rng.uniform(0.4, 0.9))
+                points = np.roll(points, -first, axis=0)[:count] + rng.normal(0, 0.003, (count, 2))
+                for part in np.array_split(points, int(rng.integers(1, 4))):
+                    pen.stroke(part, colour, width, opacity)
+            elif way == "rings":
+                ys, xs = np.nonzero(cv2.erode(raster, np.ones((9, 9), np.uint8)))
+                for _ in range(int(rng.integers(2, 9))):
+                    pick = int(rng.integers(len(ys)))
+                    angle = np.linspace(0, 6.4, 14) + rng.uniform(0, 6.28)
+                    reach = pen.um(rng.uniform(0.8, 1.6) * width) * np.clip(rng.normal(1, 0.12, angle.shape), 0.7, 1.4)
+                    ring = np.stack([xs[pick] + reach * np.cos(angle), ys[pick] + 0.8 * reach * np.sin(angle)], 1)
+                    pen.stroke(ring / (pen.width, pen.height), colour, 0.6 * width, opacity)
+            else:
+                for _ in range(int(rng.integers(1, 3))):
+                    left, right = rng.uniform(0.25, 0.75, 2)
+                    points = np.array([[0.06, left], [0.5, (left + right) / 2], [0.94, right]])
+                    pen.stroke(points + rng.normal(0, 0.01, points.shape), colour, width, opacity)
 
     return draw
 
@@ -262,6 +333,9 @@ KINDS: dict[str, Callable[[_Pen], None]] = {
     "clean": lambda pen: pen.haematoxylin_eosin(_pieces(pen), pen.rng.uniform(0.7, 1.3)),
     "faint": lambda pen: pen.haematoxylin_eosin(_pieces(pen), pen.rng.uniform(0.2, 0.35)),
     **{f"{ink} ink, {kind}": _inked(ink, kind) for ink in INKS for kind in ("ring", "hatching", "over", "dots")},
+    **{f"{ink} ink, by hand": _by_hand(ink) for ink in INKS},
+    "three markers": _by_hand("red", "black", "green"),
+    "other three markers": _by_hand("blue", "violet", "pink"),
     **{f"{glass} glass": _glass(glass) for glass in GLASS if glass != "white"},
     "DAB": _one_stain(DAB, 0.25, 0.6),
     "DAB and counterstain": _two_stains(DAB, BLUE_COUNTERSTAIN, (0.45, 0.15), banded=False),
