@@ -79,9 +79,9 @@ def as_jpeg(case: Case) -> Case:
 
 
 def with_light_pen(case: Case, colour: tuple[int, int, int]) -> Case:
-    """Ink that tissue shows through."""
-    inked, truth = with_pen(case, colour)
-    return cv2.addWeighted(inked, 0.6, case[0], 0.4, 0), truth
+    """Ink that tissue shows through, and remains tissue."""
+    inked, _ = with_pen(case, colour)
+    return cv2.addWeighted(inked, 0.6, case[0], 0.4, 0), case[1]
 
 
 # Absorbance of red, green and blue.
