@@ -49,7 +49,7 @@ class OpticalDensity(TissueSegmenter):
         threshold: Least optical density of green above the lower of red and blue; or, for stains that absorb green least,
             of the highest channel above the lowest, then 1.25 times as much. Less finds paler tissue, and dirt.
         min_area: Smallest piece of tissue in square microns.
-        keep_ink: Whether ink of a marker counts as tissue, for slides whose stain looks like ink.
+        keep_ink: Whether ink on glass counts as tissue too, for slides whose stain looks like ink.
     """
 
     threshold: float = MIN_DENSITY
@@ -70,7 +70,8 @@ def find_tissue(
 
     Glass is the brightest colour that is flat. Tissue absorbs light and, unlike shadows, dust, coverslip edges and
     black borders, absorbs it unevenly over red, green and blue (in a grey scan its darkness alone is judged). It ends where
-    its density is half of that within. Fat is found by its mean colour and unevenness, ink as `find_ink` says.
+    its density is half of that within. Fat is found by its mean colour and unevenness, ink as `find_ink` says,
+    and tissue below ink as `tissue_under_ink` does.
 
     Args:
         slide: The slide.

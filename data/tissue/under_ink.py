@@ -52,7 +52,7 @@ def tissue_under_ink(
     between &= ~(certain & (amount < NO_TISSUE))
     known = tissue | between
     denser = opening(amount > MUCH_TISSUE, max(1.0, 30 / mpp))
-    return between | (denser & connected_to(denser | (depth(~known) <= max(2.0, 40 / mpp)), known))
+    return np.asarray(between | (denser & connected_to(denser | (depth(~known) <= max(2.0, 40 / mpp)), known)))
 
 
 def _tissue_amount(

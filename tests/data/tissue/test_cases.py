@@ -35,7 +35,7 @@ CASES = {
     "24": 0.93,  # fat
     "29": 0.90,  # core biopsies 90 um wide
     "real_breast_fat_green_pen": 0.84,
-    "real_three_markers": 0.83,  # below the 0.90 asked for: the truth runs through ink that lies on tissue
+    "real_three_markers": 0.83,  # below the 0.90 asked for: a corner of tissue is not marked; a careful hand has 0.88
 }
 
 
@@ -56,6 +56,8 @@ KINDS = [
     "Masson in patches", "Alcian blue", "AEC", "AEC and counterstain", "pale, fills the picture", "shadows", "grey scan",
     "cores", "clusters", "fat", "fat and stroma", "pink glass",
     *(f"{ink} ink, ring" for ink in ("crimson", "purple", "pink", "blue", "green", "black")),
+    *(f"{ink} ink, over" for ink in ("crimson", "red", "blue", "green", "black")),
+    *(f"{ink} ink, hatching" for ink in ("purple", "magenta", "red", "green")),
 ]  # fmt: skip
 
 
