@@ -1,6 +1,8 @@
-"""How much memory may still be taken: of the machine, or of the container or job that has less."""
+"""How much memory may still be taken, of the machine or of the container or job that has less; and giving it back."""
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 GROUPS = Path("/sys/fs/cgroup")
@@ -36,6 +38,12 @@ def _quarter_of_all() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def return_freed_memory() -> None:
+    """Give memory back that was freed: glibc keeps the blocks of large pictures for later ones."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _free_of_group(folder: Path, limit: str, used: str, inactive: str) -> list[int]:

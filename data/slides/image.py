@@ -11,6 +11,7 @@ import tifffile
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin, UnidentifiedImageError
 
 from ...errors import LongslideError
+from ..free_memory import return_freed_memory
 from ..regular_file import check_regular
 from .base import (
     IMAGE_SUFFIXES,
@@ -85,6 +86,7 @@ class ImageReader(SlideReader):
         """Free the image."""
         self._image.close()
         self._decoded.close()
+        return_freed_memory()
 
     def read_region(self, x: int, y: int, level: int, width: int, height: int) -> np.ndarray:
         """See `SlideReader.read_region`."""

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ...errors import LongslideError
+from ..free_memory import return_freed_memory
 from ..regular_file import check_regular
 from ..slides.base import MOST_BYTES
 from ..slides.slide import Slide
@@ -112,6 +113,8 @@ def _read_raster(path: Path, content: bytes, slide: Slide) -> tuple[np.ndarray, 
                     f"one, as {MAX_MASK_PX:,} px are all that is used, or one of 8-bit grey"
                 )
             mask = _reduced(picture)
+            picture.close()
+            return_freed_memory()
             return mask, (slide.dimensions[0] / mask.shape[1], slide.dimensions[1] / mask.shape[0])
     except UnidentifiedImageError as error:
         raise LongslideError(

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -319,3 +321,39 @@ def test_slides_that_are_read_piece_by_piece_take_no_memory_of_images(tmp_path: 
     Image.fromarray(np.full((300, 400, 3), 200, np.uint8)).save(tmp_path / "strips.tif")
     for name in ("a.svs", "a.tif", "strips.tif", "b.png", "c.png", "none.png"):
         assert image.decoding_bytes(tmp_path / name) == 0
+
+
+HELD = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from longslide import open_slide
+
+def held() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1e3
+
+with ThreadPoolExecutor(1) as opens, ThreadPoolExecutor(1) as closes:  # as in a batch
+    before = None
+    for path in sys.argv[1:] * 2:
+        slide = opens.submit(open_slide, path, slide_mpp=0.5).result()
+        start = held() - slide.memory_bytes / 1e6 if before is None else start
+        if before is not None:
+            closes.submit(before.close).result()
+        before = slide
+    closes.submit(before.close).result()
+print(held() - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_plain_images_that_are_closed_leave_no_memory_behind(tmp_path: Path) -> None:
+    pixels = np.full((5000, 6000, 3), 200, np.uint8)
+    pixels[::7] = 90
+    names = [("a.png", {"compress_level": 1}), ("b.jpg", {"progressive": True}), ("c.jpg", {}), ("d.bmp", {})]
+    for name, options in names:
+        Image.fromarray(pixels).save(tmp_path / name, **options)
+    words = [sys.executable, "-c", HELD, *(str(tmp_path / name) for name, _ in names)]
+    held = float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert held < 40  # megabytes; a picture takes 120
