@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import platform
 import signal
 import socket
 import sys
@@ -101,6 +100,7 @@ def _connect(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=True, logging_level="error")
     except Exception as error:  # ConnectionError, RuntimeError, ValueError: Ray has no class for it
+        ray.shutdown()  # it may be half connected
         text = " ".join(str(error).split())
         if "ersion mismatch" in text:
             raise LongslideError(f"--ray {address}: {text}; install the same versions here and there") from error
@@ -149,7 +149,6 @@ def _look_from(nodes: list[_Node], output: Path) -> tuple[list[dict[str, Any]], 
     ) -> dict[str, Any]:  # a nested function travels whole: no import there
         import importlib
         import os
-        import platform
         import time
 
         try:
@@ -165,7 +164,7 @@ def _look_from(nodes: list[_Node], output: Path) -> tuple[list[dict[str, Any]], 
             except OSError:
                 time.sleep(0.5)
         here = os.path.isdir(folder)
-        return {"longslide": version, "python": platform.python_version(), "folder": here, "output": sees_output}
+        return {"longslide": version, "folder": here, "output": sees_output}
 
     try:
         probe.write_text(token)
@@ -188,16 +187,15 @@ def _look_from(nodes: list[_Node], output: Path) -> tuple[list[dict[str, Any]], 
                 nodes.remove(node)
     finally:
         probe.unlink(missing_ok=True)
-    own = {"longslide": __version__, "python": platform.python_version(), "cwd": folder}
-    return found, own
+    return found, {"longslide": __version__, "cwd": folder}
 
 
 def refuse_other_nodes(nodes: Sequence[Mapping[str, Any]], own: Mapping[str, Any], output: Path) -> None:
     """Refuse nodes whose results would be others, or elsewhere.
 
     Args:
-        nodes: What each node says: `node`, `longslide` and `python` (versions), whether it sees `folder` and `output`.
-        own: The same versions here, and the working folder `cwd`.
+        nodes: What each node says: `node`, the version of `longslide`, whether it sees `folder` and `output`.
+        own: The version here, and the working folder `cwd`.
         output: The output folder.
 
     Raises:
@@ -207,11 +205,10 @@ def refuse_other_nodes(nodes: Sequence[Mapping[str, Any]], own: Mapping[str, Any
         where = f"--ray: node {node['node']}"
         if not node["longslide"]:
             raise LongslideError(f"{where} has no longslide; install version {own['longslide']} there")
-        for name in ("longslide", "python"):
-            if node[name] != own[name]:
-                raise LongslideError(
-                    f"{where} has {name} {node[name]}, this one {own[name]}; install the same on all nodes"
-                )
+        if node["longslide"] != own["longslide"]:
+            raise LongslideError(
+                f"{where} has longslide {node['longslide']}, this one {own['longslide']}; install the same on all nodes"
+            )
         if not node["folder"]:
             raise LongslideError(
                 f"{where} does not see the working folder {own['cwd']}; start the command in a shared one"

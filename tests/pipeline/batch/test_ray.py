@@ -169,14 +169,23 @@ def test_an_output_folder_that_nodes_do_not_see_is_refused(
     assert not list((tmp_path / "out").glob(".probe*"))
 
 
+def test_another_version_of_ray_than_the_clusters_is_refused(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "__version__", "2.0.0")
+    with pytest.raises(LongslideError, match=r"ersion mismatch.* install the same versions here and there") as error:
+        ray_workers(cluster.address, tmp_path).__enter__()
+    assert "2.0.0" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_nodes_of_other_versions_are_refused() -> None:
-    own = {"longslide": "1.2", "python": "3.12.1", "cwd": "/home/me"}
-    node = {"node": "gpu7", "longslide": "1.2", "python": "3.12.1", "folder": True, "output": True}
+    own = {"longslide": "1.2", "cwd": "/home/me"}
+    node = {"node": "gpu7", "longslide": "1.2", "folder": True, "output": True}
     refuse_other_nodes([node], own, Path("out"))
     for change, why in (
         ({"longslide": "1.1"}, "node gpu7 has longslide 1.1, this one 1.2; install the same on all nodes"),
         ({"longslide": ""}, "node gpu7 has no longslide; install version 1.2 there"),
-        ({"python": "3.11.9"}, "node gpu7 has python 3.11.9, this one 3.12.1"),
         ({"folder": False}, "node gpu7 does not see the working folder /home/me; start the command in a shared one"),
         ({"output": False}, "node gpu7 does not see the output folder out"),
     ):

@@ -168,6 +168,17 @@ def test_two_jobs_with_other_settings_do_not_share_a_folder(tmp_path: Path) -> N
         assert len(list((tmp_path / ".locks").glob(".job-*"))) == 1
 
 
+def test_embed_is_refused_in_a_folder_where_another_is_at_work_with_other_settings(home: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "longslide", "embed", str(home / "slides"), "--output", str(tmp_path)]
+    words += ["--tile-encoder", str(home / "tiny.yaml"), "--tile-checkpoint", "random", "--tile-px", "128"]
+    with one_job(tmp_path, {"tile_px": 64}):
+        ended = subprocess.run([*words, "--device", "cpu"], capture_output=True, text=True)
+        assert ended.returncode == 2
+        assert "at work there with other settings (tile_px 64 instead of 128; process " in ended.stderr
+        assert not list(tmp_path.glob("*.h5"))
+    assert subprocess.run([*words, "--device", "cpu"]).returncode == 0
+
+
 def test_a_job_whose_process_was_killed_stops_no_other(tmp_path: Path) -> None:
     code = (
         "import os, sys; from pathlib import Path; from longslide.pipeline.batch.one_job import one_job\n"
