@@ -11,6 +11,8 @@ from .batch.result import BUSY, SlideResult, counted
 from .batch.shards import SHARDS
 from .embed.contact_sheet import write_contact_sheet
 
+_KEYS = {"shard", "of", "listed", "made_with", "slides"}  # of `Shard.begin`
+
 NAMED = 5
 """Slides that a message names; of more it says how many."""
 
@@ -59,9 +61,12 @@ def _read_shards(output: Path) -> list[dict[str, Any]]:
     shards: list[dict[str, Any]] = []
     for path in folder.glob("*-of-*.json"):
         try:
-            shards.append(json.loads(path.read_text(encoding="utf-8")))
+            shard = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise LongslideError(f"{path}: not readable; run this shard again") from error
+        if not (isinstance(shard, dict) and shard.keys() >= _KEYS):
+            raise LongslideError(f"{path}: not what a shard is to do; run this shard again, or delete the file")
+        shards.append(shard)
     shards.sort(key=lambda shard: shard["shard"])
     if not shards:
         raise LongslideError(f"{output}: no shards there; give the --output of commands with --shard")

@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ...bag_lengths import lengths_of, with_lengths
 from ...errors import LongslideError
 from .encoder import SlideEncoder
 from .spec import SlideEncoderSpec
@@ -64,14 +65,15 @@ def own_tiles(tiles: int, rank: int, ranks: int, spec: SlideEncoderSpec) -> slic
 
 def own_parts(batch: dict[str, Tensor], rank: int, ranks: int, spec: SlideEncoderSpec) -> dict[str, Tensor]:
     """`own_tiles` of each slide of a batch: `tile_features` `(T, D)`, `grid_cells` `(T, 2)`, `cu_seqlens` `(B + 1,)`."""
-    bounds = batch["cu_seqlens"].tolist()
-    parts = []
-    for begin, end in itertools.pairwise(bounds):
-        part = own_tiles(end - begin, rank, ranks, spec)
+    parts, begin = [], 0
+    for tiles in lengths_of(batch["cu_seqlens"]):
+        part = own_tiles(tiles, rank, ranks, spec)
         parts.append(slice(begin + part.start, begin + part.stop))
-    ends = [0, *itertools.accumulate(part.stop - part.start for part in parts)]
+        begin += tiles
+    lengths = [part.stop - part.start for part in parts]
     own = {name: torch.cat([batch[name][part] for part in parts]) for name in ("tile_features", "grid_cells")}
-    return own | {"cu_seqlens": batch["cu_seqlens"].new_tensor(ends)}
+    ends = batch["cu_seqlens"].new_tensor([0, *itertools.accumulate(lengths)])
+    return own | {"cu_seqlens": with_lengths(ends, lengths)}
 
 
 def make_mesh(device_type: str, data: int, sequence: int) -> DeviceMesh:
@@ -96,8 +98,9 @@ def make_mesh(device_type: str, data: int, sequence: int) -> DeviceMesh:
 class SequenceParallelStrategy(DDPStrategy):
     """DDP in which groups of ranks share slides.
 
-    Batches are those of `data/cohort/bags.py`: a rank keeps its part of each slide's `tile_features` and `grid_cells` before
-    they go to the GPU. The model's only use of them must be its slide encoder. Samplers go by the data axis.
+    Batches are those of `data/cohort/bags.py`, of whose slides a rank keeps its parts: before they go to the GPU, unless the
+    loader has copied them there ahead, as that of `BagDataModule` does. The model's only use of `tile_features` and
+    `grid_cells` must be its slide encoder. Samplers go by the data axis.
 
     Args:
         sequence_parallel_size: Ranks that share slides; divides the number of all ranks.

@@ -46,7 +46,7 @@ class AttentionMap:
 def attention_map(
     output: str | Path = Path("attention-map.png"),
     pattern: Literal["dilated", "dense", "sliding-window", "strided"] = "dilated",
-    tokens: int = 64,
+    tokens: int | None = None,
     heads: int | None = None,
     segment_lengths: list[int] | None = None,
     dilated_ratios: list[int] | None = None,
@@ -65,7 +65,7 @@ def attention_map(
     Args:
         output: The picture to write: .png, .svg or .pdf.
         pattern: Which attention.
-        tokens: Tokens of the sequence; a small model of the real thing shows most.
+        tokens: Tokens of the sequence; 64, for a small model of the real thing shows most.
         heads: Attention heads; 4, or with --slide those of the slide encoder.
         segment_lengths: Tokens of a segment for each branch of dilated attention; [16,32,64], or the slide encoder's.
         dilated_ratios: Every how many-th token takes part for each branch; [1,2,4], or the slide encoder's.
@@ -90,12 +90,14 @@ def attention_map(
             raise LongslideError(
                 "--slide draws dilated attention that sees both ways; leave --pattern and --causal out"
             )
+        if tokens is not None or window or period:
+            raise LongslideError("--slide has tokens of its own; leave --tokens, --window and --period out")
         return _of_slide(output, Path(slide), tile, slide_encoder, heads, segment_lengths, dilated_ratios)
     if tile is not None:
         raise LongslideError("--tile is a tile of a slide: give its feature file as --slide")
     from .figure import MAX_BRANCHES, draw_attention_map
 
-    heads = 4 if heads is None else heads
+    tokens, heads = 64 if tokens is None else tokens, 4 if heads is None else heads
     segment_lengths, dilated_ratios = segment_lengths or [16, 32, 64], dilated_ratios or [1, 2, 4]
     branches = _branches(segment_lengths, dilated_ratios) if pattern == "dilated" else ()
     if len(branches) > MAX_BRANCHES:
@@ -155,6 +157,8 @@ def _of_slide(
     from .slide_map import CLS_TOKENS, draw_slide_map, keys_seen
 
     features, spec = read_features(path, embeddings=False), load_slide_encoder_spec(slide_encoder)
+    if not len(features.coords):
+        raise LongslideError(f"{path}: has no tiles to draw; give the feature file of another slide")
     heads = heads or spec.heads
     branches = _branches(segment_lengths or list(spec.segment_lengths), dilated_ratios or list(spec.dilated_ratios))
     if len(branches) > MAX_BRANCHES:

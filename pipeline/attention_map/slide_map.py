@@ -15,6 +15,9 @@ from .figure import COLOURS, INK, MAX_HEADS_SHOWN, NOTHING
 CLS_TOKENS = 1
 """Tokens before those of the tiles: the class token takes part in the segments."""
 
+MAX_ASPECT = 4.0
+"""A panel is so many times as high as wide at most: the picture of a long strip of tissue would pass all limits."""
+
 LAYER_COLOURS = ("#08306B", "#2171B5", "#6BAED6", "#C6DBEF")
 
 
@@ -90,7 +93,7 @@ def draw_slide_map(
     reached = layers_to_reach(query, tokens, heads, branches, layers)[CLS_TOKENS:]
     places = cells - cells.min(0)
     width, height = (places.max(0) + 1).tolist()
-    aspect = height / width
+    aspect = min(height / width, MAX_ASPECT)
     columns = min(8, heads)
     shown = min(heads, MAX_HEADS_SHOWN)
     rows = [len(branches), *[columns] * math.ceil(shown / columns), 2]

@@ -34,7 +34,7 @@ class MemoryBudget:
 
     def _take(self, turn: "Turn", size: int) -> None:
         with self._changed:
-            while not self._stopped and size:
+            while not self._stopped and size and turn.size is None:
                 before = self._turns[: self._turns.index(turn)]
                 others = sum(one.size or 0 for one in self._turns if one is not turn)
                 if all(one.size is not None for one in before) and (others + size <= self.most or not others):
@@ -66,7 +66,10 @@ class Turn:
         self.size: int | None = None
 
     def take(self, size: int) -> None:
-        """Take so much, in place of what it has; waits until there is room, or nobody else has any.
+        """Take so much; waits until there is room, or nobody else has any.
+
+        Called again, it only corrects the size: the memory is in use by then, and later slides, which may have the rest,
+        are encoded after this one.
 
         Raises:
             LongslideError: The job was stopped meanwhile.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from longslide import LongslideError, create_slide_encoder
+from longslide.bag_lengths import lengths_of, with_lengths
 from longslide.models.slide_encoder.sequence_parallel import own_parts, own_tiles
 from longslide.models.slide_encoder.spec import load_slide_encoder_spec
 
@@ -52,6 +53,18 @@ def test_each_rank_holds_a_part_of_every_slide_of_a_batch() -> None:
     assert first["cu_seqlens"].tolist() == [0, 1, 4, 5, 6]
     assert second["grid_cells"][:, 0].tolist() == [2, 10, 12, 18]
     assert second["cu_seqlens"].tolist() == [0, 1, 3, 3, 4]
+
+
+def test_the_lengths_of_parts_are_known_without_asking_the_device() -> None:
+    lengths = [2, 5, 1, 2]
+    batch = {
+        "tile_features": torch.zeros(10, 1, device="meta"),  # which has no values to ask for
+        "grid_cells": torch.zeros(10, 2, dtype=torch.int64, device="meta"),
+        "cu_seqlens": with_lengths(torch.zeros(5, dtype=torch.int32, device="meta"), lengths),
+    }
+    parts = [own_parts(batch, rank, 2, GIGAPATH) for rank in range(2)]
+    assert [sum(pair) for pair in zip(*(lengths_of(part["cu_seqlens"]) for part in parts), strict=True)] == lengths
+    assert [len(part["tile_features"]) for part in parts] == [6, 4]
 
 
 def test_other_patterns_than_dilated_stay_on_one_device() -> None:

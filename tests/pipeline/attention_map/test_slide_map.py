@@ -74,6 +74,20 @@ def test_the_command_draws_a_feature_file_as_a_picture_or_with_text_as_text(tmp_
     assert attention_map(tmp_path / "map.pdf", slide=slide).output.read_bytes().startswith(b"%PDF")
 
 
+def test_a_long_strip_of_tissue_is_a_picture_of_some_size(tmp_path: Path) -> None:
+    cells = np.stack([np.zeros(2000, int), np.arange(2000)], 1)
+    width, height = draw_slide_map(cells, 7, 1, ((10, 1),), 2, "a strip").get_size_inches()
+    assert height < 10 * width
+
+
+def test_a_feature_file_without_tiles_is_refused_by_name(tmp_path: Path) -> None:
+    nothing = np.zeros((0, 2), int)
+    features = Features("a", np.zeros((0, 4), np.float16), nothing, 512, 512, 256, 0, 0.5, 0.25, (7680, 6144))
+    write_features(tmp_path / "a.h5", features)
+    with pytest.raises(LongslideError, match=r"a\.h5: has no tiles"):
+        attention_map(tmp_path / "map.png", slide=tmp_path / "a.h5")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -83,6 +97,8 @@ def test_the_command_draws_a_feature_file_as_a_picture_or_with_text_as_text(tmp_
         ({"causal": True}, "--slide draws dilated attention that sees both ways"),
         ({"slide_encoder": "gigapaht"}, "did you mean gigapath"),
         ({"segment_lengths": [8]}, "one of each a branch"),
+        ({"tokens": 100}, "--slide has tokens of its own"),
+        ({"window": 5}, "--slide has tokens of its own"),
         ({"output": "map.gif"}, "a picture is written as .png, .svg, .pdf"),
         ({"slide": None, "tile": "1,2"}, "--tile is a tile of a slide"),
     ],

@@ -68,6 +68,20 @@ def test_who_needs_more_than_there_is_waits_to_be_alone() -> None:
     assert second.size == 100
 
 
+def test_who_already_has_memory_never_waits_for_a_slide_that_is_encoded_later() -> None:
+    budget = MemoryBudget(10)
+    first, second = budget.turn(), budget.turn()
+    first.take(0)
+    second.take(8)
+    assert not takes(first, 6).is_alive()  # an open slide that takes more than its file told
+    assert (first.size, second.size) == (6, 8)
+    waiting = takes(budget.turn(), 1)
+    assert waiting.is_alive()
+    second.close()
+    waiting.join(5)
+    assert not waiting.is_alive()
+
+
 def test_waiting_ends_with_the_job() -> None:
     budget = MemoryBudget(10)
     first, second = budget.turn(), budget.turn()

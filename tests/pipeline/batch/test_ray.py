@@ -16,7 +16,7 @@ import pytest
 from classifier_files import ENCODER, write_classifier
 from longslide import LongslideError, embed, predict, read_features, write_synthetic_slide
 from longslide.pipeline.batch import ray_cluster
-from longslide.pipeline.batch.ray_cluster import ray_workers, refuse_other_nodes
+from longslide.pipeline.batch.ray_cluster import _Node, _RayWorker, _Requests, ray_workers, refuse_other_nodes
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'longslide[cluster]'")
 
@@ -222,3 +222,10 @@ def test_without_ray_or_a_cluster_the_command_says_so(home: Path, tmp_path: Path
     ended = subprocess.run([*words, "--device", "cpu"], capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr == "longslide embed: --device and --ray: give one, each is in place of the other\n"
+
+
+def test_a_worker_that_was_ended_is_gone_for_whoever_still_asks_it() -> None:
+    worker = _RayWorker(_Node("id", "node", 0, 1), 0, 1, _Requests())
+    with pytest.raises(OSError, match="it was ended"):
+        worker.recv()
+    assert worker.how_it_died() == "it was ended"

@@ -134,6 +134,14 @@ def test_merge_says_what_is_wrong_with_the_shards(tmp_path: Path) -> None:
         assert not (output / "summary.csv").exists()
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"shard": 1, "of": 1}'])
+def test_a_file_that_says_nothing_of_a_shard_is_named(tmp_path: Path, content: str) -> None:
+    write_shard(tmp_path, 1, ["a"], of=1)
+    (tmp_path / "shards" / "1-of-1.json").write_text(content)
+    with pytest.raises(LongslideError, match=r"1-of-1\.json: not .*run this shard again"):
+        merge(tmp_path)
+
+
 def test_a_slide_that_another_process_has_is_not_done(tmp_path: Path) -> None:
     write_shard(tmp_path, 1, ["a"], of=1, done=[])
     busy = SlideResult("a", "a.svs", "skipped", "another process is working on it (process 1 on host)")
