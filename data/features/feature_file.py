@@ -251,6 +251,8 @@ def read_features(path: str | Path, *, embeddings: bool = True, encoder: str | N
     except PermissionError as error:
         raise LongslideError(f"{path}: no permission to read it") from error
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:  # what broken bytes lead to
+        if path.suffix.lower() not in (".h5", ".hdf5"):  # a slide, for one, that nobody should delete
+            raise LongslideError(f"{path}: not a feature file; give the .h5 file of the slide") from error
         raise LongslideError(
             f"{path}: not a readable HDF5 file, perhaps truncated ({' '.join(str(error).split())}); delete it and "
             "embed the slide again"

@@ -94,7 +94,15 @@ def run_batch(
     """
     feed = entries if isinstance(entries, Feed) else None
     memory = MemoryBudget()
+    unfinished: set[ExitStack] = set()  # what the slides under way hold
+
+    def give_up() -> None:
+        with ExitStack() as closing_all:  # whatever one of them raises
+            for held in unfinished:
+                closing_all.callback(held.close)
+
     with ExitStack() as given_up, ExitStack() as running:
+        given_up.callback(give_up)
         running.enter_context(one_job(output, job.made_with))
         if shard is not None:
             shard.begin(output, job.made_with)
@@ -115,11 +123,15 @@ def run_batch(
                     if turn.size is None:
                         turn.take(0)
                     prepared.resources.push(failed.pop_all())
-                    given_up.callback(prepared.resources.close)
+                    unfinished.add(prepared.resources)
                 return prepared
 
         def finish(prepared: T | SlideResult) -> SlideResult:
-            result = prepared if isinstance(prepared, SlideResult) else job.finish(prepared, progress)
+            if isinstance(prepared, SlideResult):
+                result = prepared
+            else:
+                result = job.finish(prepared, progress)
+                unfinished.discard(prepared.resources)
             progress.slide_ended(result)
             if summary is not None:
                 summary.add(result)

@@ -288,6 +288,12 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
             read_features(tmp_path / "a.h5")
 
 
+def test_nobody_is_told_to_delete_a_file_that_is_no_feature_file(tmp_path: Path) -> None:
+    (tmp_path / "a.svs").write_bytes(b"II*\0" + bytes(100))
+    with pytest.raises(LongslideError, match=r"a\.svs: not a feature file; give the \.h5 file of the slide$"):
+        read_features(tmp_path / "a.svs")
+
+
 def test_broken_bytes_are_never_more_than_one_line(tmp_path: Path) -> None:
     write_features(tmp_path / "a.h5", complete())
     whole = (tmp_path / "a.h5").read_bytes()
