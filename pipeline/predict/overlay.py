@@ -170,7 +170,7 @@ def draw_overlay(
     both = np.concatenate([plain, gap, painted], axis=0 if below_one_another else 1)
     height, width = both.shape[:2]
     canvas_width = max(width, 480)
-    size = int(np.clip(round(canvas_width / 50), 12, 24))
+    size = max(12, round(canvas_width / 70))  # to be read where the picture is as wide as a page
     title_font, lines = _fit(title, canvas_width - 2 * size, size)
     top = round((len(lines) * 1.35 + 0.8) * size)
     bottom = round(5.2 * size)

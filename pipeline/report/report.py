@@ -27,7 +27,7 @@ EMBED_MB = 40
 """Megabytes of overlays and galleries that a page holds; where there is more, all of them stay files beside it."""
 
 THUMBNAIL_PX = 144
-OVERLAY_PX = 1000
+OVERLAY_PX = 1400
 TILE_PX = 160
 
 
@@ -223,7 +223,7 @@ class _Row:
         """What the pictures for the page take, roughly: three bits a pixel and base64."""
         explanation = self.content.get("explanation") or {}
         overlay = (self.folder / "overlay.png").is_file()
-        return int(overlay * 0.5 * OVERLAY_PX**2 * 0.7 + len(explanation.get("gallery", ())) * 0.5 * TILE_PX**2)
+        return int(overlay * 0.5 * OVERLAY_PX**2 * 0.5 + len(explanation.get("gallery", ())) * 0.5 * TILE_PX**2)
 
     def cells(self, task: Task | None, inside: bool) -> dict[str, Any]:
         """What the template shows of a slide."""
