@@ -67,13 +67,14 @@ class Claim:
 
     Attributes:
         path: As given.
-        since: When it was taken, in seconds since 1970.
+        since: When it was taken, in seconds since 1970 by the clock of the file system: those of machines differ.
     """
 
     def __init__(self, path: Path, descriptor: int, about: Mapping[str, Any]) -> None:
         self.path = path
-        self.since = time.time()
         self._descriptor = descriptor
+        self.touch()
+        self.since = os.fstat(descriptor).st_mtime
         record = {"host": socket.gethostname(), "process": os.getpid(), "since": self.since, **about}
         with contextlib.suppress(OSError):  # a full disk: the lock is what counts
             os.ftruncate(descriptor, 0)

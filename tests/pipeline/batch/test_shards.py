@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,15 @@ def test_two_jobs_with_other_settings_do_not_share_a_folder(tmp_path: Path) -> N
         pass
     with one_job(tmp_path, {"tile_px": 224}):
         assert len(list((tmp_path / ".locks").glob(".job-*"))) == 1
+
+
+def test_a_clock_that_is_ahead_does_not_let_a_second_job_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)  # on the machine of the first job
+    with one_job(tmp_path, {"tile_px": 256}):
+        monkeypatch.setattr(time, "time", now)
+        with pytest.raises(LongslideError, match="another job is at work there"), one_job(tmp_path, {"tile_px": 224}):
+            pass
 
 
 def test_embed_is_refused_in_a_folder_where_another_is_at_work_with_other_settings(home: Path, tmp_path: Path) -> None:
