@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import LongslideError
 from .batch.ledger import SUMMARY, read_summary, record
 from .batch.result import BUSY, SlideResult, counted
-from .batch.shards import SHARDS
+from .batch.shards import SHARDS, summary_of
 from .embed.contact_sheet import write_contact_sheet
 
 _KEYS = {"shard", "of", "listed", "made_with", "slides"}  # of `Shard.begin`
@@ -37,7 +37,7 @@ def merge(output: str | Path) -> list[SlideResult]:
     results: list[SlideResult] = []
     missing: dict[str, int] = {}
     for shard in shards:
-        rows = read_summary(output / SHARDS / f"{shard['shard']}-of-{shard['of']}.csv")
+        rows = read_summary(output / summary_of(shard["shard"], shard["of"]))
         for slide_id in shard["slides"]:
             if slide_id in rows and not rows[slide_id]["reason"].startswith(BUSY):
                 results.append(SlideResult.of_row(rows[slide_id]))

@@ -28,7 +28,7 @@ class MadeOtherwiseError(LongslideError):
 
 
 def with_results(entries: Sequence[SlideEntry], folder: Path) -> list[SlideEntry]:
-    """The slides of which a folder has a file: by one listing, for to ask for each of a million takes minutes."""
+    """The slides of which a folder has a file: found by listing it once, as asking for each of a million takes minutes."""
     try:
         names = {Path(name).stem for name in os.listdir(folder)}
     except OSError:

@@ -66,7 +66,7 @@ class Shard:
     @property
     def summary(self) -> str:
         """Path of its summary in the output folder."""
-        return f"{SHARDS}/{self.number}-of-{self.of}.csv"
+        return summary_of(self.number, self.of)
 
     def begin(self, output: Path, made_with: Mapping[str, Any]) -> None:
         """Write what it is to do, for `longslide merge`."""
@@ -78,6 +78,11 @@ class Shard:
             "slides": [entry.slide_id for entry in self.entries],
         }
         write_whole((output / self.summary).with_suffix(".json"), json.dumps(content, indent=1).encode())
+
+
+def summary_of(number: int, of: int) -> str:
+    """Path of a shard's summary in the output folder; beside it, as JSON, is what the shard is to do."""
+    return f"{SHARDS}/{number}-of-{of}.csv"
 
 
 def sizes_of(entries: Sequence[SlideEntry]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Memory is given out in the order of the slides: never more than there is, and nobody waits for one who waits for him."""
+"""Memory is given out in the order of the slides: never more than there is, and no slide waits for one that waits for it."""
 
 import threading
 import time
