@@ -242,6 +242,7 @@ class DeviceRun:
         self._refused: str | None = None
         self._noted: set[str] = set()
         self._stopped = False
+        self._failed: BaseException | None = None
 
     def run(self) -> list[SlideResult]:
         """Work on the slides.
@@ -251,6 +252,7 @@ class DeviceRun:
 
         Raises:
             LongslideError: Wrong usage, as a process found it.
+            Exception: What went wrong while a worker was answered, such as a full disk.
             Stopped: SIGUSR1 has ended the job before all slides were done.
         """
         with (
@@ -259,7 +261,9 @@ class DeviceRun:
             ending_soon() as soon,
         ):
             threads = [
-                threading.Thread(target=self._serve, args=(number, progress, summary), name=worker.name, daemon=True)
+                threading.Thread(
+                    target=self._serve_or_fail, args=(number, progress, summary), name=worker.name, daemon=True
+                )
                 for number, worker in enumerate(self._workers)
             ]
             for thread in threads:
@@ -273,6 +277,8 @@ class DeviceRun:
                                 self._dispatch.stop(soon=True)
             finally:
                 self._stop()
+            if self._failed is not None:
+                raise self._failed
             if self._refused is not None:
                 raise LongslideError(self._refused)
             if soon.is_set() and len(self._dispatch.results) < len(self._entries):
@@ -280,6 +286,13 @@ class DeviceRun:
             for result in self._dispatch.give_up("no device is left: their processes have died"):
                 self._end(result, progress, summary)
         return [self._dispatch.results[entry.slide_id] for entry in self._entries]
+
+    def _serve_or_fail(self, number: int, progress: Progress, summary: Summary) -> None:
+        try:
+            self._serve(number, progress, summary)
+        except BaseException as error:  # the others would wait for this worker's slides for ever
+            with self._lock:
+                self._failed = self._failed or error
 
     def _serve(self, number: int, progress: Progress, summary: Summary) -> None:
         """Start a worker's process, answer it until all slides are done, and start another when it dies."""
@@ -303,34 +316,34 @@ class DeviceRun:
     def _answer(self, number: int, progress: Progress, summary: Summary) -> bool:
         """Answer a worker; whether it came to its end."""
         worker = self._workers[number]
-        try:
-            while True:
+        while True:
+            try:
                 what, *details = worker.recv()
                 if what == "next":
                     with self._lock:
                         answer = "over" if self._over() else self._dispatch.next(number)
                     worker.send(answer)
-                elif what == "ended":
-                    self._restarts[number] = 0
-                    with self._lock:
-                        if self._dispatch.ended(number, details[0]):
-                            self._end(details[0], progress, summary)
-                elif what == "tiles":
-                    progress.tiles_done(*details)
-                elif what == "refused":
-                    with self._lock:
-                        self._refused = self._refused or details[0]
-                    return True
-                elif what == "note" and details[0] not in self._noted:
-                    self._noted.add(details[0])
-                    progress.note(details[0])
-                elif what == "over":
-                    return True
-        except (EOFError, OSError):
-            if not self._stopped:
-                how = worker.how_it_died()
-                progress.note(f"{worker.name}: its process has died ({how}); its slides are given to others")
-            return False
+            except (EOFError, OSError):
+                if not self._stopped:
+                    how = worker.how_it_died()
+                    progress.note(f"{worker.name}: its process has died ({how}); its slides are given to others")
+                return False
+            if what == "ended":
+                self._restarts[number] = 0
+                with self._lock:
+                    if self._dispatch.ended(number, details[0]):
+                        self._end(details[0], progress, summary)
+            elif what == "tiles":
+                progress.tiles_done(*details)
+            elif what == "refused":
+                with self._lock:
+                    self._refused = self._refused or details[0]
+                return True
+            elif what == "note" and details[0] not in self._noted:
+                self._noted.add(details[0])
+                progress.note(details[0])
+            elif what == "over":
+                return True
 
     def _end(self, result: SlideResult, progress: Progress, summary: Summary) -> None:
         with self._lock:
@@ -339,7 +352,7 @@ class DeviceRun:
 
     def _over(self) -> bool:
         done = len(self._dispatch.results) == len(self._entries)
-        return done or self._stopped or self._refused is not None
+        return done or self._stopped or self._refused is not None or self._failed is not None
 
     def _wanted(self, waited: float) -> bool:
         """Whether a worker that cannot be started is to wait on: as long as others are at work."""
