@@ -54,7 +54,7 @@ def attention_map(
     period: int = 0,
     causal: bool = False,
     slide: str | Path | None = None,
-    tile: str | tuple[int, int] | None = None,
+    tile: str | None = None,
     slide_encoder: str | Path = "gigapath",
 ) -> AttentionMap:
     """Draw which keys each query sees, or with `--slide` which tiles of a slide one tile sees.
@@ -144,7 +144,7 @@ def _branches(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]) -> 
 def _of_slide(
     output: Path,
     path: Path,
-    place: str | tuple[int, int] | None,
+    place: str | None,
     slide_encoder: str | Path,
     heads: int | None,
     segment_lengths: list[int] | None,
@@ -178,11 +178,11 @@ def _of_slide(
     return result
 
 
-def _tile_at(path: Path, features: "Features", tile: str | tuple[int, int]) -> int:
+def _tile_at(path: Path, features: "Features", tile: str) -> int:
     """The number of the tile that a level-0 pixel lies in; of several that overlap, the one whose middle is nearest."""
     size = features.tile_size_level0 or features.step_level0
     try:
-        x, y = map(int, tile.strip("[]").split(",")) if isinstance(tile, str) else tile
+        x, y = map(int, tile.strip("[]").split(","))
     except ValueError as error:
         raise LongslideError(f"--tile {tile}: give x and y in level-0 pixels, such as 20480,10240") from error
     place = np.array([x, y])

@@ -68,7 +68,7 @@ def test_the_command_draws_a_feature_file_as_a_picture_or_with_text_as_text(tmp_
     text = "".join(ElementTree.parse(tmp_path / "map.svg").getroot().itertext())
     assert "a: which tiles the tile at 3,584, 3,072 sees (gigapath, 16 heads)" in text
     sparse = attention_map(
-        tmp_path / "map.png", slide=slide, tile=(3600, 3100), heads=2, segment_lengths=[8, 200], dilated_ratios=[1, 4]
+        tmp_path / "map.png", slide=slide, tile="[3600,3100]", heads=2, segment_lengths=[8, 200], dilated_ratios=[1, 4]
     )
     assert 0.05 < sparse.seen < 0.5
     assert attention_map(tmp_path / "map.pdf", slide=slide).output.read_bytes().startswith(b"%PDF")

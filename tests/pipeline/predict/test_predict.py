@@ -28,6 +28,7 @@ from longslide import (
 from longslide.data.features.feature_file import write_features
 from longslide.pipeline.batch.claims import claim
 from longslide.pipeline.cli import main
+from longslide.pipeline.predict.overlay import GAP
 from longslide.pipeline.report.report import report
 from longslide.task import Task
 from PIL import Image
@@ -105,7 +106,7 @@ def test_from_slides_alone_to_prediction_picture_and_scores(home: Path, job: dic
         assert content["quality"]["mpp_source"] == features.settings["mpp_source"]
         pictures = output / "slides" / slide_id
         with Image.open(pictures / "overlay.png") as overlay:
-            assert overlay.width == 1024
+            assert overlay.width == 1024 + GAP + 1024
         scores = rows(pictures / "tiles.csv")
         assert [[int(tile["x"]), int(tile["y"])] for tile in scores] == features.coords.tolist()
         tiles = [one for one in json.loads((pictures / "tiles.geojson").read_text())["features"]
