@@ -21,9 +21,13 @@ SLOW = (
     "models/slide_encoder/",
     "models/classifier/",
     "data/slides/test_damaged_levels.py",
+    "data/tiles/test_pool.py",
+    "data/tissue/test_cases.py",
+    "data/tissue/test_large_masks.py",
     "test_extending.py",
 )
-"""What `-m "not slow"` leaves out beside the tests that are marked: whole jobs, and kernels in Triton's interpreter."""
+"""What `-m "not slow"` leaves out beside the tests that are marked: whole jobs, processes, drawn slides by the
+dozen, and kernels in Triton's interpreter."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -39,6 +39,7 @@ def name_of(option: str) -> str:
     return option.lstrip("-").rpartition(".")[2].replace("-", "_")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "option"), numeric_options())
 def test_an_option_out_of_its_range_is_one_line_and_status_2(
     command: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
