@@ -259,7 +259,8 @@ class SlowReader(TiledTiffReader):
         self.ballast = os.urandom(2_000_000)  # as much as a slide of 100,000 native tiles
 
     def read_into(self, *place):
-        time.sleep(0.5)
+        if len(place[3]) == 64:  # a tile; what is read at opening, to compare, is not slow
+            time.sleep(0.5)
         super().read_into(*place)
 """
 

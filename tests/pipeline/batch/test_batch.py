@@ -62,7 +62,7 @@ def entries(count: int) -> list[SlideEntry]:
 
 def test_a_job_holds_as_much_of_many_slides_as_of_few(tmp_path: Path) -> None:
     job = Job()
-    assert len(run_batch(job, entries(60), tmp_path)) == 60
+    assert len(run_batch(job, entries(30), tmp_path)) == 30
     assert not job.opened
     under_way = PREPARED_AHEAD + 1 + FINISHED_BEHIND + 1
     assert 1 <= job.most <= under_way + 4, "those that a thread or a generator is just giving on"
