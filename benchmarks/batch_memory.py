@@ -24,30 +24,11 @@ from typing import Any
 import cv2
 import numpy as np
 import tifffile
+from damaged_slides import ENCODER  # type: ignore[import-not-found]
 from longslide import write_synthetic_slide
 from PIL import Image
 
 MOST = 3e9
-
-ENCODER = """
-name: tiny
-architecture: vit_tiny_patch16_224
-timm_args: {img_size: 32, depth: 2, embed_dim: 48, num_heads: 3}
-dim: 48
-resize: 32
-interpolation: bicubic
-crop: 32
-mean: [0.5, 0.5, 0.5]
-std: [0.5, 0.5, 0.5]
-pooling: cls
-precision: float32
-tile_mpp: 0.5
-tile_px: 256
-licence: none
-gated: false
-paper: none
-hub_id: null
-"""
 
 # Name, share of the largest picture that it may have in this format, options of Pillow.
 PICTURES: list[tuple[str, float, dict[str, Any]]] = [

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +31,7 @@ from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
-from .layout import watch_lay_out
+from .layout import lay_out, watch_lay_out
 from .local_copies import LocalCopies
 from .qc import draw_qc, save_qc
 
@@ -289,10 +290,8 @@ class EmbedJob:
         original = entry.path
         if self.copies is not None:
             entry = replace(entry, path=resources.enter_context(self.copies.copy_of(original)))
-        layout = watch_lay_out(
-            self.watched,
-            turn,
-            original,
+        work = partial(
+            lay_out,
             entry,
             reader,
             self._segmenter(entry),
@@ -302,6 +301,7 @@ class EmbedJob:
             overlap=self.overlap,
             min_tissue=self.min_tissue,
         )
+        layout = watch_lay_out(self.watched, turn, original, entry, reader, work)
         grid = layout.grid
         need = len(grid.coords) * (self.embedder.encoder.dim * 4 + 16) + 2**20
         free = shutil.disk_usage(self.output).free

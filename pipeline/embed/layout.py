@@ -1,5 +1,6 @@
 """What comes before the tiles of a slide are read: open it, find its tissue, lay the grid, draw the picture."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,17 +51,11 @@ def watch_lay_out(
     shown: Path,
     entry: SlideEntry,
     reader: type[SlideReader] | None,
-    segmenter: TissueSegmenter,
-    picture: Path,
-    *,
-    tile_mpp: float,
-    tile_px: int,
-    overlap: int,
-    min_tissue: float,
+    work: Callable[[], Layout],
 ) -> Layout:
     """`lay_out` in a process of its own, when there is memory for a plain image or a mask.
 
-    A segmenter that cannot be sent there, whose network is on the device of this process, runs here, after the slide was
+    What cannot be sent there, as a segmenter whose network is on the device of this process, runs here, after the slide was
     opened and read there.
 
     Args:
@@ -69,31 +64,15 @@ def watch_lay_out(
         shown: The slide's path as messages give it.
         entry: The slide.
         reader: The slide reader, if one is named.
-        segmenter: The tissue segmenter.
-        picture: Where the picture of what will be embedded goes.
-        tile_mpp: Microns per pixel of the tiles.
-        tile_px: Edge of a tile in pixels.
-        overlap: Pixels that neighbouring tiles share.
-        min_tissue: Smallest share of a tile that must be tissue.
+        work: `lay_out` with its arguments.
 
     Raises:
         LongslideError: The slide cannot be read, or tiles of this kind cannot be cut from it.
     """
     take_memory(watched, turn, shown, entry, reader)
-    if not can_be_sent(segmenter):
+    if not can_be_sent(work):
         watched.call(shown, look_at, entry.path, reader, LOOKED_AT_PX)
-    return watched.call(
-        shown,
-        lay_out,
-        entry,
-        reader,
-        segmenter,
-        picture,
-        tile_mpp=tile_mpp,
-        tile_px=tile_px,
-        overlap=overlap,
-        min_tissue=min_tissue,
-    )
+    return watched.call(shown, work)
 
 
 def take_memory(

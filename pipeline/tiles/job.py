@@ -6,6 +6,7 @@ from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
 from ..embed.job import REMEDY, why_no_tiles
-from ..embed.layout import LOOKED_AT_PX, look_at, take_memory, watch_lay_out
+from ..embed.layout import LOOKED_AT_PX, lay_out, look_at, take_memory, watch_lay_out
 from .picture_files import Layout, PictureFiles, PngFolder, WebDatasetShards, png, remove_pictures
 
 
@@ -264,10 +265,8 @@ class TilesJob:
 
     def _tile(self, entry: SlideEntry, turn: Turn, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
         reader = None if self.reader is None else READERS.get(self.reader)
-        layout = watch_lay_out(
-            self.watched,
-            turn,
-            entry.path,
+        work = partial(
+            lay_out,
             entry,
             reader,
             self._segmenter(entry),
@@ -277,6 +276,7 @@ class TilesJob:
             overlap=self.overlap,
             min_tissue=self.min_tissue,
         )
+        layout = watch_lay_out(self.watched, turn, entry.path, entry, reader, work)
         slide = resources.enter_context(layout.open(entry, reader))
         turn.take(slide.memory_bytes)
         return slide, layout.tissue, layout.grid
