@@ -1,6 +1,6 @@
 """Tiles per second of `longslide embed` on one GPU and on several, the same slides one run after the other.
 
-    python benchmarks/scale.py [--tile-encoder gigapath] [--devices 0 0,1] [--slides 80] [--edge 6144]
+    python benchmarks/scale.py [--tile-encoder gigapath] [--devices 0 0,1] [--slides 80] [--edge 20480]
 
 Drawn slides of `edge` pixels squared, tissue found, random weights from a file, the encoder's own precision. `steady` is
 the rate from when every GPU has finished two slides to the end of the last one: what is left out is loading the weights and
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--tile-encoder", default="gigapath")
     parser.add_argument("--devices", nargs="+", default=["0", "0,1"], help="as `embed --devices` takes them")
     parser.add_argument("--slides", type=int, default=80)
-    parser.add_argument("--edge", type=int, default=6144)
+    parser.add_argument("--edge", type=int, default=20_480)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
