@@ -5,6 +5,9 @@
 Drawn slides of `edge` pixels squared, tissue found, random weights from a file, the encoder's own precision. `steady` is
 the rate from when every GPU has finished two slides to the end of the last one: what is left out is loading the weights and
 compiling, which a short job and a long one pay once. `wall` is the whole job.
+
+Measured on two H100 of one host (torch 2.11): 1,087 tiles/s on one, 2,152 on both (1.98 times; the whole job 130.6 and 75.0
+seconds). With half of the slides 1.80: the last slide of one GPU, which the other has no part in, is then 5% of the time.
 """
 
 import argparse
