@@ -124,12 +124,17 @@ RANGES: Mapping[str, Range] = {
     "num_nodes": AT_LEAST_1,
     "num_sanity_val_steps": Range(0, also=NO_LIMIT),
     "reload_dataloaders_every_n_epochs": AT_LEAST_0,
-    # attention-map.
+    # Attention patterns, and attention-map.
     "tokens": AT_LEAST_1,
     "segment_lengths": AT_LEAST_1,
     "dilated_ratios": AT_LEAST_1,
     "window": AT_LEAST_0,
     "period": AT_LEAST_0,
+    "random_keys": AT_LEAST_0,
+    "global_tokens": AT_LEAST_0,
+    "pattern_seed": SEED,
+    "block_size": AT_LEAST_0,
+    "chosen_blocks": AT_LEAST_0,
 }
 """Of each option with numbers, by its name; with the command in front where that one is narrower."""
 

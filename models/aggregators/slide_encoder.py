@@ -12,7 +12,7 @@ from ...errors import LongslideError
 from ..slide_encoder.base import from_architecture, read_pretrained
 from ..slide_encoder.cuda_graphs import GraphedEncoder
 from ..slide_encoder.encoder import SlideEncoder, create_slide_encoder
-from ..slide_encoder.spec import SlideEncoderSpec
+from ..slide_encoder.spec import Pattern, SlideEncoderSpec
 from .base import Aggregator
 
 
@@ -111,7 +111,16 @@ class LongNetAggregator(SlideEncoderAggregator):
         dropout: Share of values dropped in training.
         drop_path: Share of bags for which the last layer's halves are left out in training; less before it.
         checkpointing: Whether layers are computed again in the backward, for memory.
-        checkpoint: A checkpoint of `longslide pretrain` to begin with; none or `random` for random weights.
+        pattern: Which keys a token sees: `dilated`, which is LongNet, or to compare with it `dense`, `sliding-window`, `strided`,
+            `random` or `learned`.
+        window: Tokens seen on either side, for `sliding-window`, and if wanted for `random`.
+        period: Distance of the keys from one another, for `strided`.
+        random_keys: Random keys of each token, for `random`.
+        global_tokens: First tokens that see all and that all see, for `random`; the very first is the cls token.
+        pattern_seed: Which random keys, for `random`.
+        block_size: Tokens of a block, for `learned`.
+        chosen_blocks: Blocks that each block chooses to see besides itself, for `learned`.
+        checkpoint: A checkpoint of `longslide pretrain` to begin with, whose pattern stays; none or `random` for random weights.
         architecture: What `architecture()` of the trained module said: to build it again, without weights.
 
     Raises:
@@ -134,6 +143,14 @@ class LongNetAggregator(SlideEncoderAggregator):
         dropout: float = 0.1,
         drop_path: float = 0.0,
         checkpointing: bool = False,
+        pattern: Pattern = "dilated",
+        window: int = 0,
+        period: int = 0,
+        random_keys: int = 0,
+        global_tokens: int = 0,
+        pattern_seed: int = 0,
+        block_size: int = 0,
+        chosen_blocks: int = 0,
         checkpoint: str | None = None,
         architecture: Mapping[str, Any] | None = None,
     ) -> None:
@@ -163,6 +180,14 @@ class LongNetAggregator(SlideEncoderAggregator):
                 licence="",
                 gated=False,
                 paper="https://arxiv.org/abs/2307.02486",
+                pattern=pattern,
+                window=window,
+                period=period,
+                random_keys=random_keys,
+                global_tokens=global_tokens,
+                pattern_seed=pattern_seed,
+                block_size=block_size,
+                chosen_blocks=chosen_blocks,
                 **regularisation,
             )
             encoder = SlideEncoder(spec, pool, "random")

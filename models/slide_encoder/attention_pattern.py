@@ -1,6 +1,6 @@
 """Which keys a query sees: dilated attention, and the patterns it is compared with, behind one function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any, cast, get_args
@@ -12,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...bag_lengths import lengths_of
 from ...errors import LongslideError
 from .dilated_attention import dilated_attention, has_kernels
+from .learned_attention import learned_attention
+from .random_attention import random_attention
+from .spec import PATTERN_SETTINGS
 from .spec import Pattern as Pattern
 
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
@@ -30,6 +33,12 @@ def attention(
     dilated_ratios: Sequence[int] = (),
     window: int = 0,
     period: int = 0,
+    random_keys: int = 0,
+    global_tokens: int = 0,
+    pattern_seed: int = 0,
+    block_size: int = 0,
+    chosen_blocks: int = 0,
+    gate: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -40,6 +49,12 @@ def attention(
     - `sliding-window`: keys at most `window` tokens away (https://arxiv.org/abs/2004.05150); linear.
     - `strided`: keys a multiple of `period` tokens away (https://arxiv.org/abs/1904.10509); quadratic, divided by `period`.
       Tokens of different remainders never meet, however many layers there are.
+    - `random`: `random_keys` keys anywhere, others for each query and head, besides the token itself; with a `window` and
+      `global_tokens` it is BigBird's (https://arxiv.org/abs/2007.14062); linear.
+    - `learned`: tokens are cut into blocks of `block_size`; each block sees itself and the `chosen_blocks` whose mean key fits
+      its mean query best, as VSA (https://arxiv.org/abs/2505.13389) and native sparse attention
+      (https://arxiv.org/abs/2502.11089) choose them; `choose_blocks` says which. With a `gate` the output also has what the
+      blocks' means say: only so does training learn the choice. Linear, but for one score for each pair of blocks.
 
     Args:
         q: `(B, L, H, D)` queries: batch, tokens, heads, head dimension; any floating dtype. With `cu_seqlens`
@@ -50,8 +65,14 @@ def attention(
         is_causal: Whether later keys are hidden.
         segment_lengths: Tokens of a segment, for each branch of `dilated`.
         dilated_ratios: Every how many-th token takes part, for each branch of `dilated`.
-        window: Tokens seen on either side, for `sliding-window`.
+        window: Tokens seen on either side, for `sliding-window`, and if wanted for `random`.
         period: Distance of the keys from one another, for `strided`.
+        random_keys: Random keys of each query, for `random`; of a shorter sequence all.
+        global_tokens: First tokens of each sequence that see all and that all see, for `random`.
+        pattern_seed: Which random keys, for `random`.
+        block_size: Tokens of a block, for `learned`.
+        chosen_blocks: Blocks seen besides the own, for `learned`.
+        gate: `(B, L, H)`, packed `(T, H)`: factor of what the means of all blocks say, for `learned`.
         cu_seqlens: `(B + 1,)` where each packed sequence begins, and T.
         scale: Factor of the logits; `D ** -0.5` by default.
 
@@ -59,10 +80,19 @@ def attention(
         The shape and dtype of `q`.
 
     Raises:
-        LongslideError: No such pattern, or its window or period is missing or another pattern's.
+        LongslideError: No such pattern, or one of its settings is missing or another pattern's.
         ValueError: Shapes do not fit.
     """
-    check_pattern(pattern, window, period)
+    settings = {
+        "window": window,
+        "period": period,
+        "random_keys": random_keys,
+        "global_tokens": global_tokens,
+        "pattern_seed": pattern_seed,
+        "block_size": block_size,
+        "chosen_blocks": chosen_blocks,
+    }
+    check_pattern(pattern, **settings)
     if pattern == "dilated":
         return dilated_attention(
             q, k, v, segment_lengths, dilated_ratios, is_causal, cu_seqlens=cu_seqlens, scale=scale
@@ -72,25 +102,37 @@ def attention(
             f"q, k and v must be {'(B, L, H, D)' if cu_seqlens is None else '(T, H, D)'} alike, not {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if gate is not None and (pattern != "learned" or gate.shape != q.shape[:-1]):
+        raise ValueError(f"gate is for the pattern learned, and {tuple(q.shape[:-1])}, not {tuple(gate.shape)}")
     if cu_seqlens is None:
-        return _attend(q, k, v, pattern, is_causal, window, period, (q.shape[1],), scale)
-    lengths = tuple(lengths_of(cu_seqlens))
-    return _attend(q[None], k[None], v[None], pattern, is_causal, window, period, lengths, scale)[0]
+        return _attend(q, k, v, pattern, is_causal, settings, gate, (q.shape[1],), scale)
+    lengths, one_gate = tuple(lengths_of(cu_seqlens)), None if gate is None else gate[None]
+    return _attend(q[None], k[None], v[None], pattern, is_causal, settings, one_gate, lengths, scale)[0]
 
 
-def check_pattern(pattern: str, window: int, period: int) -> None:
-    """Refuse a pattern that is none, or whose window or period is missing or another pattern's.
+def check_pattern(pattern: str, **settings: int) -> None:
+    """Refuse a pattern that is none, or a setting that is missing or another pattern's.
+
+    Args:
+        pattern: The pattern.
+        **settings: Some of `PATTERN_SETTINGS`; 0 for those that it has not.
 
     Raises:
         LongslideError: It does not fit; the message says what to set.
     """
     if pattern not in PATTERNS:
         raise LongslideError(f"attention pattern {pattern!r} is none of {', '.join(PATTERNS)}")
-    for name, value, owner in (("window", window, "sliding-window"), ("period", period, "strided")):
-        if pattern == owner and value < 1:
-            raise LongslideError(f"attention pattern {pattern!r} needs a {name} of at least 1, not {value}")
-        if pattern != owner and value:
-            raise LongslideError(f"{name} {value} is for attention pattern {owner!r}, not {pattern!r}: leave it at 0")
+    for name, least in PATTERN_SETTINGS.items():
+        value = settings.get(name, 0)
+        if pattern not in least:
+            if value:
+                owners = " or ".join(map(repr, least))
+                raise LongslideError(f"{name} {value} is for attention pattern {owners}, not {pattern!r}: leave it at 0")
+        elif value < least[pattern]:
+            several = name in ("random_keys", "global_tokens", "chosen_blocks")
+            raise LongslideError(
+                f"attention pattern {pattern!r} needs {'' if several else 'a '}{name} of at least {least[pattern]}, not {value}"
+            )
 
 
 def _attend(
@@ -99,12 +141,13 @@ def _attend(
     v: Tensor,
     pattern: Pattern,
     is_causal: bool,
-    window: int,
-    period: int,
+    settings: Mapping[str, int],
+    gate: Tensor | None,
     lengths: tuple[int, ...],
     scale: float | None,
 ) -> Tensor:
     """(B, T, H, D) of sequences of these lengths end to end -> (B, T, H, D)."""
+    window = settings["window"]
     if pattern == "sliding-window" and _takes_flex(q):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         block_mask = window_block_mask(lengths, window, is_causal, q.device)
@@ -112,11 +155,19 @@ def _attend(
         return output.transpose(1, 2)
     outputs = []
     for end, length in zip(accumulate(lengths), lengths, strict=True):
-        one_q, one_k, one_v = (x[:, end - length : end] for x in (q, k, v))
+        here = slice(end - length, end)
+        one_q, one_k, one_v = (x[:, here] for x in (q, k, v))
         if pattern == "dense":
             outputs.append(_dense(one_q, one_k, one_v, is_causal, scale))
         elif pattern == "strided":
-            outputs.append(_strided(one_q, one_k, one_v, is_causal, period, scale))
+            outputs.append(_strided(one_q, one_k, one_v, is_causal, settings["period"], scale))
+        elif pattern == "random":
+            which = (settings["random_keys"], window, settings["global_tokens"], settings["pattern_seed"])
+            outputs.append(random_attention(one_q, one_k, one_v, is_causal, *which, scale))
+        elif pattern == "learned":
+            blocks = (settings["block_size"], settings["chosen_blocks"])
+            one_gate = None if gate is None else gate[:, here]
+            outputs.append(learned_attention(one_q, one_k, one_v, is_causal, *blocks, one_gate, scale))
         else:
             outputs.append(_window(one_q, one_k, one_v, is_causal, window, scale))
     return torch.cat(outputs, dim=1)

@@ -40,7 +40,7 @@ class SlideEncoder(nn.Module):
             raise ValueError(f"width {spec.width} must be a multiple of 4 and of heads {spec.heads}")
         if pool not in ("mean", "cls"):
             raise LongslideError(f"pool {pool!r} is none of mean, cls")
-        check_pattern(spec.pattern, spec.window, spec.period)
+        check_pattern(spec.pattern, **spec.pattern_settings)
         self.spec = spec
         self.pool = pool
         self.weights = weights
@@ -59,10 +59,9 @@ class SlideEncoder(nn.Module):
                 spec.dropout,
                 rate,
                 spec.pattern,
-                spec.window,
-                spec.period,
+                layer_pattern_settings(spec, number),
             )
-            for rate in drop_path
+            for number, rate in enumerate(drop_path)
         )
         self.layers_norm = nn.LayerNorm(spec.width)
         self.norm = nn.LayerNorm(spec.width, eps=1e-6)
@@ -416,6 +415,14 @@ def cell_faults(grid_cells: Tensor, slide: Tensor | None) -> Tensor:
     return torch.stack([(grid_cells // MAX_CELL).any(), (ordered[1:] == ordered[:-1]).any()])
 
 
+def layer_pattern_settings(spec: SlideEncoderSpec, layer: int) -> dict[str, int]:
+    """The settings of the attention pattern in one of the layers, each of which has random keys of its own."""
+    settings = spec.pattern_settings
+    if spec.pattern == "random":
+        settings["pattern_seed"] = spec.pattern_seed * spec.layers + layer
+    return settings
+
+
 def create_slide_encoder(
     name: str | Path,
     *,
@@ -449,6 +456,11 @@ def create_slide_encoder(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would also seed the GPUs
             return SlideEncoder(spec, pool, f"random seed={seed}").eval()
+    if spec.pattern == "learned":
+        raise LongslideError(
+            f"slide encoder {spec.name!r} with attention pattern 'learned' has gates that published weights lack: train it "
+            "from scratch, with the checkpoint `random`"
+        )
     if checkpoint is None:
         what = f"Slide encoder {spec.name!r}"
         file, source = download(what, spec.hub_id, [spec.hub_file or ""], gated=spec.gated, option="--slide-checkpoint")

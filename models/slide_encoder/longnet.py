@@ -1,6 +1,6 @@
 """LongNet: a transformer encoder with dilated attention (https://arxiv.org/abs/2307.02486), as GigaPath uses it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +84,7 @@ class LongNetLayer(nn.Module):
         dropout: Share of values dropped after each half.
         drop_path: Share of sequences for which a half is left out in training.
         pattern: Which keys a query sees; see `attention`.
-        window: Tokens seen on either side, for the pattern `sliding-window`.
-        period: Distance of the keys from one another, for the pattern `strided`.
+        pattern_settings: The settings of the pattern, as `attention` takes them.
     """
 
     def __init__(
@@ -98,18 +97,18 @@ class LongNetLayer(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         pattern: Pattern = "dilated",
-        window: int = 0,
-        period: int = 0,
+        pattern_settings: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
         self.segment_lengths = tuple(segment_lengths)
         self.dilated_ratios = tuple(dilated_ratios)
         self.pattern = pattern
-        self.window = window
-        self.period = period
+        self.pattern_settings = dict(pattern_settings or {})
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
+        if pattern == "learned":
+            self.gate = nn.Linear(width, heads)
         self.attention_inner_norm = nn.LayerNorm(width)
         self.attention_out = nn.Linear(width, width)
         self.ffn_norm = nn.LayerNorm(width)
@@ -140,21 +139,26 @@ class LongNetLayer(nn.Module):
             qkv, x = norm_linear(update, self.attention_norm, self.qkv, residual=x)
         tokens, width = x.shape
         qkv = qkv.view(tokens, 3, self.heads, width // self.heads)
-        attended = self._attend(qkv, cu_seqlens, shards).flatten(1)
+        gate = None
+        if self.pattern == "learned":
+            gate = norm_linear(x, self.attention_norm, self.gate)[0].sigmoid()
+        attended = self._attend(qkv, gate, cu_seqlens, shards).flatten(1)
         attended, _ = norm_linear(attended, self.attention_inner_norm, self.attention_out)
         attended = self._drop(attended, cu_seqlens, shards)
         hidden, x = norm_linear(attended, self.ffn_norm, self.ffn_in, residual=x)
         hidden, _ = norm_linear(hidden, self.ffn_inner_norm, self.ffn_out, gelu=True)
         return x, self._drop(hidden, cu_seqlens, shards)
 
-    def _attend(self, qkv: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
+    def _attend(
+        self, qkv: Tensor, gate: Tensor | None, cu_seqlens: Tensor, shards: SequenceShards | None
+    ) -> Tensor:
         lengths, ratios = self.segment_lengths, self.dilated_ratios
         if shards is not None:
             return parallel_dilated_self_attention(qkv, lengths, ratios, cu_seqlens, shards)
         if self.pattern == "dilated":
             return dilated_self_attention(qkv, lengths, ratios, cu_seqlens)
         q, k, v = qkv.unbind(1)
-        return attention(q, k, v, self.pattern, window=self.window, period=self.period, cu_seqlens=cu_seqlens)
+        return attention(q, k, v, self.pattern, gate=gate, cu_seqlens=cu_seqlens, **self.pattern_settings)
 
     def _drop(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         """In training, some of the values, and all of some sequences."""

@@ -10,7 +10,18 @@ from typing import Literal
 from ...errors import LongslideError
 from ..spec_file import NonNegativeInt, PositiveInt, Share, read_spec
 
-Pattern = Literal["dilated", "dense", "sliding-window", "strided"]
+Pattern = Literal["dilated", "dense", "sliding-window", "strided", "random", "learned"]
+
+PATTERN_SETTINGS: dict[str, dict[str, int]] = {
+    "window": {"sliding-window": 1, "random": 0},
+    "period": {"strided": 1},
+    "random_keys": {"random": 1},
+    "global_tokens": {"random": 0},
+    "pattern_seed": {"random": 0},
+    "block_size": {"learned": 1},
+    "chosen_blocks": {"learned": 1},
+}
+"""Of each setting of a pattern, the patterns it is for, and the least that it may be there; elsewhere it is 0."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +47,15 @@ class SlideEncoderSpec:
         dropout: Share of values dropped in training.
         drop_path: Share of slides for which the last layer's halves are left out in training; less before it.
         checkpointing: Whether layers are computed again in the backward instead of kept: less memory, more time.
-        pattern: Which keys a token sees: `dilated`, or to compare `dense`, `sliding-window` or `strided`; see `attention`.
-        window: Tokens seen on either side, for the pattern `sliding-window`.
+        pattern: Which keys a token sees: `dilated`, or to compare `dense`, `sliding-window`, `strided`, `random` or `learned`;
+            see `attention`.
+        window: Tokens seen on either side, for the pattern `sliding-window`, and if wanted for `random`.
         period: Distance of the keys from one another, for the pattern `strided`.
+        random_keys: Random keys of each token, for the pattern `random`.
+        global_tokens: First tokens that see all and that all see, for the pattern `random`; the very first is the cls token.
+        pattern_seed: Which random keys, for the pattern `random`; each layer has others.
+        block_size: Tokens of a block, for the pattern `learned`.
+        chosen_blocks: Blocks that each block chooses to see besides itself, for the pattern `learned`.
     """
 
     name: str
@@ -62,6 +79,16 @@ class SlideEncoderSpec:
     pattern: Pattern = "dilated"
     window: NonNegativeInt = 0
     period: NonNegativeInt = 0
+    random_keys: NonNegativeInt = 0
+    global_tokens: NonNegativeInt = 0
+    pattern_seed: NonNegativeInt = 0
+    block_size: NonNegativeInt = 0
+    chosen_blocks: NonNegativeInt = 0
+
+    @property
+    def pattern_settings(self) -> dict[str, int]:
+        """The settings of the attention pattern that are not 0, by the names of `PATTERN_SETTINGS`."""
+        return {name: getattr(self, name) for name in PATTERN_SETTINGS if getattr(self, name)}
 
     @property
     def segment_lengths(self) -> tuple[int, ...]:

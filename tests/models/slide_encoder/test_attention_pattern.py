@@ -55,7 +55,13 @@ def test_a_pattern_is_a_softmax_under_its_mask(
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("pattern", "settings"), [*CASES, ("dilated", {"segment_lengths": [8, 40], "dilated_ratios": [1, 4]})]
+    ("pattern", "settings"),
+    [
+        *CASES,
+        ("dilated", {"segment_lengths": [8, 40], "dilated_ratios": [1, 4]}),
+        ("random", {"random_keys": 6, "window": 2, "global_tokens": 1}),
+        ("learned", {"block_size": 8, "chosen_blocks": 2}),
+    ],
 )
 def test_packed_sequences_give_what_they_give_one_at_a_time(
     pattern: str, settings: dict[str, int], causal: bool
@@ -95,16 +101,21 @@ def test_a_block_mask_made_without_gradients_serves_a_later_backward() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pattern": "sparse"}, "'sparse' is none of dilated, dense, sliding-window, strided"),
+        ({"pattern": "sparse"}, "'sparse' is none of dilated, dense, sliding-window, strided, random, learned"),
         ({"pattern": "sliding-window"}, "'sliding-window' needs a window of at least 1, not 0"),
         ({"pattern": "strided", "period": -2}, "'strided' needs a period of at least 1, not -2"),
-        ({"pattern": "dense", "window": 5}, "window 5 is for attention pattern 'sliding-window', not 'dense'"),
+        ({"pattern": "dense", "window": 5}, "window 5 is for attention pattern 'sliding-window' or 'random', not 'dense'"),
+        ({"pattern": "random"}, "'random' needs random_keys of at least 1, not 0"),
+        ({"pattern": "random", "random_keys": 4, "window": -1}, "'random' needs a window of at least 0, not -1"),
+        ({"pattern": "learned", "chosen_blocks": 4}, "'learned' needs a block_size of at least 1, not 0"),
+        ({"pattern": "learned", "block_size": 4}, "'learned' needs chosen_blocks of at least 1, not 0"),
+        ({"pattern": "learned", "random_keys": 4}, "random_keys 4 is for attention pattern 'random', not 'learned'"),
         ({"period": 5}, "period 5 is for attention pattern 'strided', not 'dilated'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(LongslideError, match=message):
-        check_pattern(**({"pattern": "dilated", "window": 0, "period": 0} | settings))  # type: ignore[arg-type]
+        check_pattern(**({"pattern": "dilated"} | settings))  # type: ignore[arg-type]
 
 
 def encoder(**settings: object) -> SlideEncoder:
@@ -116,7 +127,7 @@ def test_the_encoders_configuration_selects_the_pattern() -> None:
     slides, bounds = torch.randn(70, 8), torch.tensor([0, 50, 70])
     cells = torch.stack([torch.arange(70), torch.zeros(70, dtype=torch.long)], dim=1)
     with torch.inference_mode():
-        dilated, dense, wide, narrow, every, few = (
+        dilated, dense, wide, narrow, every, few, all_drawn, drawn, all_chosen, chosen = (
             encoder(**settings)(slides, cells, bounds)
             for settings in (
                 {},
@@ -125,11 +136,15 @@ def test_the_encoders_configuration_selects_the_pattern() -> None:
                 {"pattern": "sliding-window", "window": 3},
                 {"pattern": "strided", "period": 1},
                 {"pattern": "strided", "period": 4},
+                {"pattern": "random", "random_keys": 51},
+                {"pattern": "random", "random_keys": 3},
+                {"pattern": "learned", "block_size": 1, "chosen_blocks": 51},
+                {"pattern": "learned", "block_size": 4, "chosen_blocks": 1},
             )
         )
-    torch.testing.assert_close(wide, dense)
-    torch.testing.assert_close(every, dense)
-    for other in (dilated, narrow, few):
+    for same in (wide, every, all_drawn):
+        torch.testing.assert_close(same, dense)
+    for other in (dilated, narrow, few, drawn, all_chosen, chosen):  # of all blocks the means count once more
         assert (other - dense).abs().max() > 1e-3
 
 

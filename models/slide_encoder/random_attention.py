@@ -1,0 +1,116 @@
+"""Attention to random keys, to the neighbours and to global tokens, as in BigBird (https://arxiv.org/abs/2007.14062)."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from .gathered_attention import gathered_attention, mixed
+
+_BLOCK = 64
+"""Queries that share the keys of their neighbourhood."""
+
+
+def random_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    is_causal: bool,
+    random_keys: int,
+    window: int,
+    global_tokens: int,
+    seed: int,
+    scale: float | None,
+) -> Tensor:
+    """See `attention`; of one sequence, or of several of one length, which see keys of the same numbers.
+
+    Args:
+        q: `(B, L, H, D)` queries.
+        k: Keys, shaped like `q`.
+        v: Values, shaped like `q`.
+        is_causal: Whether later keys are hidden.
+        random_keys: Random keys of each query.
+        window: Tokens seen on either side, besides the token itself.
+        global_tokens: First tokens, which all see and which see all.
+        seed: Which random keys.
+        scale: Factor of the logits; `D ** -0.5` by default.
+
+    Returns:
+        The shape and dtype of `q`.
+    """
+    batch, length, heads, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    everywhere = min(global_tokens, length)
+    row_q, row_k, row_v = (x.transpose(1, 2).reshape(batch * heads, length, dim) for x in (q, k, v))
+    device = q.device
+
+    def near_keys(first: int, end: int) -> tuple[Tensor, Tensor]:
+        """The global tokens, then the neighbourhood of a block of queries."""
+        begin = torch.arange(first, end, device=device)[:, None] * _BLOCK
+        query = (begin + torch.arange(_BLOCK, device=device))[:, :, None]
+        around = begin + torch.arange(-window, _BLOCK + window, device=device)
+        of_all = torch.arange(everywhere, device=device)
+        key = torch.cat([of_all.expand(end - first, -1), around], 1)[:, None]
+        near = (key >= everywhere) & (key < length) & ((query - key).abs() <= window)
+        seen = near | (torch.arange(key.shape[-1], device=device) < everywhere)
+        return key[:, 0].clamp(0, length - 1)[None], seen & (query >= key) if is_causal else seen
+
+    def far_keys(first: int, end: int) -> tuple[Tensor, Tensor]:
+        """The random keys, but those that are global or near too: a key counts once."""
+        query = torch.arange(first, end, device=device)
+        key, seen = random_key_positions(query, heads, length, random_keys, seed, is_causal)
+        seen = seen & ((query[:, None] - key).abs() > window) & (key >= everywhere)
+        return key.repeat(batch, 1, 1), seen.repeat(batch, 1, 1)[:, :, None]
+
+    blocks = -(-length // _BLOCK)
+    padded = pad(row_q, (0, 0, 0, blocks * _BLOCK - length)).view(-1, blocks, _BLOCK, dim)
+    near, near_sum = gathered_attention(padded, row_k, row_v, near_keys, scale)
+    far, far_sum = gathered_attention(row_q[:, :, None], row_k, row_v, far_keys, scale)
+    output = mixed(
+        [
+            (near.flatten(1, 2)[:, :length], near_sum.flatten(1, 2)[:, :length]),
+            (far.squeeze(2), far_sum.squeeze(2)),
+        ]
+    )
+    output = output.to(q.dtype)
+    if everywhere:
+        first_q = row_q[:, :everywhere].contiguous()
+        every = scaled_dot_product_attention(first_q, row_k, row_v, is_causal=is_causal, scale=scale)
+        output = torch.cat([every, output[:, everywhere:]], 1)
+    return output.view(batch, heads, length, dim).transpose(1, 2)
+
+
+def random_key_positions(
+    queries: Tensor, heads: int, tokens: int, count: int, seed: int, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The random keys of some queries: one from each of `count` equal parts of the sequence, or of what lies before the query.
+
+    So no key is drawn twice, and each is as likely as any other. They come from a hash of seed, head, query and number, not
+    from a generator: the same on every device, for any of the queries alone, and nothing is kept.
+
+    Args:
+        queries: `(Q,)` int64 positions.
+        heads: Attention heads, each with keys of its own.
+        tokens: Tokens of the sequence.
+        count: Keys of each query.
+        seed: Which ones.
+        is_causal: Whether none lies after its query.
+
+    Returns:
+        `(heads, Q, count)` int64 positions, and bool, whether it is one: not where there are fewer tokens than `count`.
+    """
+    device = queries.device
+    among = (queries + 1 if is_causal else torch.full_like(queries, tokens))[None, :, None]
+    number = torch.arange(count, device=device)
+    begin, end = number * among // count, (number + 1) * among // count
+    mixed_up = _hash(_hash(torch.arange(heads, device=device), seed)[:, None] + queries)[:, :, None] + number * 0x9E3779B9
+    position = begin + (_hash(mixed_up) * (end - begin) >> 32)
+    return position, (end > begin).expand_as(position)
+
+
+def _hash(x: Tensor, seed: int = 0) -> Tensor:
+    """32 bits, by the finaliser of MurmurHash3."""
+    mask = 0xFFFFFFFF
+    x = (x + ((seed * 0x85EBCA77 + 0x165667B1) & mask)) & mask
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
+    return x ^ (x >> 16)
