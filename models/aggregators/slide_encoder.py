@@ -111,8 +111,8 @@ class LongNetAggregator(SlideEncoderAggregator):
         dropout: Share of values dropped in training.
         drop_path: Share of bags for which the last layer's halves are left out in training; less before it.
         checkpointing: Whether layers are computed again in the backward, for memory.
-        pattern: Which keys a token sees: `dilated`, which is LongNet, or to compare with it `dense`, `sliding-window`, `strided`,
-            `random` or `learned`.
+        pattern: Which keys a token sees: `dilated`, which is LongNet, or to compare with it `dense`, `sliding-window`,
+            `strided`, `random` or `learned`.
         window: Tokens seen on either side, for `sliding-window`, and if wanted for `random`.
         period: Distance of the keys from one another, for `strided`.
         random_keys: Random keys of each token, for `random`.
@@ -120,7 +120,8 @@ class LongNetAggregator(SlideEncoderAggregator):
         pattern_seed: Which random keys, for `random`.
         block_size: Tokens of a block, for `learned`.
         chosen_blocks: Blocks that each block chooses to see besides itself, for `learned`.
-        checkpoint: A checkpoint of `longslide pretrain` to begin with, whose pattern stays; none or `random` for random weights.
+        checkpoint: A checkpoint of `longslide pretrain` to begin with, whose pattern stays; none or `random` for random
+            weights.
         architecture: What `architecture()` of the trained module said: to build it again, without weights.
 
     Raises:

@@ -51,10 +51,10 @@ def attention(
       Tokens of different remainders never meet, however many layers there are.
     - `random`: `random_keys` keys anywhere, others for each query and head, besides the token itself; with a `window` and
       `global_tokens` it is BigBird's (https://arxiv.org/abs/2007.14062); linear.
-    - `learned`: tokens are cut into blocks of `block_size`; each block sees itself and the `chosen_blocks` whose mean key fits
-      its mean query best, as VSA (https://arxiv.org/abs/2505.13389) and native sparse attention
-      (https://arxiv.org/abs/2502.11089) choose them; `choose_blocks` says which. With a `gate` the output also has what the
-      blocks' means say: only so does training learn the choice. Linear, but for one score for each pair of blocks.
+    - `learned`: tokens are cut into blocks of `block_size`; each block sees itself and the `chosen_blocks` whose mean key
+      fits its mean query best, as VSA (https://arxiv.org/abs/2505.13389) and native sparse attention
+      (https://arxiv.org/abs/2502.11089) choose them; `choose_blocks` says which. With a `gate` the output also has what
+      the blocks' means say: only so does training learn the choice. Linear, but for one score for each pair of blocks.
 
     Args:
         q: `(B, L, H, D)` queries: batch, tokens, heads, head dimension; any floating dtype. With `cu_seqlens`
@@ -127,11 +127,13 @@ def check_pattern(pattern: str, **settings: int) -> None:
         if pattern not in least:
             if value:
                 owners = " or ".join(map(repr, least))
-                raise LongslideError(f"{name} {value} is for attention pattern {owners}, not {pattern!r}: leave it at 0")
+                raise LongslideError(
+                    f"{name} {value} is for attention pattern {owners}, not {pattern!r}: leave it at 0"
+                )
         elif value < least[pattern]:
-            several = name in ("random_keys", "global_tokens", "chosen_blocks")
+            article = "" if name.endswith("s") else "a "
             raise LongslideError(
-                f"attention pattern {pattern!r} needs {'' if several else 'a '}{name} of at least {least[pattern]}, not {value}"
+                f"attention pattern {pattern!r} needs {article}{name} of at least {least[pattern]}, not {value}"
             )
 
 

@@ -1,6 +1,6 @@
 """Attention of groups of queries to keys that are gathered for them: time and memory linear in what is gathered."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,24 +22,22 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, keys_of: KeysOf, scale: 
         q: `(R, G, b, D)` queries: rows (of a batch and its heads), groups, queries of a group, head dimension.
         k: `(R, T, D)` keys.
         v: `(R, T, D)` values.
-        keys_of: Gives for some of the groups `index`, `(R or 1, g, M)` int64 positions of keys in 0 .. T - 1, and `seen`, bool
-            that broadcasts to `(R, g, b, M)`. No key may be listed twice for a query that sees it.
+        keys_of: Gives for some of the groups `index`, `(R or 1, g, M)` int64 positions of keys in 0 .. T - 1, and `seen`,
+            bool that broadcasts to `(R, g, b, M)`. No key may be listed twice for a query that sees it.
         scale: Factor of the logits.
 
     Returns:
-        `(R, G, b, D)` float32 (float64 of float64) outputs, 0 for a query that sees nothing, and `(R, G, b)` the log-sum-exp of
-        their logits, -inf there.
+        `(R, G, b, D)` float32 (float64 of float64) outputs, 0 for a query that sees nothing, and `(R, G, b)` the
+        log-sum-exp of their logits, -inf there.
     """
-    output, log_sum = _GatheredAttention.apply(q, k, v, keys_of, scale)  # type: ignore[no-untyped-call]
+    output, log_sum = _GatheredAttention.apply(q, k, v, keys_of, scale)
     return output, log_sum
 
 
 def mixed(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """One softmax over the keys of several parts, of each part's output `(..., D)` and log-sum-exp `(...)`."""
-    if len(parts) == 1:
-        return parts[0][0]
     weights = torch.stack([log_sum for _, log_sum in parts]).softmax(0)
-    return sum((part * weight[..., None] for (part, _), weight in zip(parts, weights, strict=True)), torch.tensor(0.0))
+    return (torch.stack([output for output, _ in parts]) * weights[..., None]).sum(0)
 
 
 class _GatheredAttention(torch.autograd.Function):
@@ -49,28 +47,29 @@ class _GatheredAttention(torch.autograd.Function):
         output = torch.empty(q.shape, dtype=accurate, device=q.device)
         log_sum = torch.empty(q.shape[:-1], dtype=accurate, device=q.device)
         with torch.autocast(q.device.type, enabled=False):
-            for some, rows, logits, gathered_v in _some_groups(q, k, v, keys_of, scale):
+            values = v.flatten(0, 1)
+            for some, rows, logits in _some_groups(q, k, keys_of, scale):
                 sums = logits.logsumexp(-1)
                 log_sum[:, some] = sums
-                output[:, some] = _weights(logits, sums).to(v.dtype) @ gathered_v(rows)
+                output[:, some] = _weights(logits, sums).to(v.dtype) @ values[rows]
         ctx.save_for_backward(q, k, v, output, log_sum)
         ctx.keys_of, ctx.scale = keys_of, scale
         return output, log_sum
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor, grad_log_sum: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, log_sum = ctx.saved_tensors
         grad_q = torch.empty_like(output)
         grad_k, grad_v = (torch.zeros_like(x, dtype=output.dtype).flatten(0, 1) for x in (k, v))
-        keys = k.flatten(0, 1)
+        keys, values = k.flatten(0, 1), v.flatten(0, 1)
         with torch.autocast(q.device.type, enabled=False):
             # A logit's gradient is its weight times what its value would change less the mean of that.
             mean = (grad_output * output).sum(-1) - grad_log_sum
-            for some, rows, logits, gathered_v in _some_groups(q, k, v, ctx.keys_of, ctx.scale):
+            for some, rows, logits in _some_groups(q, k, ctx.keys_of, ctx.scale):
                 weights = _weights(logits, log_sum[:, some])
                 direction = grad_output[:, some].to(v.dtype)
-                grad_logits = weights * ((direction @ gathered_v(rows).mT).to(weights.dtype) - mean[:, some][..., None])
+                grad_logits = weights * ((direction @ values[rows].mT).to(weights.dtype) - mean[:, some][..., None])
                 grad_logits = (grad_logits * ctx.scale).to(q.dtype)
                 grad_q[:, some] = (grad_logits @ keys[rows]).to(grad_q.dtype)
                 _add_rows(grad_k, rows, grad_logits.mT @ q[:, some])
@@ -78,10 +77,10 @@ class _GatheredAttention(torch.autograd.Function):
         return grad_q.to(q.dtype), grad_k.view_as(k).to(k.dtype), grad_v.view_as(v).to(v.dtype), None, None
 
 
-def _some_groups(q: Tensor, k: Tensor, v: Tensor, keys_of: KeysOf, scale: float) -> Any:
-    """Some of the groups at a time: which, `(R, g, M)` rows of the keys, and `(R, g, b, M)` logits; and the values of rows."""
+def _some_groups(q: Tensor, k: Tensor, keys_of: KeysOf, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some of the groups at a time: which, the `(R, g, M)` rows of their keys, and the `(R, g, b, M)` logits."""
     rows, groups, block, dim = q.shape
-    keys, values = k.flatten(0, 1), v.flatten(0, 1)
+    keys = k.flatten(0, 1)
     first_of_row = torch.arange(rows, device=q.device)[:, None, None] * k.shape[1]
     listed = keys_of(0, 1)[0].shape[-1]
     count = max(1, _ELEMENTS.get(q.device.type, 2**22) // (rows * listed * (2 * dim + 2 * block)))
@@ -90,7 +89,7 @@ def _some_groups(q: Tensor, k: Tensor, v: Tensor, keys_of: KeysOf, scale: float)
         index, seen = keys_of(some.start, some.stop)
         index = index + first_of_row
         logits = (q[:, some] @ keys[index].mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
-        yield some, index, logits.masked_fill(~seen, -torch.inf), values.__getitem__
+        yield some, index, logits.masked_fill(~seen, -torch.inf)
 
 
 def _weights(logits: Tensor, log_sum: Tensor) -> Tensor:

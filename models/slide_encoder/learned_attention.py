@@ -1,9 +1,9 @@
 """Attention to blocks of keys that the model learns to choose: block top-k, trained with it.
 
-The two stages are those of VSA (https://arxiv.org/abs/2505.13389), the form for sequences without a direction of native sparse
-attention (https://arxiv.org/abs/2502.11089): attention between the means of blocks chooses, attention to the chosen blocks' own
-keys follows. The choice itself has no gradient. What the means attend to is part of the output too, by a learned gate: so
-training raises the scores of blocks that matter, and thereby chooses them. Training and inference choose alike.
+The two stages are those of VSA (https://arxiv.org/abs/2505.13389), the form for sequences without a direction of native
+sparse attention (https://arxiv.org/abs/2502.11089): attention between the means of blocks chooses, attention to the keys of
+the chosen blocks follows. The choice itself has no gradient. What the means attend to is part of the output too, by a
+learned gate: so training raises the scores of blocks that matter, and they are chosen. Training and inference choose alike.
 """
 
 import torch
@@ -83,14 +83,14 @@ def choose_blocks(
         is_causal: Whether later blocks are hidden.
 
     Returns:
-        `(B, H, blocks, chosen)` int64 numbers of blocks, best first, and bool, whether it is one: not where `is_causal` leaves
-        fewer. `chosen` is at most the number of the other blocks.
+        `(B, H, blocks, chosen)` int64 numbers of blocks, best first, and bool, whether it is one: not where `is_causal`
+        leaves fewer. `chosen` is at most the number of the other blocks.
     """
     batch, length, heads, dim = q.shape
     row_q, row_k = (x.transpose(1, 2).reshape(batch * heads, length, dim) for x in (q, k))
     mean_q, mean_k = _block_queries(row_q, block_size, is_causal), _block_means(row_k, block_size)
     chosen, valid = _choose(mean_q, mean_k, chosen_blocks, is_causal)
-    return chosen.unflatten(0, (batch, heads)), valid.unflatten(0, (batch, heads))
+    return chosen.view(batch, heads, *chosen.shape[1:]), valid.view(batch, heads, *valid.shape[1:])
 
 
 def _block_queries(q: Tensor, block_size: int, is_causal: bool) -> Tensor:
@@ -117,7 +117,7 @@ def _choose(mean_q: Tensor, mean_k: Tensor, count: int, is_causal: bool) -> tupl
     some = max(1, _SCORES // (rows * blocks))
     chosen, valid = [], []
     with torch.autocast(mean_q.device.type, enabled=False):
-        for here in number.split(some):
+        for here in torch.split(number, some):
             hidden = number >= here[:, None] if is_causal else number == here[:, None]
             scores = (mean_q[:, here] @ mean_k.mT).masked_fill(hidden, -torch.inf)
             best = scores.topk(count, dim=-1)

@@ -1,6 +1,7 @@
 """LongNet: a transformer encoder with dilated attention (https://arxiv.org/abs/2307.02486), as GigaPath uses it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,16 +150,15 @@ class LongNetLayer(nn.Module):
         hidden, _ = norm_linear(hidden, self.ffn_inner_norm, self.ffn_out, gelu=True)
         return x, self._drop(hidden, cu_seqlens, shards)
 
-    def _attend(
-        self, qkv: Tensor, gate: Tensor | None, cu_seqlens: Tensor, shards: SequenceShards | None
-    ) -> Tensor:
+    def _attend(self, qkv: Tensor, gate: Tensor | None, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         lengths, ratios = self.segment_lengths, self.dilated_ratios
         if shards is not None:
             return parallel_dilated_self_attention(qkv, lengths, ratios, cu_seqlens, shards)
         if self.pattern == "dilated":
             return dilated_self_attention(qkv, lengths, ratios, cu_seqlens)
         q, k, v = qkv.unbind(1)
-        return attention(q, k, v, self.pattern, gate=gate, cu_seqlens=cu_seqlens, **self.pattern_settings)
+        settings: Any = self.pattern_settings
+        return attention(q, k, v, self.pattern, gate=gate, cu_seqlens=cu_seqlens, **settings)
 
     def _drop(self, x: Tensor, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         """In training, some of the values, and all of some sequences."""

@@ -82,7 +82,7 @@ def random_attention(
 def random_key_positions(
     queries: Tensor, heads: int, tokens: int, count: int, seed: int, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """The random keys of some queries: one from each of `count` equal parts of the sequence, or of what lies before the query.
+    """The random keys of some queries: one from each of `count` equal parts of the sequence, or of what has gone before.
 
     So no key is drawn twice, and each is as likely as any other. They come from a hash of seed, head, query and number, not
     from a generator: the same on every device, for any of the queries alone, and nothing is kept.
@@ -102,7 +102,9 @@ def random_key_positions(
     among = (queries + 1 if is_causal else torch.full_like(queries, tokens))[None, :, None]
     number = torch.arange(count, device=device)
     begin, end = number * among // count, (number + 1) * among // count
-    mixed_up = _hash(_hash(torch.arange(heads, device=device), seed)[:, None] + queries)[:, :, None] + number * 0x9E3779B9
+    mixed_up = (
+        _hash(_hash(torch.arange(heads, device=device), seed)[:, None] + queries)[:, :, None] + number * 0x9E3779B9
+    )
     position = begin + (_hash(mixed_up) * (end - begin) >> 32)
     return position, (end > begin).expand_as(position)
 

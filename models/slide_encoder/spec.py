@@ -47,8 +47,8 @@ class SlideEncoderSpec:
         dropout: Share of values dropped in training.
         drop_path: Share of slides for which the last layer's halves are left out in training; less before it.
         checkpointing: Whether layers are computed again in the backward instead of kept: less memory, more time.
-        pattern: Which keys a token sees: `dilated`, or to compare `dense`, `sliding-window`, `strided`, `random` or `learned`;
-            see `attention`.
+        pattern: Which keys a token sees: `dilated`, or to compare `dense`, `sliding-window`, `strided`, `random` or
+            `learned`; see `attention`.
         window: Tokens seen on either side, for the pattern `sliding-window`, and if wanted for `random`.
         period: Distance of the keys from one another, for the pattern `strided`.
         random_keys: Random keys of each token, for the pattern `random`.

@@ -104,7 +104,10 @@ def test_a_block_mask_made_without_gradients_serves_a_later_backward() -> None:
         ({"pattern": "sparse"}, "'sparse' is none of dilated, dense, sliding-window, strided, random, learned"),
         ({"pattern": "sliding-window"}, "'sliding-window' needs a window of at least 1, not 0"),
         ({"pattern": "strided", "period": -2}, "'strided' needs a period of at least 1, not -2"),
-        ({"pattern": "dense", "window": 5}, "window 5 is for attention pattern 'sliding-window' or 'random', not 'dense'"),
+        (
+            {"pattern": "dense", "window": 5},
+            "window 5 is for attention pattern 'sliding-window' or 'random', not 'dense'",
+        ),
         ({"pattern": "random"}, "'random' needs random_keys of at least 1, not 0"),
         ({"pattern": "random", "random_keys": 4, "window": -1}, "'random' needs a window of at least 0, not -1"),
         ({"pattern": "learned", "chosen_blocks": 4}, "'learned' needs a block_size of at least 1, not 0"),

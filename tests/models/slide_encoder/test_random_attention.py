@@ -9,7 +9,13 @@ from torch import Tensor
 
 
 def random_mask(
-    length: int, heads: int, causal: bool, random_keys: int, window: int = 0, global_tokens: int = 0, pattern_seed: int = 0
+    length: int,
+    heads: int,
+    causal: bool,
+    random_keys: int,
+    window: int = 0,
+    global_tokens: int = 0,
+    pattern_seed: int = 0,
 ) -> Tensor:
     """(heads, L, L) bool, of the random keys as they are drawn, and what BigBird adds."""
     position, is_one = random_key_positions(torch.arange(length), heads, length, random_keys, pattern_seed, causal)
@@ -106,6 +112,7 @@ def test_a_gpu_draws_the_same_keys_and_repeats_its_gradients_to_the_bit() -> Non
     assert torch.equal(random_key_positions(torch.arange(3000, device="cuda"), 4, 3000, 16, 9, False)[0].cpu(), here)
     inputs = [torch.randn(1, 3000, 4, 32, device="cuda", requires_grad=True) for _ in range(3)]
     gradients = [
-        torch.autograd.grad(attention(*inputs, "random", random_keys=16, window=4).sin().sum(), inputs) for _ in range(2)
+        torch.autograd.grad(attention(*inputs, "random", random_keys=16, window=4).sin().sum(), inputs)
+        for _ in range(2)
     ]
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
