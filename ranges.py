@@ -124,6 +124,8 @@ RANGES: Mapping[str, Range] = {
     "num_nodes": AT_LEAST_1,
     "num_sanity_val_steps": Range(0, also=NO_LIMIT),
     "reload_dataloaders_every_n_epochs": AT_LEAST_0,
+    # view.
+    "port": Range(1, 65535),
     # Attention patterns, and attention-map.
     "tokens": AT_LEAST_1,
     "segment_lengths": AT_LEAST_1,

@@ -48,6 +48,10 @@ COMMANDS = {
         ".report.report",
         "Write an HTML page over the results of predict: table, overlays, galleries, failures.",
     ),
+    "view": (
+        ".view.view",
+        "Look at slides, tiles, scores and predictions in the browser: deep zoom, layers, regions to draw.",
+    ),
     "attention-map": (
         ".attention_map.attention_map",
         "Draw which keys each query sees under an attention pattern, and what it costs.",
@@ -67,6 +71,7 @@ POSITIONAL = {
     "slides": "Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`.",
     "results": "Output folders of longslide predict.",
     "runs": "Run folders of longslide fit, crossval or test.",
+    "inputs": "Folders of results, features, runs or slides; slide files, feature files, tables with a column `slide`.",
 }
 
 

@@ -219,7 +219,7 @@ def write_explanation(
         title=f"{explanation.slide_id}\n{prediction.text}   {explanation.method.replace('-', ' ')}",
         mm_per_px=slide.mpp.value / 1000 * slide.bounds[2] / width,
         limit=limit,
-        ends=_ends(name, explanation.signed),
+        ends=score_ends(name, explanation.signed),
         signed=explanation.signed,
         tissue=[(ring - slide.bounds[:2]) * scale for ring in _rings(tissue)],
     )
@@ -240,7 +240,8 @@ def _rings(tissue: str | None) -> list[np.ndarray]:
     return [np.asarray(ring.coords) for ring in rings]
 
 
-def _ends(name: str, signed: bool) -> tuple[str, str]:
+def score_ends(name: str, signed: bool) -> tuple[str, str]:
+    """What the lowest and the highest scores of a column mean."""
     if not signed:
         return "little attention", "much"
     if name in ("value", "risk"):

@@ -179,11 +179,11 @@ def read_predictions(path: Path, task: Task) -> list[Prediction]:
         return []
     columns = PredictionColumns(task)
     frame = columns.arrange(typed(read_table(path, {""}), columns.text))
-    return [_of_row(cells, task) for cells in frame.astype(object).where(frame.notna(), None).to_dict("records")]
+    return [of_row(cells, task) for cells in frame.astype(object).where(frame.notna(), None).to_dict("records")]
 
 
-def _of_row(cells: Mapping[Any, Any], task: Task) -> Prediction:
-    """The prediction that is in a row."""
+def of_row(cells: Mapping[Any, Any], task: Task) -> Prediction:
+    """The prediction that is in a row of `predictions.csv`, by the names of `PredictionColumns`; None for an empty cell."""
     columns = PredictionColumns(task)
     decision, score, spread = (
         [cells[name] for name in names] for names in (columns.decision, columns.score, columns.spread)

@@ -15,6 +15,9 @@ from ...task import Task
 if TYPE_CHECKING:
     import pandas as pd
 
+RUN_FACTS = "run.json"
+"""What a run folder is known by."""
+
 _NAMES = ("patient_id", "slide_id", "level")  # text, also where it looks like numbers
 
 
@@ -121,9 +124,11 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise LongslideError(f"{folder}: no such folder; give one that longslide fit, crossval or test wrote")
-    path = folder / "run.json"
+    path = folder / RUN_FACTS
     if not path.is_file():
-        raise LongslideError(f"{folder}: no run.json in it; name a folder that longslide fit, crossval or test wrote")
+        raise LongslideError(
+            f"{folder}: no {RUN_FACTS} in it; name a folder that longslide fit, crossval or test wrote"
+        )
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         task = Task.from_dict(facts["task"])

@@ -1,0 +1,1 @@
+"""The viewer: a web page of this machine alone, over slides, features and predictions."""

@@ -1,0 +1,403 @@
+"""The web application of a viewer: its pages, what they ask for, and who may ask."""
+
+import io
+import json
+import mimetypes
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...data.slides.slide import Slide
+from ...errors import LongslideError
+from ...prediction_columns import time_text
+from ...version import __version__
+from ..report.wording import task_text
+from .collection import UNCERTAIN_BELOW, Collection, ViewedSlide
+from .content import SlideContent, rings_of
+from .layers import Layer, layers_of
+from .open_slides import TILE_PX, OpenSlides, SlideFile, finest_level
+from .regions import Regions
+
+STATIC = Path(__file__).parent / "static"
+
+CONTENTS_KEPT = 16
+"""Slides whose grids and layers stay in memory."""
+
+THUMBNAIL_PX = 256
+MOST_SAVED_BYTES = 32 * 2**20
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+mimetypes.add_type("text/javascript", ".js")  # some systems say otherwise, and browsers then refuse modules
+
+
+@dataclass
+class Site:
+    """What the routes work on.
+
+    Attributes:
+        collection: What is shown.
+        open_slides: The open slides.
+        regions: Regions that were drawn.
+    """
+
+    collection: Collection
+    open_slides: OpenSlides = field(default_factory=OpenSlides)
+    _contents: "OrderedDict[str, tuple[SlideContent, dict[str, Layer]]]" = field(default_factory=OrderedDict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def __post_init__(self) -> None:
+        self.regions = Regions(self.collection.output)
+
+    def slide(self, request: Request) -> ViewedSlide:
+        """The slide that a URL names.
+
+        Raises:
+            UnknownError: There is none.
+        """
+        try:
+            return self.collection.slides[request.path_params["slide_id"]]
+        except KeyError:
+            raise UnknownError from None
+
+    def content(self, slide: ViewedSlide) -> SlideContent:
+        """What is known of a slide; kept for the next request."""
+        return self._known(slide)[0]
+
+    def layers(self, slide: ViewedSlide) -> dict[str, Layer]:
+        """Its layers; kept likewise."""
+        return self._known(slide)[1]
+
+    def file(self, slide: ViewedSlide) -> SlideFile:
+        """How its file is opened.
+
+        Raises:
+            LongslideError: Nobody says where it is.
+        """
+        file = self.content(slide).file
+        if file is None:
+            raise LongslideError(
+                f"{slide.slide_id}: where its slide file is is not known; give its folder to the viewer too"
+            )
+        return file
+
+    def forget(self, slide: ViewedSlide) -> None:
+        """Read what is known of a slide again."""
+        with self._lock:
+            self._contents.pop(slide.slide_id, None)
+
+    def _known(self, slide: ViewedSlide) -> tuple[SlideContent, dict[str, Layer]]:
+        with self._lock:
+            known = self._contents.get(slide.slide_id)
+        if known is None:
+            content = SlideContent(slide)
+            known = content, layers_of(content)
+        with self._lock:
+            self._contents[slide.slide_id] = known
+            self._contents.move_to_end(slide.slide_id)
+            while len(self._contents) > CONTENTS_KEPT:
+                self._contents.popitem(last=False)
+        return known
+
+
+class UnknownError(Exception):
+    """What a URL names is not served: 404."""
+
+
+def create_app(collection: Collection, token: str) -> ASGIApp:
+    """The application.
+
+    Args:
+        collection: What it shows.
+        token: The first part of every path; without it there is nothing.
+
+    Returns:
+        It, as uvicorn runs it. Its slides are closed when it ends.
+    """
+    site = Site(collection)
+    routes = [route for made_by in ROUTES for route in made_by(site)]
+    handlers: dict[Any, Any] = {UnknownError: _not_found, LongslideError: _cannot}
+    return _Guard(Starlette(routes=routes, exception_handlers=handlers), token, site.open_slides.close)
+
+
+class _Guard:
+    """Lets only those in who know the token and name this machine, and adds the headers of `HEADERS` to every answer.
+
+    A page of another site whose name was made to mean this machine (DNS rebinding) sends its own name as Host; one that
+    posts here sends its own name as Origin.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, close: Callable[[], None]) -> None:
+        self._app = app
+        self._token = token
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"], *((name.lower().encode(), value.encode()) for name, value in HEADERS.items())
+                ]  # fmt: skip
+            await send(message)
+
+        await self._answer(scope)({**scope, "root_path": f"/{self._token}"}, receive, send_guarded)
+
+    def _answer(self, scope: Scope) -> ASGIApp:
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        origin = headers.get(b"origin")
+        first = scope["path"].lstrip("/").partition("/")[0]
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if name.lower() not in LOOPBACK_NAMES or origin not in (None, f"http://{host}".encode("latin-1")):
+            return PlainTextResponse("This viewer answers to 127.0.0.1 and localhost alone.\n", 403)
+        if not secrets.compare_digest(first.encode("utf-8", "surrogateescape"), self._token.encode()):
+            return PlainTextResponse("Not found. The viewer's address has a key in it: copy all of it.\n", 404)
+        if scope["path"] == f"/{self._token}":  # the address without its last slash, to which the pages are relative
+            return RedirectResponse(f"/{self._token}/")
+        return self._app
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                self._close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+
+def _not_found(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "there is no such thing here"}, 404)
+
+
+def _cannot(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 422)
+
+
+def pages(site: Site) -> list[Route]:
+    """The pages and their files."""
+    served = {path.relative_to(STATIC).as_posix(): path for path in STATIC.rglob("*") if path.is_file()}
+
+    def file(request: Request) -> Response:
+        name = request.path_params.get("name") or "index.html"
+        if name not in served:
+            raise UnknownError
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return Response(served[name].read_bytes(), media_type=kind, headers={"Cache-Control": "no-cache"})
+
+    return [Route("/", file), Route("/{name:path}", file)]
+
+
+def collection_routes(site: Site) -> list[Route]:
+    """The list of slides."""
+
+    def collection(request: Request) -> Response:
+        task = site.collection.task
+        return JSONResponse(
+            {
+                "title": site.collection.title,
+                "version": __version__,
+                "task": None if task is None else {"kind": task.kind, "classes": task.classes, "text": task_text(task)},
+                "slides": [_listed(slide) for slide in site.collection.slides.values()],
+            }
+        )
+
+    def thumbnail(request: Request) -> Response:
+        slide = site.slide(request)
+        picture = _saved_thumbnail(slide) or site.open_slides.thumbnail(site.file(slide), THUMBNAIL_PX)
+        return _jpeg(picture)
+
+    return [
+        Route("/api/collection", collection),
+        Route("/api/slides/{slide_id}/thumbnail", thumbnail),
+    ]
+
+
+def slide_routes(site: Site) -> list[Route]:
+    """One slide: its facts, pixels, tiles and layers."""
+
+    def facts(request: Request) -> Response:
+        slide = site.slide(request)
+        site.forget(slide)
+        content, layers = site.content(slide), site.layers(slide)
+        pixels: dict[str, Any] = {}
+        try:
+            with site.open_slides.slide(site.file(slide)) as opened:
+                pixels = {"size": opened.dimensions, "bounds": opened.bounds, "vendor": opened.vendor}
+                pixels |= _resolution(opened, content)
+        except LongslideError as error:
+            pixels = {"error": str(error)}
+            if content.features is not None and content.features.level0_size is not None:
+                pixels |= {"size": content.features.level0_size, "mpp": content.features.slide_mpp}
+        if "size" in pixels:
+            pixels |= {"tile_px": TILE_PX, "finest_level": finest_level(tuple(pixels["size"]))}
+        grid = content.grid
+        return JSONResponse(
+            _listed(slide)
+            | {
+                "pixels": pixels,
+                "grid": None if grid is None else {"size": grid.size, "step": grid.step, "tiles": len(grid.coords)},
+                "tissue": rings_of(content.tissue),
+                "layers": [layer.description() for layer in layers.values()],
+                "facts": content.facts,
+                "remarks": content.remarks,
+                "spread": None if slide.prediction is None else slide.prediction.spread,
+                "saves": site.regions.folder is not None,
+            }
+        )
+
+    def tile(request: Request) -> Response:
+        slide = site.slide(request)
+        level, column, row = (request.path_params[name] for name in ("level", "column", "row"))
+        picture = site.open_slides.tile(site.file(slide), level, column, row)
+        if picture is None:
+            raise UnknownError
+        return _jpeg(picture)
+
+    def region(request: Request) -> Response:
+        slide = site.slide(request)
+        x, y, size, px = (_whole(request, name) for name in ("x", "y", "size", "px"))
+        if not (1 <= size <= 8192 and 16 <= px <= 1024 and max(abs(x), abs(y)) < 2**31):
+            raise UnknownError
+        return _jpeg(site.open_slides.region(site.file(slide), x, y, size, px))
+
+    def coords(request: Request) -> Response:
+        grid = site.content(site.slide(request)).grid
+        if grid is None:
+            raise UnknownError
+        return Response(np.ascontiguousarray(grid.coords, "<i4").tobytes(), media_type="application/octet-stream")
+
+    def layer(request: Request) -> Response:
+        layers = site.layers(site.slide(request))
+        if request.path_params["key"] not in layers:
+            raise UnknownError
+        return Response(layers[request.path_params["key"]].packed(), media_type="application/octet-stream")
+
+    slide = "/api/slides/{slide_id}"
+    return [
+        Route(slide, facts),
+        Route(slide + "/tiles/{level:int}/{column:int}_{row:int}", tile),
+        Route(slide + "/region", region),
+        Route(slide + "/grid", coords),
+        Route(slide + "/layers/{key}", layer),
+    ]
+
+
+def region_routes(site: Site) -> list[Route]:
+    """What is drawn."""
+
+    def read(request: Request) -> Response:
+        return JSONResponse({"regions": site.regions.read(site.slide(request).slide_id)})
+
+    async def write(request: Request) -> Response:
+        slide = site.slide(request)
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MOST_SAVED_BYTES:
+                raise LongslideError(f"more than {MOST_SAVED_BYTES >> 20} MB of regions; draw fewer points")
+        return await run_in_threadpool(save, slide, bytes(body))
+
+    def save(slide: ViewedSlide, body: bytes) -> Response:
+        try:
+            content = json.loads(body)
+        except ValueError as error:
+            raise LongslideError(f"not JSON: {error}") from error
+        path = site.regions.write(slide, site.content(slide).file, content)
+        return JSONResponse({"path": None if path is None else str(path), "folder": str(site.regions.folder)})
+
+    path = "/api/slides/{slide_id}/regions"
+    return [Route(path, read, methods=["GET"]), Route(path, write, methods=["PUT"])]
+
+
+ROUTES: list[Callable[[Site], list[Route]]] = [collection_routes, slide_routes, region_routes, pages]
+"""What makes the routes, the pages last, for they take every path. Routes are added before them."""
+
+
+def _listed(slide: ViewedSlide) -> dict[str, Any]:
+    """What the list says of a slide."""
+    prediction, certainty = slide.prediction, slide.certainty
+    scores: dict[str, float] = {}
+    if prediction is not None:
+        scores = {**(prediction.probability or {})}
+        scores |= {name: value for name in ("value", "risk") if (value := getattr(prediction, name)) is not None}
+        scores |= {f"survival {time_text(time)}": value for time, value in (prediction.survival or {}).items()}
+    return {
+        "id": slide.slide_id,
+        "patient": slide.patient_id,
+        "status": slide.status,
+        "reason": slide.reason,
+        "tiles": slide.tiles,
+        "tissue_mm2": slide.tissue_mm2,
+        "odd": slide.odd,
+        "prediction": None if prediction is None else prediction.text,
+        "scores": scores,
+        "target": slide.target,
+        "wrong": slide.wrong,
+        "certainty": certainty,
+        "uncertain": certainty is not None and certainty < UNCERTAIN_BELOW,
+        "seen": bool(prediction and prediction.seen),
+        "warnings": () if prediction is None else prediction.warnings,
+    }
+
+
+def _resolution(slide: Slide, content: SlideContent) -> dict[str, Any]:
+    settings = {} if content.features is None else content.features.settings
+    try:
+        return {"mpp": slide.mpp.value, "mpp_source": settings.get("mpp_source", slide.mpp.source)}
+    except LongslideError as error:
+        return {"mpp": None, "mpp_source": str(error)}
+
+
+def _saved_thumbnail(slide: ViewedSlide) -> bytes | None:
+    """The thumbnail that `predict` saved, smaller."""
+    for folder in slide.results:
+        try:
+            with Image.open(folder / "slides" / slide.slide_id / "thumbnail.jpg") as picture:
+                picture.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
+                picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+                content = io.BytesIO()
+                picture.convert("RGB").save(content, "JPEG", quality=80)
+                return content.getvalue()
+        except OSError:
+            continue
+    return None
+
+
+def _whole(request: Request, name: str) -> int:
+    try:
+        return int(request.query_params[name])
+    except (KeyError, ValueError):
+        raise UnknownError from None
+
+
+def _jpeg(picture: bytes) -> Response:
+    return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})

@@ -1,0 +1,259 @@
+"""What a viewer shows: the slides of result, run and feature folders, slide folders and tables, joined by their ids."""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...data.slides.base import without_suffix
+from ...data.slides.slide_table import find_slides
+from ...data.table import find_column, is_table, read_rows, read_table, typed
+from ...errors import LongslideError
+from ...prediction_columns import PredictionColumns
+from ...task import CLASSIFICATION, Task
+from ..batch.ledger import SUMMARY
+from ..embed.contact_sheet import oddities
+from ..predict.prediction import PREDICTIONS, Prediction, of_row, read_json
+from ..report.run_folder import RUN_FACTS, read_run
+
+logger = logging.getLogger(__name__)
+
+FEATURE_SUFFIXES = (".h5", ".hdf5")
+
+UNCERTAIN_BELOW = 0.75
+"""A prediction is uncertain when what was decided has a lower probability."""
+
+
+@dataclass
+class ViewedSlide:
+    """One slide of a collection.
+
+    Attributes:
+        slide_id: Its id.
+        paths: Where its file may be, the likeliest first; its feature file knows another place.
+        slide_mpp: Microns per pixel at level 0 by the user's word.
+        features: Its feature files.
+        results: Output folders of `predict` that have a prediction of it.
+        patient_id: The patient, where one is named.
+        status: `done`, `failed`, `skipped`, or empty where no job says.
+        reason: Why it failed or was skipped.
+        tiles: Its tiles, where a job says.
+        tissue_mm2: Area of its tissue, where a job says.
+        odd: What a person should look at, as the contact sheet of `embed` says it, worst first.
+        prediction: What was predicted of it.
+        target: What is true of it by the table of labels, in the words of the prediction; empty where nobody says.
+    """
+
+    slide_id: str
+    paths: list[Path] = field(default_factory=list)
+    slide_mpp: float | None = None
+    features: list[Path] = field(default_factory=list)
+    results: list[Path] = field(default_factory=list)
+    patient_id: str = ""
+    status: str = ""
+    reason: str = ""
+    tiles: int | None = None
+    tissue_mm2: float | None = None
+    odd: tuple[str, ...] = ()
+    prediction: Prediction | None = None
+    target: str = ""
+
+    @property
+    def decided(self) -> str:
+        """What was predicted, in the words of `target`; empty for values and risks."""
+        if self.prediction is None:
+            return ""
+        return self.prediction.predicted or ", ".join(self.prediction.labels)
+
+    @property
+    def wrong(self) -> bool | None:
+        """Whether the class or a label is predicted wrongly; None where nobody says what is true."""
+        one = self.prediction
+        if one is None or one.probability is None or not self.target:
+            return None
+        return self.decided != ("" if self.target == NO_LABEL else self.target)
+
+    @property
+    def certainty(self) -> float | None:
+        """Probability of what was decided, for several labels the lowest; None for values and risks."""
+        probability = self.prediction.probability if self.prediction else None
+        if not probability:
+            return None
+        if self.prediction is not None and self.prediction.predicted is not None:
+            return probability[self.prediction.predicted]
+        return min(max(value, 1 - value) for value in probability.values())
+
+
+NO_LABEL = "no label"
+"""The target of a slide that has none of several labels."""
+
+
+@dataclass
+class Collection:
+    """What is shown.
+
+    Attributes:
+        title: Names of what was given.
+        slides: The slides by id, in their order.
+        task: What was predicted; None without predictions.
+        output: Folder for what is drawn; None where there is no such folder.
+    """
+
+    title: str
+    slides: dict[str, ViewedSlide]
+    task: Task | None
+    output: Path | None
+
+
+def read_collection(inputs: Sequence[str | Path], output: Path | None = None) -> Collection:
+    """Find out what there is to see; no slide or feature file is opened.
+
+    Args:
+        inputs: Output folders of `predict` and `embed`, run folders, feature files, slide files, folders of slides, and
+            slide tables, whose columns with the names of the labels say what is true. What they say of a slide is joined.
+        output: Folder for what is drawn. Default: the first output folder of `predict` or `embed`.
+
+    Returns:
+        The collection.
+
+    Raises:
+        LongslideError: There is nothing there, it cannot be read, or it is of a newer Longslide.
+    """
+    reading = _Reading()
+    paths = [Path(item) for item in inputs]
+    for path in paths:
+        reading.add(path)
+    reading.add_targets()
+    if not reading.slides:
+        raise LongslideError(f"{paths[0]}: no slides, features or results there")
+    title = ", ".join(path.resolve().name or str(path) for path in paths[:3]) + (", …" if len(paths) > 3 else "")
+    return Collection(title, reading.slides, reading.task, output or next(iter(reading.folders), None))
+
+
+class _Reading:
+    """What was found so far."""
+
+    def __init__(self) -> None:
+        self.slides: dict[str, ViewedSlide] = {}
+        self.task: Task | None = None
+        self.folders: list[Path] = []
+        self.tables: list[Path] = []
+
+    def slide(self, slide_id: str) -> ViewedSlide:
+        return self.slides.setdefault(slide_id, ViewedSlide(slide_id))
+
+    def add(self, path: Path) -> None:
+        """What one input holds."""
+        if not os.path.exists(path):
+            raise LongslideError(f"{path}: no such file or folder, or no permission to see it")
+        if path.is_dir() and (path / RUN_FACTS).is_file():
+            self._add_run(path)
+            return
+        features = _feature_files(path)
+        summary = read_rows(path / SUMMARY) if path.is_dir() else []
+        if summary or features:
+            self._add_features(features)
+            self._add_job(path, summary)
+            return
+        if is_table(path):
+            self.tables.append(path)
+        for entry in find_slides(path, ask=False):
+            slide = self.slide(entry.slide_id)
+            slide.paths.insert(0, entry.path)
+            slide.slide_mpp = slide.slide_mpp or entry.slide_mpp
+            slide.patient_id = slide.patient_id or entry.patient_id or ""
+
+    def _add_features(self, files: Iterable[Path]) -> None:
+        for file in files:
+            self.slide(without_suffix(file).name).features.append(file)
+
+    def _add_job(self, folder: Path, summary: Sequence[Mapping[str, str]]) -> None:
+        """An output folder of `embed` or `predict`."""
+        if folder.is_dir():
+            self.folders.append(folder)
+        predicts = (folder / PREDICTIONS).is_file()
+        for row, oddity in zip(summary, oddities([dict(row) for row in summary]), strict=True):
+            slide = self.slide(row["slide_id"])
+            slide.paths.append(Path(row["slide"]))
+            slide.odd = tuple(dict.fromkeys([*slide.odd, *oddity.why]))
+            if predicts or not slide.status:
+                slide.status, slide.reason = row["status"], row["reason"]
+            slide.tiles = int(row["tiles"]) if row.get("tiles") else slide.tiles
+            slide.tissue_mm2 = float(row["tissue_mm2"]) if row.get("tissue_mm2") else slide.tissue_mm2
+            if predicts and row["status"] == "done":
+                slide.results.append(folder)
+            beside = folder / "features" / f"{row['slide_id']}.h5"
+            if predicts:
+                slide.features += [beside, Path(row["features"])] if row.get("features") else [beside]
+        first = next((slide for slide in self.slides.values() if folder in slide.results), None)
+        if first is not None:
+            self._add_predictions(folder, Task.from_dict(read_json(folder / f"{first.slide_id}.json")["task"]))
+
+    def _add_run(self, folder: Path) -> None:
+        """A run folder: its predictions of the test part, else of the validation part."""
+        run = read_run(folder)
+        self._add_predictions(folder, run.task, ("test", "val"))
+
+    def _add_predictions(self, folder: Path, task: Task, parts: Sequence[str] = ("",)) -> None:
+        path = folder / PREDICTIONS
+        if not path.is_file():
+            return
+        if self.task is not None and (task.kind, task.classes, task.label) != (
+            self.task.kind, self.task.classes, self.task.label
+        ):  # fmt: skip
+            logger.warning("%s: predictions of another task than those before; they are not in the list", path)
+            return
+        self.task = self.task or task
+        columns = PredictionColumns(task)
+        frame = columns.arrange(typed(read_table(path, {""}), columns.text))
+        rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+        for part in parts:
+            for cells in rows:
+                if cells["level"] != "slide" or (cells["part"] or "") != part:
+                    continue
+                slide = self.slide(str(cells["slide_id"]))
+                slide.patient_id = slide.patient_id or cells["patient_id"] or ""
+                slide.prediction = slide.prediction or of_row(cells, task)
+                slide.target = slide.target or _target([cells[name] for name in columns.target], task)
+
+    def add_targets(self) -> None:
+        """What is true by the tables, where they have the columns of the labels."""
+        if self.task is None:
+            return
+        for table in self.tables:
+            frame = read_table(table)
+            columns = [find_column(frame, (name.lower(),)) or name for name in self.task.label]
+            if not set(columns) <= set(frame):
+                continue
+            ids = [entry.slide_id for entry in find_slides(table, ask=False)]
+            if len(ids) < len(frame):  # a slide that is named twice
+                continue
+            for slide_id, row in zip(ids, frame[columns].to_dict("records"), strict=True):
+                cells = [row[name] if isinstance(row[name], str) else None for name in columns]
+                self.slides[slide_id].target = self.slides[slide_id].target or _target(cells, self.task)
+
+
+def _feature_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix.lower() in FEATURE_SUFFIXES else []
+    with os.scandir(path) as entries:
+        names = sorted(one.name for one in entries if not one.name.startswith("."))
+    return [path / name for name in names if name.lower().endswith(FEATURE_SUFFIXES)]
+
+
+def _target(cells: Sequence[Any], task: Task) -> str:
+    """What is true, in the words of the prediction."""
+    if task.kind == "multilabel":
+        if any(cell is None for cell in cells):
+            return ""
+        there = [name for name, cell in zip(task.classes, cells, strict=True) if float(cell) == 1]
+        return ", ".join(there) or NO_LABEL
+    if any(cell is None for cell in cells):
+        return ""
+    if task.kind in CLASSIFICATION:
+        return str(cells[0])
+    if task.kind == "survival":
+        return f"{cells[0]}, {'event' if str(cells[1]) in ('1', '1.0', 'True') else 'censored'}"
+    return str(cells[0])

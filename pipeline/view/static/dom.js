@@ -1,0 +1,28 @@
+// Elements made in code: text is always text, never HTML.
+
+export function element(tag, properties = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null) continue;
+    if (name in made) made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  return made;
+}
+
+export function byId(id) {
+  return document.getElementById(id);
+}
+
+// One message at the top of the page; nothing hides it.
+export function say(text) {
+  const place = byId("message");
+  place.textContent = text;
+  place.hidden = !text;
+}
+
+export function number(value, digits = 3) {
+  if (value === null || value === undefined || !Number.isFinite(value)) return "–";
+  return Number(value.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 6 });
+}

@@ -1,0 +1,219 @@
+// The page of one slide. `page` is what panels work with; see README.md in the folder above.
+
+import { bytes, json, slidePath } from "./api.js";
+import { byId, element, number, say } from "./dom.js";
+import { Overlay, gridPainter, marksPainter, tissuePainter } from "./overlay.js";
+import { factsPanel } from "./panels/facts.js";
+import { galleryPanel } from "./panels/gallery.js";
+import { layersPanel } from "./panels/layers.js";
+import { predictionPanel } from "./panels/prediction.js";
+import { Tiles } from "./tiles.js";
+import { Viewer, scaleBar, toolbar } from "./viewer.js";
+
+// In the order of the page. A panel is a function of `page` that returns { title, content, open }, or null for none.
+const PANELS = [predictionPanel, layersPanel, galleryPanel, factsPanel];
+
+class Page extends EventTarget {
+  constructor(id, info, tiles) {
+    super();
+    this.id = id;
+    this.info = info;
+    this.tiles = tiles;
+    this.layer = null; // { key, title, kind, limit, ends, unit, values } of the layer that is shown
+    this.describers = []; // functions of a tile's number: further lines of the tooltip
+    this.loaded = new Map();
+  }
+
+  // The values of a layer, which are fetched once.
+  async layerOf(key) {
+    const description = this.info.layers.find((one) => one.key === key);
+    if (!this.loaded.has(key)) {
+      const buffer = await bytes(slidePath(this.id, `/layers/${encodeURIComponent(key)}`));
+      const kinds = { categories: Int32Array, colours: Uint8Array };
+      this.loaded.set(key, new (kinds[description.kind] ?? Float32Array)(buffer));
+    }
+    return { ...description, values: this.loaded.get(key) };
+  }
+
+  setLayer(layer) {
+    this.layer = layer;
+    this.dispatchEvent(new CustomEvent("layer", { detail: layer }));
+  }
+
+  // Show a tile in the middle, with its neighbours.
+  fly(tile) {
+    const { coords, size } = this.tiles;
+    this.viewer.fit(coords[2 * tile] - 1.5 * size, coords[2 * tile + 1] - 1.5 * size, 4 * size, 4 * size);
+  }
+
+  tilePicture(tile, px = 192) {
+    const { coords, size } = this.tiles;
+    return slidePath(this.id, `/region?x=${coords[2 * tile]}&y=${coords[2 * tile + 1]}&size=${size}&px=${px}`);
+  }
+
+  describe(tile) {
+    const lines = [];
+    const layer = this.layer;
+    if (layer && (layer.kind === "signed" || layer.kind === "unsigned")) {
+      lines.push(`${layer.title}: ${number(layer.values[tile])}`);
+    } else if (layer && layer.kind === "categories") {
+      lines.push(`${layer.title}: ${layer.ends[layer.values[tile]] ?? layer.values[tile]}`);
+    }
+    for (const describer of this.describers) lines.push(...describer(tile));
+    lines.push(`tile ${tile.toLocaleString("en")} at ${this.tiles.coords[2 * tile]}, ${this.tiles.coords[2 * tile + 1]}`);
+    return lines;
+  }
+}
+
+function header(id) {
+  document.title = `${id} – Longslide`;
+  byId("title").textContent = id;
+  let order = [];
+  try {
+    order = JSON.parse(sessionStorage.getItem(location.pathname.split("/")[1] + "order")) ?? [];
+  } catch {
+    // no list was seen before
+  }
+  const place = order.indexOf(id);
+  if (place < 0) return;
+  for (const [step, sign, title] of [[-1, "‹", "Previous slide"], [1, "›", "Next slide"]]) {
+    const other = order[place + step];
+    if (other === undefined) continue;
+    const link = element("a", { href: `slide.html?slide=${encodeURIComponent(other)}`, textContent: sign, title });
+    link.setAttribute("aria-label", title);
+    byId("neighbours").append(link);
+  }
+}
+
+// The place that is looked at is kept in the address: a reload comes back to it, and it can be sent.
+function keepPlace(viewer) {
+  const said = new URLSearchParams(location.hash.slice(1));
+  const [x, y, zoom, turn] = ["x", "y", "zoom", "turn"].map((name) => Number(said.get(name)));
+  if (said.has("zoom") && [x, y, zoom, turn].every(Number.isFinite) && zoom > 0) {
+    const centre = viewer.viewport.imageToViewportCoordinates(x, y);
+    viewer.viewport.setRotation(turn, true);
+    viewer.viewport.zoomTo(viewer.viewport.imageToViewportZoom(zoom), null, true);
+    viewer.viewport.panTo(centre, true);
+    viewer.viewport.applyConstraints(true);
+  } else {
+    viewer.home(true);
+  }
+  let waiting = null;
+  viewer.main.addHandler("update-viewport", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => {
+      if (!viewer.main.isOpen()) return;
+      const centre = viewer.viewport.viewportToImageCoordinates(viewer.viewport.getCenter());
+      const turned = Math.round(viewer.viewport.getRotation()) % 360;
+      const scale = viewer.viewport.viewportToImageZoom(viewer.viewport.getZoom());
+      const place = `x=${Math.round(centre.x)}&y=${Math.round(centre.y)}&zoom=${scale.toPrecision(4)}&turn=${turned}`;
+      history.replaceState(null, "", `#${place}`);
+    }, 300);
+  });
+}
+
+function pointer(page) {
+  const tip = byId("tip");
+  const place = byId("main");
+  const hovered = marksPainter(page.tiles, 40);
+  page.overlay.add(hovered);
+  const under = (event) => {
+    const box = place.getBoundingClientRect();
+    const at = page.viewer.toSlide(event.clientX - box.left, event.clientY - box.top);
+    return page.tiles.at(at.x, at.y);
+  };
+  const hide = () => {
+    tip.hidden = true;
+    if (hovered.marks.length) {
+      hovered.marks = [];
+      page.overlay.draw();
+    }
+  };
+  place.addEventListener("pointermove", (event) => {
+    const tile = page.viewer.main.isOpen() ? under(event) : -1;
+    if (tile < 0 || (event.buttons && event.pointerType === "mouse")) {
+      hide();
+      return;
+    }
+    if (hovered.marks[0]?.tile !== tile) {
+      hovered.marks = [{ tile, width: 1.5 }];
+      page.overlay.draw();
+      page.dispatchEvent(new CustomEvent("hover", { detail: tile }));
+    }
+    showTip(event, page.describe(tile));
+  });
+  place.addEventListener("pointerleave", hide);
+  const showTip = (event, lines) => {
+    const stage = byId("stage").getBoundingClientRect();
+    tip.replaceChildren(...lines.map((line) => element("div", { textContent: line })));
+    tip.hidden = false;
+    const left = Math.min(event.clientX - stage.left + 14, stage.width - tip.offsetWidth - 6);
+    const above = event.clientY - stage.top - tip.offsetHeight - 10;
+    tip.style.left = `${Math.max(6, left)}px`;
+    tip.style.top = `${above > 4 ? above : event.clientY - stage.top + 18}px`;
+  };
+  page.viewer.main.addHandler("canvas-click", (event) => {
+    if (!event.quick) return;
+    const at = page.viewer.toSlide(event.position.x, event.position.y);
+    const tile = page.tiles.at(at.x, at.y);
+    if (tile >= 0) page.dispatchEvent(new CustomEvent("pick", { detail: tile }));
+  });
+}
+
+async function start() {
+  const id = new URLSearchParams(location.search).get("slide") ?? "";
+  header(id);
+  const info = await json(slidePath(id));
+  const { pixels } = info;
+  let tiles = null;
+  if (info.grid) tiles = new Tiles(new Int32Array(await bytes(slidePath(id, "/grid"))), info.grid.size, info.grid.step);
+  if (pixels.error) say(`The slide's pixels cannot be shown: ${pixels.error}`);
+  if (!pixels.size && tiles?.count) {
+    pixels.size = [tiles.left + (tiles.columns + 1) * tiles.step, tiles.top + (tiles.rows + 1) * tiles.step];
+  }
+  const page = new Page(id, info, tiles);
+  if (pixels.size) {
+    page.viewer = new Viewer(id, pixels);
+    await page.viewer.opened();
+    page.overlay = new Overlay(page.viewer);
+    page.tissue = page.overlay.add(tissuePainter(info.tissue));
+    page.grid = tiles ? page.overlay.add(gridPainter(tiles)) : null;
+    toolbar(page.viewer, () => {
+      page.overlay.shown = !page.overlay.shown;
+      page.overlay.draw();
+      return page.overlay.shown;
+    });
+    scaleBar(page.viewer, pixels.mpp);
+    keepPlace(page.viewer);
+    watchFailures(page);
+    if (tiles) pointer(page);
+  } else {
+    byId("stage").hidden = true;
+  }
+  for (const panel of PANELS) {
+    const made = panel(page);
+    if (!made) continue;
+    const box = element("details", { open: made.open ?? true }, element("summary", { textContent: made.title }));
+    box.append(made.content);
+    byId("panels").append(box);
+  }
+  window.page = page; // for the console
+}
+
+// A slide that vanishes while it is looked at: the server says why.
+function watchFailures(page) {
+  let asked = false;
+  page.viewer.main.addHandler("tile-load-failed", async () => {
+    if (asked) return;
+    asked = true;
+    try {
+      const { pixels } = await json(slidePath(page.id));
+      if (pixels.error) say(`The slide's pixels cannot be shown: ${pixels.error}`);
+    } catch (error) {
+      say(error.message);
+    }
+    setTimeout(() => (asked = false), 2000);
+  });
+}
+
+start().catch((error) => say(error.message));

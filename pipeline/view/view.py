@@ -1,0 +1,119 @@
+"""The command `view`: a viewer of slides, features and predictions in the browser of this machine."""
+
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import LongslideError
+from ...ranges import checked
+from ..batch.ledger import make_output_folder
+from ..signals import Stopped
+from .collection import Collection, read_collection
+
+
+@dataclass(frozen=True)
+class ViewResult:
+    """A viewer that has ended.
+
+    Attributes:
+        slides: Slides that it showed.
+    """
+
+    slides: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether it does not count against the exit status."""
+        return True
+
+
+@checked
+def view(
+    inputs: str | Path | Sequence[str | Path],
+    port: int | None = None,
+    output: str | Path | None = None,
+    no_browser: bool = False,
+) -> ViewResult:
+    """Show slides, features and predictions in the browser, from this machine to this machine alone; Ctrl-C ends it.
+
+    Args:
+        inputs: Output folders of `longslide predict` and `embed`, run folders, feature files, slide files, folders of
+            slides, and slide tables. What they say of a slide is joined by its id; a table that has the columns of the
+            labels says what is true.
+        port: The port. Default: a free one.
+        output: Folder for regions that are drawn: `regions/` in it. Default: the first output folder of `predict` or `embed`
+            that is given.
+        no_browser: Only print the address.
+
+    Returns:
+        How many slides were shown.
+
+    Raises:
+        LongslideError: Nothing to see, results of a newer Longslide, a port in use, or a package that is missing.
+    """
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise LongslideError(f"view needs the package {error.name}: pip install 'longslide[view]'") from error
+    if output is not None:
+        make_output_folder(Path(output))
+    given = [inputs] if isinstance(inputs, str | Path) else inputs
+    collection = read_collection(given, None if output is None else Path(output))
+    listening = _listen(port)
+    _serve(collection, listening, opens_browser=not no_browser)
+    return ViewResult(len(collection.slides))
+
+
+def _listen(port: int | None) -> socket.socket:
+    """A socket on the loopback interface.
+
+    Raises:
+        LongslideError: The port is in use, or may not be used.
+    """
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(("127.0.0.1", port or 0))
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        raise LongslideError(
+            f"--port {port}: cannot listen there ({error.strerror}); choose another, or leave it out for a free one"
+        ) from error
+    return listening
+
+
+def _serve(collection: Collection, listening: socket.socket, *, opens_browser: bool) -> None:
+    import uvicorn
+
+    from .app import create_app
+
+    token = secrets.token_urlsafe(16)
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}/{token}/"
+    config = uvicorn.Config(
+        create_app(collection, token), log_level="warning", access_log=False, timeout_graceful_shutdown=2
+    )
+    server = uvicorn.Server(config)
+    # In a thread of its own: the signals are the command line's.
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="viewer", daemon=True)
+    thread.start()
+    print(f"{len(collection.slides):,} slides at\n\n  {address}\n\nfor this machine alone; Ctrl-C ends it", flush=True)
+    if opens_browser and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        webbrowser.open(address)
+    try:
+        thread.join()
+    except KeyboardInterrupt as end:  # Ctrl-C is how a viewer ends
+        if isinstance(end, Stopped) and end.number != signal.SIGINT:
+            raise
+    finally:
+        server.should_exit = True
+        thread.join(5)
+        listening.close()

@@ -1,0 +1,240 @@
+"""What the viewer answers, and to whom."""
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from longslide import LongslideError, embed, open_slide, read_features
+from longslide.pipeline.cli import main
+from longslide.pipeline.view.open_slides import TILE_PX, finest_level
+from PIL import Image
+from served_viewer import EVIL, TOKEN, Results, Served
+
+Serve = Callable[..., Served]
+
+
+def api(slide_id: str, rest: str = "") -> str:
+    return f"api/slides/{quote(slide_id, safe='')}{rest}"
+
+
+def picture(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)), np.int16)
+
+
+def test_only_who_knows_the_key_and_names_this_machine_gets_an_answer(serve: Serve, made: Results) -> None:
+    viewer = serve(made.results)
+    root = f"http://127.0.0.1:{viewer.port}"
+    assert viewer.ask()[0] == 200
+    assert viewer.ask(at=f"{root}/")[0] == 404
+    assert viewer.ask(at=f"{root}/{TOKEN[:-1]}/")[0] == 404
+    assert viewer.ask("api/collection", at=f"{root}/")[0] == 404
+    assert viewer.ask(at=f"http://localhost:{viewer.port}/{TOKEN}/")[0] == 200
+    for host in ("evil.example", f"evil.example:{viewer.port}", "127.0.0.1.evil.example", ""):
+        assert viewer.ask("api/collection", headers={"Host": host})[0] in (400, 403), host
+    elsewhere = {"Origin": "https://evil.example"}
+    regions = {"type": "FeatureCollection", "features": []}
+    assert viewer.ask(api("plain", "/regions"), method="PUT", body=regions, headers=elsewhere)[0] == 403
+
+
+def test_it_listens_on_the_loopback_interface_alone(made: Results) -> None:
+    command = [sys.executable, "-m", "longslide.pipeline.cli", "view", str(made.results), "--no-browser"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    ) as job:
+        assert job.stdout is not None
+        address = next(line.strip() for line in job.stdout if "http://" in line)
+        port = int(address.split(":")[2].split("/")[0])
+        listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        hosts = {one[1].split(":")[0] for one in listening if int(one[1].split(":")[1], 16) == port and one[3] == "0A"}
+        assert hosts == {"0100007F"}
+        assert Served(address, port).ask()[0] == 200
+        job.send_signal(2)
+        assert job.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../pyproject.toml",
+        "..%2f..%2fetc%2fpasswd",
+        "/etc/passwd",
+        "openseadragon/../../app.py",
+        "app.py",
+        "api/slides/unknown",
+        "api/slides/..%2Fplain",
+        "api/slides/%2Fetc%2Fpasswd/thumbnail",
+        "api/slides/plain/tiles/99/0_0",
+        "api/slides/plain/tiles/10/99_0",
+        "api/slides/plain/tiles/10/-1_0",
+        "api/slides/plain/layers/unknown",
+        "api/slides/plain/region?x=0&y=0&size=100000000&px=64",
+        "api/slides/plain/region?x=a",
+        "summary.csv",
+    ],
+)
+def test_what_is_not_of_the_collection_is_not_there(serve: Serve, made: Results, path: str) -> None:
+    assert serve(made.results).ask(path)[0] == 404
+
+
+def test_every_answer_forbids_scripts_and_pictures_from_elsewhere(serve: Serve, made: Results) -> None:
+    viewer = serve(made.results)
+    for path in ("", "slide.html", "api/collection", "api/slides/unknown"):
+        policy = viewer.ask(path)[2]["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src 'self';" in policy
+        assert "unsafe" not in policy
+
+
+def test_tiles_show_the_pixels_of_their_place(serve: Serve, made: Results) -> None:
+    viewer = serve(made.slides)
+    with open_slide(made.slides / "plain.svs") as slide:
+        finest = finest_level(slide.dimensions)
+        tile = picture(viewer.ask(api("plain", f"/tiles/{finest}/1_2"))[1])
+        expected = slide.read_region(TILE_PX, 2 * TILE_PX, 0, TILE_PX, TILE_PX)
+        assert np.abs(tile - expected).mean() < 4, "but for the compression"
+        half = picture(viewer.ask(api("plain", f"/tiles/{finest - 1}/1_1"))[1])
+        assert half.shape == (384 - TILE_PX, TILE_PX, 3), "the last row has what is left"
+        whole = slide.read_region(2 * TILE_PX, 2 * TILE_PX, 0, 2 * TILE_PX, 256)
+        expected = np.asarray(Image.fromarray(whole).reduce(2), np.int16)
+        assert np.abs(half - expected).mean() < 4
+        coarse = picture(viewer.ask(api("plain", f"/tiles/{finest - 4}/0_0"))[1])
+        assert coarse.shape == (48, 64, 3)
+        expected = np.asarray(Image.fromarray(slide.thumbnail(64)), np.int16)
+        assert np.abs(coarse - expected).mean() < 6
+        place = picture(viewer.ask(api("plain", "/region?x=300&y=200&size=128&px=64"))[1])
+        expected = np.asarray(Image.fromarray(slide.read_region(300, 200, 0, 128, 128)).reduce(2), np.int16)
+        assert np.abs(place - expected).mean() < 6
+
+
+def test_scores_are_in_the_order_of_the_grid(serve: Serve, made: Results) -> None:
+    viewer = serve(made.results, made.attention, made.features)
+    facts = viewer.json(api("plain"))
+    layers = {(layer["group"], layer["title"]): layer for layer in facts["layers"]}
+    assert {group for group, _ in layers} == {"integrated gradients", "attention", "quality"}
+    grid = viewer.array(api("plain", "/grid"), "<i4").reshape(-1, 2)
+    features = read_features(made.features / "plain.h5")
+    np.testing.assert_array_equal(grid, features.coords)
+    rows = np.genfromtxt(made.results / "slides" / "plain" / "tiles.csv", delimiter=",", names=True)
+    layer = layers["integrated gradients", "tumour"]
+    scores = viewer.array(api("plain", f"/layers/{layer['key']}"), "<f4")
+    np.testing.assert_allclose(scores, rows["score_tumour"], rtol=1e-6)
+    assert layer["kind"] == "signed"
+    assert layer["ends"] == ["against tumour", "for tumour"]
+    assert layers["attention", "attention"]["kind"] == "unsigned"
+    np.testing.assert_array_equal(viewer.array(api("plain", "/layers/blur"), "<f4"), features.blur)
+
+
+def test_the_list_says_what_was_predicted_what_is_wrong_and_what_failed(serve: Serve, made: Results) -> None:
+    collection = serve(made.results, made.labels).json("api/collection")
+    slides = {slide["id"]: slide for slide in collection["slides"]}
+    assert set(slides) == {"plain", EVIL, "broken"}
+    assert collection["task"]["classes"] == ["normal", "tumour"]
+    stated = json.loads((made.results / f"{EVIL}.json").read_text())
+    assert slides[EVIL]["scores"] == stated["probability"]
+    assert slides[EVIL]["target"] == "tumour"
+    assert slides[EVIL]["wrong"] is (stated["predicted"] != "tumour")
+    assert slides["broken"]["status"] == "failed"
+    assert slides["broken"]["odd"][0].startswith("failed: ")
+    assert slides["broken"]["prediction"] is None
+
+
+def test_a_slide_that_vanished_is_said_and_the_viewer_goes_on(serve: Serve, made: Results, tmp_path: Path) -> None:
+    shutil.copytree(made.slides, tmp_path / "slides")
+    viewer = serve(tmp_path / "slides")
+    assert viewer.ask(api("plain", "/tiles/10/0_0"))[0] == 200
+    (tmp_path / "slides" / "plain.svs").unlink()
+    status, body, _ = viewer.ask(api("plain", "/tiles/10/0_0"))
+    assert (status, "No such file" in json.loads(body)["error"]) == (422, True)
+    assert "plain.svs" in viewer.json(api("plain"))["pixels"]["error"]
+    assert "truncated" in viewer.json(api("broken"))["pixels"]["error"] or viewer.json(api("broken"))["pixels"]["error"]
+    assert viewer.ask(api(EVIL, "/tiles/10/0_0"))[0] == 200
+    assert len(viewer.json("api/collection")["slides"]) == 3
+
+
+def test_a_slide_written_anew_shows_its_new_pixels(serve: Serve, made: Results, tmp_path: Path) -> None:
+    path = Path(shutil.copy(made.slides / "plain.svs", tmp_path / "a.svs"))
+    viewer = serve(path)
+    before = viewer.ask(api("a", "/thumbnail"))[1]
+    shutil.copyfile(made.slides / f"{EVIL}.svs", tmp_path / "b.svs")
+    (tmp_path / "b.svs").replace(path)
+    assert viewer.ask(api("a", "/thumbnail"))[1] != before
+
+
+def test_features_of_a_slide_that_is_away_show_their_grid(serve: Serve, made: Results, tmp_path: Path) -> None:
+    shutil.copytree(made.slides, tmp_path / "slides")
+    (tmp_path / "slides" / "broken.svs").unlink()
+    (tmp_path / "tiny.yaml").write_text((made.slides.parent / "tiny.yaml").read_text())
+    embed(
+        [tmp_path / "slides"],
+        tmp_path / "features",
+        str(tmp_path / "tiny.yaml"),
+        tile_checkpoint="random",
+        device="cpu",
+    )
+    shutil.rmtree(tmp_path / "slides")
+    facts = serve(tmp_path / "features").json(api("plain"))
+    assert "No such file" in facts["pixels"]["error"]
+    assert facts["pixels"]["size"] == [1024, 768]
+    assert facts["grid"]["tiles"] == len(read_features(tmp_path / "features" / "plain.h5").coords)
+    assert facts["tissue"]
+
+
+def test_results_of_a_newer_version_are_one_line(
+    made: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made.results, tmp_path / "results")
+    for path in (tmp_path / "results").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
+    assert main(["view", str(tmp_path / "results"), "--no-browser"]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "written by a newer Longslide (schema 99)" in line
+
+
+@pytest.mark.parametrize("given", ["missing", "empty"])
+def test_nothing_to_see_is_one_line(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["view", str(tmp_path / given), "--no-browser"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_port_in_use_is_one_line(made: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["view", str(made.results), "--port", str(port), "--no-browser"]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert f"--port {port}" in line
+    assert "in use" in line
+
+
+def test_a_list_of_5000_slides_is_there_within_two_seconds(serve: Serve, tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    folder.mkdir()
+    lines = ["slide_id,slide,status,reason,tiles,tissue_mm2"]
+    for number in range(5000):
+        (folder / f"slide-{number}.h5").touch()
+        lines.append(f"slide-{number},slides/slide-{number}.svs,done,,{number},{number / 100}")
+    (folder / "summary.csv").write_text("\n".join(lines) + "\n")
+    started = time.monotonic()
+    viewer = serve(folder)
+    slides = viewer.json("api/collection")["slides"]
+    assert time.monotonic() - started < 2
+    assert len(slides) == 5000
+    assert {slide["id"]: slide["tiles"] for slide in slides}["slide-4999"] == 4999
+
+
+def test_a_missing_package_is_named(made: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longslide.pipeline.view.view import view
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(LongslideError, match=r"pip install 'longslide\[view\]'"):
+        view(made.results, no_browser=True)
