@@ -110,7 +110,7 @@ def create_tile_encoder(
             raise LongslideError(f"{what}: makes a {type(made).__name__}, and neither a TileEncoder nor a torch module")
         return tile_encoder_of(made, str(name))
     spec = load_tile_encoder_spec(name)
-    if is_factory(spec.architecture) and checkpoint is None and spec.hub_id is None:
+    if is_factory(spec.architecture) and checkpoint is None and spec.hub_id is None and not spec.weights_page:
         return TileEncoder(spec, build_network(spec)).eval()  # the factory loads its own weights
     if checkpoint == "random":
         with torch.random.fork_rng(devices=[]):
@@ -179,7 +179,7 @@ def build_network(spec: TileEncoderSpec) -> nn.Module:
     if arguments.get("mlp_layer") == "SwiGLUPacked":
         arguments["mlp_layer"] = SwiGLUPacked
     try:
-        network: nn.Module = timm.create_model(spec.architecture, pretrained=False, num_classes=0, **arguments)
+        network: nn.Module = timm.create_model(spec.architecture, pretrained=False, **{"num_classes": 0} | arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise LongslideError(

@@ -47,6 +47,8 @@ class TileEncoderSpec:
         gated: Whether the hub asks for an account that has accepted the terms.
         paper: Link to the paper.
         hub_id: Repository on the Hugging Face hub, or null if there is none.
+        hub_file: Weights file in that repository, where it is neither `model.safetensors` nor `pytorch_model.bin`.
+        weights_page: Where weights are to be had that are not on the hub, for the message that asks for them.
         norm_eps: Epsilon of the layer norms where it is not timm's.
     """
 
@@ -66,6 +68,8 @@ class TileEncoderSpec:
     gated: bool
     paper: str
     hub_id: str | None
+    hub_file: str | None = None
+    weights_page: str = ""
     timm_args: dict[str, Any] = field(default_factory=dict)
     norm_eps: float | None = None
 
