@@ -9,7 +9,6 @@ from pathlib import Path
 import longslide
 import pytest
 import yaml
-from longslide.models.tile_encoder.spec import list_tile_encoders, load_tile_encoder_spec
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,12 +48,3 @@ def test_the_citation_names_this_version_and_licence() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == longslide.__version__
     assert citation["license"] == metadata("longslide")["License-Expression"]
-
-
-@pytest.mark.parametrize("name", list_tile_encoders())
-def test_the_readme_states_the_facts_of_each_tile_encoder(name: str) -> None:
-    spec = load_tile_encoder_spec(name)
-    gated = "yes" if spec.gated else "no"
-    tiles = f"{spec.tile_px} px at {spec.tile_mpp:g}"
-    row = f"| `{name}` | {spec.dim:,} | {tiles} | {gated} | {spec.licence} | [paper]({spec.paper}) |"
-    assert row in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,7 @@
 """The vision towers of CONCH: a ViT whose tokens are pooled by attention (CoCa, https://arxiv.org/abs/2205.01917).
 
-CONCH (https://doi.org/10.1038/s41591-024-02856-4) is a ViT-B/16 with an embedding of 512, before its projection into the space
-of texts; CONCH v1.5, which TITAN reads, a ViT-L/16 with one of 768. Both see 448 pixels.
+CONCH (https://doi.org/10.1038/s41591-024-02856-4) is a ViT-B/16 with an embedding of 512, before its projection into the
+space of texts; CONCH v1.5, which TITAN reads, a ViT-L/16 with one of 768. Both see 448 pixels.
 """
 
 import math

@@ -16,9 +16,7 @@ class ConvStem(nn.Module):
         **_: What timm gives to its own patch embedding.
     """
 
-    def __init__(
-        self, img_size: int | tuple[int, int], embed_dim: int, norm_layer: type[nn.Module], **_: Any
-    ) -> None:
+    def __init__(self, img_size: int | tuple[int, int], embed_dim: int, norm_layer: type[nn.Module], **_: Any) -> None:
         super().__init__()
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.patch_size = (4, 4)

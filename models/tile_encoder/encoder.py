@@ -118,7 +118,8 @@ def create_tile_encoder(
             network = build_network(spec)
         return TileEncoder(spec, network, f"random seed={seed}").eval()
     with torch.random.fork_rng(devices=[]):
-        with torch.device("cpu" if is_factory(spec.architecture) else "meta"):
+        foreign = is_factory(spec.architecture) and not spec.architecture.startswith("longslide.")
+        with torch.device("cpu" if foreign else "meta"):
             network = build_network(spec)
         if any(
             buffer.is_meta for buffer in network.buffers()

@@ -36,6 +36,10 @@ class MultiScale(nn.Module):
 
 
 def musk_multiscale(**network_args: Any) -> MultiScale:
-    """MUSK at two scales, for images of 384 pixels: an embedding of 2,048; `network_args` are further arguments of timm's ViT."""
+    """MUSK for images of 384 pixels, at two scales: an embedding of 2,048.
+
+    Args:
+        **network_args: Further arguments of timm's ViT.
+    """
     facts: dict[str, Any] = {"img_size": 384, "global_pool": "token", "num_classes": 0}
     return MultiScale(timm.create_model("beit3_large_patch16_224", **facts | network_args))

@@ -1,7 +1,8 @@
 """Names of published checkpoints, translated to timm's.
 
 Tables, theirs -> ours, for the ViTs of transformers (ViT, DINOv2, DINOv2 with registers, CLIP), of the DINOv2 repository, of
-OpenCLIP and of BEiT-3, and for Swin transformers of timm before 0.9. What only training, texts or classification need is dropped.
+OpenCLIP and of BEiT-3, and for Swin transformers of timm before 0.9. What only training, texts or classification need is
+dropped.
 """
 
 import math
@@ -105,7 +106,9 @@ def to_timm(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """
     theirs = set(state)
     if "vision_model.embeddings.class_embedding" in theirs:
-        return _clip(_merge_qkv(_rename(_under("vision_model.", state), _HF_CLIP)), state.get("visual_projection.weight"))
+        return _clip(
+            _merge_qkv(_rename(_under("vision_model.", state), _HF_CLIP)), state.get("visual_projection.weight")
+        )
     if "visual.class_embedding" in theirs:
         tower = _under("visual.", state)
         projection = tower.pop("proj", None)

@@ -1,6 +1,7 @@
 """Weights of tile encoders: from a file, a folder or the hub, in timm's names or in other people's.
 
-Every tensor must find its place: what is missing, left over or of the wrong shape is named in the error. Nothing is unpickled.
+Every tensor must find its place: what is missing, left over or of the wrong shape is named in the error. Nothing is
+unpickled.
 """
 
 import re
@@ -25,8 +26,8 @@ def load_weights(network: nn.Module, spec: TileEncoderSpec, checkpoint: Path | N
     """Load weights into a network.
 
     Args:
-        network: A timm model, or one whose method `from_published` finds its tensors in those of the file; on any device (the
-            meta device too).
+        network: A timm model, or one whose method `from_published` finds its tensors in those of the file; on any device
+            (the meta device too).
         spec: Its facts.
         checkpoint: A weights file, or a folder as the hub lays it out; None takes the published weights from the hub.
 
@@ -40,7 +41,9 @@ def load_weights(network: nn.Module, spec: TileEncoderSpec, checkpoint: Path | N
     if checkpoint is None:
         what = f"Tile encoder {spec.name!r}"
         if spec.hub_id is None and spec.weights_page:
-            raise LongslideError(f"{what}: get its weights from {spec.weights_page} and give them with --tile-checkpoint")
+            raise LongslideError(
+                f"{what}: get its weights from {spec.weights_page} and give them with --tile-checkpoint"
+            )
         file, source = download(what, spec.hub_id, names, gated=spec.gated, option="--tile-checkpoint")
     else:
         file = _find(checkpoint, names)

@@ -1,4 +1,4 @@
-"""Tile encoders that are no plain ViT, held against the published code: `reference/README.md` says how its numbers were made."""
+"""Tile encoders held against the published code; `reference/README.md` says how its numbers were made."""
 
 import re
 import zlib
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from longslide.errors import LongslideError
 from longslide.models.checkpoint_file import check_tensors
 from longslide.models.tile_encoder.encoder import build_network, create_tile_encoder
 from longslide.models.tile_encoder.published_names import to_timm
@@ -49,7 +48,9 @@ def of_two_blocks(name: str) -> dict[str, torch.Tensor]:
     whole = layout(name)
     if name in ("ctranspath", "chief-ctranspath"):
         return {key: seeded(key, shape) for key, shape in whole.items() if "attn_mask" not in key}
-    images_alone = {key for key in whole if not re.match(r"text|transformer\.|token_embedding|language_head|.*\.B\.", key)}
+    images_alone = {
+        key for key in whole if not re.match(r"text|transformer\.|token_embedding|language_head|.*\.B\.", key)
+    }
     first = {key for key in images_alone if int((re.search(r"(?:blocks|layers)\.(\d+)\.", key) or [0, 0])[1]) < 2}
     text = sorted(whole.keys() - images_alone)[:1]
     return {key: seeded(key, whole[key]) for key in (*(key for key in whole if key in first), *text)}
@@ -60,7 +61,9 @@ def spec_of_two_blocks(name: str, folder: Path) -> Path:
     cut = {} if "ctranspath" in name else {"depth": 2}
     path = folder / "small.yaml"
     content = asdict(replace(spec, name="small", timm_args=dict(spec.timm_args) | cut))
-    path.write_text(yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value for key, value in content.items()}))
+    path.write_text(
+        yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value for key, value in content.items()})
+    )
     return path
 
 

@@ -110,6 +110,22 @@ FORMATS = {
 }
 
 
+def test_a_clip_model_of_transformers_gives_its_image_features(tmp_path):
+    vision = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 3}
+    text = vision | {"vocab_size": 99, "max_position_embeddings": 8}
+    config = transformers.CLIPConfig(
+        vision_config=vision | {"image_size": 56, "patch_size": 14}, text_config=text, projection_dim=32
+    )
+    model = shaken(transformers.CLIPModel(config))
+    model.save_pretrained(tmp_path / "hub")
+    small = {"architecture": "vit_base_patch32_clip_quickgelu_224", "pooling": "timm", "dim": 32}
+    spec = write_spec(tmp_path / "small.yaml", **small, timm_args={"num_classes": 32})
+    encoder = create_tile_encoder(spec, checkpoint=tmp_path / "hub")
+    with torch.inference_mode():
+        features = model.visual_projection(model.vision_model(encoder.transform(tiles())).pooler_output)
+        torch.testing.assert_close(encoder(tiles()), features, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_folder_of_transformers_gives_the_embeddings_of_transformers(tmp_path, format):
     build, changes, pooling, prefix_tokens = FORMATS[format]
@@ -147,9 +163,11 @@ def test_a_checkpoint_of_the_dinov2_repository_is_read(tmp_path):
     state["backbone.cls_token"] = state["backbone.cls_token"] - class_position
     state["backbone.pos_embed"] = torch.cat([class_position, state["backbone.pos_embed"]], dim=1)
     state |= {"backbone.mask_token": torch.zeros(1, 48), "dino_head.mlp.0.weight": torch.zeros(2, 2)}
-    torch.save({"teacher": state, "iteration": 3}, tmp_path / "teacher.pth")
-    encoder = create_tile_encoder(spec, checkpoint=tmp_path / "teacher.pth")
-    torch.testing.assert_close(encoder(tiles()), source(tiles()), atol=1e-5, rtol=1e-5)
+    chunked = {key.replace(".blocks.", ".blocks.0."): value for key, value in state.items()}
+    for teacher in (state, chunked):
+        torch.save({"teacher": teacher, "iteration": 3}, tmp_path / "teacher.pth")
+        encoder = create_tile_encoder(spec, checkpoint=tmp_path / "teacher.pth")
+        torch.testing.assert_close(encoder(tiles()), source(tiles()), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".torch"])
@@ -318,3 +336,35 @@ def test_a_gated_model_without_a_token_names_the_page_and_the_variable(monkeypat
 def test_an_encoder_without_a_hub_page_asks_for_its_weights(spec):
     with pytest.raises(LongslideError, match="--tile-checkpoint"):
         create_tile_encoder(spec)
+
+
+def test_an_encoder_whose_weights_are_elsewhere_says_where(tmp_path):
+    with pytest.raises(
+        LongslideError, match=r"from https://github\.com/hms-dbmi/CHIEF and give them with --tile-checkp"
+    ):
+        create_tile_encoder("chief-ctranspath")
+
+
+def test_weights_of_another_name_are_found_in_the_cache_of_the_hub_and_in_a_folder(tmp_path, hub, state):
+    snapshot = hub / "models--someone--small" / "snapshots" / "0123abcd"
+    (hub / "models--someone--small" / "refs").mkdir(parents=True)
+    (hub / "models--someone--small" / "refs" / "main").write_text("0123abcd")
+    snapshot.mkdir(parents=True)
+    torch.save(state, snapshot / "teacher.pt")
+    spec = write_spec(tmp_path / "small.yaml", hub_id="someone/small", hub_file="teacher.pt")
+    assert create_tile_encoder(spec).weights.startswith("hf:someone/small@0123abcd")
+    assert create_tile_encoder(spec, checkpoint=snapshot).weights.startswith(str(snapshot / "teacher.pt"))
+
+
+@pytest.mark.parametrize("name", ["conch-v1", "conch-v15", "keep", "musk", "musk-multiscale", "plip"])
+@pytest.mark.parametrize("other", ["another", "grey"])
+def test_weights_of_another_model_are_refused_in_one_line(tmp_path, state, name, other):
+    prefix = {"conch-v1": "visual.trunk.", "conch-v15": "trunk.", "keep": "visual."}.get(name, "")
+    odd = {"pos_embed": torch.zeros(1, 7, 3), "grey": torch.zeros(1)}
+    save_file(
+        {prefix + key: value for key, value in (state if other == "another" else odd).items()},
+        tmp_path / "w.safetensors",
+    )
+    with pytest.raises(LongslideError, match=f"w.safetensors: does not fit tile encoder '{name}' .*missing") as refusal:
+        create_tile_encoder(name, checkpoint=tmp_path / "w.safetensors")
+    assert "\n" not in str(refusal.value)
