@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .data.features.feature_file import Features as Features
     from .data.features.feature_file import read_features as read_features
     from .data.features.feature_file import write_features as write_features
+    from .data.features.tile_index import SimilarTile as SimilarTile
+    from .data.features.tile_index import TileIndex as TileIndex
     from .data.slides.base import SlideReader as SlideReader
     from .data.slides.slide import Slide as Slide
     from .data.slides.slide import open_slide as open_slide
@@ -78,6 +80,8 @@ _HOME = {
     "Features": ".data.features.feature_file",
     "read_features": ".data.features.feature_file",
     "write_features": ".data.features.feature_file",
+    "SimilarTile": ".data.features.tile_index",
+    "TileIndex": ".data.features.tile_index",
     "SlideReader": ".data.slides.base",
     "Slide": ".data.slides.slide",
     "open_slide": ".data.slides.slide",
