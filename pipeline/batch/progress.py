@@ -1,6 +1,8 @@
 """Progress of a job over slides: slides, tiles, tiles per second, time left."""
 
+import logging
 import time
+from dataclasses import asdict
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -18,12 +20,14 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from ..log_file import event
 from .result import SlideResult
 
 MINUTE = 60.0
 """Seconds between the lines that say how far a job is where no bar can be drawn."""
 
 STYLES = {"done": "green", "failed": "bold red", "skipped": "yellow"}
+LEVELS = {"done": logging.INFO, "failed": logging.ERROR, "skipped": logging.WARNING}
 
 
 class _TilesPerSecond(ProgressColumn):
@@ -62,7 +66,8 @@ class Progress(Protocol):
 class JobProgress:
     """Two bars on standard error, all slides and the present one, and a line for each slide that ended.
 
-    Where standard error is not a terminal (a cluster's log), only the lines are written, and every minute one more.
+    Where standard error is not a terminal (a cluster's log), only the lines are written, and every minute one more. What
+    the lines say is in the log file too.
     """
 
     def __init__(self, slides: int) -> None:
@@ -98,6 +103,7 @@ class JobProgress:
     def note(self, text: str) -> None:
         """Write a line."""
         self._console.print(escape(text))
+        event(text, event="note")
 
     def slide_started(self, slide_id: str, tiles: int) -> None:
         """The present slide and how many tiles it has."""
@@ -108,13 +114,18 @@ class JobProgress:
         self._progress.update(self._tiles, advance=tiles, remark=remark, visible=True)
         self._done += tiles
         now = time.monotonic()
-        if self._console.is_terminal or now - self._said < MINUTE:
+        if now - self._said < MINUTE:
             return
         rate = (self._done - self._done_before) / (now - self._said)
         line = f"[{self._ended}/{self._total}] {self._done:,} tiles, {rate:,.0f} tiles/s {remark}".rstrip()
-        if self._ended:
-            line += f", about {duration((now - self._began) * (self._total - self._ended) / self._ended)} left"
-        self._console.print(escape(line))
+        left = (now - self._began) * (self._total - self._ended) / self._ended if self._ended else None
+        if left is not None:
+            line += f", about {duration(left)} left"
+        if not self._console.is_terminal:
+            self._console.print(escape(line))
+        seconds_left = None if left is None else round(left)
+        counts = {"slides": self._total, "ended": self._ended, "tiles": self._done, "tiles_per_second": round(rate, 1)}
+        event(line, event="progress", **counts, seconds_left=seconds_left)
         self._said, self._done_before = now, self._done
 
     def slide_ended(self, result: SlideResult) -> None:
@@ -127,9 +138,13 @@ class JobProgress:
             line += f"  {result.tiles:,} tiles"
             if result.seconds:
                 line += f" in {result.seconds:.1f} s ({result.tiles / result.seconds:,.0f}/s)"
+        if result.took and result.seconds:
+            line += f", {escape(result.took)}"
         if result.reason:
             line += f"  {escape(result.reason)}"
         self._console.print(f"{escape(f'[{self._ended}/{self._total}]')} {line}")
+        message = f"{result.slide_id}: {result.status}" + (f", {result.reason}" if result.reason else "")
+        event(message, LEVELS[result.status], event="slide", **asdict(result))
 
 
 def duration(seconds: float) -> str:

@@ -42,6 +42,7 @@ class SlideResult:
         left_out_mm2: Area of what was found and is no tissue to be embedded, such as ink.
         blur: Median blur of the tiles, 0 (sharp) to 1.
         seconds: Time spent on the slide in this run.
+        took: What took the time of a prediction, such as `tile embeddings 81.0 s, explanation 9.2 s`.
         features: Path of the feature file.
     """
 
@@ -59,13 +60,14 @@ class SlideResult:
     left_out_mm2: float | None = None
     blur: float | None = None
     seconds: float | None = None
+    took: str | None = None
     features: str | None = None
 
     @classmethod
     def of_row(cls, row: Mapping[str, str]) -> Self:
         """Of a row of a summary, cells as text."""
         numbers: dict[str, Any] = {name: kind(row[name]) for name, kind in _NUMBERS.items() if row.get(name)}
-        text: dict[str, Any] = {name: row.get(name) or None for name in ("mpp_source", "features")}
+        text: dict[str, Any] = {name: row.get(name) or None for name in ("mpp_source", "took", "features")}
         return cls(row["slide_id"], row["slide"], cast(Status, row["status"]), row["reason"], **numbers, **text)
 
     @property

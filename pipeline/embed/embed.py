@@ -20,6 +20,7 @@ from ..batch.rerun import refuse_mistaken_rerun, with_results
 from ..batch.result import SlideResult, counted
 from ..batch.shards import SHARDS, Shard
 from ..batch.watched import WatchedProcesses
+from ..log_file import logged
 from .choices import (
     SlideEncoderChoice,
     TileEncoderChoice,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 
 @checked
+@logged
 def embed(
     slides: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -69,6 +71,7 @@ def embed(
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     seed: int = 0,
     overwrite: bool = False,
+    log_file: str | Path | None = None,
 ) -> list[SlideResult]:
     """Embed slides: one feature file per slide, a picture of its tiles in `qc/`, `qc/index.html`, and `summary.csv`.
 
@@ -116,6 +119,7 @@ def embed(
         precision: Precision of the encoders. `auto`: the tile encoder's own on a GPU, float32 on a CPU.
         seed: Seed of `random` weights.
         overwrite: Replace feature files that were made with other settings.
+        log_file: Append what happens to this file as JSON lines: one for each slide, minute and note.
 
     Returns:
         One result per slide, in the order of the input.
@@ -278,9 +282,5 @@ class _Embedding:
             if not self.overwrite:
                 refuse_mistaken_rerun(self.entries, job.existing, self.output)
             results = run_batch(job, self.entries if feed is None else feed, self.output, shard=self.shard)
-        if job.embedder.waits.tiles:
-            if feed is None:
-                print(job.embedder.waits)
-            else:
-                feed.note(f"{device}: {job.embedder.waits}")
+        job.embedder.waits.say(device, feed)
         return results

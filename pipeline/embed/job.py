@@ -220,7 +220,6 @@ class EmbedJob:
         def on_slide(item: T, tiles: int) -> None:
             slide = slide_of(item)
             assert slide is not None
-            slide.started = time.monotonic()  # earlier slides have kept it waiting
             progress.slide_started(slide.entry.slide_id, tiles)
 
         def on_tiles(tiles: int) -> None:
@@ -230,10 +229,14 @@ class EmbedJob:
             TileReaders(self.threads) as readers,
             closing(self.embedder(streams(), readers, on_slide, on_tiles, self.stop)) as embedded_slides,
         ):
+            ended = time.monotonic()
             for item, embedded in embedded_slides:
                 slide = slide_of(item)
                 if slide is not None:
                     slide.embedded = embedded
+                if slide is not None and slide.tiled is not None:
+                    slide.started = max(slide.started, ended)  # before that, earlier slides have kept it waiting
+                    ended = time.monotonic()
                 yield item
 
     def finish(self, prepared: PreparedSlide, progress: Progress) -> SlideResult:

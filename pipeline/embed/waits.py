@@ -1,7 +1,12 @@
 """What embedding waits for, and what would make it faster."""
 
 import time
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+from ..log_file import event
+
+if TYPE_CHECKING:
+    from ..batch.devices import Feed
 
 Wait = Literal["encoder", "tiles", "slides", "writing"]
 
@@ -46,6 +51,17 @@ class Waits:
         others = {wait: seconds for wait, seconds in self.seconds.items() if wait != "encoder"}
         worst = max(others, key=others.__getitem__)
         return worst if others[worst] > LIMITED * total else "encoder"
+
+    def say(self, device: str, feed: "Feed | None") -> None:
+        """Print it, or tell the job whose process this is; nothing where no tiles were fed."""
+        if not self.tiles:
+            return
+        if feed is not None:
+            feed.note(f"{device}: {self}")
+            return
+        print(self)
+        seconds = {f"seconds_{wait}": round(seconds, 1) for wait, seconds in self.seconds.items()}
+        event(str(self), event="time", tiles=self.tiles, limit=self.limit, **seconds)
 
     def __str__(self) -> str:
         total = sum(self.seconds.values()) or 1.0

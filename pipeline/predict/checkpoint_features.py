@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ...models.classifier.classifier import SlideClassifier
     from ...models.classifier.ensemble import ClassifierEnsemble
+    from ..batch.devices import Feed
 
 T = TypeVar("T")
 
@@ -165,6 +166,11 @@ class FeatureMaker:
         """Write the feature file."""
         assert self._job is not None
         return self._job.finish(prepared, progress)
+
+    def say_what_took_the_time(self, feed: "Feed | None") -> None:
+        """What the tile encoder has waited for, if there was something to embed."""
+        if self._job is not None:
+            self._job.embedder.waits.say(str(self.device), feed)
 
     def _make_job(self) -> EmbedJob:
         from ...models.tile_encoder.encoder import create_tile_encoder

@@ -36,6 +36,7 @@ from ..batch.watched import WatchedProcesses
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, check_places, workers_on
 from ..embed.job import PreparedSlide
 from ..embed.layout import look_at, take_memory
+from ..log_file import logged
 from ..seen import Seen
 from .checkpoint_features import FeatureMaker, check_exist, distribution_warnings, trained_on
 from .explain import explain_features, write_explanation
@@ -57,6 +58,7 @@ ExplainMethod = Literal["integrated-gradients", "gradient-x-input", "occlusion",
 
 
 @checked
+@logged
 def predict(
     slides: str | Path | Slide | Sequence[str | Path],
     checkpoint: list[str | Path] | str | Path,
@@ -82,6 +84,7 @@ def predict(
     precision: Literal["auto", "float32", "float16", "bfloat16", "float8"] = "auto",
     overwrite: bool = False,
     allow_seen: bool = False,
+    log_file: str | Path | None = None,
 ) -> list[Prediction]:
     """Predict new slides: embed them as the training slides were, classify them, and show why.
 
@@ -120,6 +123,7 @@ def predict(
         precision: Precision of the tile encoder. `auto`: its own on a GPU, float32 on a CPU.
         allow_seen: Also predict slides that were in the training or validation part of a classifier; they are marked.
         overwrite: Replace predictions that were made with other checkpoints or explained otherwise.
+        log_file: Append what happens to this file as JSON lines: one for each slide, minute and note.
 
     Returns:
         A prediction a slide, in the order of the input; then one for each patient of these slides, and for a patient of
@@ -278,7 +282,29 @@ class _Claimed:
     prepared: PreparedSlide | None
     remarks: list[str]
     resources: ExitStack
-    started: float
+
+
+class _Laps:
+    """What the time of a slide goes into."""
+
+    def __init__(self, began: float) -> None:
+        self._began = self._last = began
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, what: str) -> None:
+        """Count the time since the last call for this."""
+        now = time.monotonic()
+        self._seconds[what] = self._seconds.get(what, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self._began
+
+    def __str__(self) -> str:
+        parts = sorted(self._seconds.items(), key=lambda part: -part[1])
+        return ", ".join(f"{what} {seconds:.1f} s" for what, seconds in parts if seconds >= 0.05)
 
 
 @dataclass
@@ -329,7 +355,9 @@ class _Job:
             slides, makes_features, notes = self.checked()
         if makes_features:
             self.maker.load_encoders()
-        return run_batch(self, slides, self.output, notes, self.asked.shard)
+        results = run_batch(self, slides, self.output, notes, self.asked.shard)
+        self.maker.say_what_took_the_time(slides if isinstance(slides, Feed) else None)
+        return results
 
     def checked(self) -> tuple[list[SlideEntry], bool, list[str]]:
         """The slides of the job with their patients, whether one lacks features, and what is to be said first.
@@ -408,7 +436,6 @@ class _Job:
 
     def prepare(self, entry: SlideEntry, turn: Turn) -> _Claimed | SlideResult:
         """All that comes before the encoders and classifiers."""
-        started = time.monotonic()
         entry = self._of_patient(entry)
         with ExitStack() as resources:
             try:
@@ -429,7 +456,7 @@ class _Job:
                 else:
                     with suppress(LongslideError):  # of its pictures, without which there is a prediction too
                         take_memory(self.maker.watched, turn, entry.path, replace(entry, tissue_mask=None), None)
-                return _Claimed(entry, prepared, remarks, resources.pop_all(), started)
+                return _Claimed(entry, prepared, remarks, resources.pop_all())
             except ClaimedError as busy:
                 return SlideResult.skipped(entry, str(busy))
             except Exception as error:
@@ -448,15 +475,18 @@ class _Job:
         from ..embed.tile_embedding import on_device
 
         entry = claimed.entry
+        # Before that, earlier slides have kept it waiting.
+        laps = _Laps(time.monotonic() if claimed.prepared is None else claimed.prepared.started)
         with claimed.resources:
             try:
                 if claimed.prepared is not None:
                     made = self.maker.finish(claimed.prepared, progress)
+                    laps.lap("embedding tiles")
                     if made.status != "done":
                         return made
                 remove_leftovers(self.json_path(entry))
                 with on_device(self.device):
-                    return self._predict(entry, claimed.remarks, claimed.started)
+                    return self._predict(entry, claimed.remarks, laps)
             except OSError as error:
                 what = (
                     f"{self.output}: cannot write the results ({error.strerror}); make room or choose another --output"
@@ -469,16 +499,18 @@ class _Job:
         """End what `prepare` is at work on."""
         self.maker.watched.stop()
 
-    def _predict(self, entry: SlideEntry, remarks: list[str], started: float) -> SlideResult:
+    def _predict(self, entry: SlideEntry, remarks: list[str], laps: _Laps) -> SlideResult:
         from ...data.features.statistics import feature_digest
 
         path = self.maker.path(entry)
         bag = self._bag([path])
         mean = bag["tile_features"].float().mean(0).cpu().numpy()
+        laps.lap("reading features")
         features = read_features(path, embeddings=self.method is not None)
         far_off = distribution_warnings(list(self.ensemble.classifiers), features.slide_mpp, mean)
         warnings = (*remarks, *remarks_on(features), *far_off)
         found = self._classify([bag])
+        laps.lap("classifying")
         cases = {
             "patients": [entry.patient_id or ""],
             "slides": [entry.slide_id],
@@ -507,12 +539,16 @@ class _Job:
             except LongslideError as error:  # the features are there, and enough for a prediction
                 prediction = replace(prediction, warnings=(*prediction.warnings, f"no pictures: {error}"))
                 slide = thumbnail = None
+            laps.lap("opening the slide")
             if self.method is not None:
                 scores = explain_features(self.ensemble, features, self.method, self.device)
+                laps.lap("explaining")
                 explanation = write_explanation(folder, scores, prediction, slide, thumbnail, features.tissue)
+                laps.lap("drawing")
         result = replace(
-            SlideResult.done(entry, features, path, seconds=time.monotonic() - started),
+            SlideResult.done(entry, features, path, seconds=laps.total),
             reason="; ".join(prediction.warnings),
+            took=str(laps) or None,
         )
         self._write_json(entry, prediction, features, result, explanation, identity)
         return result

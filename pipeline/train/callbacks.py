@@ -17,6 +17,7 @@ from ...data.table import csv_of_frame, read_table, typed
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ..batch.progress import duration
+from ..log_file import event
 
 HISTORY_COLUMNS = ["fold", "epoch", "step", "train_loss", "val_loss", "val_metric", "learning_rate"]
 
@@ -73,6 +74,9 @@ class History(Callback):
             row[name] = float(metrics[name]) if name in metrics else None
         # The head is in the last group: with layer-wise decay the others have less.
         row["learning_rate"] = trainer.optimizers[0].param_groups[-1]["lr"]
+        known = {name: value for name, value in row.items() if value is not None}
+        values = ", ".join(f"{name} {value:.4g}" for name, value in known.items() if name not in ("fold", "epoch"))
+        event(f"fold {self.fold}, epoch {row['epoch']}: {values}", event="epoch", **known)
         new = pd.DataFrame([row], columns=HISTORY_COLUMNS)
         self._write(pd.concat([self._rows(), new], ignore_index=True) if self.path.is_file() else new)
 

@@ -8,12 +8,14 @@ from ...data.cohort.options import DataOptions
 from ...errors import LongslideError
 from ...models.classifier.options import ClassifierOptions
 from ...ranges import checked
+from ..log_file import logged
 from ..report.run_folder import Run
 from .run import HELD_OUT, TrainingRun, print_metrics
 from .settings import TRAINER_DEFAULTS, Settings, column_names, settle
 
 
 @checked
+@logged
 def crossval(
     data: DataOptions,
     model: ClassifierOptions = ClassifierOptions(),
@@ -28,6 +30,7 @@ def crossval(
     checkpoint_every_n_steps: int | None = None,
     subgroups: list[str] | str = "",
     seed: int = 0,
+    log_file: str | Path | None = None,
 ) -> Run:
     """Train one classifier per fold, and evaluate on the patients that each has not seen.
 
@@ -48,6 +51,7 @@ def crossval(
         checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
         seed: Seed of weights, dropout and augmentation.
+        log_file: Append what happens to this file as JSON lines: one for each epoch, remark and metric.
 
     Returns:
         The finished run: its folder, predictions, metrics and checkpoints.

@@ -7,12 +7,14 @@ from typing import Any, Literal
 from ...data.cohort.options import DataOptions
 from ...models.classifier.options import ClassifierOptions
 from ...ranges import checked
+from ..log_file import logged
 from ..report.run_folder import Run
 from .run import HELD_OUT, TrainingRun, print_metrics
 from .settings import TRAINER_DEFAULTS, Settings, column_names, first_process, settle
 
 
 @checked
+@logged
 def fit(
     data: DataOptions,
     model: ClassifierOptions = ClassifierOptions(),
@@ -26,6 +28,7 @@ def fit(
     checkpoint_every_n_steps: int | None = None,
     subgroups: list[str] | str = "",
     seed: int = 0,
+    log_file: str | Path | None = None,
 ) -> Run:
     """Train a slide classifier on feature files, and evaluate it on the test part.
 
@@ -45,6 +48,7 @@ def fit(
         checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
         seed: Seed of weights, dropout and augmentation.
+        log_file: Append what happens to this file as JSON lines: one for each epoch, remark and metric.
 
     Returns:
         The finished run: its folder, predictions, metrics and checkpoints. Where several processes train together, those

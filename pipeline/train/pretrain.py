@@ -8,6 +8,7 @@ from typing import Any
 from ...data.cohort.options import DataOptions
 from ...models.slide_encoder.mae_options import PretrainingOptions
 from ...ranges import checked
+from ..log_file import logged
 from .run import TrainingRun
 from .settings import TRAINER_DEFAULTS, Settings, first_process, settle
 
@@ -31,6 +32,7 @@ class PretrainedEncoder:
 
 
 @checked
+@logged
 def pretrain(
     data: DataOptions,
     model: PretrainingOptions = PretrainingOptions(),
@@ -42,6 +44,7 @@ def pretrain(
     ema: float | None = None,
     checkpoint_every_n_steps: int | None = None,
     seed: int = 0,
+    log_file: str | Path | None = None,
 ) -> PretrainedEncoder:
     """Pretrain a slide encoder on feature files without labels, by masked autoencoding.
 
@@ -60,6 +63,7 @@ def pretrain(
         ema: Decay of an average of the weights, such as 0.999.
         checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
         seed: Seed of weights, masks and augmentation.
+        log_file: Append what happens to this file as JSON lines: one for each epoch, remark and metric.
 
     Returns:
         The checkpoint and its folder.

@@ -1,6 +1,7 @@
 """The run folder while a run goes on: what it trains, whether it may go on, and what it leaves."""
 
 import json
+import logging
 import platform
 import sys
 import time
@@ -20,6 +21,7 @@ from ...task import Task
 from ...version import __version__
 from ...yaml_file import read_yaml
 from ..batch.ledger import make_output_folder
+from ..log_file import event
 from ..report.run_folder import Run, read_run
 from ..report.wording import seen_mark, seen_warning
 from .settings import first_process
@@ -164,6 +166,7 @@ class TrainingRun:
     def remark(self, text: str) -> None:
         """Print a remark, and record it in `run.json`."""
         print(text, file=sys.stderr)
+        event(text, logging.WARNING, event="remark")
         self.remarks.append(text)
         self.facts["notes"] = [*self.facts.get("notes", []), text]
 
@@ -253,6 +256,8 @@ def print_metrics(run: Run) -> None:
         ends = f" (95% {row.low:.3f} to {row.high:.3f})" if isinstance(row.method, str) and row.method else ""
         over = ", mean over folds" if scope == "mean" else ""
         print(f"{row.metric:>20} {row.value:.3f}{ends}, {row.n} {run.noun(level)}s{over}")
+        facts = {"scope": scope, "metric": row.metric, "value": row.value, "low": row.low, "high": row.high, "n": row.n}
+        event(f"{row.metric} {row.value:.3f}{ends}{over}", event="metric", unit=level, **facts)
     if warning := seen_warning(run.facts.get("seen")):
         print(warning)
     print(f"see {run.folder / 'report.html'}")

@@ -30,6 +30,7 @@ from ...models.classifier.checkpoint import load_classifier
 from ...models.classifier.classifier import SlideClassifier, TrainingFacts
 from ...models.classifier.options import ClassifierOptions
 from ...models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
+from ..log_file import event
 from ..parser import one_line
 from ..seen import Seen
 from .callbacks import BestCheckpoint, DefinedMetric, EpochLines, History, StepSeed
@@ -157,6 +158,7 @@ def build(settings: Settings, data: BagDataModule) -> Training:
     steps = plan_steps(data, trainer, None if limited else settings.epochs, settings.min_steps)
     if trainer.is_global_zero:
         print(f"fold {data.fold}: {steps}", file=sys.stderr)
+        event(f"fold {data.fold}: {steps}", event="fold", fold=data.fold, **steps.to_dict())
         if steps.warning:
             print(steps.warning, file=sys.stderr)
     return Training(model, data, trainer, folder, steps)
