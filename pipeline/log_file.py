@@ -29,15 +29,16 @@ EVENTS.addHandler(logging.NullHandler())
 EVENTS.setLevel(logging.INFO)
 
 
-def event(message: str, level: int = logging.INFO, **fields: Any) -> None:
+def event(kind: str, message: str, fields: Mapping[str, Any] | None = None, level: int = logging.INFO) -> None:
     """Log an event.
 
     Args:
+        kind: What kind it is of, for the field `event`.
         message: What happened, in words.
+        fields: The same in fields; those that are None are left out.
         level: A level of `logging`.
-        **fields: The same in fields; those that are None are left out.
     """
-    EVENTS.log(level, "%s", message, extra={"fields": fields})
+    EVENTS.log(level, "%s", message, extra={"fields": {"event": kind, **(fields or {})}})
 
 
 class JsonLines(logging.Formatter):
@@ -84,10 +85,11 @@ def log_to(path: str | Path | None, command: str) -> Iterator[None]:
     began = time.monotonic()
 
     def ended(message: str, level: int = logging.INFO, **fields: Any) -> None:
-        event(message, level, event="end", command=command, seconds=round(time.monotonic() - began, 3), **fields)
+        facts = {"command": command, "seconds": round(time.monotonic() - began, 3)}
+        event("end", message, facts | fields, level)
 
     try:
-        event(f"longslide {command} begins", event="begin", command=command, version=__version__)
+        event("begin", f"longslide {command} begins", {"command": command, "version": __version__})
         try:
             yield
         except KeyboardInterrupt as stopped:

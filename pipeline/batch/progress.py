@@ -103,7 +103,7 @@ class JobProgress:
     def note(self, text: str) -> None:
         """Write a line."""
         self._console.print(escape(text))
-        event(text, event="note")
+        event("note", text)
 
     def slide_started(self, slide_id: str, tiles: int) -> None:
         """The present slide and how many tiles it has."""
@@ -123,9 +123,8 @@ class JobProgress:
             line += f", about {duration(left)} left"
         if not self._console.is_terminal:
             self._console.print(escape(line))
-        seconds_left = None if left is None else round(left)
         counts = {"slides": self._total, "ended": self._ended, "tiles": self._done, "tiles_per_second": round(rate, 1)}
-        event(line, event="progress", **counts, seconds_left=seconds_left)
+        event("progress", line, counts | {"seconds_left": None if left is None else round(left)})
         self._said, self._done_before = now, self._done
 
     def slide_ended(self, result: SlideResult) -> None:
@@ -144,7 +143,7 @@ class JobProgress:
             line += f"  {escape(result.reason)}"
         self._console.print(f"{escape(f'[{self._ended}/{self._total}]')} {line}")
         message = f"{result.slide_id}: {result.status}" + (f", {result.reason}" if result.reason else "")
-        event(message, LEVELS[result.status], event="slide", **asdict(result))
+        event("slide", message, asdict(result), LEVELS[result.status])
 
 
 def duration(seconds: float) -> str:

@@ -61,7 +61,7 @@ class Waits:
             return
         print(self)
         seconds = {f"seconds_{wait}": round(seconds, 1) for wait, seconds in self.seconds.items()}
-        event(str(self), event="time", tiles=self.tiles, limit=self.limit, **seconds)
+        event("time", str(self), {"tiles": self.tiles, "limit": self.limit} | seconds)
 
     def __str__(self) -> str:
         total = sum(self.seconds.values()) or 1.0

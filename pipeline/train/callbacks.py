@@ -76,7 +76,7 @@ class History(Callback):
         row["learning_rate"] = trainer.optimizers[0].param_groups[-1]["lr"]
         known = {name: value for name, value in row.items() if value is not None}
         values = ", ".join(f"{name} {value:.4g}" for name, value in known.items() if name not in ("fold", "epoch"))
-        event(f"fold {self.fold}, epoch {row['epoch']}: {values}", event="epoch", **known)
+        event("epoch", f"fold {self.fold}, epoch {row['epoch']}: {values}", known)
         new = pd.DataFrame([row], columns=HISTORY_COLUMNS)
         self._write(pd.concat([self._rows(), new], ignore_index=True) if self.path.is_file() else new)
 

@@ -166,7 +166,7 @@ class TrainingRun:
     def remark(self, text: str) -> None:
         """Print a remark, and record it in `run.json`."""
         print(text, file=sys.stderr)
-        event(text, logging.WARNING, event="remark")
+        event("remark", text, level=logging.WARNING)
         self.remarks.append(text)
         self.facts["notes"] = [*self.facts.get("notes", []), text]
 
@@ -257,7 +257,7 @@ def print_metrics(run: Run) -> None:
         over = ", mean over folds" if scope == "mean" else ""
         print(f"{row.metric:>20} {row.value:.3f}{ends}, {row.n} {run.noun(level)}s{over}")
         facts = {"scope": scope, "metric": row.metric, "value": row.value, "low": row.low, "high": row.high, "n": row.n}
-        event(f"{row.metric} {row.value:.3f}{ends}{over}", event="metric", unit=level, **facts)
+        event("metric", f"{row.metric} {row.value:.3f}{ends}{over}", facts | {"unit": level})
     if warning := seen_warning(run.facts.get("seen")):
         print(warning)
     print(f"see {run.folder / 'report.html'}")

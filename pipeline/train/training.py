@@ -158,7 +158,7 @@ def build(settings: Settings, data: BagDataModule) -> Training:
     steps = plan_steps(data, trainer, None if limited else settings.epochs, settings.min_steps)
     if trainer.is_global_zero:
         print(f"fold {data.fold}: {steps}", file=sys.stderr)
-        event(f"fold {data.fold}: {steps}", event="fold", fold=data.fold, **steps.to_dict())
+        event("fold", f"fold {data.fold}: {steps}", {"fold": data.fold} | steps.to_dict())
         if steps.warning:
             print(steps.warning, file=sys.stderr)
     return Training(model, data, trainer, folder, steps)

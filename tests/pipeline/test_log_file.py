@@ -68,7 +68,12 @@ def test_predict_says_on_each_line_what_took_the_time(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_classifier(tmp_path / "best.ckpt", home / "features")
-    options = {"device": "cpu", "threads": 1, "explain": "integrated-gradients", "tile_encoder": str(home / "tiny.yaml")}
+    options = {
+        "device": "cpu",
+        "threads": 1,
+        "explain": "integrated-gradients",
+        "tile_encoder": str(home / "tiny.yaml"),
+    }
     log = tmp_path / "log.jsonl"
     (tmp_path / "best.ckpt").rename(tmp_path / "one.ckpt")
     predict(home / "slides" / "a.svs", str(tmp_path / "one.ckpt"), tmp_path / "results", log_file=log, **options)  # type: ignore[arg-type]
@@ -87,11 +92,8 @@ def test_predict_says_on_each_line_what_took_the_time(
 def test_fit_logs_each_epoch_as_its_history_and_each_metric(tmp_path: Path) -> None:
     words = write_cohort(tmp_path)
     log = tmp_path / "run.jsonl"
-    status = main(
-        ["fit", *words, "--data.task", "binary", "--model.aggregator", "mean", "--trainer.max-epochs", "3"]
-        + [*quick(tmp_path / "run"), "--log-file", str(log)]
-    )
-    assert status == 0
+    options = ["--data.task", "binary", "--model.aggregator", "mean", "--trainer.max-epochs", "3"]
+    assert main(["fit", *words, *options, *quick(tmp_path / "run"), "--log-file", str(log)]) == 0
     records = read(log)
     history = pd.read_csv(tmp_path / "run" / "history.csv")
     epochs = of(records, "epoch")
@@ -123,8 +125,8 @@ def test_the_library_s_words_are_in_it_and_nothing_stays_attached(tmp_path: Path
     before = (library.level, list(library.handlers), list(EVENTS.handlers))
     with log_to(tmp_path / "log.jsonl", "embed"):
         logging.getLogger("longslide.data.table").warning("a table with ‘quotes’\nand lines")
-        event("one", number=1, path=tmp_path, nothing=None)
-    event("afterwards")
+        event("test", "one", {"number": 1, "path": tmp_path, "nothing": None})
+    event("test", "afterwards")
     assert (library.level, library.handlers, EVENTS.handlers) == before
     _, said, one, _ = read(tmp_path / "log.jsonl")
     assert said["message"] == "a table with ‘quotes’\nand lines"
@@ -158,11 +160,9 @@ def test_only_the_first_of_several_training_processes_writes(tmp_path: Path, mon
 
 def test_a_logger_of_lightning_s_writes_beside_the_history(tmp_path: Path) -> None:
     words = write_cohort(tmp_path)
-    status = main(
-        ["fit", *words, "--data.task", "binary", "--model.aggregator", "mean", "--trainer.max-epochs", "2"]
-        + [*quick(tmp_path / "run"), "--trainer.logger", "CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'logs'}"]
-    )
-    assert status == 0
+    options = ["--data.task", "binary", "--model.aggregator", "mean", "--trainer.max-epochs", "2"]
+    logger = ["--trainer.logger", "CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'logs'}"]
+    assert main(["fit", *words, *options, *quick(tmp_path / "run"), *logger]) == 0
     [metrics] = (tmp_path / "logs").rglob("metrics.csv")
     assert pd.read_csv(metrics)["val_loss"].dropna().tolist() == pytest.approx(
         pd.read_csv(tmp_path / "run" / "history.csv")["val_loss"].tolist()
