@@ -12,11 +12,8 @@ SAMPLE = 20_000
 ENDS = 0.01, 0.99
 """Quantiles of the sample at which a component's colour ends: a few odd tiles do not take all the contrast."""
 
-CLUSTER_COLOURS = (
-    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#8c6d31", "#7f3c8d", "#b8a800", "#555555",
-    "#a5113c", "#3a7d44",
-)  # fmt: skip
-"""Okabe and Ito's colours, and further ones, of the clusters from the largest on."""
+MOST_CLUSTERS = 16
+"""More would not be told apart by their colours."""
 
 
 class TileColours:
@@ -48,17 +45,17 @@ class TileColours:
 
         Args:
             index: The tiles of a cohort, one or more.
-            clusters: How many, 2 to 12; fewer where there are not as many different tiles.
+            clusters: How many, 2 to 16; fewer where there are not as many different tiles.
             seed: Chooses the sample and begins the clusters.
 
         Raises:
-            ValueError: Not 2 to 12 clusters, or no tiles.
+            ValueError: Not 2 to 16 clusters, or no tiles.
         """
         from sklearn.cluster import KMeans
         from sklearn.decomposition import PCA
 
-        if not 2 <= clusters <= len(CLUSTER_COLOURS):
-            raise ValueError(f"{clusters} clusters are not 2 to {len(CLUSTER_COLOURS)}")
+        if not 2 <= clusters <= MOST_CLUSTERS:
+            raise ValueError(f"{clusters} clusters are not 2 to {MOST_CLUSTERS}")
         if not len(index):
             raise ValueError("there are no tiles to colour")
         random = np.random.default_rng(seed)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class SimilarTile:
         tile: Its number in the feature file, as `read_features` orders them.
         x: Left edge in level-0 pixels.
         y: Top edge in level-0 pixels.
+        size: Edge in level-0 pixels.
         similarity: Cosine of the two embeddings, -1 to 1.
     """
 
@@ -48,11 +50,12 @@ class SimilarTile:
     tile: int
     x: int
     y: int
+    size: int
     similarity: float
 
 
 class TileIndex:
-    """The tile embeddings of all feature files of a folder as one matrix, to be searched without approximation.
+    """The tile embeddings of many slides as one matrix, to be searched without approximation.
 
     The matrix is written once, into `tile-index/` beside the feature files, and mapped into memory: of float16 embeddings
     it takes 2 bytes a number, 3 GB for 1,000,000 tiles of 1,536. It is made again when a feature file was added, removed
@@ -66,6 +69,7 @@ class TileIndex:
         files: The feature files.
         slide_ids: Their slides.
         offsets: `(S + 1,)` int64, where each slide's tiles begin in the matrix.
+        tile_sizes: `(S,)` int64 edge of each slide's tiles in level-0 pixels.
         coords: `(N, 2)` int64 top-left corner (x, y) of each tile in level-0 pixels.
         norms: `(N,)` float32 length of each embedding.
         embeddings: `(N, D)` float16, or float32 where a file holds that: as they are in the files.
@@ -77,14 +81,16 @@ class TileIndex:
         files: Sequence[Path],
         slide_ids: Sequence[str],
         offsets: np.ndarray,
+        tile_sizes: np.ndarray,
         coords: np.ndarray,
         norms: np.ndarray,
         embeddings: torch.Tensor,
-        left_out: Sequence[tuple[str, str]] = (),
+        left_out: Sequence[tuple[Path, str]] = (),
     ) -> None:
-        self.files, self.slide_ids = tuple(files), tuple(slide_ids)
+        self.files, self.slide_ids, self.tile_sizes = tuple(files), tuple(slide_ids), tile_sizes
         self.offsets, self.coords, self.norms, self.embeddings = offsets, coords, norms, embeddings
         self.left_out = tuple(left_out)
+        self._made_of: tuple[Sequence[Path], str] = self.files, ""
         self._number_of = {slide_id: number for number, slide_id in enumerate(slide_ids)}
         largest = float(norms.max(initial=0)) or 1.0
         self._scale = 1024 / largest  # of a query of length 1: no product leaves the range of float16
@@ -93,16 +99,16 @@ class TileIndex:
     @classmethod
     def open(
         cls,
-        folder: str | Path,
+        features: str | Path | Sequence[str | Path],
         *,
         cache: str | Path | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Self:
-        """The index of a folder of feature files; it is made if there is none, or if the files are no longer the same.
+        """The index of feature files; it is made if there is none, or if the files are no longer the same.
 
         Args:
-            folder: The folder. Files of one tile encoder alone can be compared.
-            cache: Where the index lies. Default: `tile-index` in the folder.
+            features: The files, or a folder of them. Those of one tile encoder alone can be compared.
+            cache: Where the index lies. Default: `tile-index` beside the first of them.
             progress: Is told, while the index is made, how many of how many files have been read.
 
         Returns:
@@ -111,13 +117,17 @@ class TileIndex:
         Raises:
             LongslideError: No feature files, files of several tile encoders, or the index cannot be written.
         """
-        folder = Path(folder)
-        files = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
-        if not files:
-            raise LongslideError(
-                f"{folder}: no feature files (.h5) in this folder; give the --output of longslide embed"
-            )
-        cache = folder / FOLDER if cache is None else Path(cache)
+        if isinstance(features, str | Path):
+            files = sorted(path for path in Path(features).glob("*.h5") if not path.name.startswith("."))
+            if not files:
+                raise LongslideError(
+                    f"{features}: no feature files (.h5) in this folder; give the --output of longslide embed"
+                )
+        else:
+            files = [Path(path) for path in features]
+            if not files:
+                raise LongslideError("no feature files to compare")
+        cache = files[0].parent / FOLDER if cache is None else Path(cache)
         digest = _digest(files)
         table, matrix = cache / f"tiles-{digest}.npz", cache / f"embeddings-{digest}.npy"
         if not (table.is_file() and matrix.is_file()):
@@ -126,16 +136,25 @@ class TileIndex:
             _make(files, matrix, table, progress)
             _remove_others(table, digest)
         with np.load(table, allow_pickle=False) as content:
-            slides = json.loads(str(content["slides"]))
-            return cls(
-                [folder / name for name in slides["files"]],
-                slides["slide_ids"],
+            left_out = {int(number): why for number, why in json.loads(str(content["left_out"]))}
+            kept = [path for number, path in enumerate(files) if number not in left_out]
+            index = cls(
+                kept,
+                [path.stem for path in kept],
                 content["offsets"],
+                content["tile_sizes"],
                 content["coords"],
                 content["norms"],
                 torch.from_numpy(np.load(matrix, mmap_mode="c", allow_pickle=False)),
-                [(name, why) for name, why in slides["left_out"]],
+                [(files[number], why) for number, why in left_out.items()],
             )
+        index._made_of = files, digest
+        return index
+
+    def is_current(self) -> bool:
+        """Whether the feature files are what they were when the index was opened."""
+        files, digest = self._made_of
+        return _digest(files) == digest
 
     def __len__(self) -> int:
         """Tiles."""
@@ -152,7 +171,7 @@ class TileIndex:
         """
         number = self._number_of.get(slide_id)
         if number is None:
-            why = next((f": {reason}" for name, reason in self.left_out if Path(name).stem == slide_id), "")
+            why = next((f": {reason}" for path, reason in self.left_out if path.stem == slide_id), "")
             raise LongslideError(f"{slide_id}: no tiles of this slide in the index{why}")
         return slice(int(self.offsets[number]), int(self.offsets[number + 1]))
 
@@ -223,16 +242,20 @@ class TileIndex:
     def _tile(self, row: int, cosine: float) -> SimilarTile:
         slide = int(np.searchsorted(self.offsets, row, side="right")) - 1
         x, y = self.coords[row].tolist()
-        return SimilarTile(self.slide_ids[slide], self.files[slide], row - int(self.offsets[slide]), x, y, cosine)
+        size = int(self.tile_sizes[slide])
+        return SimilarTile(self.slide_ids[slide], self.files[slide], row - int(self.offsets[slide]), x, y, size, cosine)
 
 
 def _digest(files: Sequence[Path]) -> str:
     """Tells these files, as they are now, from any others."""
-    facts = []
+    facts: list[tuple[str, int, int]] = []
     for path in files:
-        with suppress(FileNotFoundError):
+        place = os.path.relpath(path, files[0].parent)  # the folder may be moved with its index
+        try:
             status = path.stat()
-            facts.append([path.name, status.st_size, status.st_mtime_ns])
+            facts.append((place, status.st_size, status.st_mtime_ns))
+        except OSError:
+            facts.append((place, -1, 0))
     return hashlib.sha256(json.dumps([SCHEMA, facts]).encode()).hexdigest()[:16]
 
 
@@ -240,7 +263,7 @@ def _make(files: Sequence[Path], matrix: Path, table: Path, progress: Callable[[
     """Write an index: first the matrix, then what says that it is complete."""
     headers, left_out = _look_at(files)
     if not headers:
-        raise LongslideError(f"{files[0].parent}: no feature file there can be read: {left_out[0][1]}")
+        raise LongslideError(f"{files[0].parent}: no feature file there can be read: {next(iter(left_out.values()))}")
     kept = list(headers)
     agreed(kept, [Preprocessing.of(header).of_tiles for header in headers.values()])
     width = headers[kept[0]].features.shape[1]
@@ -270,15 +293,12 @@ def _make(files: Sequence[Path], matrix: Path, table: Path, progress: Callable[[
             coords.append(features.coords)
             if progress is not None:
                 progress(number + 1, len(headers))
-    slides = {
-        "files": [path.name for path in kept],
-        "slide_ids": [path.stem for path in kept],
-        "left_out": left_out,
-    }
+    sizes = [header.tile_size_level0 or header.step_level0 for header in headers.values()]
     content = io.BytesIO()
     np.savez(
         content,
-        slides=np.array(json.dumps(slides)),
+        left_out=np.array(json.dumps([*left_out.items()])),
+        tile_sizes=np.array(sizes, np.int64),
         offsets=np.cumsum([0, *(len(one) for one in coords)], dtype=np.int64),
         coords=np.concatenate(coords),
         norms=np.concatenate(norms) if norms else np.zeros(0, np.float32),
@@ -286,16 +306,16 @@ def _make(files: Sequence[Path], matrix: Path, table: Path, progress: Callable[[
     write_whole(table, content.getbuffer(), "cache")
 
 
-def _look_at(files: Sequence[Path]) -> tuple[dict[Path, Features], list[tuple[str, str]]]:
-    """What the files say of themselves; and those that cannot be read, with the reason."""
+def _look_at(files: Sequence[Path]) -> tuple[dict[Path, Features], dict[int, str]]:
+    """What the files say of themselves; and the numbers of those that cannot be read, with the reason."""
     headers: dict[Path, Features] = {}
-    left_out: list[tuple[str, str]] = []
-    for path in files:
+    left_out: dict[int, str] = {}
+    for number, path in enumerate(files):
         try:
             headers[path] = read_features(path, embeddings=False)
         except LongslideError as error:
             logger.warning(f"{error}; it is left out of the index")
-            left_out.append((path.name, str(error)))
+            left_out[number] = str(error)
     return headers, left_out
 
 

@@ -25,6 +25,8 @@ from ...errors import LongslideError
 from ...prediction_columns import time_text
 from ...version import __version__
 from ..report.wording import task_text
+from .attention import attention_routes
+from .cohort import Cohort, cohort_routes
 from .collection import UNCERTAIN_BELOW, Collection, ViewedSlide
 from .content import SlideContent, rings_of
 from .layers import Layer, layers_of
@@ -60,6 +62,7 @@ class Site:
         collection: What is shown.
         open_slides: The open slides.
         regions: Regions that were drawn.
+        cohort: The embeddings of all slides.
     """
 
     collection: Collection
@@ -69,6 +72,7 @@ class Site:
 
     def __post_init__(self) -> None:
         self.regions = Regions(self.collection.output)
+        self.cohort = Cohort(self.collection)
 
     def slide(self, request: Request) -> ViewedSlide:
         """The slide that a URL names.
@@ -102,6 +106,11 @@ class Site:
             )
         return file
 
+    def close(self) -> None:
+        """Close the slides, and remove what was put elsewhere."""
+        self.open_slides.close()
+        self.cohort.close()
+
     def forget(self, slide: ViewedSlide) -> None:
         """Read what is known of a slide again."""
         with self._lock:
@@ -112,7 +121,8 @@ class Site:
             known = self._contents.get(slide.slide_id)
         if known is None:
             content = SlideContent(slide)
-            known = content, layers_of(content)
+            of_cohort = {layer.key: layer for layer in self.cohort.layers(content)}
+            known = content, layers_of(content) | of_cohort
         with self._lock:
             self._contents[slide.slide_id] = known
             self._contents.move_to_end(slide.slide_id)
@@ -138,7 +148,7 @@ def create_app(collection: Collection, token: str) -> ASGIApp:
     site = Site(collection)
     routes = [route for made_by in ROUTES for route in made_by(site)]
     handlers: dict[Any, Any] = {UnknownError: _not_found, LongslideError: _cannot}
-    return _Guard(Starlette(routes=routes, exception_handlers=handlers), token, site.open_slides.close)
+    return _Guard(Starlette(routes=routes, exception_handlers=handlers), token, site.close)
 
 
 class _Guard:
@@ -338,7 +348,14 @@ def region_routes(site: Site) -> list[Route]:
     return [Route(path, read, methods=["GET"]), Route(path, write, methods=["PUT"])]
 
 
-ROUTES: list[Callable[[Site], list[Route]]] = [collection_routes, slide_routes, region_routes, pages]
+ROUTES: list[Callable[[Site], list[Route]]] = [
+    collection_routes,
+    slide_routes,
+    region_routes,
+    cohort_routes,
+    attention_routes,
+    pages,
+]
 """What makes the routes, the pages last, for they take every path. Routes are added before them."""
 
 

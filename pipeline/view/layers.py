@@ -23,7 +23,8 @@ class Layer:
         group: Layers of one group stand together, such as those of one method.
         kind: `signed` and `unsigned` numbers are drawn in a colour map, `categories` in one colour each, `colours` as they
             are.
-        values: Of numbers `(N,)` float32, NaN for none; of categories `(N,)` int32, -1 for none; of colours `(N, 3)` uint8.
+        values: The values, or what finds them when the page asks for them.
+            Of numbers `(N,)` float32, NaN for none; of categories `(N,)` int32, -1 for none; of colours `(N, 3)` uint8.
         limit: Of numbers: where the colours end, `-limit` or 0 to `limit`.
         ends: What the lowest and the highest values mean; names of the categories.
         unit: What a value is, for the tooltip.
@@ -33,7 +34,7 @@ class Layer:
     title: str
     group: str
     kind: LayerKind
-    values: np.ndarray
+    values: np.ndarray | Callable[[], np.ndarray]
     limit: float = 1.0
     ends: tuple[str, ...] = ()
     unit: str = ""
@@ -45,7 +46,8 @@ class Layer:
     def packed(self) -> bytes:
         """The values as the page reads them: little-endian float32, int32 or bytes."""
         kind = {"categories": "<i4", "colours": "u1"}.get(self.kind, "<f4")
-        return np.ascontiguousarray(self.values, kind).tobytes()
+        values = self.values if isinstance(self.values, np.ndarray) else self.values()
+        return np.ascontiguousarray(values, kind).tobytes()
 
 
 def scores_of_predict(content: SlideContent) -> Iterator[Layer]:

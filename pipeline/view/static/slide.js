@@ -3,15 +3,17 @@
 import { bytes, json, slidePath } from "./api.js";
 import { byId, element, number, say } from "./dom.js";
 import { Overlay, gridPainter, marksPainter, tissuePainter } from "./overlay.js";
+import { attentionPanel } from "./panels/attention.js";
 import { factsPanel } from "./panels/facts.js";
 import { galleryPanel } from "./panels/gallery.js";
 import { layersPanel } from "./panels/layers.js";
 import { predictionPanel } from "./panels/prediction.js";
+import { similarPanel } from "./panels/similar.js";
 import { Tiles } from "./tiles.js";
 import { Viewer, scaleBar, toolbar } from "./viewer.js";
 
 // In the order of the page. A panel is a function of `page` that returns { title, content, open }, or null for none.
-const PANELS = [predictionPanel, layersPanel, galleryPanel, factsPanel];
+const PANELS = [predictionPanel, layersPanel, galleryPanel, similarPanel, attentionPanel, factsPanel];
 
 class Page extends EventTarget {
   constructor(id, info, tiles) {
@@ -195,6 +197,7 @@ async function start() {
     if (!made) continue;
     const box = element("details", { open: made.open ?? true }, element("summary", { textContent: made.title }));
     box.append(made.content);
+    box.addEventListener("toggle", () => made.content.dispatchEvent(new Event(box.open ? "opened" : "closed")));
     byId("panels").append(box);
   }
   window.page = page; // for the console

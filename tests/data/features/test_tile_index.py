@@ -57,7 +57,7 @@ def test_the_tiles_found_are_those_of_all_cosines_in_double_precision(tmp_path: 
         assert [(one.slide_id, one.tile) for one in found] == [(name, number) for name, number, _ in wanted]
         assert np.allclose([one.similarity for one in found], [cosine for *_, cosine in wanted], atol=1e-12)
         assert all((one.x, one.y) == (one.tile % 7 * 512, one.tile // 7 * 512) for one in found)
-        assert all(one.features == tmp_path / f"{one.slide_id}.h5" for one in found)
+        assert all((one.features, one.size) == (tmp_path / f"{one.slide_id}.h5", 512) for one in found)
 
 
 def test_tiles_that_half_precision_cannot_tell_apart_are_in_the_right_order(tmp_path: Path) -> None:
@@ -101,7 +101,9 @@ def test_the_index_is_made_once_and_again_when_a_file_has_changed(tmp_path: Path
     made.clear()
     before = TileIndex.open(tmp_path, progress=lambda *how_far: made.append(how_far))
     assert not made, "nothing has changed"
+    assert before.is_current()
     write_slide(tmp_path, "s1", np.ones((3, 24), np.float16))
+    assert not before.is_current()
     after = TileIndex.open(tmp_path)
     assert len(after) == len(before) + 2
     (tmp_path / "s0.h5").unlink()
@@ -118,10 +120,10 @@ def test_a_broken_file_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogC
     (tmp_path / "s9.h5").write_bytes(b"not HDF5")
     index = TileIndex.open(tmp_path)
     assert "s9.h5: not a readable HDF5 file" in caplog.text
-    assert [name for name, _ in index.left_out] == ["s9.h5"]
+    assert [path.name for path, _ in index.left_out] == ["s9.h5"]
     with pytest.raises(LongslideError, match=r"s9: no tiles of this slide in the index: .*not a readable HDF5 file"):
         index.similar("s9", 0)
-    assert [name for name, _ in TileIndex.open(tmp_path).left_out] == ["s9.h5"], "also when it is opened again"
+    assert [path.name for path, _ in TileIndex.open(tmp_path).left_out] == ["s9.h5"], "also when it is opened again"
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
@@ -140,6 +142,23 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     write_slide(tmp_path, "t", np.ones((3, 25), np.float16))
     with pytest.raises(LongslideError, match="mixed width"):
         TileIndex.open(tmp_path)
+
+
+def test_files_of_several_folders_are_one_index_and_a_folder_moves_with_its_own(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    slides = cohort(tmp_path / "a", np.float16)
+    write_slide(tmp_path / "b", "other", slides["s2"][:5])
+    index = TileIndex.open([tmp_path / "a" / "s0.h5", tmp_path / "a" / "s2.h5", tmp_path / "b" / "other.h5"])
+    best = index.similar("other", 3, 1)[0]
+    assert (best.features, best.tile, best.similarity) == (tmp_path / "a" / "s2.h5", 3, pytest.approx(1))
+    TileIndex.open(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    made: list[int] = []
+    assert len(TileIndex.open(tmp_path / "moved", progress=lambda done, of: made.append(done))) == 358
+    assert not made
+    with pytest.raises(LongslideError, match="no feature files to compare"):
+        TileIndex.open([])
 
 
 def test_the_index_may_lie_elsewhere(tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ function layerControls(page) {
 
   const choose = async () => {
     const wanted = select.value;
+    const late = setTimeout(() => ends.replaceChildren("being computed …"), 300);
     try {
       const layer = wanted ? await page.layerOf(wanted) : null;
       if (select.value !== wanted) return; // another was chosen meanwhile
@@ -135,6 +136,8 @@ function layerControls(page) {
       paint();
     } catch (error) {
       say(error.message);
+    } finally {
+      clearTimeout(late);
     }
   };
 
@@ -152,7 +155,7 @@ function layerControls(page) {
     weak.show();
     redraw();
   });
-  const first = info.layers.find((layer) => layer.group !== "quality");
+  const first = info.layers.find((layer) => !["quality", "embeddings"].includes(layer.group));
   if (first) select.value = first.key;
   page.chooseLayer = (key) => {
     select.value = key;
