@@ -120,7 +120,7 @@ def test_scores_are_in_the_order_of_the_grid(serve: Serve, made: Results) -> Non
     viewer = serve(made.results, made.attention, made.features)
     facts = viewer.json(api("plain"))
     layers = {(layer["group"], layer["title"]): layer for layer in facts["layers"]}
-    assert {group for group, _ in layers} == {"integrated gradients", "attention", "quality"}
+    assert {group for group, _ in layers} == {"integrated gradients", "attention", "quality", "embeddings"}
     grid = viewer.array(api("plain", "/grid"), "<i4").reshape(-1, 2)
     features = read_features(made.features / "plain.h5")
     np.testing.assert_array_equal(grid, features.coords)
