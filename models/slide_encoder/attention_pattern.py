@@ -16,10 +16,11 @@ from .learned_attention import learned_attention
 from .random_attention import random_attention
 from .spec import PATTERN_SETTINGS
 from .spec import Pattern as Pattern
+from .window_attention import window_attention
 
 PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
 _BLOCK = 128
-"""Queries and keys of a block of FlexAttention, and the fewest queries of a block of the plain sliding window."""
+"""Queries and keys of a block of FlexAttention."""
 
 
 def attention(
@@ -195,20 +196,10 @@ def _strided(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, period: int, scal
 
 
 def _window(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int, scale: float | None) -> Tensor:
-    """Blocks of queries, each with the keys around it."""
-    length = q.shape[1]
-    block = max(_BLOCK, window)
-    position = torch.arange(length, device=q.device)
-    outputs = []
-    for start in range(0, length, block):
-        queries = slice(start, start + block)
-        keys = slice(max(0, start - window), start + block + (0 if is_causal else window))
-        distance = position[queries, None] - position[keys]
-        seen = (distance.abs() <= window) & (distance >= 0) if is_causal else distance.abs() <= window
-        some_q, some_k, some_v = (x.transpose(1, 2) for x in (q[:, queries], k[:, keys], v[:, keys]))
-        output = scaled_dot_product_attention(some_q, some_k, some_v, attn_mask=seen, scale=scale)
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
+    batch, length, heads, dim = q.shape
+    row_q, row_k, row_v = (x.transpose(1, 2).reshape(batch * heads, length, dim) for x in (q, k, v))
+    output, _ = window_attention(row_q, row_k, row_v, is_causal, window, dim**-0.5 if scale is None else scale)
+    return output.to(q.dtype).view(batch, heads, length, dim).transpose(1, 2)
 
 
 def _takes_flex(q: Tensor) -> bool:

@@ -134,12 +134,7 @@ class LongNetLayer(nn.Module):
         Returns:
             `(T, width)` tokens, and `(T, width)` to be added to them.
         """
-        if update is None:
-            qkv, _ = norm_linear(x, self.attention_norm, self.qkv)
-        else:
-            qkv, x = norm_linear(update, self.attention_norm, self.qkv, residual=x)
-        tokens, width = x.shape
-        qkv = qkv.view(tokens, 3, self.heads, width // self.heads)
+        qkv, x = self.project(x, update)
         gate = None
         if self.pattern == "learned":
             gate = norm_linear(x, self.attention_norm, self.gate)[0].sigmoid()
@@ -149,6 +144,14 @@ class LongNetLayer(nn.Module):
         hidden, x = norm_linear(attended, self.ffn_norm, self.ffn_in, residual=x)
         hidden, _ = norm_linear(hidden, self.ffn_inner_norm, self.ffn_out, gelu=True)
         return x, self._drop(hidden, cu_seqlens, shards)
+
+    def project(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values `(T, 3, heads, width / heads)` of tokens as `forward` takes them, and the tokens' sum."""
+        if update is None:
+            qkv, _ = norm_linear(x, self.attention_norm, self.qkv)
+        else:
+            qkv, x = norm_linear(update, self.attention_norm, self.qkv, residual=x)
+        return qkv.view(len(x), 3, self.heads, x.shape[1] // self.heads), x
 
     def _attend(self, qkv: Tensor, gate: Tensor | None, cu_seqlens: Tensor, shards: SequenceShards | None) -> Tensor:
         lengths, ratios = self.segment_lengths, self.dilated_ratios

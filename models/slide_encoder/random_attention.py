@@ -2,12 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from .gathered_attention import gathered_attention, mixed
-
-_BLOCK = 64
-"""Queries that share the keys of their neighbourhood."""
+from .window_attention import window_attention
 
 
 def random_attention(
@@ -43,17 +41,6 @@ def random_attention(
     row_q, row_k, row_v = (x.transpose(1, 2).reshape(batch * heads, length, dim) for x in (q, k, v))
     device = q.device
 
-    def near_keys(first: int, end: int) -> tuple[Tensor, Tensor]:
-        """The global tokens, then the neighbourhood of a block of queries."""
-        begin = torch.arange(first, end, device=device)[:, None] * _BLOCK
-        query = (begin + torch.arange(_BLOCK, device=device))[:, :, None]
-        around = begin + torch.arange(-window, _BLOCK + window, device=device)
-        of_all = torch.arange(everywhere, device=device)
-        key = torch.cat([of_all.expand(end - first, -1), around], 1)[:, None]
-        near = (key >= everywhere) & (key < length) & ((query - key).abs() <= window)
-        seen = near | (torch.arange(key.shape[-1], device=device) < everywhere)
-        return key[:, 0].clamp(0, length - 1)[None], seen & (query >= key) if is_causal else seen
-
     def far_keys(first: int, end: int) -> tuple[Tensor, Tensor]:
         """The random keys, but those that are global or near too: a key counts once."""
         query = torch.arange(first, end, device=device)
@@ -61,16 +48,9 @@ def random_attention(
         seen = seen & ((query[:, None] - key).abs() > window) & (key >= everywhere)
         return key.repeat(batch, 1, 1), seen.repeat(batch, 1, 1)[:, :, None]
 
-    blocks = -(-length // _BLOCK)
-    padded = pad(row_q, (0, 0, 0, blocks * _BLOCK - length)).view(-1, blocks, _BLOCK, dim)
-    near, near_sum = gathered_attention(padded, row_k, row_v, near_keys, scale)
+    near = window_attention(row_q, row_k, row_v, is_causal, window, scale, everywhere)
     far, far_sum = gathered_attention(row_q[:, :, None], row_k, row_v, far_keys, scale)
-    output = mixed(
-        [
-            (near.flatten(1, 2)[:, :length], near_sum.flatten(1, 2)[:, :length]),
-            (far.squeeze(2), far_sum.squeeze(2)),
-        ]
-    )
+    output = mixed([near, (far.squeeze(2), far_sum.squeeze(2))])
     output = output.to(q.dtype)
     if everywhere:
         first_q = row_q[:, :everywhere].contiguous()

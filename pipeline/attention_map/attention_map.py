@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -45,22 +45,30 @@ class AttentionMap:
 @checked
 def attention_map(
     output: str | Path = Path("attention-map.png"),
-    pattern: Literal["dilated", "dense", "sliding-window", "strided"] = "dilated",
+    pattern: Literal["dilated", "dense", "sliding-window", "strided", "random", "learned"] = "dilated",
     tokens: int | None = None,
     heads: int | None = None,
     segment_lengths: list[int] | None = None,
     dilated_ratios: list[int] | None = None,
     window: int = 0,
     period: int = 0,
+    random_keys: int = 0,
+    global_tokens: int = 0,
+    pattern_seed: int = 0,
+    block_size: int = 0,
+    chosen_blocks: int = 0,
     causal: bool = False,
     slide: str | Path | None = None,
     tile: str | None = None,
     slide_encoder: str | Path = "gigapath",
+    checkpoint: str | Path | None = None,
 ) -> AttentionMap:
     """Draw which keys each query sees, or with `--slide` which tiles of a slide one tile sees.
 
     The first shows each head, all heads together, and what it costs beside dense attention. The second shows the tiles of
     each branch, of each head and of all heads at their places on the slide, and those that reach the tile within all layers.
+    Which blocks of keys the pattern `learned` chooses depends on the tokens: the first draws it for random ones, the second
+    for the tiles of the slide by the model that has learned it, of `--checkpoint`.
 
     Args:
         output: The picture to write: .png, .svg or .pdf.
@@ -69,12 +77,18 @@ def attention_map(
         heads: Attention heads; 4, or with --slide those of the slide encoder.
         segment_lengths: Tokens of a segment for each branch of dilated attention; [16,32,64], or the slide encoder's.
         dilated_ratios: Every how many-th token takes part for each branch; [1,2,4], or the slide encoder's.
-        window: Tokens seen on either side, for the sliding window.
+        window: Tokens seen on either side, for the sliding window, and if wanted for random keys.
         period: Distance of the keys from one another, for the strided pattern.
+        random_keys: Random keys of each query, for the pattern `random`.
+        global_tokens: First tokens that see all and that all see, for the pattern `random`.
+        pattern_seed: Which random keys.
+        block_size: Tokens of a block, for the pattern `learned`.
+        chosen_blocks: Blocks that each block chooses to see besides itself, for the pattern `learned`.
         causal: Whether later keys are hidden.
         slide: A feature file, whose tiles are drawn at their places.
         tile: x,y in level-0 pixels, within the tile that looks; without it, one in the middle of the sequence.
         slide_encoder: With --slide: the slide encoder by name, or the path of a YAML file.
+        checkpoint: With --slide, in place of --slide-encoder: a .ckpt of `fit` or `pretrain` whose model is LongNet.
 
     Returns:
         What was drawn.
@@ -85,16 +99,33 @@ def attention_map(
     output = Path(output)
     if output.suffix.lower() not in FORMATS:
         raise LongslideError(f"{output}: a picture is written as {', '.join(FORMATS)}; give the file such a suffix")
+    settings = {
+        "window": window,
+        "period": period,
+        "random_keys": random_keys,
+        "global_tokens": global_tokens,
+        "pattern_seed": pattern_seed,
+        "block_size": block_size,
+        "chosen_blocks": chosen_blocks,
+    }
     if slide is not None:
-        if pattern != "dilated" or causal:
+        if pattern != "dilated" or causal or any(settings.values()):
             raise LongslideError(
-                "--slide draws dilated attention that sees both ways; leave --pattern and --causal out"
+                "--slide draws the attention of a slide encoder or a checkpoint, which sees both ways; leave --pattern, its "
+                "settings and --causal out"
             )
-        if tokens is not None or window or period:
-            raise LongslideError("--slide has tokens of its own; leave --tokens, --window and --period out")
-        return _of_slide(output, Path(slide), tile, slide_encoder, heads, segment_lengths, dilated_ratios)
-    if tile is not None:
-        raise LongslideError("--tile is a tile of a slide: give its feature file as --slide")
+        if tokens is not None:
+            raise LongslideError("--slide has tokens of its own; leave --tokens out")
+        if checkpoint is not None and (slide_encoder != "gigapath" or heads or segment_lengths or dilated_ratios):
+            raise LongslideError(
+                "--checkpoint says which slide encoder; leave --slide-encoder, --heads, --segment-lengths and "
+                "--dilated-ratios out"
+            )
+        model = None if checkpoint is None else Path(checkpoint)
+        return _of_slide(output, Path(slide), tile, slide_encoder, model, heads, segment_lengths, dilated_ratios)
+    if tile is not None or checkpoint is not None:
+        name, what = ("tile", "tile of a slide") if tile is not None else ("checkpoint", "model that looks at a slide")
+        raise LongslideError(f"--{name} is a {what}: give its feature file as --slide")
     from .figure import MAX_BRANCHES, draw_attention_map
 
     tokens, heads = 64 if tokens is None else tokens, 4 if heads is None else heads
@@ -107,21 +138,28 @@ def attention_map(
             f"--tokens {tokens} and --heads {heads}: a picture takes 1 to {MAX_TOKENS:,} tokens and a head or more; draw "
             "longer sequences with tokens and segments divided by one number, or a whole slide with --slide"
         )
-    seen = visible_keys(tokens, heads, pattern, causal, branches=branches, window=window, period=period)
+    seen = visible_keys(tokens, heads, pattern, causal, branches=branches, **settings)
 
     def pairs(length: int) -> int:
-        return sum(scored_pairs(length, heads, pattern, causal, branches=branches, window=window, period=period))
+        return sum(scored_pairs(length, heads, pattern, causal, branches=branches, **settings))
 
     dense = sum(scored_pairs(tokens, 1, "dense", causal))
     result = AttentionMap(output, pairs(tokens) / (heads * dense), float(seen.any((0, 1)).sum()) / dense)
 
-    names = {"dilated": "Dilated attention (LongNet)", "sliding-window": "Sliding-window attention"}
+    names = {
+        "dilated": "Dilated attention (LongNet)",
+        "sliding-window": "Sliding-window attention",
+        "random": "Random attention (BigBird)" if window and global_tokens else "Random attention",
+        "learned": "Learned sparsity, for random tokens",
+    }
     title = names.get(pattern, f"{pattern.capitalize()} attention")
     labels = {
         "dilated": [f"segments of {length}, {_every(ratio)}" for length, ratio in branches],
         "dense": [_every(1)],
         "sliding-window": [f"within {window} tokens"],
-        "strided": [_every(period)],
+        "strided": [_every(period or 1)],
+        "random": [_random_words(random_keys, window, global_tokens)],
+        "learned": [f"its block of {block_size}, {chosen_blocks} chosen"],
     }[pattern]
     lengths = [length for length, _ in branches]
     _save(draw_attention_map(seen, title, labels, lengths, causal, result.share, result.seen, pairs), output)
@@ -146,6 +184,7 @@ def _of_slide(
     path: Path,
     place: str | None,
     slide_encoder: str | Path,
+    checkpoint: Path | None,
     heads: int | None,
     segment_lengths: list[int] | None,
     dilated_ratios: list[int] | None,
@@ -154,23 +193,27 @@ def _of_slide(
     from ...data.features.feature_file import read_features
     from ...models.slide_encoder.spec import load_slide_encoder_spec
     from .figure import MAX_BRANCHES
-    from .slide_map import CLS_TOKENS, draw_slide_map, keys_seen
+    from .sight import sight_of_model, sight_of_spec
+    from .slide_map import draw_slide_map
 
-    features, spec = read_features(path, embeddings=False), load_slide_encoder_spec(slide_encoder)
+    features = read_features(path, embeddings=checkpoint is not None)
     if not len(features.coords):
         raise LongslideError(f"{path}: has no tiles to draw; give the feature file of another slide")
-    heads = heads or spec.heads
-    branches = _branches(segment_lengths or list(spec.segment_lengths), dilated_ratios or list(spec.dilated_ratios))
-    if len(branches) > MAX_BRANCHES:
-        raise LongslideError(f"{len(branches)} branches are more than the {MAX_BRANCHES} that can be distinguished")
+    if checkpoint is not None:
+        sight = sight_of_model(checkpoint, features)
+    else:
+        spec = load_slide_encoder_spec(slide_encoder)
+        lengths, ratios = segment_lengths or list(spec.segment_lengths), dilated_ratios or list(spec.dilated_ratios)
+        sight = sight_of_spec(spec, heads or spec.heads, _branches(lengths, ratios), len(features.coords))
+    if len(sight.branches) > MAX_BRANCHES:
+        raise LongslideError(
+            f"{len(sight.branches)} branches are more than the {MAX_BRANCHES} that can be distinguished"
+        )
     number = len(features.coords) // 2 if place is None else _tile_at(path, features, place)
     x, y = features.coords[number].tolist()
-    title = f"{features.slide_id}: which tiles the tile at {x:,}, {y:,} sees ({spec.name}, {heads} heads)"
-    _save(draw_slide_map(features.cells, number, heads, branches, spec.layers, title), output)
-    tokens = len(features.coords) + CLS_TOKENS
-    seen = keys_seen(np.arange(tokens) == number + CLS_TOKENS, heads, branches)[:, :, CLS_TOKENS:]
-    pairs = sum(scored_pairs(tokens, heads, "dilated", False, branches=branches))
-    result = AttentionMap(output, pairs / (heads * tokens**2), float(seen.any((0, 1)).mean()))
+    title = f"{features.slide_id}: which tiles the tile at {x:,}, {y:,} sees ({sight.name}, {sight.heads} heads)"
+    _save(draw_slide_map(features.cells, number, sight, title), output)
+    result = AttentionMap(output, sight.pairs / (sight.heads * sight.tokens**2), sight.share_seen(number))
     print(
         f"{output}: the tile at {x:,}, {y:,} sees {result.seen:.1%} of the {len(features.coords):,} tiles in one layer; "
         f"each head scores {result.share:.1%} of dense attention's query-key pairs"
@@ -214,12 +257,12 @@ def visible_keys(
     is_causal: bool,
     *,
     branches: Sequence[tuple[int, int]] = (),
-    window: int = 0,
-    period: int = 0,
+    **settings: int,
 ) -> np.ndarray:
     """Ask the attention function which keys each query sees.
 
-    With equal logits, and for values the unit vectors, the output of a query is its weights: not zero for the keys it sees.
+    With the unit vectors for values the output of a query is its weights: not zero for the keys it sees. Queries and keys
+    are random, with a fixed seed: it is for them that the pattern `learned` chooses.
 
     Args:
         tokens: Tokens of the sequence.
@@ -227,8 +270,7 @@ def visible_keys(
         pattern: The pattern.
         is_causal: Whether later keys are hidden.
         branches: Segment length and ratio of each branch of dilated attention.
-        window: See `attention`.
-        period: See `attention`.
+        **settings: The pattern's, as `attention` takes them.
 
     Returns:
         `(branches, heads, tokens, tokens)` bool, of query and key; one branch for the patterns without branches.
@@ -237,20 +279,20 @@ def visible_keys(
 
     from ...models.slide_encoder.attention_pattern import attention
 
-    nothing = torch.zeros(1, tokens, heads, tokens)
+    queries, keys = torch.randn(2, 1, tokens, heads, tokens, generator=torch.Generator().manual_seed(0))
     units = torch.eye(tokens)[None, :, None].expand(1, tokens, heads, tokens)
+    given: Any = settings
     outputs = []
     for segment_length, ratio in branches or [(1, 1)]:
         weights = attention(
-            nothing,
-            nothing,
+            queries,
+            keys,
             units,
             pattern,
             is_causal,
             segment_lengths=[segment_length],
             dilated_ratios=[ratio],
-            window=window,
-            period=period,
+            **given,
         )
         outputs.append((weights[0] > 0).transpose(0, 1).numpy())
     return np.stack(outputs)
@@ -265,10 +307,16 @@ def scored_pairs(
     branches: Sequence[tuple[int, int]] = (),
     window: int = 0,
     period: int = 0,
+    random_keys: int = 0,
+    global_tokens: int = 0,
+    pattern_seed: int = 0,
+    block_size: int = 0,
+    chosen_blocks: int = 0,
 ) -> list[int]:
     """Query-key pairs whose logit is computed, by arithmetic: the work of attention, for sequences too long to draw.
 
-    A pair that several branches score counts for each. Zero keys cost nothing.
+    A pair that several branches score counts for each, and a random key that is a neighbour too. Zero keys cost nothing. Of
+    the pattern `learned` the pairs of blocks, by which it chooses, count too.
 
     Args:
         tokens: Tokens of the sequence.
@@ -278,6 +326,11 @@ def scored_pairs(
         branches: Segment length and ratio of each branch of dilated attention.
         window: See `attention`.
         period: See `attention`.
+        random_keys: See `attention`.
+        global_tokens: See `attention`.
+        pattern_seed: See `attention`; makes no difference.
+        block_size: See `attention`.
+        chosen_blocks: See `attention`.
 
     Returns:
         The pairs of each branch; one number for the patterns without branches.
@@ -307,7 +360,33 @@ def scored_pairs(
     if pattern == "strided":
         rounds, longer = divmod(tokens, period)
         return [heads * (longer * within(rounds + 1) + (period - longer) * within(rounds))]
+    if pattern == "random":
+        query = np.arange(tokens)
+        first, last = np.maximum(query - window, 0), query if is_causal else np.minimum(query + window, tokens - 1)
+        near = last - first + 1 + np.minimum(first, global_tokens)
+        if not is_causal:
+            near += np.maximum(min(global_tokens, tokens) - last - 1, 0)
+        among = query + 1 if is_causal else np.full(tokens, tokens)
+        each = near + np.minimum(random_keys, among)
+        each[:global_tokens] = among[:global_tokens]
+        return [heads * int(each.sum())]
+    if pattern == "learned":
+        blocks, rest = divmod(tokens, block_size)
+        sizes = np.array([block_size] * blocks + [rest] * (rest > 0))
+        number = np.arange(len(sizes))
+        chosen = np.minimum(number if is_causal else len(sizes) - 1, chosen_blocks)
+        own = sum(within(int(size)) for size in sizes)
+        means = len(sizes) * (len(sizes) - 1) // 2 if is_causal else len(sizes) ** 2
+        return [heads * (own + int((sizes * chosen * block_size).sum()) + means)]
     return [heads * within(tokens)]
+
+
+def _random_words(random_keys: int, window: int, global_tokens: int) -> str:
+    """What a query sees of the pattern `random`."""
+    words = [f"{random_keys} random keys" if random_keys > 1 else "a random key"]
+    words += [f"{window} on either side"] * (window > 0)
+    words += [f"{global_tokens} global"] * (global_tokens > 0)
+    return ", ".join(words)
 
 
 def _every(count: int) -> str:

@@ -60,7 +60,7 @@ def draw_attention_map(
     query = _telling_query(seen)
     _draw_one_query(top, seen, query, labels, segment_lengths, causal)
     if rows:
-        _draw_heads(middle[0], seen, query, groups, rows)
+        _draw_heads(middle[0], seen, query, groups, rows, segment_lengths)
     _draw_together(bottom, seen, query, labels, share, seen_share, pairs, causal, 2 + (rows > 0))
     return figure
 
@@ -103,7 +103,8 @@ def _draw_one_query(
     axes: Axes = figure.subplots()
     for row, label in enumerate(labels):
         strip = np.broadcast_to(_rgb(NOTHING), (tokens, 3)).copy()
-        strip[kept[row]] = 0.72 + 0.28 * _rgb(COLOURS[row])
+        if segment_lengths:
+            strip[kept[row]] = 0.72 + 0.28 * _rgb(COLOURS[row])
         strip[seen[row, 0, query]] = _rgb(COLOURS[row])
         axes.imshow(
             strip[None], extent=(-0.5, tokens - 0.5, row + 0.36, row - 0.36), aspect="auto", interpolation="none"
@@ -136,7 +137,9 @@ def _draw_one_query(
     figure.suptitle(text, x=0.012, ha="left", fontsize=11.5, color=INK)
 
 
-def _draw_heads(figure: Any, seen: np.ndarray, query: int, groups: list[list[int]], rows: int) -> None:
+def _draw_heads(
+    figure: Any, seen: np.ndarray, query: int, groups: list[list[int]], rows: int, segment_lengths: Sequence[int]
+) -> None:
     """The matrix of each kind of heads."""
     shown = groups[:MAX_HEADS_SHOWN]
     grid = figure.subplots(rows, 4, squeeze=False)
@@ -146,9 +149,11 @@ def _draw_heads(figure: Any, seen: np.ndarray, query: int, groups: list[list[int
         _draw_matrix(axes, seen[:, group[0]], name, marked, labelled=axes in grid[:, 0])
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
-    text = (
-        "2   Each head: a row is a query, a column a key. Heads start at other offsets: each keeps tokens others skip."
-    )
+    text = "2   Each head: a row is a query, a column a key. "
+    if segment_lengths:
+        text += "Heads start at other offsets: each keeps tokens others skip."
+    else:
+        text += "Each has keys of its own."
     if len(groups) > len(shown):
         text += f"  ({len(shown)} of {len(groups)} kinds of heads shown)"
     figure.suptitle(text, x=0.012, ha="left", fontsize=11.5, color=INK)

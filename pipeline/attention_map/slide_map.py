@@ -1,7 +1,6 @@
 """Which tiles of a slide one tile sees: for each branch, each head, all heads, and after several layers."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .figure import COLOURS, INK, MAX_HEADS_SHOWN, NOTHING
-
-CLS_TOKENS = 1
-"""Tokens before those of the tiles: the class token takes part in the segments."""
+from .sight import CLS_TOKENS, Sight, layers_to_reach
 
 MAX_ASPECT = 4.0
 """A panel is so many times as high as wide at most: the picture of a long strip of tissue would pass all limits."""
@@ -21,89 +18,36 @@ MAX_ASPECT = 4.0
 LAYER_COLOURS = ("#08306B", "#2171B5", "#6BAED6", "#C6DBEF")
 
 
-def keys_seen(queries: np.ndarray, heads: int, branches: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Keys that some of the queries see in one layer of dilated attention, by its rule (docs/design.md, section 3).
-
-    Args:
-        queries: `(L,)` bool, the tokens that look.
-        heads: Attention heads.
-        branches: Segment length and dilated ratio of each branch.
-
-    Returns:
-        `(branches, heads, L)` bool.
-    """
-    tokens = len(queries)
-    place = np.arange(tokens)
-    seen = np.zeros((len(branches), heads, tokens), bool)
-    for branch, (length, ratio) in enumerate(branches):
-        segment, within = place // length, place % length
-        for head in range(heads):
-            kept = within % ratio == head // math.ceil(heads / ratio)
-            looking = np.zeros(segment[-1] + 1, bool)
-            looking[segment[kept & queries]] = True
-            seen[branch, head] = kept & looking[segment]
-    return seen
-
-
-def layers_to_reach(
-    query: int, tokens: int, heads: int, branches: Sequence[tuple[int, int]], layers: int
-) -> np.ndarray:
-    """After how many layers what a token holds has reached the query.
-
-    Args:
-        query: The query's position.
-        tokens: Tokens of the sequence.
-        heads: Attention heads.
-        branches: Segment length and dilated ratio of each branch.
-        layers: Layers of the encoder.
-
-    Returns:
-        `(L,)` int: 0 for the query, 1 for the keys it sees; `layers + 1` where nothing gets through.
-    """
-    reached = np.full(tokens, layers + 1)
-    known = np.arange(tokens) == query
-    reached[known] = 0
-    for layer in range(1, layers + 1):
-        new = keys_seen(known, heads, branches).any((0, 1)) & ~known
-        if not new.any():
-            break
-        reached[new] = layer
-        known |= new
-    return reached
-
-
-def draw_slide_map(
-    cells: np.ndarray, tile: int, heads: int, branches: Sequence[tuple[int, int]], layers: int, title: str
-) -> Figure:
+def draw_slide_map(cells: np.ndarray, tile: int, sight: Sight, title: str) -> Figure:
     """Draw which tiles one tile sees, each at its place on the slide.
 
     Args:
         cells: `(N, 2)` column and row of each tile, in the order in which LongNet reads them.
         tile: Number of the tile that looks.
-        heads: Attention heads.
-        branches: Segment length and dilated ratio of each branch, of tokens.
-        layers: Layers of the encoder.
+        sight: What tokens see.
         title: What is drawn.
 
     Returns:
         The figure.
     """
     tokens, query = len(cells) + CLS_TOKENS, tile + CLS_TOKENS
-    seen = keys_seen(np.arange(tokens) == query, heads, branches)
-    reached = layers_to_reach(query, tokens, heads, branches, layers)[CLS_TOKENS:]
+    heads, branches, layers = sight.heads, sight.branches, sight.layers
+    seen = sight.seen_by(tile)
+    reached = layers_to_reach(query, tokens, layers, sight.sees)[CLS_TOKENS:]
     places = cells - cells.min(0)
     width, height = (places.max(0) + 1).tolist()
     aspect = min(height / width, MAX_ASPECT)
     columns = min(8, heads)
     shown = min(heads, MAX_HEADS_SHOWN)
-    rows = [len(branches), *[columns] * math.ceil(shown / columns), 2]
+    rows = [*[len(branches)] * (len(branches) > 0), *[columns] * math.ceil(shown / columns), 2]
     heights = [13 / count * aspect + 0.75 for count in rows[:-1]] + [min(6.0, 6.2 * aspect) + 0.8]
     figure = Figure(figsize=(13, sum(heights) + 0.9), dpi=110, layout="constrained", facecolor="white")
     panels: Any = figure.subfigures(len(rows) + 1, 1, height_ratios=[0.9, *heights])
     head, *strips = panels
     head.text(0.5, 0.62, title, fontsize=15, fontweight="bold", color=INK, ha="center", va="center")
+    order = "Tiles are read row by row, so a segment is a band of rows." if branches else "Tiles are read row by row."
     head.text(
-        0.5, 0.16, "Tiles are read row by row, so a segment is a band of rows. The circle is the tile that looks.",
+        0.5, 0.16, order + " The circle is the tile that looks.",
         fontsize=11, color=INK, ha="center", va="center",
     )  # fmt: skip
 
@@ -121,32 +65,35 @@ def draw_slide_map(
     def of_branches(visible: np.ndarray) -> np.ndarray:
         """(branches, N) -> (N, 3): each tile in the colour of the first branch that sees it."""
         colour_of = np.tile(np.array(to_rgb(NOTHING)), (len(cells), 1))
-        for branch in reversed(range(len(branches))):
+        for branch in reversed(range(len(visible))):
             colour_of[visible[branch]] = to_rgb(COLOURS[branch])
         return colour_of
 
     tiles_seen = seen[:, :, CLS_TOKENS:]
     segments = np.arange(CLS_TOKENS, tokens)
-    strips[0].suptitle("1   Each branch: the segment of the tile (tinted) and what some head sees of it", **_LEFT)
-    for branch, axes in enumerate(np.atleast_1d(strips[0].subplots(1, len(branches)))):
-        length, ratio = branches[branch]
+    if branches:
+        strips[0].suptitle("1   Each branch: the segment of the tile (tinted) and what some head sees of it", **_LEFT)
+    for branch, axes in enumerate(np.atleast_1d(strips[0].subplots(1, len(branches))) if branches else ()):
+        length, _ = branches[branch]
         colour_of = np.tile(np.array(to_rgb(NOTHING)), (len(cells), 1))
         colour_of[segments // length == query // length] = 0.8 + 0.2 * np.array(to_rgb(COLOURS[branch]))
         colour_of[tiles_seen[branch].any(0)] = to_rgb(COLOURS[branch])
         taking_part = np.flatnonzero(tiles_seen[branch].any(1) | seen[branch].any(1))
-        draw(axes, colour_of, f"segments of {length:,}, ratio {ratio}\nseen by {_heads(taking_part, heads)}")
-    for row in range(1, len(rows) - 1):
-        if row == 1:
+        draw(axes, colour_of, f"{sight.labels[branch]}\nseen by {_heads(taking_part, heads)}")
+    first = int(len(branches) > 0)
+    for row in range(first, len(rows) - 1):
+        if row == first:
             more = f" ({shown} of {heads} shown)" if shown < heads else ""
-            strips[row].suptitle(f"2   Each head{more}: a colour is a branch", **_LEFT)
+            what = "a colour is a branch" if branches else "what the tile sees in the last layer"
+            strips[row].suptitle(f"{first + 1}   Each head{more}: {what}", **_LEFT)
         grid = np.atleast_1d(strips[row].subplots(1, columns))
-        for axes, number in zip(grid, range((row - 1) * columns, row * columns), strict=True):
+        for axes, number in zip(grid, range((row - first) * columns, (row - first + 1) * columns), strict=True):
             if number < shown:
                 draw(axes, of_branches(tiles_seen[:, number]), f"head {number}")
             else:
                 axes.set_visible(False)
     together, deep = strips[-1].subplots(1, 2)
-    strips[-1].suptitle("3   All heads of one layer, and all layers", **_LEFT)
+    strips[-1].suptitle(f"{first + 2}   All heads of one layer, and all layers", **_LEFT)
     share = tiles_seen.any((0, 1)).mean()
     draw(together, of_branches(np.asarray(tiles_seen.any(1))), f"all heads: {share:.1%} of {len(cells):,} tiles")
     colour_of = np.tile(np.array(to_rgb(NOTHING)), (len(cells), 1))

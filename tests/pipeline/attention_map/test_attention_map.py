@@ -42,6 +42,8 @@ def test_the_keys_drawn_are_those_through_which_gradients_flow(causal: bool) -> 
         ("sliding-window", {"window": 3}),
         ("sliding-window", {"window": 50}),
         ("strided", {"period": 6}),
+        ("learned", {"block_size": 1, "chosen_blocks": 3}),
+        ("learned", {"block_size": 13, "chosen_blocks": 1}),
     ],
 )
 def test_the_work_counted_is_the_pairs_seen(
@@ -49,7 +51,25 @@ def test_the_work_counted_is_the_pairs_seen(
 ) -> None:
     seen = visible_keys(tokens, 3, pattern, causal, **settings)  # type: ignore[arg-type]
     counted = scored_pairs(tokens, 3, pattern, causal, **settings)  # type: ignore[arg-type]
-    assert counted == seen.sum((1, 2, 3)).tolist()
+    means = 0
+    if pattern == "learned":  # chooses by pairs of blocks, which are work too
+        blocks = -(-tokens // settings["block_size"])
+        means = 3 * (blocks * (blocks - 1) // 2 if causal else blocks**2)
+        if tokens % settings["block_size"]:
+            return  # keys that the last block has not are counted
+    assert counted == (seen.sum((1, 2, 3)) + means).tolist()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 13, 40])
+def test_random_keys_that_are_neighbours_are_counted_as_work_and_no_others(tokens: int, causal: bool) -> None:
+    settings = {"window": 2, "global_tokens": 1, "random_keys": 4}
+    seen = visible_keys(tokens, 3, "random", causal, **settings)
+    near = visible_keys(tokens, 3, "random", causal, **settings | {"random_keys": 1, "pattern_seed": 1})
+    near &= visible_keys(tokens, 3, "random", causal, **settings | {"random_keys": 1, "pattern_seed": 2})
+    [counted] = scored_pairs(tokens, 3, "random", causal, **settings)
+    drawn = np.minimum(4, np.arange(1, tokens) + 1 if causal else tokens)  # the first token is global, and sees all
+    assert int(seen.sum()) <= counted <= int(near.sum()) + 3 * int(np.broadcast_to(drawn, tokens - 1).sum())
 
 
 def test_the_command_draws_every_branch_and_states_the_share(tmp_path: Path) -> None:
@@ -71,6 +91,10 @@ def test_the_command_draws_every_branch_and_states_the_share(tmp_path: Path) -> 
         {"pattern": "dense", "tokens": 5, "heads": 1},
         {"pattern": "sliding-window", "window": 2, "causal": True},
         {"pattern": "strided", "period": 3},
+        {"pattern": "random", "random_keys": 4},
+        {"pattern": "random", "random_keys": 4, "window": 3, "global_tokens": 2, "causal": True},
+        {"pattern": "learned", "block_size": 8, "chosen_blocks": 2},
+        {"pattern": "learned", "block_size": 8, "chosen_blocks": 2, "tokens": 7},
         {"tokens": 1, "heads": 1},
         {"tokens": 70, "heads": 10, "segment_lengths": [10, 1000], "dilated_ratios": [1, 10], "causal": True},
     ],
@@ -93,7 +117,10 @@ def test_every_pattern_can_be_drawn(settings: dict[str, object], tmp_path: Path)
         ({"heads": 0}, "--heads 0"),
         ({"pattern": "strided"}, "needs a period"),
         ({"pattern": "sparse"}, "'sparse' is none of"),
-        ({"window": 4}, "window 4 is for attention pattern 'sliding-window'"),
+        ({"window": 4}, "window 4 is for attention pattern 'sliding-window' or 'random'"),
+        ({"pattern": "random"}, "needs random_keys of at least 1"),
+        ({"pattern": "learned", "block_size": 8}, "needs chosen_blocks of at least 1"),
+        ({"block_size": -8}, "--block-size -8 must be at least 0"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(

@@ -8,8 +8,10 @@ import pytest
 import torch
 from longslide import LongslideError, dilated_attention
 from longslide.data.features.feature_file import Features, write_features
+from longslide.models.slide_encoder.spec import load_slide_encoder_spec
 from longslide.pipeline.attention_map.attention_map import attention_map
-from longslide.pipeline.attention_map.slide_map import draw_slide_map, keys_seen, layers_to_reach
+from longslide.pipeline.attention_map.sight import Sight, keys_seen, layers_to_reach, sight_of_spec
+from longslide.pipeline.attention_map.slide_map import draw_slide_map
 
 BRANCHES = ((8, 1), (16, 2), (100, 4))
 
@@ -23,6 +25,10 @@ def write_slide(path: Path) -> Path:
         Features(path.stem, np.zeros((len(coords), 4), np.float16), coords, 512, 512, 256, 0, 0.5, 0.25, (7680, 6144)),
     )
     return path
+
+
+def dilated(heads: int, branches: tuple[tuple[int, int], ...], tiles: int) -> Sight:
+    return sight_of_spec(load_slide_encoder_spec("gigapath"), heads, branches, tiles)
 
 
 def test_the_keys_seen_are_those_through_which_gradients_flow() -> None:
@@ -41,18 +47,18 @@ def test_a_layer_reaches_what_is_seen_by_what_the_one_before_has_reached() -> No
     sees = np.stack([keys_seen(np.arange(tokens) == query, heads, BRANCHES).any((0, 1)) for query in range(tokens)])
     sees |= np.eye(tokens, dtype=bool)
     for query in (0, 17, 44):
-        reached = layers_to_reach(query, tokens, heads, BRANCHES, layers)
+        reached = layers_to_reach(query, tokens, layers, lambda _, known: keys_seen(known, heads, BRANCHES))
         known = np.arange(tokens) == query
         for layer in range(layers + 1):
             assert ((reached <= layer) == known).all()
             known = sees[known].any(0)
-    alone = layers_to_reach(3, 16, 1, ((4, 1),), 5)
+    alone = layers_to_reach(3, 16, 5, lambda _, known: keys_seen(known, 1, ((4, 1),)))
     assert alone.tolist() == [1, 1, 1, 0] + [6] * 12, "other segments are never reached by one branch"
 
 
 def test_a_tile_is_drawn_at_its_place_with_what_it_sees(tmp_path: Path) -> None:
     cells = np.stack(np.meshgrid(np.arange(10), np.arange(6)), -1).reshape(-1, 2)
-    figure = draw_slide_map(cells, 34, 1, ((10, 1),), 2, "a slide")
+    figure = draw_slide_map(cells, 34, dilated(1, ((10, 1),), 60), "a slide")
     (all_heads,) = (a for f in figure.subfigs for a in f.axes if a.get_title().startswith("all heads"))
     picture = np.asarray(all_heads.images[0].get_array())
     tokens = np.arange(60) + 1
@@ -76,7 +82,7 @@ def test_the_command_draws_a_feature_file_as_a_picture_or_with_text_as_text(tmp_
 
 def test_a_long_strip_of_tissue_is_a_picture_of_some_size(tmp_path: Path) -> None:
     cells = np.stack([np.zeros(2000, int), np.arange(2000)], 1)
-    width, height = draw_slide_map(cells, 7, 1, ((10, 1),), 2, "a strip").get_size_inches()
+    width, height = draw_slide_map(cells, 7, dilated(1, ((10, 1),), 2000), "a strip").get_size_inches()
     assert height < 10 * width
 
 
@@ -94,11 +100,16 @@ def test_a_feature_file_without_tiles_is_refused_by_name(tmp_path: Path) -> None
         ({"tile": "9,9"}, "no tile holds the pixel 9, 9; the nearest begins at"),
         ({"tile": "nine"}, "--tile nine: give x and y in level-0 pixels"),
         ({"tile": "1,2,3"}, "give x and y"),
-        ({"causal": True}, "--slide draws dilated attention that sees both ways"),
+        ({"causal": True}, "--slide draws the attention of a slide encoder or a checkpoint, which sees both ways"),
+        ({"pattern": "dense"}, "leave --pattern, its settings and --causal out"),
+        ({"random_keys": 5}, "leave --pattern, its settings and --causal out"),
+        ({"checkpoint": "no.ckpt"}, r"no\.ckpt: .*no such"),
+        ({"checkpoint": "a.ckpt", "heads": 4}, "--checkpoint says which slide encoder"),
+        ({"slide": None, "checkpoint": "a.ckpt"}, "--checkpoint is a model that looks at a slide"),
         ({"slide_encoder": "gigapaht"}, "did you mean gigapath"),
         ({"segment_lengths": [8]}, "one of each a branch"),
         ({"tokens": 100}, "--slide has tokens of its own"),
-        ({"window": 5}, "--slide has tokens of its own"),
+        ({"window": 5}, "leave --pattern, its settings and --causal out"),
         ({"output": "map.gif"}, "a picture is written as .png, .svg, .pdf"),
         ({"slide": None, "tile": "1,2"}, "--tile is a tile of a slide"),
     ],
