@@ -1,8 +1,8 @@
 """LongNet's dilated attention beside the patterns it is compared with: what they learn, and time and memory by tokens.
 
-`learn` trains one small encoder with each pattern on the arrangement task of `digits.py`: each bag has ones in one half of the
-grid and zeros in the other; which half has the ones is the label. Tiles of the two halves have to be compared, or a tile with
-its place. Test bags show images of other writers. A token sees about as many keys with each sparse pattern.
+`learn` trains one small encoder with each pattern on the arrangement task of `digits.py`: each bag has ones in one half of
+the grid and zeros in the other; which half has the ones is the label. Test bags show images of other writers. A token sees
+about as many keys with each sparse pattern.
 
 `time` runs one layer's attention, forward and backward, on longer and longer sequences, until a call takes too long.
 
@@ -29,7 +29,7 @@ SMALL: dict[str, dict[str, object]] = {
     "learned": {"block_size": 8, "chosen_blocks": 2},
     "dilated": {},
 }
-"""Of bags of 16 to 400 tiles. Dilated attention has segments of 1,024 tokens and more there: it is dense."""
+"""Of bags of 16 to 400 tiles. The shortest segment of an encoder's dilated attention has 1,024 tokens: it is dense here."""
 
 LARGE: dict[str, dict[str, object]] = {
     "dense": {},
