@@ -14,6 +14,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -81,7 +82,7 @@ def measure(patterns: list[str], tokens: list[int], heads: int, dim: int, limit:
             if name == "learned":
                 settings["gate"] = torch.full((1, count, heads), 0.5, device=device, dtype=dtype)
 
-            def both(backward: bool, inputs=(q, k, v), settings=settings, name=name) -> float:  # type: ignore[no-untyped-def]
+            def both(backward: bool, inputs: Any = (q, k, v), settings: Any = settings, name: Any = name) -> float:
                 begun = time.perf_counter()
                 output = attention(*inputs, name.split("+")[0], **settings)
                 if backward:
