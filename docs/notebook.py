@@ -22,14 +22,11 @@ def notebook(page: str, folder: Path) -> dict[str, object]:
         if not part.strip():
             continue
         cell: dict[str, object] = {"id": f"cell-{number}", "metadata": {}, "source": part.strip()}
-        cells.append(
-            cell
-            | (
-                {"cell_type": "code", "execution_count": None, "outputs": []}
-                if number % 2
-                else {"cell_type": "markdown"}
-            )
-        )
+        if number % 2:
+            cell |= {"cell_type": "code", "execution_count": None, "outputs": []}
+        else:
+            cell["cell_type"] = "markdown"
+        cells.append(cell)
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
