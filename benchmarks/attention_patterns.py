@@ -84,7 +84,7 @@ def measure(patterns: list[str], tokens: list[int], heads: int, dim: int, limit:
 
             def both(backward: bool, inputs: Any = (q, k, v), settings: Any = settings, name: Any = name) -> float:
                 begun = time.perf_counter()
-                output = attention(*inputs, pattern=name.split("+")[0], **settings)
+                output = attention(inputs[0], inputs[1], inputs[2], name.split("+")[0], **settings)
                 if backward:
                     torch.autograd.grad(output.float().square().mean(), inputs)
                 if device == "cuda":
