@@ -56,14 +56,15 @@ def marks_of(tiles: int, tile: int, spec: SlideEncoderSpec, what: str, number: i
         `(tiles,)` int8, -1 where nothing is seen. Of heads the first branch that sees the tile; of a branch its number, and
         `IN_SEGMENT` more for what else is in the segment; of layers after how many of them the tile is within reach.
     """
-    from ..attention_map.slide_map import CLS_TOKENS, keys_seen, layers_to_reach
+    from ..attention_map.sight import CLS_TOKENS, layers_to_reach, sight_of_spec
 
-    tokens, query = tiles + CLS_TOKENS, tile + CLS_TOKENS
     branches = tuple(zip(spec.segment_lengths, spec.dilated_ratios, strict=True))
+    sight = sight_of_spec(spec, spec.heads, branches, tiles)
+    tokens, query = sight.tokens, tile + CLS_TOKENS
     if what == "layers":
-        reached = layers_to_reach(query, tokens, spec.heads, branches, spec.layers)[CLS_TOKENS:]
-        return np.where(reached <= spec.layers, reached, -1).astype(np.int8)
-    seen = keys_seen(np.arange(tokens) == query, spec.heads, branches)[:, :, CLS_TOKENS:]
+        reached = layers_to_reach(query, tokens, sight.layers, sight.sees)[CLS_TOKENS:]
+        return np.where(reached <= sight.layers, reached, -1).astype(np.int8)
+    seen = sight.seen_by(tile)[:, :, CLS_TOKENS:]
     marks = np.full(tiles, -1, np.int8)
     if what == "branch":
         length = branches[number][0]
