@@ -31,7 +31,7 @@ from .collection import UNCERTAIN_BELOW, Collection, ViewedSlide
 from .content import SlideContent, rings_of
 from .layers import Layer, layers_of
 from .open_slides import TILE_PX, OpenSlides, SlideFile, finest_level
-from .regions import Regions
+from .regions import TABLE, Regions, changed, regions_of, to_geojson
 
 STATIC = Path(__file__).parent / "static"
 
@@ -39,11 +39,15 @@ CONTENTS_KEPT = 16
 """Slides whose grids and layers stay in memory."""
 
 THUMBNAIL_PX = 256
-MOST_SAVED_BYTES = 32 * 2**20
+MOST_SENT_BYTES = 32 * 2**20
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
+OPENSEADRAGON_STYLE = "sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE="
+"""The one inline style that is allowed: what OpenSeadragon adds to take the focus ring away on touch screens."""
+
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; "
+    f"style-src 'self' '{OPENSEADRAGON_STYLE}'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -110,6 +114,14 @@ class Site:
         """Close the slides, and remove what was put elsewhere."""
         self.open_slides.close()
         self.cohort.close()
+
+    def size(self, slide: ViewedSlide) -> tuple[int, int] | None:
+        """(width, height) of level 0; None where neither the slide nor its features can be read."""
+        try:
+            with self.open_slides.slide(self.file(slide)) as opened:
+                return opened.dimensions
+        except LongslideError:
+            return self.content(slide).size
 
     def forget(self, slide: ViewedSlide) -> None:
         """Read what is known of a slide again."""
@@ -265,8 +277,8 @@ def slide_routes(site: Site) -> list[Route]:
                 pixels |= _resolution(opened, content)
         except LongslideError as error:
             pixels = {"error": str(error)}
-            if content.features is not None and content.features.level0_size is not None:
-                pixels |= {"size": content.features.level0_size, "mpp": content.features.slide_mpp}
+            if content.features is not None and content.size is not None:
+                pixels |= {"size": content.size, "mpp": content.features.slide_mpp}
         if "size" in pixels:
             pixels |= {"tile_px": TILE_PX, "finest_level": finest_level(tuple(pixels["size"]))}
         grid = content.grid
@@ -325,27 +337,49 @@ def region_routes(site: Site) -> list[Route]:
     """What is drawn."""
 
     def read(request: Request) -> Response:
-        return JSONResponse({"regions": site.regions.read(site.slide(request).slide_id)})
+        slide = site.slide(request)
+        return JSONResponse({"regions": site.regions.read(slide.slide_id), "path": _shown(site.regions.folder)})
 
     async def write(request: Request) -> Response:
-        slide = site.slide(request)
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MOST_SAVED_BYTES:
-                raise LongslideError(f"more than {MOST_SAVED_BYTES >> 20} MB of regions; draw fewer points")
-        return await run_in_threadpool(save, slide, bytes(body))
+        slide, sent = site.slide(request), await _sent(request)
+        path = await run_in_threadpool(lambda: site.regions.write(site.content(slide), sent))
+        return JSONResponse({"path": _shown(path), "table": _shown(site.regions.folder, TABLE)})
 
-    def save(slide: ViewedSlide, body: bytes) -> Response:
-        try:
-            content = json.loads(body)
-        except ValueError as error:
-            raise LongslideError(f"not JSON: {error}") from error
-        path = site.regions.write(slide, site.content(slide).file, content)
-        return JSONResponse({"path": None if path is None else str(path), "folder": str(site.regions.folder)})
+    async def change(request: Request) -> Response:
+        slide, sent = site.slide(request), await _sent(request)
+        if not isinstance(sent, dict) or sent.get("change") not in ("add", "remove"):
+            raise LongslideError(f"{slide.slide_id}: `change` must be add or remove")
+
+        def changing() -> dict[str, Any]:
+            regions = regions_of(sent.get("regions"), slide.slide_id)
+            size = site.size(slide)
+            return to_geojson(changed(regions, sent.get("ring"), sent["change"], size, slide.slide_id))
+
+        return JSONResponse({"regions": await run_in_threadpool(changing)})
 
     path = "/api/slides/{slide_id}/regions"
-    return [Route(path, read, methods=["GET"]), Route(path, write, methods=["PUT"])]
+    return [
+        Route(path, read, methods=["GET"]),
+        Route(path, write, methods=["PUT"]),
+        Route(path, change, methods=["POST"]),
+    ]
+
+
+async def _sent(request: Request) -> Any:
+    """The JSON that was sent."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_SENT_BYTES:
+            raise LongslideError(f"more than {MOST_SENT_BYTES >> 20} MB of regions; draw simpler ones")
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise LongslideError(f"not JSON: {error}") from error
+
+
+def _shown(folder: Path | None, *names: str) -> str | None:
+    return None if folder is None else str(folder.joinpath(*names))
 
 
 ROUTES: list[Callable[[Site], list[Route]]] = [

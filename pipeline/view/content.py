@@ -145,8 +145,21 @@ class SlideContent:
         if not places:
             return None
         path = next((path for path in places if path.exists()), places[0])
-        mpp = self.slide.slide_mpp or (features.slide_mpp if features is not None else None)
-        return SlideFile(path.absolute(), mpp, None if features is None else features.settings.get("reader"))
+        reader = None if features is None else features.settings.get("reader")
+        return SlideFile(path.absolute(), self.given_mpp, reader)
+
+    @cached_property
+    def given_mpp(self) -> float | None:
+        """Microns per pixel of level 0 by the user's word, now or when its features were made."""
+        features = self.features
+        if self.slide.slide_mpp is None and features is not None and features.settings.get("mpp_source") == "option":
+            return features.slide_mpp
+        return self.slide.slide_mpp
+
+    @cached_property
+    def size(self) -> tuple[int, int] | None:
+        """(width, height) of level 0 by its feature file."""
+        return None if self.features is None else self.features.level0_size
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -2,15 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import shapely
 
 from ...data.table import csv_of, read_rows
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
-from .collection import ViewedSlide
-from .open_slides import SlideFile
+from .content import SlideContent
 
 FOLDER = "regions"
 TABLE = "slides.csv"
@@ -28,7 +28,7 @@ class Regions:
     """
 
     def __init__(self, output: Path | None) -> None:
-        self.folder = None if output is None else output / FOLDER
+        self.folder = None if output is None else output.absolute() / FOLDER
 
     def read(self, slide_id: str) -> dict[str, Any] | None:
         """The regions of a slide as GeoJSON; None if nothing was saved.
@@ -41,17 +41,16 @@ class Regions:
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return _collection(_polygons(content))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise LongslideError(f"{path}: not GeoJSON with polygons ({error}); correct or delete it") from error
+        except (OSError, ValueError) as error:
+            raise LongslideError(f"{path}: cannot be read as JSON ({error}); correct or delete it") from error
+        return to_geojson(regions_of(content, str(path)))
 
-    def write(self, slide: ViewedSlide, file: SlideFile | None, content: Any) -> Path | None:
+    def write(self, content: SlideContent, geojson: Any) -> Path | None:
         """Save the regions of a slide, or remove them where there are none.
 
         Args:
-            slide: The slide.
-            file: How it is opened.
-            content: A GeoJSON FeatureCollection of polygons in level-0 pixels.
+            content: What is known of the slide.
+            geojson: A GeoJSON FeatureCollection of polygons in level-0 pixels.
 
         Returns:
             The file; None if there are no regions.
@@ -59,59 +58,100 @@ class Regions:
         Raises:
             LongslideError: There is no output folder, it is no such GeoJSON, or it cannot be written.
         """
+        slide = content.slide
         path = self._path(slide.slide_id)
         if path is None or self.folder is None:
-            raise LongslideError("there is no output folder to save regions in: start the viewer with --output FOLDER")
-        try:
-            polygons = _polygons(content)
-        except (ValueError, TypeError, KeyError, AttributeError, shapely.errors.ShapelyError) as error:
-            raise LongslideError(f"{slide.slide_id}: these are no polygons ({error})") from error
+            raise LongslideError("no output folder to save regions in: start the viewer with --output FOLDER")
+        regions = regions_of(geojson, slide.slide_id)
         rows = {row["slide_id"]: row for row in read_rows(self.folder / TABLE)}
         rows.pop(slide.slide_id, None)
-        if polygons:
-            write_whole(path, json.dumps(_collection(polygons)).encode())
+        if regions.is_empty:
+            path.unlink(missing_ok=True)
+        else:
+            write_whole(path, json.dumps(to_geojson(regions)).encode())
             rows[slide.slide_id] = {
-                "slide": "" if file is None else str(file.path),
+                "slide": "" if content.file is None else str(content.file.path),
                 "slide_id": slide.slide_id,
-                "slide_mpp": "" if slide.slide_mpp is None else str(slide.slide_mpp),
+                "slide_mpp": "" if content.given_mpp is None else str(content.given_mpp),
                 "patient_id": slide.patient_id,
                 "tissue_mask": path.name,
             }
+        table = self.folder / TABLE
+        if rows:
+            write_whole(table, csv_of(COLUMNS, (rows[name] for name in sorted(rows))))
         else:
-            path.unlink(missing_ok=True)
-        write_whole(self.folder / TABLE, csv_of(COLUMNS, (rows[name] for name in sorted(rows))))
-        return path if polygons else None
+            table.unlink(missing_ok=True)
+        return None if regions.is_empty else path
 
     def _path(self, slide_id: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{slide_id}.geojson"
 
 
-def _polygons(content: Any) -> list[tuple[str, shapely.Polygon]]:
-    """Names and polygons of GeoJSON; polygons that cross themselves are mended, empty ones left out."""
-    found = []
-    points = 0
-    for feature in content["features"]:
-        name = str((feature.get("properties") or {}).get("classification", {}).get("name", "Tissue"))[:100]
-        shape = shapely.geometry.shape(feature["geometry"])
-        points += shapely.get_num_coordinates(shape)
-        if points > MOST_POINTS:
-            raise ValueError(f"more than {MOST_POINTS:,} points")
-        for part in shapely.get_parts(shapely.make_valid(shape)):
-            if part.geom_type == "Polygon" and part.area > 0:
-                found.append((name, part))
-    return found
+def regions_of(geojson: Any, what: str) -> shapely.Geometry:
+    """The area of GeoJSON's polygons, mended where they cross themselves.
+
+    Args:
+        geojson: A FeatureCollection.
+        what: Whose it is, for the message.
+
+    Raises:
+        LongslideError: It is none, or has more than `MOST_POINTS`.
+    """
+    try:
+        shapes = [shapely.geometry.shape(feature["geometry"]) for feature in geojson["features"]]
+        points = int(shapely.get_num_coordinates(shapes).sum())
+        finite = bool(np.isfinite(shapely.get_coordinates(shapes)).all())
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
+        raise LongslideError(f"{what}: these are no polygons ({error!r})") from error
+    if points > MOST_POINTS or not finite:
+        why = f"{points:,} points, more than {MOST_POINTS:,}" if finite else "coordinates that are no numbers"
+        raise LongslideError(f"{what}: regions with {why}; draw simpler ones")
+    return _areas(shapely.union_all([_areas(shapely.make_valid(shape)) for shape in shapes]))
 
 
-def _collection(polygons: list[tuple[str, shapely.Polygon]]) -> dict[str, Any]:
+def changed(
+    regions: shapely.Geometry,
+    ring: Any,
+    change: Literal["add", "remove"],
+    size: tuple[int, int] | None,
+    what: str,
+) -> shapely.Geometry:
+    """Regions with an area added or removed, within the slide.
+
+    Args:
+        regions: The regions.
+        ring: (x, y) of the area's outline in level-0 pixels, as lists.
+        change: What to do with it.
+        size: (width, height) of the slide, if it is known.
+        what: Whose they are, for the message.
+
+    Raises:
+        LongslideError: The ring is none.
+    """
+    area = regions_of({"features": [{"geometry": {"type": "Polygon", "coordinates": [ring]}}]}, what)
+    if size is not None:
+        area = shapely.intersection(area, shapely.box(0, 0, *size))
+    result = shapely.union(regions, area) if change == "add" else shapely.difference(regions, area)
+    return _areas(result)
+
+
+def to_geojson(regions: shapely.Geometry) -> dict[str, Any]:
+    """A FeatureCollection of polygons, to a tenth of a pixel; QuPath opens it, and `embed` takes it as a tissue mask."""
     features = []
-    for name, polygon in polygons:
+    for polygon in shapely.get_parts(regions):
         oriented = shapely.orient_polygons(polygon)
         rings = [shapely.get_coordinates(ring).round(1).tolist() for ring in (oriented.exterior, *oriented.interiors)]
         features.append(
             {
                 "type": "Feature",
                 "geometry": {"type": "Polygon", "coordinates": rings},
-                "properties": {"objectType": "annotation", "classification": {"name": name}},
+                "properties": {"objectType": "annotation", "classification": {"name": "Tissue", "color": [213, 94, 0]}},
             }
         )
     return {"type": "FeatureCollection", "features": features}
+
+
+def _areas(shape: shapely.Geometry) -> shapely.Geometry:
+    """What of a geometry is area: points and lines left out."""
+    parts = [part for several in shapely.get_parts(shape) for part in shapely.get_parts(several)]
+    return shapely.MultiPolygon([part for part in parts if part.geom_type == "Polygon" and part.area > 0])

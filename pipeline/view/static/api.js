@@ -30,6 +30,14 @@ export async function bytes(path) {
 }
 
 export async function put(path, content) {
-  const options = { method: "PUT", headers: { "Content-Type": "application/json" }, body: JSON.stringify(content) };
+  return send("PUT", path, content);
+}
+
+export async function post(path, content) {
+  return send("POST", path, content);
+}
+
+async function send(method, path, content) {
+  const options = { method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(content) };
   return (await ask(path, options)).json();
 }

@@ -8,12 +8,15 @@ import { factsPanel } from "./panels/facts.js";
 import { galleryPanel } from "./panels/gallery.js";
 import { layersPanel } from "./panels/layers.js";
 import { predictionPanel } from "./panels/prediction.js";
+import { regionsPanel } from "./panels/regions.js";
 import { similarPanel } from "./panels/similar.js";
 import { Tiles } from "./tiles.js";
 import { Viewer, scaleBar, toolbar } from "./viewer.js";
 
 // In the order of the page. A panel is a function of `page` that returns { title, content, open }, or null for none.
-const PANELS = [predictionPanel, layersPanel, galleryPanel, similarPanel, attentionPanel, factsPanel];
+const PANELS = [
+  predictionPanel, layersPanel, galleryPanel, similarPanel, attentionPanel, regionsPanel, factsPanel,
+];
 
 class Page extends EventTarget {
   constructor(id, info, tiles) {

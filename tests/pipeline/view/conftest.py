@@ -1,17 +1,16 @@
 """Results of real jobs on drawn slides, and viewers that serve them."""
 
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from classifier_files import ENCODER, write_classifier
 from longslide import embed, predict, write_synthetic_slide
-from served_viewer import EVIL, TOKEN, Results, Served
+from served_viewer import EVIL, Results, Served, chromium, serving
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="session")
@@ -40,25 +39,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
-    """A function that serves inputs as `longslide view` does, on a free port, until the test ends."""
-    import uvicorn
-    from longslide.pipeline.view.app import create_app
-    from longslide.pipeline.view.collection import read_collection
-
+    """A function that serves inputs until the test ends."""
     with ExitStack() as ending:
+        yield lambda *inputs, output=None: ending.enter_context(serving(*inputs, output=output))
 
-        def start(*inputs: Path, output: Path | None = None) -> Served:
-            listening = ending.enter_context(socket.create_server(("127.0.0.1", 0)))
-            port = listening.getsockname()[1]
-            app = create_app(read_collection(inputs, output), TOKEN)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-            thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-            thread.start()
-            ending.callback(thread.join, 10)
-            ending.callback(setattr, server, "should_exit", True)
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.01)
-            return Served(f"http://127.0.0.1:{port}/{TOKEN}/", port)
 
-        yield start
+@pytest.fixture(scope="session")
+def browser() -> Iterator["Browser"]:
+    with chromium() as found:
+        yield found

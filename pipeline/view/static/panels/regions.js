@@ -1,0 +1,211 @@
+// Regions to embed instead of the tissue that was found: drawn, added to, cut from, saved as GeoJSON.
+// A drag draws freehand; clicks set corners, and a double click or Enter closes the outline; Escape drops it.
+
+import { json, post, put, slidePath } from "../api.js";
+import { byId, element, say } from "../dom.js";
+import { tracePath } from "../overlay.js";
+
+const COLOUR = "#6a1b9a";
+const NEAR = 8; // pixels of the page: a click that near to the first corner closes the outline
+const NOTHING = { type: "FeatureCollection", features: [] };
+
+export function regionsPanel(page) {
+  if (!page.viewer) return null;
+  const state = { regions: NOTHING, saved: NOTHING, before: [], tool: null, ring: [], busy: false };
+  const path = slidePath(page.id, "/regions");
+  const draft = `${location.pathname.split("/")[1]}draft ${page.id}`;
+
+  const button = (text, act, title) => {
+    const made = element("button", { type: "button", textContent: text, title });
+    made.addEventListener("click", act);
+    return made;
+  };
+  const tool = (name, text, title) => {
+    const made = button(text, () => choose(state.tool === name ? null : name), title);
+    made.setAttribute("aria-pressed", "false");
+    return made;
+  };
+  const tools = { add: tool("add", "Draw", "Draw an area: drag, or click its corners"), remove: tool("remove", "Cut", "Cut an area away") };
+  const fromTissue = button("Start from the tissue", () => change({ type: "FeatureCollection", features: tissueFeatures(page.info.tissue) }));
+  const undo = button("Undo", () => {
+    state.regions = state.before.pop();
+    show();
+  });
+  const clear = button("Clear", () => change(NOTHING));
+  const save = button("Save", () => saveRegions());
+  const status = element("p", { className: "soft" });
+  const content = element("div", { className: "panel" },
+    element("p", { className: "soft", textContent: "What to embed instead of the tissue that was found. Draw an area, or correct the tissue." }),
+    element("div", { className: "buttons" }, tools.add, tools.remove, fromTissue, undo, clear, save), status);
+
+  let outline = new Path2D();
+  const painter = page.overlay.add({
+    order: 25,
+    always: true,
+    draw(context, scale) {
+      context.lineJoin = "round";
+      context.fillStyle = "rgb(106 27 154 / 14%)";
+      context.fill(outline, "evenodd");
+      context.lineWidth = 2.5 / scale;
+      context.strokeStyle = COLOUR;
+      context.stroke(outline);
+      if (!state.ring.length) return;
+      const ring = new Path2D();
+      state.ring.forEach(([x, y], place) => (place ? ring.lineTo(x, y) : ring.moveTo(x, y)));
+      context.setLineDash([6 / scale, 4 / scale]);
+      context.strokeStyle = state.tool === "remove" ? "#b3261e" : COLOUR;
+      context.stroke(ring);
+      context.setLineDash([]);
+      const [x, y] = state.ring[0];
+      context.fillStyle = context.strokeStyle;
+      context.fillRect(x - 3 / scale, y - 3 / scale, 6 / scale, 6 / scale);
+    },
+  });
+
+  // The surface takes the pointer while something is drawn; wheel and tools still move the slide.
+  const surface = element("div", { className: "surface", hidden: true });
+  page.viewer.main.container.append(surface);
+  const at = (event) => {
+    const box = surface.getBoundingClientRect();
+    const place = page.viewer.toSlide(event.clientX - box.left, event.clientY - box.top);
+    return [Math.round(place.x * 10) / 10, Math.round(place.y * 10) / 10];
+  };
+  let drag = null;
+  for (const kind of ["pointerdown", "pointermove", "pointerup", "dblclick", "click"]) {
+    surface.addEventListener(kind, (event) => event.stopPropagation());
+  }
+  surface.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    event.stopPropagation();
+    page.viewer.zoom(event.deltaY < 0 ? 1.25 : 0.8);
+  }, { passive: false });
+  surface.addEventListener("pointerdown", (event) => {
+    if (event.button !== 0 || state.busy || !event.isPrimary) return;
+    surface.setPointerCapture(event.pointerId);
+    drag = { x: event.clientX, y: event.clientY, moved: false, corners: state.ring.length };
+    if (closes(event)) return;
+    state.ring.push(at(event));
+    page.overlay.draw();
+  });
+  surface.addEventListener("pointermove", (event) => {
+    if (!drag || !event.isPrimary) return;
+    if (Math.hypot(event.clientX - drag.x, event.clientY - drag.y) < (drag.moved ? 2 : 5)) return;
+    [drag.x, drag.y, drag.moved] = [event.clientX, event.clientY, true];
+    state.ring.push(at(event));
+    page.overlay.draw();
+  });
+  surface.addEventListener("pointerup", (event) => {
+    if (!drag || !event.isPrimary) return;
+    const { moved, corners } = drag;
+    drag = null;
+    if ((moved && corners === 0) || (!moved && closes(event))) finish();
+  });
+  surface.addEventListener("pointercancel", () => drop());
+  surface.addEventListener("dblclick", () => finish());
+  document.addEventListener("keydown", (event) => {
+    if (!state.tool || event.target.closest?.("input, select, textarea")) return;
+    if (event.key === "Enter") finish();
+    if (event.key === "Escape") state.ring.length ? drop() : choose(null);
+  });
+
+  function closes(event) {
+    if (state.ring.length < 3) return false;
+    const [x, y] = at(event);
+    return Math.hypot(x - state.ring[0][0], y - state.ring[0][1]) * page.viewer.scale < NEAR;
+  }
+
+  function drop() {
+    drag = null;
+    state.ring = [];
+    page.overlay.draw();
+  }
+
+  async function finish() {
+    const ring = state.ring;
+    if (state.busy || ring.length < 3) return;
+    state.busy = true;
+    try {
+      const asked = { regions: state.regions, ring: [...ring, ring[0]], change: state.tool };
+      change((await post(path, asked)).regions);
+    } catch (error) {
+      say(error.message);
+    }
+    state.busy = false;
+    drop();
+  }
+
+  function choose(name) {
+    state.tool = name;
+    for (const [key, made] of Object.entries(tools)) made.setAttribute("aria-pressed", String(key === name));
+    surface.hidden = name === null;
+    byId("tip").hidden = true;
+    drop();
+  }
+
+  function change(regions) {
+    state.before.push(state.regions);
+    state.regions = regions;
+    show();
+  }
+
+  async function saveRegions() {
+    save.disabled = true;
+    try {
+      const { path: file, table } = await put(path, state.regions);
+      state.saved = state.regions;
+      show();
+      status.replaceChildren();
+      if (file) {
+        const command = `longslide embed ${table} --output … --tile-encoder …`;
+        status.append(`Saved: ${file}. To embed it: `, element("code", { textContent: command }));
+      } else status.append("Removed: the tissue that is found is embedded.");
+    } catch (error) {
+      say(error.message);
+      show();
+    }
+  }
+
+  function show() {
+    outline = new Path2D();
+    for (const feature of state.regions.features) for (const ring of feature.geometry.coordinates) tracePath(outline, ring);
+    const changed = JSON.stringify(state.regions) !== JSON.stringify(state.saved);
+    undo.disabled = !state.before.length;
+    clear.disabled = !state.regions.features.length;
+    save.disabled = !changed || !page.info.saves;
+    fromTissue.hidden = !page.info.tissue.length;
+    const count = state.regions.features.length;
+    status.textContent = !page.info.saves
+      ? "Start the viewer with --output FOLDER to save regions."
+      : `${count ? `${count} ${count === 1 ? "area" : "areas"}` : "Nothing drawn"}${changed ? ", not saved yet." : count ? ", saved." : "."}`;
+    try {
+      if (changed) sessionStorage.setItem(draft, JSON.stringify(state.regions));
+      else sessionStorage.removeItem(draft);
+    } catch {
+      // too much for the storage: a reload then begins with what was saved
+    }
+    page.overlay.draw();
+  }
+
+  async function load() {
+    try {
+      state.regions = state.saved = (await json(path)).regions ?? NOTHING;
+    } catch (error) {
+      say(error.message);
+    }
+    try {
+      // What a reload would have lost.
+      const kept = JSON.parse(sessionStorage.getItem(draft));
+      if (kept) change(kept);
+    } catch {
+      // no draft
+    }
+    show();
+  }
+  load();
+  page.regionsPainter = painter;
+  return { title: "Regions", content, open: false };
+}
+
+function tissueFeatures(polygons) {
+  return polygons.map((coordinates) => ({ type: "Feature", properties: {}, geometry: { type: "Polygon", coordinates } }));
+}

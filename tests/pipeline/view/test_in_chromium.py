@@ -1,0 +1,237 @@
+"""The viewer's pages, clicked through in a real Chromium."""
+
+import csv
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import pytest
+from served_viewer import EVIL, Results, Served, tab, until
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+Serve = Callable[..., Served]
+
+pytestmark = pytest.mark.slow
+
+
+def open_slide_page(page: "Page", viewer: Served, slide_id: str, at: str = "") -> None:
+    page.goto(f"{viewer.address}slide.html?slide={quote(slide_id, safe='')}{at}")
+    page.wait_for_selector("#panels details:nth-of-type(3)")
+    until(page, "window.page?.viewer?.main.world.getItemAt(0)?.getFullyLoaded()")
+
+
+def place_of(page: "Page", x: float, y: float) -> tuple[float, float]:
+    """Where a place of level 0 is on the page."""
+    return tuple(  # type: ignore[return-value]
+        page.evaluate(
+            """([x, y]) => {
+                const [a, b, c, d, e, f] = page.viewer.transform();
+                const box = document.getElementById("main").getBoundingClientRect();
+                return [a * x + c * y + e + box.left, b * x + d * y + f + box.top];
+            }""",
+            [x, y],
+        )
+    )
+
+
+def centre(page: "Page") -> list[float]:
+    """What place of level 0 is in the middle, once it has come to rest."""
+    found: list[float] = page.evaluate(
+        "(({x, y}) => [x, y])(page.viewer.viewport.viewportToImageCoordinates(page.viewer.viewport.getCenter()))"
+    )
+    return found
+
+
+def colour_over(page: "Page", x: float, y: float) -> list[int]:
+    """The colour of the layers over a place of level 0: red, green, blue, alpha."""
+    left, top = place_of(page, x, y)
+    box = page.evaluate("(({left, top}) => [left, top])(document.getElementById('main').getBoundingClientRect())")
+    found: list[int] = page.evaluate(
+        "([x, y]) => [...page.overlay.context.getImageData(x, y, 1, 1).data]", [left - box[0], top - box[1]]
+    )
+    return found
+
+
+def scores(made: Results, slide_id: str, column: str) -> list[tuple[int, int, float]]:
+    with (made.results / "slides" / slide_id / "tiles.csv").open(newline="") as file:
+        return [(int(row["x"]), int(row["y"]), float(row[column])) for row in csv.DictReader(file)]
+
+
+def test_the_list_is_searched_filtered_and_leads_to_a_slide(browser: "Browser", serve: Serve, made: Results) -> None:
+    viewer = serve(made.results, made.attention, made.labels)
+    with tab(browser) as page:
+        page.goto(viewer.address)
+        names = page.locator(".slides .name")
+        names.first.wait_for()
+        assert set(names.all_text_contents()) == {"plain", "broken", EVIL}
+        until(page, "[...document.images].filter((one) => one.complete && one.naturalWidth > 0).length === 2")
+        page.get_by_label("failed QC").check()
+        assert names.all_text_contents() == ["broken"]
+        assert "failed: " in page.locator(".slides").inner_text()
+        page.reload()
+        page.get_by_label("failed QC").wait_for()
+        assert names.all_text_contents() == ["broken"], "a reload finds the list as it was"
+        page.get_by_label("failed QC").uncheck()
+        page.get_by_label("wrong").check()
+        assert "plain" in names.all_text_contents()
+        page.get_by_label("wrong").uncheck()
+        page.get_by_placeholder("Search slides, patients").fill("<IMG")
+        assert names.all_text_contents() == [EVIL]
+        page.locator(".slides a").click()
+        page.wait_for_selector("#panels")
+        until(page, "window.page?.viewer?.main.isOpen()")
+        assert page.locator("h1").text_content() == EVIL
+        assert page.title() == f"{EVIL} – Longslide", "a name is text, and nothing in it was executed"
+
+
+def test_layers_scores_and_the_gallery_of_a_slide(browser: "Browser", serve: Serve, made: Results) -> None:
+    viewer = serve(made.results, made.attention)
+    shown = json.loads((made.results / "plain.json").read_text())["explanation"]["shows"]
+    tiles = scores(made, "plain", f"score_{shown}")
+    strongest = max(tiles, key=lambda tile: tile[2])
+    x, y = strongest[0] + 32, strongest[1] + 32
+    with tab(browser) as page:
+        open_slide_page(page, viewer, "plain")
+        page.locator(".gallery img").first.wait_for()
+        red, _, blue, alpha = colour_over(page, x, y)
+        assert alpha == pytest.approx(0.55 * 255, abs=3)
+        assert red > blue, "what speaks for it is red"
+        page.get_by_label("Opacity").fill("100")
+        assert colour_over(page, x, y)[3] == 255
+
+        page.mouse.move(*place_of(page, x, y))
+        tip = page.locator("#tip")
+        tip.wait_for()
+        [said] = re.findall(rf"{shown}: (\S+)", tip.inner_text())
+        assert float(said) == pytest.approx(strongest[2], rel=1e-2)
+        assert f"at {strongest[0]}, {strongest[1]}" in tip.inner_text()
+
+        page.locator(".gallery button").first.click()
+        until(page, f"Math.abs(page.viewer.scale * {1024} - page.viewer.main.container.clientWidth) > 50")
+        page.wait_for_timeout(900)
+        assert centre(page) == pytest.approx([x, y], abs=3)
+        until(page, "location.hash.includes('zoom=')")
+        page.reload()
+        until(page, "window.page?.viewer?.main.world.getItemAt(0)?.getFullyLoaded()")
+        assert centre(page) == pytest.approx([x, y], abs=3), "a reload comes back to the place"
+
+        page.get_by_label("Layer", exact=True).select_option(label="attention")
+        until(page, "page.layer?.title === 'attention'")
+        assert "little attention" in page.locator("#panels .ends").inner_text()
+        page.get_by_label("Layers on and off (L)").click()
+        assert colour_over(page, x, y)[3] == 0
+        page.keyboard.press("l")
+        assert colour_over(page, x, y)[3] > 0
+
+
+def test_side_by_side_turned_and_at_scale(browser: "Browser", serve: Serve, made: Results) -> None:
+    viewer = serve(made.results)
+    with tab(browser) as page:
+        open_slide_page(page, viewer, "plain")
+        page.get_by_label("Plain slide beside it (B)").click()
+        until(page, "page.viewer.plain?.world.getItemAt(0)?.getFullyLoaded()")
+        page.get_by_label("Turn right (R)").click()
+        page.get_by_label("Zoom in (+)").click()
+        page.wait_for_timeout(900)
+        state = """(viewer) => { const { x, y } = viewer.viewport.getCenter(true);
+            return [x, y, viewer.viewport.getZoom(true), viewer.viewport.getRotation(true)]; }"""
+        main, plain = (page.evaluate(f"({state})(page.viewer.{name})") for name in ("main", "plain"))
+        assert plain == pytest.approx(main, abs=1e-4)
+        assert main[3] == pytest.approx(30)
+        bar = page.locator("#scale div").bounding_box()
+        length = page.locator("#scale span").inner_text()
+        assert bar is not None
+        microns = float(length.split()[0]) * (1000 if "mm" in length else 1)
+        assert bar["width"] / page.evaluate("page.viewer.scale") * 0.5 == pytest.approx(microns, rel=0.01)
+
+
+def test_a_region_is_drawn_cut_saved_and_found_again(
+    browser: "Browser", serve: Serve, made: Results, tmp_path: Path
+) -> None:
+    viewer = serve(made.results, output=tmp_path)
+    with tab(browser) as page:
+        open_slide_page(page, viewer, "plain")
+        page.locator("summary", has_text="Regions").click()
+        page.get_by_role("button", name="Draw").click()
+        for corner in ((200, 200), (600, 200), (600, 600), (200, 600), (200, 200)):
+            page.mouse.click(*place_of(page, *corner))
+        page.locator("text=1 area, not saved yet.").wait_for()
+        page.get_by_role("button", name="Cut").click()
+        page.mouse.move(*place_of(page, 300, 300))
+        page.mouse.down()
+        for corner in ((400, 300), (400, 400), (300, 400)):
+            page.mouse.move(*place_of(page, *corner), steps=4)
+        page.mouse.up()
+        until(page, "page.regionsPainter && document.body.innerText.includes('1 area, not saved yet.')")
+        page.reload()
+        until(page, "window.page?.regionsPainter")
+        page.locator("summary", has_text="Regions").click()
+        page.locator("text=1 area, not saved yet.").wait_for()  # what was drawn survives a reload
+        page.get_by_role("button", name="Save").click()
+        page.locator("text=To embed it").wait_for()
+        saved: dict[str, Any] = json.loads((tmp_path / "regions" / "plain.geojson").read_text())
+        [outline, hole] = saved["features"][0]["geometry"]["coordinates"]
+        assert sorted({round(x, -1) for x, _ in outline}) == [200, 600]
+        assert {round(x, -1) for x, _ in hole} >= {300, 400}
+        page.reload()
+        until(page, "window.page?.regionsPainter")
+        page.locator("summary", has_text="Regions").click()
+        page.locator("text=1 area, saved.").wait_for()
+
+
+def test_a_slide_that_vanishes_while_it_is_looked_at_is_said(
+    browser: "Browser", serve: Serve, made: Results, tmp_path: Path
+) -> None:
+    shutil.copytree(made.slides, tmp_path / "slides")
+    viewer = serve(tmp_path / "slides")
+    with tab(browser, 400, told="failed to load") as page:  # too narrow for the finest level
+        page.goto(f"{viewer.address}slide.html?slide=plain")
+        until(page, "window.page?.viewer?.main.world.getItemAt(0)?.getFullyLoaded()")
+        (tmp_path / "slides" / "plain.svs").unlink()
+        for _ in range(4):
+            page.get_by_label("Zoom in (+)").click()
+        page.locator("#message", has_text="No such file").wait_for()
+        page.goto(f"{viewer.address}slide.html?slide=broken")
+        page.locator("#message", has_text="cannot be shown").wait_for()
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_no_page_is_wider_than_its_window(browser: "Browser", serve: Serve, made: Results, width: int) -> None:
+    viewer = serve(made.results, made.attention, made.labels, made.features)
+    with tab(browser, width, 800) as page:
+        page.goto(viewer.address)
+        page.locator(".slides .name").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        open_slide_page(page, viewer, EVIL)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        box = page.locator("#main canvas").first.bounding_box()
+        assert box is not None
+        assert box["width"] >= 0.7 * width
+        assert box["height"] >= 300
+
+
+def test_a_real_slide_alone_shows_its_pixels(browser: "Browser", serve: Serve) -> None:
+    folder = os.environ.get("LONGSLIDE_TEST_SLIDES")
+    if not folder:
+        pytest.skip("LONGSLIDE_TEST_SLIDES, the folder with CMU-1-Small-Region.svs, is not set")
+    viewer = serve(Path(folder) / "CMU-1-Small-Region.svs")
+    with tab(browser) as page:
+        page.goto(viewer.address)
+        page.locator(".slides a").click()
+        until(page, "window.page?.viewer?.main.world.getItemAt(0)?.getFullyLoaded()")
+        assert page.locator("#message").is_hidden()
+        colours = page.evaluate(
+            """() => { const canvas = document.querySelector("#main canvas");
+                const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+                let pink = 0; for (let i = 0; i < data.length; i += 4) pink += data[i] > data[i + 1] + 20;
+                return pink / (data.length / 4); }"""
+        )
+        assert colours > 0.1, "stained tissue"
+        assert "0.499" in page.locator("#panels").inner_text() or page.evaluate("page.info.pixels.mpp") == 0.499
