@@ -47,8 +47,8 @@ function row(slide) {
   }
   const facts = [
     slide.patient,
-    slide.tiles !== null ? `${slide.tiles.toLocaleString("en")} tiles` : "",
-    slide.tissue_mm2 !== null ? `${number(slide.tissue_mm2)} mm²` : "",
+    slide.tiles !== null ? `${slide.tiles.toLocaleString("en")}\u00a0tiles` : "",
+    slide.tissue_mm2 !== null ? `${number(slide.tissue_mm2)}\u00a0mm²` : "",
   ].filter(Boolean);
   const notes = [...new Set([...slide.warnings, ...slide.odd])];
   if (slide.seen) notes.unshift("seen in training: this is no test");

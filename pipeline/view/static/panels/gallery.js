@@ -19,7 +19,7 @@ export function galleryPanel(page) {
       page.overlay.draw();
       return;
     }
-    const sides = layer.kind === "signed" ? [[1, layer.ends[1]], [-1, layer.ends[0]]] : [[1, layer.ends[1] ?? "highest"]];
+    const sides = layer.kind === "signed" ? [[1, layer.ends[1]], [-1, layer.ends[0]]] : [[1, `highest ${layer.title}`]];
     for (const [sign, title] of sides) {
       const chosen = page.tiles.strongest(layer.values, TILES, sign);
       if (!chosen.length) continue;
