@@ -105,7 +105,10 @@ What to do next
   longslide compare {" ".join(map(str, runs))}
   longslide doctor your-slides/
   longslide embed your-slides/ --output features/ --tile-encoder kaiko-vits8
-  longslide crossval --config binary --data.table cohort.csv --data.features features/ --folds 5""",
+  longslide crossval --config binary --data.table cohort.csv --data.features features/ --folds 5
+
+Look at it in the browser (pip install 'longslide[view]')
+  longslide view {output / "results"} {runs[-1]} {features} {table}""",
         markup=False,
     )
     return [*results, *predictions]

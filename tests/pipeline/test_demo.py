@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from longslide import LongslideError, read_features
 from longslide.pipeline.demo import demo
+from served_viewer import chromium, serving, tab, until
 
 
 @pytest.mark.slow
@@ -39,6 +40,15 @@ def test_the_demo_embeds_trains_and_predicts_and_can_be_run_again(tmp_path: Path
     for path in (results / "report.html", results / "slides" / "kept-apart" / "overlay.png"):
         assert path.stat().st_size > 10_000
         assert str(path) in done.stdout
+
+    last = done.stdout.strip().splitlines()[-1].split()
+    assert last[:2] == ["longslide", "view"]
+    with serving(*map(Path, last[2:])) as viewer, chromium() as browser, tab(browser) as page:
+        page.goto(viewer.address)
+        page.locator(".slides a", has_text="kept-apart").click()
+        page.locator(".gallery button").first.click()
+        until(page, "window.page?.layer?.title === 'solid'")
+        assert "solid 0." in page.locator("#panels").inner_text()
 
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
