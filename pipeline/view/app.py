@@ -274,7 +274,7 @@ def slide_routes(site: Site) -> list[Route]:
         try:
             with site.open_slides.slide(site.file(slide)) as opened:
                 pixels = {"size": opened.dimensions, "bounds": opened.bounds, "vendor": opened.vendor}
-                pixels |= _resolution(opened, content)
+                pixels |= _resolution(opened, content) | {"version": str(site.open_slides.version(site.file(slide)))}
         except LongslideError as error:
             pixels = {"error": str(error)}
             if content.features is not None and content.size is not None:
@@ -311,6 +311,11 @@ def slide_routes(site: Site) -> list[Route]:
             raise UnknownError
         return _jpeg(site.open_slides.region(site.file(slide), x, y, size, px))
 
+    def tissue(request: Request) -> Response:
+        slide = site.slide(request)
+        with site.open_slides.slide(site.file(slide)) as opened:
+            return JSONResponse({"tissue": rings_of(site.content(slide).find_tissue(opened))})
+
     def coords(request: Request) -> Response:
         grid = site.content(site.slide(request)).grid
         if grid is None:
@@ -328,6 +333,7 @@ def slide_routes(site: Site) -> list[Route]:
         Route(slide, facts),
         Route(slide + "/tiles/{level:int}/{column:int}_{row:int}", tile),
         Route(slide + "/region", region),
+        Route(slide + "/tissue", tissue),
         Route(slide + "/grid", coords),
         Route(slide + "/layers/{key}", layer),
     ]

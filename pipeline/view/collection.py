@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...data.slides.base import without_suffix
-from ...data.slides.slide_table import find_slides
-from ...data.table import find_column, is_table, read_rows, read_table, typed
+from ...data.slides.slide_table import find_slides, slide_ids
+from ...data.table import SLIDE_COLUMNS, find_column, is_table, plain_name, read_rows, read_table, typed
 from ...errors import LongslideError
 from ...prediction_columns import PredictionColumns
 from ...task import CLASSIFICATION, Task
@@ -112,7 +112,8 @@ def read_collection(inputs: Sequence[str | Path], output: Path | None = None) ->
 
     Args:
         inputs: Output folders of `predict` and `embed`, run folders, feature files, slide files, folders of slides, and
-            slide tables, whose columns with the names of the labels say what is true. What they say of a slide is joined.
+            tables of slides or slide ids, whose columns with the names of the labels say what is true. What they say of a
+            slide is joined.
         output: Folder for what is drawn. Default: the first output folder of `predict` or `embed`.
 
     Returns:
@@ -159,6 +160,8 @@ class _Reading:
             return
         if is_table(path):
             self.tables.append(path)
+            if find_column(read_table(path), SLIDE_COLUMNS) is None:  # of labels, by the ids of slides that others name
+                return
         for entry in find_slides(path, ask=False):
             slide = self.slide(entry.slide_id)
             slide.paths.insert(0, entry.path)
@@ -224,22 +227,27 @@ class _Reading:
             return
         for table in self.tables:
             frame = read_table(table)
-            columns = [find_column(frame, (name.lower(),)) or name for name in self.task.label]
-            if not set(columns) <= set(frame):
-                continue
-            ids = [entry.slide_id for entry in find_slides(table, ask=False)]
-            if len(ids) < len(frame):  # a slide that is named twice
+            ids = slide_ids(frame)
+            columns = [find_column(frame, (plain_name(name),)) or name for name in self.task.label]
+            if ids is None or not set(columns) <= set(frame):
+                logger.warning(
+                    "%s: no columns %s; it does not say what is true", table, ", ".join(("slide_id", *columns))
+                )
                 continue
             for slide_id, row in zip(ids, frame[columns].to_dict("records"), strict=True):
                 cells = [row[name] if isinstance(row[name], str) else None for name in columns]
-                self.slides[slide_id].target = self.slides[slide_id].target or _target(cells, self.task)
+                if (slide := self.slides.get(str(slide_id))) is not None:
+                    slide.target = slide.target or _target(cells, self.task)
 
 
 def _feature_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix.lower() in FEATURE_SUFFIXES else []
-    with os.scandir(path) as entries:
-        names = sorted(one.name for one in entries if not one.name.startswith("."))
+    try:
+        with os.scandir(path) as entries:
+            names = sorted(one.name for one in entries if not one.name.startswith("."))
+    except OSError as error:
+        raise LongslideError(f"{path}: cannot look into this folder ({error.strerror})") from error
     return [path / name for name in names if name.lower().endswith(FEATURE_SUFFIXES)]
 
 

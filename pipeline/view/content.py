@@ -4,11 +4,13 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from ...data.features.feature_file import Features, read_features
+from ...data.slides.slide import Slide
 from ...data.table import read_records
 from ...errors import LongslideError
 from ..predict.prediction import read_json
@@ -61,6 +63,7 @@ class SlideContent:
 
     slide: ViewedSlide
     remarks: list[str] = field(default_factory=list)
+    _finding: Lock = field(default_factory=Lock, repr=False)
 
     @cached_property
     def feature_file(self) -> Path | None:
@@ -133,6 +136,20 @@ class SlideContent:
     def tissue(self) -> str:
         """Its tissue's contours as GeoJSON in level-0 pixels; empty if they are not known."""
         return (self.features.tissue if self.features is not None else None) or ""
+
+    def find_tissue(self, slide: Slide) -> str:
+        """The contours of the tissue of a slide without features, found once by the default segmenter.
+
+        Args:
+            slide: The open slide.
+
+        Raises:
+            LongslideError: It cannot be found.
+        """
+        with self._finding:
+            if not self.tissue:
+                self.tissue = slide.tissue().to_geojson()
+            return self.tissue
 
     @cached_property
     def file(self) -> SlideFile | None:

@@ -83,6 +83,14 @@ class OpenSlides:
         with self._used(file) as one:
             yield one.slide
 
+    def version(self, file: SlideFile) -> int:
+        """Changes when the file is written anew.
+
+        Raises:
+            LongslideError: It is not there.
+        """
+        return _version(file.path)
+
     def tile(self, file: SlideFile, level: int, column: int, row: int) -> bytes | None:
         """A tile of the deep zoom as JPEG, of `TILE_PX` or, at the right and lower edge, less.
 

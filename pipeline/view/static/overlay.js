@@ -47,12 +47,16 @@ export class Overlay {
   }
 }
 
-export function tissuePainter(polygons) {
-  const path = new Path2D();
-  for (const polygon of polygons) for (const ring of polygon) tracePath(path, ring);
+export function tissuePainter() {
+  let path = new Path2D();
   return {
     order: 20,
     on: true,
+    show(polygons) {
+      path = new Path2D();
+      for (const polygon of polygons) for (const ring of polygon) tracePath(path, ring);
+      return this;
+    },
     draw(context, scale) {
       if (!this.on) return;
       context.lineJoin = "round";

@@ -45,6 +45,14 @@ class Page extends EventTarget {
     this.dispatchEvent(new CustomEvent("layer", { detail: layer }));
   }
 
+  // Find the tissue of a slide that has no features.
+  async findTissue() {
+    this.info.tissue = (await json(slidePath(this.id, "/tissue"))).tissue;
+    this.tissue.show(this.info.tissue);
+    this.overlay.draw();
+    this.dispatchEvent(new CustomEvent("tissue"));
+  }
+
   // Show a tile in the middle, with its neighbours.
   fly(tile) {
     const { coords, size } = this.tiles;
@@ -53,7 +61,7 @@ class Page extends EventTarget {
 
   tilePicture(tile, px = 192) {
     const { coords, size } = this.tiles;
-    return slidePath(this.id, `/region?x=${coords[2 * tile]}&y=${coords[2 * tile + 1]}&size=${size}&px=${px}`);
+    return slidePath(this.id, `/region?x=${coords[2 * tile]}&y=${coords[2 * tile + 1]}&size=${size}&px=${px}&v=${this.info.pixels.version}`);
   }
 
   describe(tile) {
@@ -181,7 +189,7 @@ async function start() {
     page.viewer = new Viewer(id, pixels);
     await page.viewer.opened();
     page.overlay = new Overlay(page.viewer);
-    page.tissue = page.overlay.add(tissuePainter(info.tissue));
+    page.tissue = page.overlay.add(tissuePainter().show(info.tissue));
     page.grid = tiles ? page.overlay.add(gridPainter(tiles)) : null;
     toolbar(page.viewer, () => {
       page.overlay.shown = !page.overlay.shown;

@@ -35,7 +35,7 @@ function source(id, pixels) {
     minLevel: 0,
     maxLevel: pixels.finest_level ?? Math.ceil(Math.log2(Math.max(2, longest))),
     tileExists: pixels.error ? () => false : undefined,
-    getTileUrl: (level, column, row) => slidePath(id, `/tiles/${level}/${column}_${row}`),
+    getTileUrl: (level, column, row) => slidePath(id, `/tiles/${level}/${column}_${row}?v=${pixels.version}`),
   };
 }
 

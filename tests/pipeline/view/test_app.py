@@ -148,6 +148,30 @@ def test_the_list_says_what_was_predicted_what_is_wrong_and_what_failed(serve: S
     assert slides["broken"]["prediction"] is None
 
 
+def test_a_table_of_ids_and_labels_says_what_is_true(serve: Serve, made: Results, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("slide_id,label\nplain,normal\nanother,tumour\n")
+    slides = {
+        slide["id"]: slide for slide in serve(made.results, tmp_path / "labels.csv").json("api/collection")["slides"]
+    }
+    assert set(slides) == {"plain", EVIL, "broken"}
+    assert slides["plain"]["target"] == "normal"
+    assert slides["plain"]["wrong"] is (not slides["plain"]["prediction"].startswith("normal"))
+
+
+def test_one_feature_file_shows_its_slide_and_grid(serve: Serve, made: Results) -> None:
+    viewer = serve(made.features / "plain.h5")
+    facts = viewer.json(api("plain"))
+    assert facts["pixels"]["size"] == [1024, 768]
+    assert facts["grid"]["tiles"] == len(read_features(made.features / "plain.h5").coords)
+
+
+def test_the_tissue_of_a_bare_slide_is_that_which_embed_finds(serve: Serve, made: Results) -> None:
+    bare, embedded = serve(made.slides), serve(made.features)
+    assert bare.json(api("plain"))["tissue"] == []
+    found = bare.json(api("plain", "/tissue"))["tissue"]
+    assert found == embedded.json(api("plain"))["tissue"] != []
+
+
 def test_a_slide_that_vanished_is_said_and_the_viewer_goes_on(serve: Serve, made: Results, tmp_path: Path) -> None:
     shutil.copytree(made.slides, tmp_path / "slides")
     viewer = serve(tmp_path / "slides")

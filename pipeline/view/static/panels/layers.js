@@ -21,6 +21,22 @@ export function layersPanel(page) {
   };
   if (tiles && info.layers.length) content.append(...layerControls(page));
   if (info.tissue.length) toggle("tissue", page.tissue);
+  else if (!info.pixels.error) {
+    const find = element("button", { type: "button", textContent: "Find the tissue" });
+    find.addEventListener("click", async () => {
+      [find.disabled, find.textContent] = [true, "Finding the tissue …"];
+      try {
+        await page.findTissue();
+        find.remove();
+        if (info.tissue.length) toggle("tissue", page.tissue);
+        else switches.append(element("span", { className: "soft", textContent: "No tissue was found." }));
+      } catch (error) {
+        say(error.message);
+        [find.disabled, find.textContent] = [false, "Find the tissue"];
+      }
+    });
+    switches.append(find);
+  }
   if (page.grid) toggle("tile grid", page.grid);
   if (switches.childElementCount) content.append(switches);
   return content.childElementCount ? { title: "Layers", content } : null;

@@ -202,6 +202,7 @@ export function regionsPanel(page) {
     show();
   }
   load();
+  page.addEventListener("tissue", show);
   page.regionsPainter = painter;
   return { title: "Regions", content, open: false };
 }
