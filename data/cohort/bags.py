@@ -243,6 +243,7 @@ def _end_to_end(parts: Sequence[np.ndarray], device: torch.device | None) -> Ten
     """The parts one after the other; float32 where float16 and float32 meet."""
     dtype = torch.from_numpy(np.empty(0, np.result_type(*parts))).dtype
     whole = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=dtype, device=device)
-    for place, part in zip(torch.split(whole, [len(part) for part in parts]), parts, strict=True):
-        place.copy_(torch.from_numpy(part), non_blocking=True)
+    # In one call: a thread that gives up the interpreter for each of them keeps training waiting for it each time.
+    places = torch.split(whole, [len(part) for part in parts])
+    torch._foreach_copy_(places, [torch.from_numpy(part) for part in parts], non_blocking=True)
     return whole

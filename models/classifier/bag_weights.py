@@ -48,6 +48,7 @@ class BagWeightedModule(LightningModule):
         self.train_loss.persistent(True)  # so that an epoch that is resumed in the middle reports all its bags
         self.later = Later()
         self._group_weight: Tensor | None = None
+        self._logged = False
 
     def weighted_loss(self, loss: Tensor, weight: Tensor) -> Tensor:
         """Take note of the weight of a batch, and log its loss as `train_loss`.
@@ -62,11 +63,16 @@ class BagWeightedModule(LightningModule):
         weight = weight.detach()
         self._group_weight = weight if self._group_weight is None else self._group_weight + weight
         self.train_loss.update(loss.detach(), weight)
-        self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
+        if (
+            not self._logged
+        ):  # once an epoch: Lightning asks the metric at its end, and each call takes as long as a layer
+            self.log("train_loss", self.train_loss, on_step=False, on_epoch=True, prog_bar=True)
+            self._logged = True
         return loss
 
     def on_fit_start(self) -> None:
         """Grid cells are looked at later too."""
+        self._logged = False
         self._look_at_cells(self.later)
 
     def on_fit_end(self) -> None:
@@ -90,7 +96,8 @@ class BagWeightedModule(LightningModule):
         assert isinstance(total, Tensor)
         # Lightning divided each loss by the number of batches, DDP the gradients by the number of devices.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=TINY)
-        torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
         self.start_group()
 
     def start_group(self) -> None:
@@ -98,7 +105,8 @@ class BagWeightedModule(LightningModule):
         self._group_weight = None
 
     def on_train_epoch_end(self) -> None:
-        """Nothing is left to be looked at before validation."""
+        """Nothing is left to be looked at before the next epoch."""
+        self._logged = False
         self.later.look(wait=True)
 
     def describe(self) -> dict[str, Any]:

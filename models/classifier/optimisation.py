@@ -88,7 +88,12 @@ def configure(model: nn.Module, options: OptimiserOptions, learning_rate: float,
     warmup = min(total - 1, round(options.warmup * total))
     floor = options.min_learning_rate / learning_rate
     scaled = learning_rate * math.sqrt(bags / REFERENCE_BAGS)
-    optimiser = AdamW(parameter_groups(model, options, scaled), betas=options.betas)
+    groups_of_parameters = parameter_groups(model, options, scaled)
+    # One launch for many parameters, where they lie on a GPU.
+    fused = all(parameter.is_cuda for group in groups_of_parameters for parameter in group["params"])
+    optimiser = AdamW(groups_of_parameters, betas=options.betas, fused=fused or None)
+    # It could take scaled gradients, and Lightning would then refuse to clip them; nobody gives it any.
+    optimiser._step_supports_amp_scaling = False
     groups = len(optimiser.param_groups)
     schedule = LambdaLR(optimiser, [WarmupCosine(warmup, total, floor) for _ in range(groups)])
     return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -3,8 +3,8 @@ kernel; here a kernel that has been compiled for such arguments is handed to its
 """
 
 from collections.abc import Mapping
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from torch import Tensor
 
 WARPS: Mapping[str, int] = {"num_warps": 4}
 _ONES = (1, 1, 1)
+_empty_strided: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # as Inductor's code takes memory
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -65,6 +66,66 @@ def launch(
         *arguments,
         *final,
     )
+
+
+class Launch(Protocol):
+    """`launch`, or what takes its place."""
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        options: Mapping[str, int] = WARPS,
+    ) -> None:
+        """See `launch`."""
+
+
+class Repeated:
+    """`launch` for launches that are repeated: each kernel with one grid and constants, and arguments of the same dtypes,
+    alignments and numbers. Nothing is looked at again.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[Any, ...]] = {}
+
+    def __call__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        options: Mapping[str, int] = WARPS,
+    ) -> None:
+        """See `launch`."""
+        found = self._found.get(id(kernel))
+        device: int = -1 if found is None else torch._C._cuda_getDevice()
+        if found is None or found[0] != device:
+            if not isinstance(kernel, triton.JITFunction) or torch.version.hip is not None:
+                launch(kernel, grid, arguments, constants, options)
+                return
+            final = tuple(map(marked, constants))
+            compiled = kernel[grid](*arguments, *final, **options)
+            run = partial(compiled.run, *grid, *_ONES[len(grid) :])
+            device = torch._C._cuda_getDevice()
+            self._found[id(kernel)] = device, run, compiled.function, compiled.packed_metadata, final
+            return
+        _, run, function, metadata, final = found
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(stream, function, metadata, None, None, None, *arguments, *final)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty` on the current GPU, in a third of its time."""
+    if device.type != "cuda" or _empty_strided is None or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=device)
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    found: Tensor = _empty_strided(shape, tuple(strides[::-1]), dtype)
+    return found
 
 
 def _kind_of_int(value: int) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...errors import LongslideError
 from .attention_pattern import Pattern, attention
-from .dilated_attention import dilated_self_attention
+from .dilated_attention import dilated_self_attention, has_kernels
 from .dilated_attention.parallel import SequenceShards, parallel_dilated_self_attention
 from .norm_linear import norm_linear
 
@@ -134,6 +134,10 @@ class LongNetLayer(nn.Module):
         Returns:
             `(T, width)` tokens, and `(T, width)` to be added to them.
         """
+        if shards is None and self.pattern == "dilated" and has_kernels(x) and not torch.compiler.is_compiling():
+            found = self._by_steps(x, cu_seqlens, update)
+            if found is not None:
+                return found
         qkv, x = self.project(x, update)
         gate = None
         if self.pattern == "learned":
@@ -144,6 +148,23 @@ class LongNetLayer(nn.Module):
         hidden, x = norm_linear(attended, self.ffn_norm, self.ffn_in, residual=x)
         hidden, _ = norm_linear(hidden, self.ffn_inner_norm, self.ffn_out, gelu=True)
         return x, self._drop(hidden, cu_seqlens, shards)
+
+    def _by_steps(self, x: Tensor, cu_seqlens: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """`forward` on a GPU, in as few steps of autograd as dropout allows; None where the kernels do not fit."""
+        from .layer_steps import layer_step, takes_steps  # imports triton, which not every machine has
+
+        attention = (self.heads, self.segment_lengths, self.dilated_ratios)
+        first = (self.attention_norm, self.qkv, self.attention_inner_norm, self.attention_out, attention)
+        if not takes_steps(x, first[1].weight, attention):
+            return None
+        second = (self.ffn_norm, self.ffn_in, self.ffn_inner_norm, self.ffn_out, None)
+        summands: tuple[Tensor, Tensor | None] = (x, None) if update is None else (update, x)
+        if not self.training or (self.drop_path == 0 and self.dropout.p == 0):
+            hidden, x = layer_step(*summands, cu_seqlens, first, second)
+            return x, hidden
+        attended, x = layer_step(*summands, cu_seqlens, first)
+        hidden, x = layer_step(self._drop(attended, cu_seqlens, None), x, cu_seqlens, second)
+        return x, self._drop(hidden, cu_seqlens, None)
 
     def project(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
         """Queries, keys and values `(T, 3, heads, width / heads)` of tokens as `forward` takes them, and the tokens' sum."""

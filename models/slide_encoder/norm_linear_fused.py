@@ -1,5 +1,6 @@
 """`norm_linear` on a GPU: one Triton kernel each way around the matrix products, and sums over the rows."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .launch import launch
+from .launch import Launch, empty, launch
 from .once import differentiable_once
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -123,6 +124,38 @@ def _sum_rows(x, sums, rows, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.cons
     tl.store(sums + tl.program_id(1).to(tl.int64) * N + column, tl.sum(total, 0), mask=inside)
 
 
+@triton.jit
+def _sum_into(sums, x, rows, block, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """One block of the column sums of a matrix; nothing for a block that it does not have."""
+    if (block >= 0) & (block < tl.cdiv(N, BLOCK)):
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        inside = column < N
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in tl.range(0, rows, ROWS, num_stages=3):
+            row = (start + tl.arange(0, ROWS)).to(tl.int64)
+            mask = (row < rows)[:, None] & inside[None, :]
+            total += tl.load(x + row[:, None] * N + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(sums + column, tl.sum(total, 0).to(sums.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _sum_columns(
+    sums, a, b, c, d, rows_a, rows_b, rows_c, rows_d,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The column sums of up to four matrices, one after the other; c and d may be missing, with no columns."""
+    block = tl.program_id(0)
+    _sum_into(sums, a, rows_a, block, A, BLOCK, ROWS)
+    block -= tl.cdiv(A, BLOCK)
+    _sum_into(sums + A, b, rows_b, block, B, BLOCK, ROWS)
+    if C > 0:
+        block -= tl.cdiv(B, BLOCK)
+        _sum_into(sums + A + B, c, rows_c, block, C, BLOCK, ROWS)
+    if D > 0:
+        block -= tl.cdiv(C, BLOCK)
+        _sum_into(sums + A + B + C, d, rows_d, block, D, BLOCK, ROWS)
+
+
 @cache
 def _shape(width: int, most: int) -> tuple[int, int, int]:
     """Width, columns of a program, and the rows it takes at a time: `most`, or fewer where they are wide."""
@@ -130,7 +163,7 @@ def _shape(width: int, most: int) -> tuple[int, int, int]:
     return width, block, max(1, min(most, most * 1024 // block))
 
 
-def _normalise(
+def normalise(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -139,17 +172,18 @@ def _normalise(
     gelu: bool,
     dtype: torch.dtype,
     keep: bool,
+    launch: Launch = launch,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Normalised values (T, width); what was normalised; if kept, mean and inverse deviation (2, T) of each row."""
     x = x.contiguous()
     rows, width = x.shape
-    y = torch.empty((rows, width), dtype=dtype, device=x.device)
-    moments = torch.empty((2, rows), dtype=torch.float32, device=x.device) if keep else None
+    y = empty((rows, width), dtype, x.device)
+    moments = empty((2, rows), torch.float32, x.device) if keep else None
     total = x
     if residual is not None:
         residual = residual.contiguous()
         total_dtype = x.dtype if x.dtype == residual.dtype else torch.promote_types(x.dtype, residual.dtype)
-        total = torch.empty((rows, width), dtype=total_dtype, device=x.device)
+        total = empty((rows, width), total_dtype, x.device)
     shape = _shape(width, 4)
     launch(
         _norm_forward, (-(-rows // shape[2]),), (x, residual, total, weight, bias, y, moments, rows, eps),
@@ -158,25 +192,69 @@ def _normalise(
     return y, total, moments
 
 
+def normalise_backward(
+    total: Tensor,
+    grad_y: Tensor,
+    grad_total: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    moments: Tensor,
+    gelu: bool,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype | None,
+    launch: Launch = launch,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and of the residual, which may be one tensor; the normalised values again; and `(programs, 2 * width)`
+    float32, whose column sums are the gradients of weight and bias."""
+    rows, width = total.shape
+    device = total.device
+    y = empty((rows, width), grad_y.dtype, device)
+    grad_x = empty((rows, width), x_dtype, device)
+    # The gradient of the residual is that of x, in a dtype of its own.
+    own = residual_dtype if residual_dtype != x_dtype else None
+    grad_sum = grad_x if own is None else empty((rows, width), own, device)
+    shape = _shape(width, 2)
+    held = shape[2] * shape[1] * max(total.element_size(), grad_y.element_size())
+    programs = min(-(-rows // shape[2]), PROGRAMS)
+    grad_norm = empty((programs, 2 * width), torch.float32, device)
+    arguments = (total, grad_y, grad_total, weight, bias, moments, grad_x, grad_sum, y, grad_norm, rows)
+    flags = (grad_total is not None, own is not None, gelu, 3 if held <= 8192 else 1)
+    launch(_norm_backward, (programs,), arguments, (*shape, *flags))
+    return grad_x, grad_sum, y, grad_norm
+
+
 FEW_ROWS = 4096
-"""Up to which torch's own sum is fast enough, and cheaper to launch."""
+"""Up to which one program sums all rows of a column."""
 
 
-def _column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums over the rows of a contiguous matrix, in float32 before they are rounded to `dtype`."""
+def column_sums(matrices: Sequence[Tensor], dtype: torch.dtype, launch: Launch = launch) -> Tensor:
+    """Sums over the rows of two to four contiguous matrices, end to end, in float32 before they are rounded to `dtype`."""
+    short = [x if x.shape[0] <= FEW_ROWS else _sums_of_parts(x) for x in matrices]
+    widths = [x.shape[1] for x in short]
+    sums = empty((sum(widths),), dtype, short[0].device)
+    columns, rows = 64, 128
+    blocks = sum([-(-width // columns) for width in widths])
+    missing = 4 - len(short)
+    none, zeros = (None,) * missing, (0,) * missing
+    arguments = (sums, *short, *none, *[x.shape[0] for x in short], *zeros)
+    launch(_sum_columns, (blocks,), arguments, (*widths, *zeros, columns, rows))
+    return sums
+
+
+def _sums_of_parts(x: Tensor) -> Tensor:
+    """`(parts, width)` float32, which add up to the sums over the rows of a contiguous matrix."""
     length, width = x.shape
-    if length <= FEW_ROWS:
-        return x.sum(0, dtype=x.dtype if x.dtype == dtype else torch.float32).to(dtype)
     columns, rows = 128, 32
     across = -(-width // columns)
     programs = min(-(-length // rows), max(2, PROGRAMS // across))
-    sums = torch.empty((programs, width), dtype=torch.float32, device=x.device)
+    sums = empty((programs, width), torch.float32, x.device)
     launch(_sum_rows, (across, programs), (x, sums, length), (width, columns, rows))
-    return _column_sums(sums, dtype)
+    return sums
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Of the products with a weight."""
+    device = "cuda" if weight.is_cuda else weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
@@ -194,8 +272,8 @@ class _NormLinear(torch.autograd.Function):
         gelu: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        dtype = _compute_dtype(weight)
-        y, total, moments = _normalise(x, residual, norm_weight, norm_bias, eps, gelu, dtype, True)
+        dtype = compute_dtype(weight)
+        y, total, moments = normalise(x, residual, norm_weight, norm_bias, eps, gelu, dtype, True)
         cast = weight.to(dtype)  # under autocast, which finds nothing more to do then
         ctx.save_for_backward(total, moments, norm_weight, norm_bias, cast)
         ctx.settings = (
@@ -210,32 +288,22 @@ class _NormLinear(torch.autograd.Function):
         total, moments, norm_weight, norm_bias, weight = ctx.saved_tensors
         gelu, dtype, x_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.settings
         rows, width = total.shape
-        device = total.device
-        grad = torch.zeros((rows, len(weight)), dtype=dtype, device=device) if grad is None else grad.contiguous()
-        grad_y = torch.mm(grad, weight)
-        y = torch.empty((rows, width), dtype=dtype, device=device)
-        grad_x = torch.empty((rows, width), dtype=x_dtype, device=device)
-        # The gradient of the residual is that of x, in a dtype of its own.
-        grad_sum = grad_x if residual_dtype in (None, x_dtype) else torch.empty_like(total, dtype=residual_dtype)
-        shape = _shape(width, 2)
-        held = shape[2] * shape[1] * max(total.element_size(), grad_y.element_size())
-        programs = min(-(-rows // shape[2]), PROGRAMS)
-        grad_norm = torch.empty((programs, 2 * width), dtype=torch.float32, device=device)
+        grad = torch.zeros((rows, len(weight)), dtype=dtype, device=total.device) if grad is None else grad.contiguous()
         if grad_total is not None:
             grad_total = grad_total.contiguous()
-        arguments = (
-            total, grad_y, grad_total, norm_weight, norm_bias, moments, grad_x, grad_sum, y, grad_norm, rows,
-        )  # fmt: skip
-        flags = (grad_total is not None, grad_sum is not grad_x, gelu, 3 if held <= 8192 else 1)
-        launch(_norm_backward, (programs,), arguments, (*shape, *flags))
-        grad_norm_weight, grad_norm_bias = _column_sums(grad_norm, norm_weight.dtype).view(2, width).unbind()
+        grad_x, grad_sum, y, grad_norm = normalise_backward(
+            total, torch.mm(grad, weight), grad_total, norm_weight, norm_bias, moments, gelu, x_dtype, residual_dtype
+        )
+        small_dtype = bias_dtype if bias_dtype == norm_weight.dtype else torch.float32
+        sums = column_sums((grad_norm, grad), small_dtype)
+        grad_norm_weight, grad_norm_bias, grad_bias = torch.split_with_sizes(sums, [width, width, len(weight)])
         return (
             grad_x,
             None if residual_dtype is None else grad_sum,
-            grad_norm_weight,
-            grad_norm_bias,
+            grad_norm_weight.to(norm_weight.dtype),
+            grad_norm_bias.to(norm_bias.dtype),
             torch.mm(grad.t(), y).to(weight_dtype) if ctx.needs_input_grad[4] else None,
-            _column_sums(grad, bias_dtype) if ctx.needs_input_grad[5] else None,
+            grad_bias.to(bias_dtype),
             None,
             None,
         )
@@ -256,6 +324,6 @@ def fused_norm_linear(
     ):
         found = _NormLinear.apply(x, residual, norm_weight, norm_bias, weight, bias, norm.eps, gelu)
         return (found, x) if residual is None else found
-    dtype = _compute_dtype(weight)
-    y, total, _ = _normalise(x, residual, norm_weight, norm_bias, norm.eps, gelu, dtype, False)
+    dtype = compute_dtype(weight)
+    y, total, _ = normalise(x, residual, norm_weight, norm_bias, norm.eps, gelu, dtype, False)
     return linear(y, weight.to(dtype), bias.to(dtype)), total

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from longslide.models.slide_encoder.launch import launch
+from longslide.models.slide_encoder.launch import Repeated, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -28,3 +28,13 @@ def test_launches_follow_dtypes_alignments_and_numbers(block: int) -> None:
                     launch(_double, (-(-count // block),), (x, y, count, 2.0), (block,))
                     assert torch.equal(y[:count], 2 * x[:count])
                     assert not y[count:].any()
+
+
+def test_repeated_launches_take_the_arguments_they_are_given() -> None:
+    again = Repeated()
+    for number in range(4):
+        x = torch.arange(64.0, device=DEVICE) + number
+        y = torch.zeros_like(x)
+        again(_double, (2,), (x, y, 48, 2.0 + number), (32,))
+        assert torch.equal(y[:48], (2 + number) * x[:48])
+        assert not y[48:].any()

@@ -49,13 +49,18 @@ def test_gradients_that_are_summed_under_autocast_keep_their_bits() -> None:
     """As where a CUDA graph of the backward is made within the forward's autocast."""
     x = torch.full((3, 1), 1 + 2**-12, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert norm_linear_fused._column_sums(x, torch.float32) == 3 * (1 + 2**-12)
+        assert norm_linear_fused.column_sums((x, x), torch.float32)[1] == 3 * (1 + 2**-12)
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 130, 1024, 1025, 5000])
-def test_columns_are_summed_in_float32_and_rounded_once(rows: int) -> None:
+def test_columns_are_summed_in_float32_and_rounded_once(rows: int, count: int) -> None:
     torch.manual_seed(rows)
-    x = torch.randn(rows, 150, device=DEVICE).bfloat16()
-    sums = norm_linear_fused._column_sums(x, torch.bfloat16)
-    assert sums.dtype == torch.bfloat16
-    torch.testing.assert_close(sums, x.double().sum(0).bfloat16(), rtol=2**-7, atol=1e-3)  # the interpreter truncates
+    matrices = [torch.randn(rows // part + 1, 150 // part, device=DEVICE).bfloat16() for part in range(1, count + 1)]
+    matrices[0] = matrices[0].float()
+    found = norm_linear_fused.column_sums(matrices, torch.bfloat16)
+    for x, sums in zip(matrices, found.split([x.shape[1] for x in matrices]), strict=True):
+        assert sums.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            sums, x.double().sum(0).bfloat16(), rtol=2**-7, atol=1e-3
+        )  # the interpreter truncates

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...launch import launch
+from ...launch import Launch, launch
 from ..windows import Windows
 from .exchange import fetch
 from .layout import LOG2_E, load, run_arrange_grad, shards_of, store_columns, sums_at, tensor_at
@@ -170,13 +170,14 @@ def run_backward(
     causal: bool,
     scale: float,
     windows: Windows | None = None,
+    launch: Launch = launch,
 ) -> None:
     """Write the gradients of q, k and v to three tensors (T, H, D) of one set of strides, heads end to end.
 
     With windows the other ranks' queries and gradients, which those of the keys need, are fetched while those of the
     queries are computed.
     """
-    arranged_grad, sums = run_arrange_grad(grad, arranged, cu_seqlens, out, lse, ratios, scale, windows)
+    arranged_grad, sums = run_arrange_grad(grad, arranged, cu_seqlens, out, lse, ratios, scale, windows, launch)
     tensors = (arranged[0], arranged_grad, sums)[: 3 if sums.numel() else 2]
     fetched = None if windows is None else fetch(windows, *tensors)
     sizes = (

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...launch import launch
+from ...launch import Launch, empty, launch
 from ..windows import Windows
 from .exchange import fetch
 from .layout import LOG2_E, load, shards_of, store_columns, tensor_at
@@ -149,13 +149,14 @@ def run_forward(
     causal: bool,
     scale: float,
     windows: Windows | None = None,
+    launch: Launch = launch,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, H, D) and base-2 log-sum-exp (H, T), +inf where no branch covers a token.
 
     With windows the other ranks' keys and values are fetched, while the blocks run that do without.
     """
-    out = torch.empty(tuple(shape), dtype=arranged.dtype, device=arranged.device)
-    lse = torch.empty((shape[1], shape[0]), dtype=torch.float32, device=arranged.device)
+    out = empty(tuple(shape), arranged.dtype, arranged.device)
+    lse = empty((shape[1], shape[0]), torch.float32, arranged.device)
     grid, z, options, plan = settings(
         shape, arranged.dtype, cu_seqlens, "forward", segment_lengths, ratios, causal, windows
     )

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...launch import launch
+from ...launch import Launch, empty, launch
 from ..windows import Windows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -249,7 +249,13 @@ def _layout(
 
 
 def run_arrange(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, ratios: Sequence[int], windows: Windows | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    ratios: Sequence[int],
+    windows: Windows | None = None,
+    launch: Launch = launch,
 ) -> Tensor:
     """`(3, H, rows, columns)` of q, k and v `(T, H, D)`, see `arrange`."""
     strides = q.stride()
@@ -257,7 +263,7 @@ def run_arrange(
         q, k, v = (x.contiguous() for x in (q, k, v))
         strides = q.stride()
     rows, grid, z = _settings(q.shape, q.dtype, cu_seqlens, ratios, windows)
-    arranged = torch.empty((3, q.shape[1], rows, z.DP), dtype=q.dtype, device=q.device)
+    arranged = empty((3, q.shape[1], rows, z.DP), q.dtype, q.device)
     sizes = (cu_seqlens, shards_of(cu_seqlens, windows), cu_seqlens.shape[0] - 1, rows)
     launch(arrange, grid, (q, k, v, arranged, *sizes, *strides[:2]), (z,))
     return arranged
@@ -272,12 +278,13 @@ def run_arrange_grad(
     ratios: Sequence[int],
     scale: float,
     windows: Windows | None = None,
+    launch: Launch = launch,
 ) -> tuple[Tensor, Tensor]:
     """`(H, rows, columns)` of the output's gradient `(T, H, D)`; and `(H, rows, 2)` log-sum-exps and inner products, of no
     rows where there are columns to spare. See `arrange_grad`."""
     rows, grid, z = _settings(out.shape, out.dtype, cu_seqlens, ratios, windows)
-    arranged_grad = torch.empty(arranged.shape[1:], dtype=out.dtype, device=out.device)
-    sums = torch.empty((out.shape[1], 0 if z.SPARE else rows, 2), dtype=torch.float32, device=out.device)
+    arranged_grad = empty(tuple(arranged.shape[1:]), out.dtype, out.device)
+    sums = empty((out.shape[1], 0 if z.SPARE else rows, 2), torch.float32, out.device)
     sizes = (cu_seqlens, shards_of(cu_seqlens, windows), cu_seqlens.shape[0] - 1, out.shape[0], rows, scale)
     launch(arrange_grad, grid, (grad.contiguous(), out, lse, arranged, arranged_grad, sums, *sizes), (z,))
     return arranged_grad, sums
