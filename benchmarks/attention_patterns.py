@@ -44,7 +44,7 @@ LARGE: dict[str, dict[str, object]] = {
 
 
 def learn(work: Path, patterns: list[str], bags: int, epochs: int, seeds: int) -> None:
-    """Train each pattern with several seeds, and print the AUROC and accuracy of the test bags."""
+    """Train each pattern with several seeds, and print the AUROC and balanced accuracy of the test bags."""
     if not (work / "arrangement").exists():
         write_bags(work / "arrangement", "arrangement", bags)
     print(f"{'pattern':22} {'AUROC':>6} {'accuracy':>9}  of each seed", flush=True)
@@ -57,7 +57,7 @@ def learn(work: Path, patterns: list[str], bags: int, epochs: int, seeds: int) -
                 words += [f"--model.aggregator.{setting}", str(value)]
             table = train(work / "arrangement", "longnet", work / "runs" / f"{name}-{seed}", *words)
             values = table[table["level"] == "patient"].set_index("metric")["value"]
-            found.append((float(values["auroc"]), float(values["accuracy"])))
+            found.append((float(values["auroc"]), float(values["balanced_accuracy"])))
         mean = pd.DataFrame(found).mean()
         each = "  ".join(f"{auroc:.3f} {accuracy:.3f}" for auroc, accuracy in found)
         print(f"{name:22} {mean[0]:6.3f} {mean[1]:9.3f}  {each}", flush=True)
