@@ -1,7 +1,10 @@
 """README and docs name commands, options, files and encoders that exist."""
 
+import ast
 import inspect
 import re
+import tomllib
+from functools import cache
 from pathlib import Path
 
 import longslide
@@ -11,6 +14,8 @@ from lightning import Trainer
 from longslide.data.cohort.augmentation import Augmentation
 from longslide.models.tile_encoder.encoder import create_tile_encoder, load_tile_encoder_spec
 from longslide.pipeline.cli import COMMANDS, command_parser
+from longslide.pipeline.report.wording import METRIC_NAMES
+from longslide.pipeline.train.settings import list_recipes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,3 +80,67 @@ def test_the_example_of_an_encoder_is_one(tmp_path: Path) -> None:
     (tmp_path / "my-encoder.yaml").write_text(content)
     assert load_tile_encoder_spec(str(tmp_path / "my-encoder.yaml")).dim == 384
     assert create_tile_encoder(str(tmp_path / "my-encoder.yaml"), checkpoint="random").dim == 384
+
+
+@cache
+def texts_in_the_code() -> list[str]:
+    """Every text of the package; what is put into one at run time is `…`."""
+    folders = ("data", "models", "evaluation", "pipeline")
+    files = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    texts = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return texts
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_that_the_code_says() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(messages) >= 10
+    for message in messages:
+        parts = [re.escape(part) for part in message.split("…")]
+        pattern = re.compile(".*".join(parts), re.DOTALL)
+        assert any(pattern.search(text) for text in texts_in_the_code()), message
+
+
+def test_the_glossary_defines_every_metric() -> None:
+    page = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(METRIC_NAMES)
+
+
+def test_the_page_of_questions_names_recipes_that_exist_and_its_arithmetic_is_right() -> None:
+    page = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"--config ([\w-]+)", page))
+    assert {"binary", "survival", "gigapath"} <= named <= set(list_recipes("fit"))
+    [block] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "questions.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_the_documentation_is_python_and_uses_names_that_exist(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "longslide":
+                assert hasattr(longslide, node.attr), f"longslide.{node.attr}"
+
+
+def test_the_badges_are_true() -> None:
+    readme, project = (
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        tomllib.loads((ROOT / "pyproject.toml").read_text()),
+    )
+    versions = [c.split(" :: ")[-1] for c in project["project"]["classifiers"] if "Python :: 3." in c]
+    badges = re.findall(r"img\.shields\.io/badge/(\w+)-(.*?)-blue", readme)
+    assert dict(badges) == {
+        "python": f"{versions[0]}_to_{versions[-1]}",
+        "licence": project["project"]["license"].replace("-", "--"),
+        "types": "mypy_strict" if project["tool"]["mypy"]["strict"] else "",
+        "style": "ruff",
+    }
+    assert project["project"]["requires-python"] == f">={versions[0]}"
