@@ -2,17 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from rich.console import Console
 from rich.progress import track
 
-from ...data.features.feature_file import read_features
+from ...data.features.feature_file import Features, read_features
 from ...errors import LongslideError
 from ...ranges import checked
 from ..batch.ledger import make_output_folder
 from ..embed.slide_embedding import find_feature_files
 from .layouts import WRITERS, Target
 from .slide_encoder import Exported, export_slide_encoder
+from .spatial import SPATIAL_WRITERS, Thumbnail, read_scores, read_thumbnail
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def export(
     features: str | Path | list[str | Path] | None = None,
     to: Target | None = None,
     encoder: str | None = None,
+    scores: str | Path | None = None,
 ) -> "list[Exported] | list[ExportedFeatures]":
     """Write a trained slide encoder in the layout in which they are published, or feature files in that of another tool.
 
@@ -55,8 +58,9 @@ def export(
             features a folder.
         name: The slide encoder's name, recorded in feature files. Default: the stem of `output`.
         features: Feature files, or folders of them, of any layout that `read_features` takes.
-        to: Whose layout: `trident`, `clam`, `stamp` or `spatialdata`.
+        to: Whose layout: `trident`, `clam`, `stamp`, `anndata` or `spatialdata`.
         encoder: Which tile encoder's features, of files of AtlasPatch that hold several.
+        scores: The folder of `predict --explain`, whose scores of the tiles go into `anndata` and `spatialdata`.
 
     Returns:
         What was written: of a checkpoint, or of each feature file.
@@ -72,11 +76,15 @@ def export(
     if output is None:
         raise LongslideError("export needs --output: the weights file, or the folder of the features")
     if checkpoint is not None:
-        if to is not None or encoder is not None:
-            raise LongslideError("--to and --encoder go with --features, not with --checkpoint")
+        if to is not None or encoder is not None or scores is not None:
+            raise LongslideError("--to, --encoder and --scores go with --features, not with --checkpoint")
         return [export_slide_encoder(Path(checkpoint), Path(output), name)]
     if to is None:
-        raise LongslideError(f"--features needs --to: {', '.join(WRITERS)}")
+        raise LongslideError(f"--features needs --to: {', '.join(get_args(Target))}")
+    if scores is not None and to not in SPATIAL_WRITERS:
+        raise LongslideError(f"--scores goes with --to {' or '.join(SPATIAL_WRITERS)}; {to} has no place for scores")
+    if scores is not None and not (Path(scores) / "slides").is_dir():
+        raise LongslideError(f"{scores}: no results of `predict --explain`, which have a folder `slides`")
     if name is not None:
         raise LongslideError("--name is that of a slide encoder: it goes with --checkpoint")
     assert features is not None
@@ -90,10 +98,24 @@ def export(
     done: list[ExportedFeatures] = []
     for path in track(files, f"exporting to {to}", console=console, transient=True, disable=not console.is_terminal):
         try:
-            written = WRITERS[to](read_features(path, encoder=encoder), Path(output))
+            content = read_features(path, encoder=encoder)
+            if to == "anndata" or to == "spatialdata":
+                of_tiles = None if scores is None else read_scores(Path(scores), content)
+                written = [SPATIAL_WRITERS[to](content, Path(output), of_tiles, _picture(content, console))]
+            else:
+                written = WRITERS[to](content, Path(output))
             done.append(ExportedFeatures(path, tuple(written)))
         except LongslideError as error:
             done.append(ExportedFeatures(path, problem=str(error)))
             console.print(f"failed  {path.stem}  {error}", markup=False)
     print(f"{sum(one.ok for one in done)} of {len(done)} feature files exported to {output} for {to}")
     return done
+
+
+def _picture(features: Features, console: Console) -> Thumbnail | None:
+    """A picture of the slide; None, with a word, where it cannot be had."""
+    try:
+        return read_thumbnail(features)
+    except LongslideError as error:
+        console.print(f"{features.slide_id}: without a picture: {error}", markup=False)
+        return None

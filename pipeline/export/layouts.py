@@ -1,11 +1,9 @@
-"""Feature files in the layouts of TRIDENT, CLAM, STAMP and SpatialData, as their own code reads them."""
+"""Feature files in the layouts of TRIDENT, CLAM and STAMP, as their own code reads them."""
 
 import io
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -14,10 +12,7 @@ from ...data.features.feature_file import Features, magnifications
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 
-if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
-
-Target = Literal["trident", "clam", "stamp", "spatialdata"]
+Target = Literal["trident", "clam", "stamp", "anndata", "spatialdata"]
 
 _TRIDENT_NAMES = {
     "h-optimus-0": "hoptimus0",
@@ -34,7 +29,7 @@ _STAMP_SINCE = "2.1.0"  # the first version whose files say `tile_size_um`
 
 def write_trident(features: Features, output: Path) -> list[Path]:
     """`features_<encoder>/<slide_id>.h5` and `patches/<slide_id>_patches.h5`, as in the folder of a patching of TRIDENT."""
-    _need_level0(features, "trident")
+    need_level0(features, "trident")
     encoder = features.encoder or "features"
     folder = output / f"features_{_TRIDENT_NAMES.get(encoder, encoder)}"
     attributes: dict[str, Any] = {
@@ -62,7 +57,7 @@ def write_clam(features: Features, output: Path) -> list[Path]:
     """
     import torch
 
-    _need_level0(features, "clam")
+    need_level0(features, "clam")
     values = features.features.astype(np.float32)
     attributes: dict[str, Any] = {"name": features.slide_id, "save_path": str(output)}
     level, coarser = features.settings.get("patch_level"), features.settings.get("custom_downsample")
@@ -103,62 +98,16 @@ def write_stamp(features: Features, output: Path) -> list[Path]:
     return [_write(path, {"coords": (coords, {}), "feats": (features.features, {})}, facts)]
 
 
-def write_spatialdata(features: Features, output: Path) -> list[Path]:
-    """`<slide_id>.zarr`, a SpatialData object in level-0 pixels.
-
-    Its table `features` is `Features.to_anndata` with the embeddings in `obsm["features"]`; it annotates the shapes `tiles`,
-    the squares; the shapes `tissue` are the contours.
-    """
-    try:
-        import geopandas
-        import shapely
-        from anndata import AnnData
-        from spatialdata import SpatialData
-        from spatialdata.models import ShapesModel, TableModel
-    except ModuleNotFoundError as error:
-        raise LongslideError("--to spatialdata needs the package: pip install 'longslide[spatialdata]'") from error
-
-    _need_level0(features, "spatialdata")
-    table = features.to_anndata()
-    size = features.tile_size_level0 or features.step_level0
-    table = AnnData(
-        obs=table.obs.assign(region="tiles", instance=np.arange(len(table))).astype({"region": "category"}),
-        obsm={"spatial": table.obsm["spatial"], "features": features.features},
-        uns=table.uns,
-    )
-    squares = shapely.box(*features.coords.T, *(features.coords + size).T)
-    shapes: dict[str, GeoDataFrame] = {"tiles": ShapesModel.parse(geopandas.GeoDataFrame(geometry=squares))}
-    if features.tissue is not None:
-        contours = shapely.get_parts(shapely.from_geojson(features.tissue))
-        if len(contours):
-            shapes["tissue"] = ShapesModel.parse(geopandas.GeoDataFrame(geometry=list(contours)))
-    content = SpatialData(
-        shapes=shapes,
-        tables={"features": TableModel.parse(table, region="tiles", region_key="region", instance_key="instance")},
-    )
-    path = output / f"{features.slide_id}.zarr"
-    temporary = output / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        content.write(temporary)
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except OSError as error:
-        raise LongslideError(f"{path}: cannot write it ({error.strerror or error}); choose another --output") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return [path]
-
-
-WRITERS: dict[Target, Callable[[Features, Path], list[Path]]] = {
+WRITERS: dict[Literal["trident", "clam", "stamp"], Callable[[Features, Path], list[Path]]] = {
     "trident": write_trident,
     "clam": write_clam,
     "stamp": write_stamp,
-    "spatialdata": write_spatialdata,
 }
 """Writes a slide's features into a folder, and says which files it wrote."""
 
 
-def _need_level0(features: Features, target: str) -> None:
+def need_level0(features: Features, target: str) -> None:
+    """Refuse coordinates that are not level-0 pixels."""
     if features.layout == "stamp":
         raise LongslideError(
             f"{features.slide_id}: a file of STAMP holds microns; {target} needs level-0 pixels; embed the slide here"

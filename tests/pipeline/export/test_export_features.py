@@ -107,22 +107,6 @@ def test_stamp_gets_microns_and_gives_the_same_cells_back(folder: Path, features
     assert "holds microns; clam needs level-0 pixels" in refused.problem
 
 
-def test_spatialdata_has_tiles_as_observations_of_squares(folder: Path, features: Features, tmp_path: Path) -> None:
-    spatialdata = pytest.importorskip("spatialdata")
-    [done] = export(features=folder, output=tmp_path, to="spatialdata")
-    [done] = export(features=folder, output=tmp_path, to="spatialdata")  # replaces what is there
-    content = spatialdata.read_zarr(done.files[0])
-    table = content.tables["features"]
-    np.testing.assert_array_equal(table.obsm["features"], features.features)
-    size = features.tile_size_level0
-    np.testing.assert_array_equal(table.obsm["spatial"], features.coords + size / 2)
-    squares = content.shapes["tiles"].geometry
-    assert (squares.area == size**2).all()
-    bounds = squares.bounds.to_numpy()
-    np.testing.assert_array_equal(bounds[:, :2], features.coords)
-    assert len(content.shapes["tissue"])
-
-
 def test_a_file_that_cannot_be_exported_does_not_end_the_others(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.h5").write_bytes(b"no HDF5")
@@ -138,8 +122,13 @@ def test_a_file_that_cannot_be_exported_does_not_end_the_others(folder: Path, tm
         ({}, "one of --checkpoint .* and --features"),
         ({"checkpoint": "a.ckpt", "features": "x"}, "one of --checkpoint"),
         ({"features": "x", "to": "clam"}, "needs --output"),
-        ({"features": "x", "output": "y"}, "--features needs --to: trident, clam, stamp, spatialdata"),
-        ({"checkpoint": "x", "output": "y", "to": "clam"}, "--to and --encoder go with --features"),
+        ({"features": "x", "output": "y"}, "--features needs --to: trident, clam, stamp, anndata, spatialdata"),
+        ({"checkpoint": "x", "output": "y", "to": "clam"}, "--to, --encoder and --scores go with --features"),
+        (
+            {"features": "x", "output": "y", "to": "clam", "scores": "z"},
+            "--scores goes with --to anndata or spatialdata",
+        ),
+        ({"features": "x", "output": "y", "to": "anndata", "scores": "z"}, "z: no results of `predict --explain`"),
         ({"features": "x", "output": "y", "to": "clam", "name": "z"}, "--name is that of a slide encoder"),
     ],
 )
