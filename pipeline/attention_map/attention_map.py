@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 
     from ...data.features.feature_file import Features
     from ...models.slide_encoder.attention_pattern import Pattern
+    from .seen import Rule
 
 FORMATS = (".png", ".svg", ".pdf")
 
-MAX_TOKENS = 1024
-"""More would be smaller than the picture's pixels."""
+MOST_TOKENS = 4_194_304
+"""More would take minutes and gigabytes to count."""
 
 
 @dataclass(frozen=True)
@@ -127,24 +128,27 @@ def attention_map(
         name, what = ("tile", "tile of a slide") if tile is not None else ("checkpoint", "model that looks at a slide")
         raise LongslideError(f"--{name} is a {what}: give its feature file as --slide")
     from .figure import MAX_BRANCHES, draw_attention_map
+    from .seen import MOST_POINTS, dense_pairs, see_blocks, see_every_pair
 
     tokens, heads = 64 if tokens is None else tokens, 4 if heads is None else heads
     segment_lengths, dilated_ratios = segment_lengths or [16, 32, 64], dilated_ratios or [1, 2, 4]
     branches = _branches(segment_lengths, dilated_ratios) if pattern == "dilated" else ()
     if len(branches) > MAX_BRANCHES:
         raise LongslideError(f"{len(branches)} branches are more than the {MAX_BRANCHES} that can be distinguished")
-    if not 1 <= tokens <= MAX_TOKENS or heads < 1:
+    if not 1 <= tokens <= MOST_TOKENS or heads < 1:
         raise LongslideError(
-            f"--tokens {tokens} and --heads {heads}: a picture takes 1 to {MAX_TOKENS:,} tokens and a head or more; draw "
-            "longer sequences with tokens and segments divided by one number, or a whole slide with --slide"
+            f"--tokens {tokens} and --heads {heads}: a picture takes 1 to {MOST_TOKENS:,} tokens and a head or more"
         )
-    seen = visible_keys(tokens, heads, pattern, causal, branches=branches, **settings)
+    if tokens <= MOST_POINTS:
+        seen = see_every_pair(visible_keys(tokens, heads, pattern, causal, branches=branches, **settings), causal)
+    else:
+        period_of = {"dilated": math.lcm(*(ratio for _, ratio in branches)), "strided": max(period, 1)}
+        seen = see_blocks(_rule(tokens, heads, pattern, causal, branches, settings), causal, period_of.get(pattern, 1))
 
     def pairs(length: int) -> int:
         return sum(scored_pairs(length, heads, pattern, causal, branches=branches, **settings))
 
-    dense = sum(scored_pairs(tokens, 1, "dense", causal))
-    result = AttentionMap(output, pairs(tokens) / (heads * dense), float(seen.any((0, 1)).sum()) / dense)
+    result = AttentionMap(output, pairs(tokens) / (heads * dense_pairs(tokens, causal)), seen.share)
 
     names = {
         "dilated": "Dilated attention (LongNet)",
@@ -154,7 +158,7 @@ def attention_map(
     }
     title = names.get(pattern, f"{pattern.capitalize()} attention")
     labels = {
-        "dilated": [f"segments of {length}, {_every(ratio)}" for length, ratio in branches],
+        "dilated": [f"segments of {length:,}, {_every(ratio)}" for length, ratio in branches],
         "dense": [_every(1)],
         "sliding-window": [f"within {window} tokens"],
         "strided": [_every(period or 1)],
@@ -162,12 +166,36 @@ def attention_map(
         "learned": [f"its block of {block_size}, {chosen_blocks} chosen"],
     }[pattern]
     lengths = [length for length, _ in branches]
-    _save(draw_attention_map(seen, title, labels, lengths, causal, result.share, result.seen, pairs), output)
+    _save(draw_attention_map(seen, title, labels, lengths, causal, result.share, pairs), output)
     print(
         f"{output}: each head scores {result.share:.1%} of dense attention's query-key pairs; all heads together see "
-        f"{result.seen:.1%} of them"
+        f"{'about ' * (seen.block > 1)}{result.seen:.1%} of them"
     )
     return result
+
+
+def _rule(
+    tokens: int,
+    heads: int,
+    pattern: str,
+    causal: bool,
+    branches: Sequence[tuple[int, int]],
+    settings: dict[str, int],
+) -> "Rule":
+    """A pattern by its rule, its settings checked as the attention function does."""
+    from ...models.slide_encoder.attention_pattern import check_pattern
+    from .seen import Chosen, Classes, Near
+
+    check_pattern(pattern, **settings)
+    window = settings["window"]
+    if pattern == "sliding-window":
+        return Near(tokens, heads, window, causal)
+    if pattern == "random":
+        random = (settings["global_tokens"], settings["random_keys"], settings["pattern_seed"])
+        return Near(tokens, heads, window, causal, *random)
+    if pattern == "learned":
+        return Chosen(tokens, heads, settings["block_size"], settings["chosen_blocks"], causal)
+    return Classes(tokens, heads, branches, causal, settings["period"] if pattern == "strided" else 1)
 
 
 def _branches(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]) -> tuple[tuple[int, int], ...]:

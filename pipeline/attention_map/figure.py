@@ -8,6 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from .seen import Seen, dense_pairs
 
 MAX_HEADS_SHOWN = 16
 
@@ -19,32 +22,30 @@ INK = "#222222"
 
 
 def draw_attention_map(
-    seen: np.ndarray,
+    seen: Seen,
     pattern: str,
     labels: Sequence[str],
     segment_lengths: Sequence[int],
     causal: bool,
     share: float,
-    seen_share: float,
     pairs: Callable[[int], int],
 ) -> Figure:
     """Draw which keys each query sees.
 
     Args:
-        seen: `(branches, heads, L, L)` bool, whether a branch shows a query (third) a key (last); one for patterns without.
+        seen: Which keys queries see.
         pattern: The pattern's name, for the title.
         labels: What each branch sees, in words.
         segment_lengths: Tokens of a segment of each branch of dilated attention; else empty.
         causal: Whether later keys are hidden.
         share: Query-key pairs that are scored, as a share of dense attention's.
-        seen_share: Query-key pairs that some head sees, as such a share.
         pairs: The pairs that all heads score at a number of tokens.
 
     Returns:
         The figure.
     """
-    heads, tokens = seen.shape[1:3]
-    groups = _alike(seen)
+    heads, tokens = seen.heads.shape[1], seen.tokens
+    groups = _alike(seen.heads)
     rows = math.ceil(min(len(groups), MAX_HEADS_SHOWN) / 4) if len(groups) > 1 else 0  # heads that are alike: no row
     heights = [0.75, 1.15 + 0.34 * len(labels), 3.35 * rows + 0.5 * (rows > 0), 6.1]
     layout = ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.08)
@@ -53,15 +54,16 @@ def draw_attention_map(
     head, top, *middle, bottom = strips
     title = f"{pattern}: which keys each query sees"
     head.text(0.5, 0.66, title, fontsize=16, fontweight="bold", color=INK, ha="center", va="center")
-    facts = f"{tokens} tokens, {heads} head{'s' * (heads > 1)}, " + (
+    facts = f"{tokens:,} tokens, {heads} head{'s' * (heads > 1)}, " + (
         "causal: no query sees a later key" if causal else "not causal: queries see later keys too"
     )
+    if seen.block > 1:
+        facts += f"; a point is {seen.block:,} x {seen.block:,} pairs, the stronger the more of them are seen"
     head.text(0.5, 0.2, facts, fontsize=11.5, color=INK, ha="center", va="center")
-    query = _telling_query(seen)
-    _draw_one_query(top, seen, query, labels, segment_lengths, causal)
+    _draw_one_query(top, seen, labels, segment_lengths, causal)
     if rows:
-        _draw_heads(middle[0], seen, query, groups, rows, segment_lengths)
-    _draw_together(bottom, seen, query, labels, share, seen_share, pairs, causal, 2 + (rows > 0))
+        _draw_heads(middle[0], seen, groups, rows, segment_lengths)
+    _draw_together(bottom, seen, labels, share, pairs, causal, 2 + (rows > 0))
     return figure
 
 
@@ -77,51 +79,47 @@ def _rgb(colour: str) -> np.ndarray:
     return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
 
 
-def _picture(seen: np.ndarray) -> np.ndarray:
-    """(branches, L, L) -> (L, L, 3): each pair in the colour of the first branch that sees it."""
-    picture = np.broadcast_to(_rgb(NOTHING), (*seen.shape[1:], 3)).copy()
-    for branch in reversed(range(len(seen))):
-        picture[seen[branch]] = _rgb(COLOURS[branch])
+def _picture(shares: np.ndarray) -> np.ndarray:
+    """(branches, ...) -> (..., 3): where all is seen the colour of the first branch that sees it, else a paler one.
+
+    Colours are as strong as the root of the share: one pair of 256, of every 16th token, is still to be seen.
+    """
+    picture = np.broadcast_to(_rgb(NOTHING), (*shares.shape[1:], 3)).copy()
+    for branch in reversed(range(len(shares))):
+        strength = np.sqrt(shares[branch])[..., None]
+        picture += strength * (_rgb(COLOURS[branch]) - picture)
     return picture
 
 
-def _telling_query(seen: np.ndarray) -> int:
-    """The query to explain by: in the later half, where a causal one sees something too, one that most branches cover."""
-    tokens = seen.shape[2]
-    covered = seen[:, 0].diagonal(axis1=1, axis2=2).sum(0)[tokens // 2 :]
-    covered = covered * tokens + seen[:, 0].any(0).sum(1)[tokens // 2 :]  # of these, one that sees the most keys
-    best = np.flatnonzero(covered == covered.max())
-    return int(tokens // 2 + best[len(best) // 3])
-
-
 def _draw_one_query(
-    figure: Any, seen: np.ndarray, query: int, labels: Sequence[str], segment_lengths: Sequence[int], causal: bool
+    figure: Any, seen: Seen, labels: Sequence[str], segment_lengths: Sequence[int], causal: bool
 ) -> None:
     """A strip of tokens for each branch: those kept, and those that one query sees."""
-    tokens = seen.shape[2]
-    kept = seen[:, 0].diagonal(axis1=1, axis2=2)  # a token that takes part sees itself
+    tokens, query = seen.tokens, seen.query
     axes: Axes = figure.subplots()
     for row, label in enumerate(labels):
-        strip = np.broadcast_to(_rgb(NOTHING), (tokens, 3)).copy()
+        keys, kept = (_blocks(one[row], seen.block)[:, None] for one in (seen.keys, seen.kept))
+        strip = np.broadcast_to(_rgb(NOTHING), (len(keys), 3)).copy()
         if segment_lengths:
-            strip[kept[row]] = 0.72 + 0.28 * _rgb(COLOURS[row])
-        strip[seen[row, 0, query]] = _rgb(COLOURS[row])
+            strip += np.sqrt(kept) * (0.72 + 0.28 * _rgb(COLOURS[row]) - strip)
+        strip += np.sqrt(keys) * (_rgb(COLOURS[row]) - strip)
         axes.imshow(
             strip[None], extent=(-0.5, tokens - 0.5, row + 0.36, row - 0.36), aspect="auto", interpolation="none"
         )
         if segment_lengths:
-            for start in range(0, tokens + 1, min(segment_lengths[row], tokens)):
-                axes.plot([start - 0.5] * 2, [row - 0.46, row + 0.46], color=INK, linewidth=1.6)
+            bars = np.arange(0, tokens + 1, min(segment_lengths[row], tokens)) - 0.5
+            axes.vlines(bars, row - 0.46, row + 0.46, color=INK, linewidth=min(1.6, 300 / len(bars)))
         axes.text(-0.022 * tokens - 0.5, row, label, ha="right", va="center", fontsize=10.5, color=INK)
         axes.plot(-0.012 * tokens - 0.5, row, marker="s", markersize=8, color=COLOURS[row], clip_on=False)
     if tokens <= 128:
         axes.vlines(np.arange(tokens - 1) + 0.5, -0.5, len(labels) - 0.5, color="white", linewidth=0.8, zorder=1.5)
     axes.plot([query], [-0.62], marker="v", color=INK, markersize=8, clip_on=False)
-    axes.text(query, -0.86, f"query {query}", ha="center", va="bottom", fontsize=10, color=INK)
+    axes.text(query, -0.86, f"query {query:,}", ha="center", va="bottom", fontsize=10, color=INK)
     axes.set_xlim(-0.5, tokens - 0.5)
     axes.set_ylim(len(labels) - 0.45, -1.15)
     axes.set_yticks([])
     axes.tick_params(labelsize=9)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("token", fontsize=10)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -137,16 +135,13 @@ def _draw_one_query(
     figure.suptitle(text, x=0.012, ha="left", fontsize=11.5, color=INK)
 
 
-def _draw_heads(
-    figure: Any, seen: np.ndarray, query: int, groups: list[list[int]], rows: int, segment_lengths: Sequence[int]
-) -> None:
+def _draw_heads(figure: Any, seen: Seen, groups: list[list[int]], rows: int, segment_lengths: Sequence[int]) -> None:
     """The matrix of each kind of heads."""
     shown = groups[:MAX_HEADS_SHOWN]
     grid = figure.subplots(rows, 4, squeeze=False)
     for axes, group in zip(grid.flat, shown, strict=False):
         name = f"heads {group[0]} to {group[-1]}" if len(group) > 1 else f"head {group[0]}"
-        marked = query if 0 in group else None
-        _draw_matrix(axes, seen[:, group[0]], name, marked, labelled=axes in grid[:, 0])
+        _draw_matrix(axes, seen, seen.heads[:, group[0]], name, marked=0 in group, labelled=axes in grid[:, 0])
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
     text = "2   Each head: a row is a query, a column a key. "
@@ -161,21 +156,19 @@ def _draw_heads(
 
 def _draw_together(
     figure: Any,
-    seen: np.ndarray,
-    query: int,
+    seen: Seen,
     labels: Sequence[str],
     share: float,
-    seen_share: float,
     pairs: Callable[[int], int],
     causal: bool,
     number: int,
 ) -> None:
     """The matrix of all heads, and the work beside dense attention's."""
-    heads, tokens = seen.shape[1:3]
+    heads, tokens = seen.heads.shape[1], seen.tokens
     matrix, side = figure.subfigures(1, 2, width_ratios=[6.4, 6.6])
     axes = matrix.subplots()
-    _draw_matrix(axes, np.asarray(seen.any(1)), "", query, labelled=True)
-    title = "All heads together" if number > 2 else "Every head: a row is a query, a column a key"
+    _draw_matrix(axes, seen, seen.together, "", marked=True, labelled=True)
+    title = "All heads together" if number > 2 or seen.block > 1 else "Every head: a row is a query, a column a key"
     if len(labels) > 1:
         title += ": dense nearby, sparser farther away"
     matrix.suptitle(f"{number}   {title}", x=0.024, ha="left", fontsize=11.5, color=INK)
@@ -184,10 +177,10 @@ def _draw_together(
         f"{number + 1}   The work: query-key pairs that are scored", x=0.012, ha="left", fontsize=11.5, color=INK
     )
 
-    dense = tokens * (tokens + 1) / 2 if causal else tokens * tokens
+    dense = dense_pairs(tokens, causal)
     left = 0.0
     for branch in range(len(labels)):
-        part = seen[branch].sum() / (heads * dense)
+        part = seen.pairs[branch] / (heads * dense)
         bars.barh(0, part, left=left, color=COLOURS[branch], edgecolor="white")
         left += part
     bars.barh(1, 1, color="#BBBBBB", edgecolor="white")
@@ -197,8 +190,12 @@ def _draw_together(
     bars.set_xlim(0, max(1.12, 1.12 * left))
     bars.set_ylim(1.6, -0.6)
     bars.set_xticks([])
+    about = "about " if seen.block > 1 else ""
     bars.set_title(
-        f"at {tokens} tokens; all heads together see {seen_share:.1%} of all pairs", loc="left", fontsize=10, color=INK
+        f"at {tokens:,} tokens; all heads together see {about}{seen.share:.1%} of all pairs",
+        loc="left",
+        fontsize=10,
+        color=INK,
     )
     for spine in bars.spines.values():
         spine.set_visible(False)
@@ -222,14 +219,27 @@ def _draw_together(
         growth.spines[side_name].set_visible(False)
 
 
-def _draw_matrix(axes: Axes, seen: np.ndarray, title: str, query: int | None, *, labelled: bool) -> None:
-    axes.imshow(_picture(seen), interpolation="antialiased")  # many tokens would be moire
-    if query is not None:
-        edge = seen.shape[2] * 1.012 - 0.5
-        axes.plot(edge, query, marker="<", color=INK, markersize=6, clip_on=False)
-        axes.set_xlim(-0.5, seen.shape[2] - 0.5)
+def _draw_matrix(axes: Axes, seen: Seen, shares: np.ndarray, title: str, *, marked: bool, labelled: bool) -> None:
+    """A matrix of shares, the query to explain by marked at its edge."""
+    tokens = seen.tokens
+    extent = (-0.5, shares.shape[2] * seen.block - 0.5, shares.shape[1] * seen.block - 0.5, -0.5)
+    axes.imshow(_picture(shares), extent=extent, interpolation="antialiased")
+    if marked:
+        axes.plot(tokens * 1.012 - 0.5, seen.query, marker="<", color=INK, markersize=6, clip_on=False)
+    axes.set_xlim(-0.5, tokens - 0.5)
+    axes.set_ylim(tokens - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:,.0f}")
     axes.set_title(title, fontsize=10.5, color=INK)
     axes.tick_params(labelsize=8)
     axes.set_xlabel("key", fontsize=10)
     if labelled:
         axes.set_ylabel("query", fontsize=10)
+
+
+def _blocks(flags: np.ndarray, size: int) -> np.ndarray:
+    """`(L,)` bool -> the share that is true in each block of so many."""
+    starts = np.arange(0, len(flags), size)
+    return np.asarray(np.add.reduceat(flags.astype(np.float64), starts) / np.minimum(size, len(flags) - starts))
