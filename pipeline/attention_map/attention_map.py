@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".svg", ".pdf")
 
-MOST_TOKENS = 4_194_304
+MOST_TOKENS = 2**20
 """More would take minutes and gigabytes to count."""
 
 

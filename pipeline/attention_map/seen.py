@@ -14,6 +14,9 @@ then a block of queries and keys."""
 SAMPLE = 256
 """Queries of a long sequence whose keys are counted, for the share that all heads see together."""
 
+QUERIES_AT_A_TIME = 65_536
+"""Of random keys, which take memory."""
+
 DIM = 16
 """Width of the random tokens for which the pattern `learned` chooses."""
 
@@ -249,8 +252,9 @@ class Near:
         """See `Rule`."""
         near: np.ndarray = self._intervals(self._first, self._last, block)
         near += self._intervals(np.zeros_like(self._first), self._global - 1, block)
-        query, key = self._random(head)
-        np.add.at(near, (query // block, key // block), 1)
+        for start in range(0, self.tokens, QUERIES_AT_A_TIME):
+            query, key = self._random(head, np.arange(start, min(start + QUERIES_AT_A_TIME, self.tokens)))
+            np.add.at(near, (query // block, key // block), 1)
         return near
 
     def row(self, branch: int, head: int | None, query: int) -> np.ndarray:
@@ -261,7 +265,7 @@ class Near:
         seen[self._random(head, np.array([query]))[1]] = True
         return seen
 
-    def _random(self, head: int | None, queries: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def _random(self, head: int | None, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Query and key of each random pair that is no other pair too; of several heads each pair once."""
         if not self._random_keys:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -269,7 +273,6 @@ class Near:
 
         from ...models.slide_encoder.random_attention import random_key_positions
 
-        queries = np.arange(self.tokens) if queries is None else queries
         position, is_one = random_key_positions(
             torch.from_numpy(queries), self.heads, self.tokens, self._random_keys, self._seed, self._causal
         )

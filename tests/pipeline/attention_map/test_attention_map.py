@@ -113,7 +113,7 @@ def test_every_pattern_can_be_drawn(settings: dict[str, object], tmp_path: Path)
         ({"dilated_ratios": [1, 2, 0]}, "--dilated-ratios 0 must be at least 1"),
         ({"segment_lengths": [4] * 9, "dilated_ratios": [1] * 9}, "9 branches"),
         ({"tokens": 0}, "--tokens 0"),
-        ({"tokens": 70_000_000}, "a picture takes 1 to 4,194,304 tokens"),
+        ({"tokens": 70_000_000}, "a picture takes 1 to 1,048,576 tokens"),
         ({"heads": 0}, "--heads 0"),
         ({"pattern": "strided"}, "needs a period"),
         ({"pattern": "sparse"}, "'sparse' is none of"),
