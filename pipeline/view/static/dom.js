@@ -22,6 +22,12 @@ export function say(text) {
   place.hidden = !text;
 }
 
+// What to look at of a slide, each once: a job's remark repeats the warnings, and why a slide failed is said already.
+export function notesOn(slide) {
+  const said = new Set([`${slide.status}: ${slide.reason}`, slide.warnings.join("; ")]);
+  return [...slide.warnings, ...slide.odd.filter((text) => !said.has(text) && !slide.warnings.includes(text))];
+}
+
 export function number(value, digits = 3) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   return Number(value.toPrecision(digits)).toLocaleString("en", { maximumFractionDigits: 6 });

@@ -1,7 +1,7 @@
 // The list of slides: search, filters, order; rows are made as they come into sight.
 
 import { json, slidePath } from "./api.js";
-import { byId, element, number, say } from "./dom.js";
+import { byId, element, notesOn, number, say } from "./dom.js";
 
 const PAGE = 60;
 
@@ -50,7 +50,7 @@ function row(slide) {
     slide.tiles !== null ? `${slide.tiles.toLocaleString("en")}\u00a0tiles` : "",
     slide.tissue_mm2 !== null ? `${number(slide.tissue_mm2)}\u00a0mm²` : "",
   ].filter(Boolean);
-  const notes = [...new Set([...slide.warnings, ...slide.odd])];
+  const notes = notesOn(slide);
   if (slide.seen) notes.unshift("seen in training: this is no test");
   const link = element(
     "a",

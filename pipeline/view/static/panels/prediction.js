@@ -1,6 +1,6 @@
 // What was predicted, how surely, and what makes it doubtful.
 
-import { element, number } from "../dom.js";
+import { element, notesOn, number } from "../dom.js";
 
 export function predictionPanel(page) {
   const { info } = page;
@@ -28,7 +28,7 @@ export function predictionPanel(page) {
   } else if (info.status && info.status !== "done") {
     content.append(element("p", { className: "bad", textContent: `${info.status}: ${info.reason}` }));
   }
-  const notes = [...new Set([...info.warnings, ...info.odd, ...info.remarks])];
+  const notes = [...notesOn(info), ...info.remarks];
   if (info.seen) notes.unshift("This slide was in the training or validation part of the model: this is no test.");
   for (const note of notes) content.append(element("p", { className: "warning", textContent: note }));
   return content.childElementCount ? { title: info.prediction !== null ? "Prediction" : "Remarks", content } : null;
