@@ -9,11 +9,11 @@ from typing import Any
 
 from ...data.slides.base import without_suffix
 from ...data.slides.slide_table import find_slides, slide_ids
-from ...data.table import SLIDE_COLUMNS, find_column, is_table, plain_name, read_rows, read_table, typed
+from ...data.table import SLIDE_COLUMNS, find_column, is_table, plain_name, read_records, read_table, typed
 from ...errors import LongslideError
 from ...prediction_columns import PredictionColumns
 from ...task import CLASSIFICATION, Task
-from ..batch.ledger import SUMMARY
+from ..batch.ledger import SUMMARY, read_summary
 from ..embed.contact_sheet import oddities
 from ..predict.prediction import PREDICTIONS, Prediction, of_row, read_json
 from ..report.run_folder import RUN_FACTS, read_run
@@ -153,7 +153,7 @@ class _Reading:
             self._add_run(path)
             return
         features = _feature_files(path)
-        summary = read_rows(path / SUMMARY) if path.is_dir() else []
+        summary = _summary_of(path)
         if summary or features:
             self._add_features(features)
             self._add_job(path, summary)
@@ -192,7 +192,14 @@ class _Reading:
                 slide.features += [beside, Path(row["features"])] if row.get("features") else [beside]
         first = next((slide for slide in self.slides.values() if folder in slide.results), None)
         if first is not None:
-            self._add_predictions(folder, Task.from_dict(read_json(folder / f"{first.slide_id}.json")["task"]))
+            path = folder / f"{first.slide_id}.json"
+            try:
+                task = Task.from_dict(read_json(path)["task"])
+            except (KeyError, TypeError) as error:
+                raise LongslideError(
+                    f"{path}: does not say what was predicted ({error!r}); predict it again"
+                ) from error
+            self._add_predictions(folder, task)
 
     def _add_run(self, folder: Path) -> None:
         """A run folder: its predictions of the test part, else of the validation part."""
@@ -218,8 +225,13 @@ class _Reading:
                     continue
                 slide = self.slide(str(cells["slide_id"]))
                 slide.patient_id = slide.patient_id or cells["patient_id"] or ""
-                slide.prediction = slide.prediction or of_row(cells, task)
-                slide.target = slide.target or _target([cells[name] for name in columns.target], task)
+                try:
+                    slide.prediction = slide.prediction or of_row(cells, task)
+                    slide.target = slide.target or _target([cells[name] for name in columns.target], task)
+                except (TypeError, ValueError, KeyError, AttributeError) as error:
+                    raise LongslideError(
+                        f"{path}: the row of {slide.slide_id} is not one of this version ({error}); predict it again"
+                    ) from error
 
     def add_targets(self) -> None:
         """What is true by the tables, where they have the columns of the labels."""
@@ -238,6 +250,14 @@ class _Reading:
                 cells = [row[name] if isinstance(row[name], str) else None for name in columns]
                 if (slide := self.slides.get(str(slide_id))) is not None:
                     slide.target = slide.target or _target(cells, self.task)
+
+
+def _summary_of(folder: Path) -> list[dict[str, str]]:
+    """The rows of a job's summary; none where there is no such file, or another of that name."""
+    path = folder / SUMMARY
+    if not path.is_file() or not {"slide_id", "slide", "status", "reason"} <= set(read_records(path)[0]):
+        return []
+    return list(read_summary(path).values())
 
 
 def _feature_files(path: Path) -> list[Path]:

@@ -110,7 +110,7 @@ class SlideContent:
             names = [name.removeprefix("score_") for name in header[2:]]
             columns = {name: numbers[:, number].astype(np.float32) for number, name in enumerate(names, 2)}
             scores = TileScores(
-                folder, explanation["method"], numbers[:, :2].astype(np.int32), columns, explanation["shows"]
+                folder, explanation["method"], numbers[:, :2].astype(np.int32), columns, explanation.get("shows", "")
             )
             found.append(scores)
         return found
@@ -125,11 +125,11 @@ class SlideContent:
             size = features.tile_size_level0 or features.step_level0
             return TileGrid(features.coords.astype(np.int32), size, features.step_level0)
         for scores in self.scores:
-            quality = self.predictions[scores.folder]["quality"]
-            if quality["tile_px"] and quality["tile_mpp"] and quality["slide_mpp"]:
-                size = round(quality["tile_px"] * quality["tile_mpp"] / quality["slide_mpp"])
-                step = round(size * (quality["tile_px"] - (quality["overlap"] or 0)) / quality["tile_px"])
-                return TileGrid(scores.coords, size, step)
+            quality = self.predictions[scores.folder].get("quality", {})
+            px, tile_mpp, slide_mpp = (quality.get(name) for name in ("tile_px", "tile_mpp", "slide_mpp"))
+            if px and tile_mpp and slide_mpp:
+                size = round(px * tile_mpp / slide_mpp)
+                return TileGrid(scores.coords, size, round(size * (px - (quality.get("overlap") or 0)) / px))
         return None
 
     @cached_property

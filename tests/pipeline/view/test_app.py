@@ -224,6 +224,31 @@ def test_results_of_a_newer_version_are_one_line(
     assert "written by a newer Longslide (schema 99)" in line
 
 
+def test_predictions_of_other_columns_are_one_line(
+    made: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made.results, tmp_path / "results")
+    table = tmp_path / "results" / "predictions.csv"
+    table.write_text(table.read_text().replace("probability_tumour", "score_tumour"))
+    assert main(["view", str(tmp_path / "results"), "--no-browser"]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "predictions.csv: the row of" in line
+
+
+def test_scores_without_features_have_the_grid_of_the_prediction(serve: Serve, made: Results, tmp_path: Path) -> None:
+    shutil.copytree(made.results, tmp_path / "results")
+    summary = tmp_path / "results" / "summary.csv"
+    summary.write_text(summary.read_text().replace(str(made.features), str(tmp_path / "away")))
+    away, there = serve(tmp_path / "results"), serve(made.results)
+    facts = away.json(api("plain"))
+    assert "feature file" not in facts["facts"]
+    assert facts["grid"] == there.json(api("plain"))["grid"]
+    key = facts["layers"][0]["key"]
+    np.testing.assert_array_equal(
+        away.array(api("plain", f"/layers/{key}"), "<f4"), there.array(api("plain", f"/layers/{key}"), "<f4")
+    )
+
+
 @pytest.mark.parametrize("given", ["missing", "empty"])
 def test_nothing_to_see_is_one_line(given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
