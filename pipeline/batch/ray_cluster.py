@@ -19,7 +19,7 @@ from typing import Any
 from ...errors import LongslideError
 from ...version import __version__
 from ..signals import ENDING
-from .devices import LocalWorker, Worker, cores_of
+from .workers import LocalWorker, Worker, cores_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ NODE_ANSWERS = 120.0
 """Seconds in which a node starts a process and looks at the output folder."""
 PROBE_SEEN = 10.0
 """Seconds in which a node sees a new file there: NFS takes a while."""
+BUSY_AFTER = 15.0
+"""Seconds that a worker waits for a place until it says so: a process takes some to start."""
 
 
 def _ray() -> Any:
@@ -53,7 +55,7 @@ def ray_workers(address: str, output: Path) -> Iterator[list[Worker]]:
     if ours:
         _connect(address)
     try:
-        nodes = [_Node.of(node) for node in ray.nodes() if node["Alive"]]
+        nodes = [_Node.of(node) for node in _alive()]
         gpus = any(node.gpus for node in nodes)
         nodes = [node for node in nodes if (node.gpus if gpus else node.cpus)]
         refuse_other_nodes(*_look_from(nodes, output), output)
@@ -217,6 +219,15 @@ def refuse_other_nodes(nodes: Sequence[Mapping[str, Any]], own: Mapping[str, Any
             raise LongslideError(f"{where} does not see the output folder {output}; choose one on a shared file system")
 
 
+def _has_place(gpus: int, cpus: int) -> bool:
+    """Whether a node has so many GPUs and CPUs, in use or not."""
+    return any(node.gpus >= gpus and node.cpus >= cpus for node in map(_Node.of, _alive()))
+
+
+def _alive() -> list[Mapping[str, Any]]:
+    return [node for node in _ray().nodes() if node["Alive"]]
+
+
 class _Requests:
     """What workers are to do, which travels to each node once."""
 
@@ -241,7 +252,7 @@ class _Remote:
         self._worker = LocalWorker(name, device, cores_of(number, of))
 
     def start(self, request: bytes) -> None:
-        self._worker.start(request, lambda _: True)
+        self._worker.start(request, lambda _: True, lambda _: None)
 
     def recv(self) -> tuple[Any, ...]:
         return self._worker.recv()
@@ -269,8 +280,11 @@ class _RayWorker:
         self._started = False
         self._ended: Any = None
 
-    def start(self, request: bytes, wanted: Callable[[float], bool]) -> bool:
-        """Start the actor, as soon as there is room for it, and its process."""
+    def start(self, request: bytes, wanted: Callable[[float], bool], note: Callable[[str], None]) -> bool:
+        """Start the actor, as soon as there is a place for it, and its process.
+
+        Where the cluster is busy it waits as long as that takes; where no node has such a place, as long as `wanted` says.
+        """
         ray = _ray()
         reference = self._requests.reference(request)
         if self._actor is not None:
@@ -279,19 +293,24 @@ class _RayWorker:
                 return True
             self._kill()  # its node has died
             self._started = False
-        gpu = self._node.gpus > 0
+        gpus, cpus = int(self._node.gpus > 0), self._node.cpus // self._of
         actor = ray.remote(_Remote).options(
-            num_gpus=int(gpu),
-            num_cpus=self._node.cpus // self._of,
+            num_gpus=gpus,
+            num_cpus=cpus,
             max_concurrency=4,  # to answer while it waits for a message
             **self._node.options(soft=True),
         )
-        device = "cuda:0" if gpu else "cpu"  # Ray shows it one GPU
+        device = "cuda:0" if gpus else "cpu"  # Ray shows it one GPU
         self._actor = actor.remote(self.name, device, self._number, self._of, os.getcwd(), sys.path)
         started = self._actor.start.remote(reference)
-        begun = time.monotonic()
+        begun, said = time.monotonic(), False
         while not ray.wait([started], timeout=0.5)[0]:
-            if not wanted(time.monotonic() - begun):
+            waited = time.monotonic() - begun
+            somewhere = _has_place(gpus, cpus)
+            if waited > BUSY_AFTER and somewhere and not said:
+                note(f"{self.name}: waits for a place, the cluster is busy with other work; see ray status")
+                said = True
+            if not wanted(0.0 if somewhere else waited):
                 self._kill()
                 return False
         self._started = True

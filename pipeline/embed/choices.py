@@ -1,14 +1,11 @@
 """What is chosen for embedding: the tiles, the tile encoder, the slide encoder; looked at before anything is loaded."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import LongslideError
 from ...ranges import check_options
 from ...registry import is_factory
-from ..batch.devices import Worker, local_workers
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -83,35 +80,3 @@ def check_slide_encoder(name: SlideEncoderChoice, checkpoint: str | Path | None,
             f"the published weights of slide encoder {name!r} read tile embeddings of {spec.tile_encoder!r}, not "
             f"of {tile_encoder!r}; use that tile encoder, or weights of your own with --slide-checkpoint"
         )
-
-
-def check_places(device: str, devices: str | None, ray: str | None) -> None:
-    """Where to work is said once.
-
-    Raises:
-        LongslideError: It is said twice.
-    """
-    places = {"--device": None if device == "auto" else device, "--devices": devices, "--ray": ray}
-    given = [name for name, place in places.items() if place is not None]
-    if len(given) > 1:
-        raise LongslideError(f"{given[0]} and {given[1]}: give one, each is in place of the other")
-
-
-@contextmanager
-def workers_on(devices: str | None, ray: str | None, output: Path) -> "Iterator[Sequence[Worker]]":
-    """The workers that `--devices` or `--ray` stand for; none where neither is given.
-
-    Raises:
-        LongslideError: There are no such devices, or there is no such cluster.
-    """
-    if ray is not None:
-        from ..batch.ray_cluster import ray_workers
-
-        with ray_workers(ray, output) as workers:
-            yield workers
-    elif devices is not None:
-        from .tile_embedding import resolve_devices
-
-        yield local_workers(resolve_devices(devices))
-    else:
-        yield ()

@@ -16,6 +16,7 @@ from ...ranges import checked
 from ..batch.batch import PREPARED_AHEAD, run_batch
 from ..batch.devices import DeviceRun, Feed
 from ..batch.ledger import SUMMARY, make_output_folder
+from ..batch.places import check_places, workers_on
 from ..batch.rerun import refuse_mistaken_rerun, with_results
 from ..batch.result import SlideResult, counted
 from ..batch.shards import SHARDS, Shard
@@ -24,11 +25,9 @@ from ..log_file import logged
 from .choices import (
     SlideEncoderChoice,
     TileEncoderChoice,
-    check_places,
     check_slide_encoder,
     look_at_tile_encoder,
     resolve_tiles,
-    workers_on,
 )
 from .contact_sheet import write_contact_sheet
 from .job import EmbedJob

@@ -77,7 +77,7 @@ def resolve_devices(devices: str) -> list[str]:
     if devices == "all":
         names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         if not names:
-            raise LongslideError("--devices all: there is no NVIDIA GPU here; leave it out to embed on the CPU")
+            raise LongslideError("--devices all: there is no NVIDIA GPU here; leave it out to work on the CPU")
         return names
     names = [f"cuda:{name.strip()}" if name.strip().isdecimal() else name.strip() for name in devices.split(",")]
     for name in names:

@@ -28,12 +28,13 @@ from ..batch.claims import ClaimedError, claim
 from ..batch.devices import DeviceRun, Feed
 from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.memory import Turn
+from ..batch.places import check_places, workers_on
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult, counted, remarks_on
 from ..batch.shards import SHARDS, Shard
 from ..batch.watched import WatchedProcesses
-from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, check_places, workers_on
+from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
 from ..embed.job import PreparedSlide
 from ..embed.layout import look_at, take_memory
 from ..log_file import logged

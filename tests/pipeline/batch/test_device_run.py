@@ -20,7 +20,7 @@ class Scripted:
         for message in messages:
             self.messages.put(message)
 
-    def start(self, request: bytes, wanted: Callable[[float], bool]) -> bool:
+    def start(self, request: bytes, wanted: Callable[[float], bool], note: Callable[[str], None]) -> bool:
         return True
 
     def recv(self) -> tuple[Any, ...]:

@@ -61,7 +61,7 @@ def processes_of(pid: int) -> list[int]:
             words = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if parent == pid and b"longslide.pipeline.batch.devices" in words:
+        if parent == pid and b"longslide.pipeline.batch.workers" in words:
             found.append(int(folder.name))
     return found
 
