@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from .pipeline.train.fit import fit as fit
     from .pipeline.train.pretrain import PretrainedEncoder as PretrainedEncoder
     from .pipeline.train.pretrain import pretrain as pretrain
+    from .pipeline.train.sweep import sweep as sweep
     from .pipeline.train.test import test as test
     from .registry import register as register
     from .task import Task as Task
@@ -131,6 +132,7 @@ _HOME = {
     "read_run": ".pipeline.report.run_folder",
     "tiles": ".pipeline.tiles.tiles",
     "crossval": ".pipeline.train.crossval",
+    "sweep": ".pipeline.train.sweep",
     "fit": ".pipeline.train.fit",
     "PretrainedEncoder": ".pipeline.train.pretrain",
     "pretrain": ".pipeline.train.pretrain",

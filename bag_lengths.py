@@ -6,17 +6,25 @@ import torch
 from torch import Tensor
 
 _ATTRIBUTE = "_longslide_lengths"
+_PARTS = "_longslide_parts"
 
 
-def with_lengths(cu_seqlens: Tensor, lengths: Sequence[int]) -> Tensor:
+def with_lengths(cu_seqlens: Tensor, lengths: Sequence[int], *, parts: bool = False) -> Tensor:
     """The same tensor, which knows from now on what `lengths_of` says of it; not to be written to.
 
     Args:
         cu_seqlens: `(B + 1,)` integer cumulative lengths of the bags, from 0, on any device.
         lengths: The B lengths.
+        parts: Whether the bags are parts of slides whose other parts other processes have.
     """
     setattr(cu_seqlens, _ATTRIBUTE, list(lengths))
+    setattr(cu_seqlens, _PARTS, parts)
     return cu_seqlens
+
+
+def are_parts(cu_seqlens: Tensor) -> bool:
+    """Whether `with_lengths` has said that the bags are parts of slides."""
+    return getattr(cu_seqlens, _PARTS, False)
 
 
 def lengths_of(cu_seqlens: Tensor) -> list[int]:

@@ -73,6 +73,8 @@ RANGES: Mapping[str, Range] = {
     "fold": AT_LEAST_0,
     "folds": AT_LEAST_1,
     "crossval.folds": Range(2),
+    "inner_folds": AT_LEAST_1,
+    "sweep.folds": Range(2),
     "val_share": SHARE_BELOW_1,
     "test_share": SHARE_BELOW_1,
     "times": ABOVE_0,

@@ -20,7 +20,7 @@ from ..version import __version__
 from ..yaml_file import read_yaml
 from .parser import OptionParser
 from .plugin_options import accept_plugin_names
-from .signals import Stopped, ending_signals
+from .signals import Stopped, end_surely, ending_signals
 
 if TYPE_CHECKING:
     from .train.settings import Command
@@ -35,6 +35,7 @@ COMMANDS = {
     "pretrain": (".train.pretrain", "Pretrain a slide encoder on feature files without labels."),
     "fit": (".train.fit", "Train a slide classifier on feature files."),
     "crossval": (".train.crossval", "Train one classifier per fold, and evaluate on the patients each has not seen."),
+    "sweep": (".train.sweep", "Try a grid of options in each fold of a cross-validation, by inner folds."),
     "test": (".train.test", "Evaluate a trained classifier on another cohort."),
     "compare": (
         ".report.compare",
@@ -63,7 +64,7 @@ COMMANDS = {
     "demo": (".demo", "Run the whole job on synthetic slides: no network, no GPU, a few minutes."),
 }
 
-TRAINING: tuple["Command", ...] = ("pretrain", "fit", "crossval")
+TRAINING: tuple["Command", ...] = ("pretrain", "fit", "crossval", "sweep")
 """Commands with recipes, and with the options of Lightning's Trainer."""
 
 # Arguments that are given without a name, by their name in the function and in YAML.
@@ -250,6 +251,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(result.ok for result in (results if isinstance(results, list) else [results])) else 1
 
 
+def command_line() -> int:
+    """What `longslide` calls: `main`, after which the process ends for certain; its exit status."""
+    status = main()
+    sys.stdout.flush()
+    end_surely(status)
+    return status
+
+
 def _without_command(word: str, argv: Sequence[str]) -> int:
     """`longslide` alone and `longslide --help` list the commands."""
     parser = _top_parser()
@@ -261,4 +270,4 @@ def _without_command(word: str, argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line())

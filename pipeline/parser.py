@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from ..errors import LongslideError
+
 set_parsing_settings(instantiate_subclass_spec_in_any=False)  # the Trainer's options stay as they are until it is built
 
 
@@ -45,7 +47,9 @@ class OptionParser(ArgumentParser):
             self._action_groups = [positional, ungrouped, *groups]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """One line, instead of the usage of all options and a paragraph on types; exit status 2."""
+        """One line, instead of the usage of all options and a paragraph on types; exit status 2, or an error in Python."""
+        if not self.exit_on_error:
+            raise LongslideError(one_line(message)) from ex
         print(f"{self.prog}: {one_line(message)}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 

@@ -1,8 +1,10 @@
 """Signals that end a command: Ctrl-C, SIGTERM (of a cluster), SIGHUP (a terminal that closed); SIGUSR1 ends it soon."""
 
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,6 +13,24 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 GRACE = 60.0
 """Seconds for the slides in hand after SIGUSR1, which clusters send some time before they end a job."""
+
+
+LINGERING = 30.0
+"""Seconds for threads that are left when a command has ended."""
+
+
+def end_surely(status: int) -> None:
+    """See to it that the process ends with this status soon, whatever threads or libraries keep it from ending by itself."""
+
+    def end() -> None:
+        time.sleep(LINGERING)
+        left = [one.name for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+        os.write(
+            2, f"longslide: ended without waiting for {', '.join(left) or 'what a library does at exit'}\n".encode()
+        )
+        os._exit(status)
+
+    threading.Thread(target=end, name="end-surely", daemon=True).start()
 
 
 class Stopped(KeyboardInterrupt):

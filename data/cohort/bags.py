@@ -1,6 +1,6 @@
 """Bags: the tiles of a slide, or of all slides of a patient, with a target; and the packed batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,6 +105,7 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         max_tiles: Tiles of a bag at most: more are drawn from at random. None keeps all.
         feature_std: `(D,)` the unit of the augmentation's noise.
         seed: With the key of a bag it makes its random numbers.
+        part: Which tiles of a bag of so many go into a batch, where several processes share a slide. None for all.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         max_tiles: int | None = None,
         feature_std: np.ndarray | None = None,
         seed: int = 0,
+        part: Callable[[int], slice] | None = None,
     ) -> None:
         self.bags = list(bags)
         self.cache = cache
@@ -123,6 +125,7 @@ class BagDataset(Dataset[dict[str, Tensor]]):
         self.max_tiles = max_tiles
         self.feature_std = feature_std
         self.seed = seed
+        self.part = part
 
     def __len__(self) -> int:
         """Number of bags."""
@@ -141,7 +144,12 @@ class BagDataset(Dataset[dict[str, Tensor]]):
 
     def batch(self, keys: Sequence[BagKey], device: torch.device | None = None) -> dict[str, Tensor]:
         """The packed batch of these bags, on a device: see `collate`."""
-        return collate([self.sample(key, pinned=device is not None) for key in keys], device)
+        samples = [self.sample(key, pinned=device is not None) for key in keys]
+        if self.part is not None:
+            for sample in samples:
+                own = self.part(len(sample["tile_features"]))
+                sample |= {name: sample[name][own] for name in ("tile_features", "grid_cells")}
+        return collate(samples, device, parts=self.part is not None)
 
     def sample(self, key: BagKey, *, pinned: bool = False) -> dict[str, Any]:
         """One bag: `tile_features` `(N, D)`, `grid_cells` `(N, 2)` int64 row by row, `index`, `target`, `slide_embedding`.
@@ -209,13 +217,16 @@ def _side_by_side(grids: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(placed)
 
 
-def collate(samples: Sequence[dict[str, Any]], device: torch.device | None = None) -> dict[str, Tensor]:
+def collate(
+    samples: Sequence[dict[str, Any]], device: torch.device | None = None, *, parts: bool = False
+) -> dict[str, Tensor]:
     """Pack bags end to end: no padding.
 
     Args:
         samples: Bags as `BagDataset.sample` gives them.
         device: Where the batch goes: each bag's features are copied to their place there, on the current stream; None for
             the host.
+        parts: Whether they are parts of slides whose other parts other processes have.
 
     Returns:
         `tile_features` (T, D) float16 or float32, `grid_cells` (T, 2) int64, `cu_seqlens` (B + 1,) int32 from 0 (known to
@@ -235,7 +246,7 @@ def collate(samples: Sequence[dict[str, Any]], device: torch.device | None = Non
             batch[name] = torch.from_numpy(np.stack(values))
     if device is not None:
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    batch["cu_seqlens"] = with_lengths(batch["cu_seqlens"], lengths)
+    batch["cu_seqlens"] = with_lengths(batch["cu_seqlens"], lengths, parts=parts)
     return batch
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self, assert_never
@@ -26,7 +27,7 @@ from .labels import interval_ends
 from .options import DataOptions
 from .sampler import BagLoader, TokenBudgetBatchSampler
 from .split_folder import FOLD_COLUMN
-from .splits import PARTS, Part, check_splits, make_splits, read_splits, write_splits
+from .splits import PARTS, Part, check_splits, make_inner_splits, make_splits, read_splits, write_splits
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,17 @@ class BagDataModule(lightning.LightningDataModule):
     Args:
         options: What is read, and how.
         cohort: The cohort, if it has been read already.
+        inner_folds: Inner folds that each fold may be divided into.
     """
 
-    def __init__(self, options: DataOptions, cohort: Cohort | None = None) -> None:
+    def __init__(self, options: DataOptions, cohort: Cohort | None = None, *, inner_folds: int = 1) -> None:
         super().__init__()
         self.options = options
         self._given_cohort = cohort
         self.fold = options.fold
+        self.inner_fold: int | None = None
+        self.inner_folds = inner_folds
+        self._inner_splits: dict[int, pd.DataFrame] = {}
         self._logged: set[str] = set()  # of all folds: Lightning calls `setup` again, and most notes are of the cohort
 
     # What is read once and holds for all folds.
@@ -186,15 +191,35 @@ class BagDataModule(lightning.LightningDataModule):
 
     # What belongs to the fold.
 
-    def with_fold(self, fold: int) -> Self:
-        """The same data in another fold; cohort, splits, checks and cache are shared."""
+    def with_fold(self, fold: int, inner: int | None = None, options: DataOptions | None = None) -> Self:
+        """The same data in another fold; cohort, splits, checks and cache are shared.
+
+        Args:
+            fold: The fold.
+            inner: The inner fold of it, if it is to be one: no test patient of the fold has a part in that.
+            options: Other options of how bags are made of the same files.
+        """
         _ = self._splits_and_notes, self.survey
         other = copy.copy(self)
-        other.fold = fold
+        other.fold, other.inner_fold = fold, inner
+        other.options = options or self.options
         other.trainer = None
         for name in ("_rows", "_bags", "training_features"):
             other.__dict__.pop(name, None)
         return other
+
+    def inner_splits(self, fold: int) -> pd.DataFrame:
+        """The splits of the inner folds of a fold, for `inner_folds` of them: see `make_inner_splits`."""
+        if fold not in self._inner_splits:
+            self._inner_splits[fold] = make_inner_splits(
+                self.cohort,
+                self.splits,
+                fold,
+                folds=self.inner_folds,
+                keep_sites_apart=self.options.keep_sites_apart,
+                seed=self.options.seed,
+            )
+        return self._inner_splits[fold]
 
     @cached_property
     def _rows(self) -> dict[str, np.ndarray]:
@@ -202,6 +227,8 @@ class BagDataModule(lightning.LightningDataModule):
         if name not in self.splits.columns:
             raise LongslideError(f"--data.fold {self.fold}: the splits have {self.fold_count} folds, numbered from 0")
         parts = self.splits[name].to_numpy()
+        if self.inner_fold is not None:
+            parts = self.inner_splits(self.fold)[f"fold_{self.inner_fold}"].to_numpy()
         return {part: np.flatnonzero(parts == part) for part in PARTS}
 
     @cached_property
@@ -268,7 +295,7 @@ class BagDataModule(lightning.LightningDataModule):
                 f"{self.truncated['bags']} training bags have more than {self.max_tiles} tiles: "
                 f"{self.truncated['tiles']:,} tiles are left out in each epoch (--data.max_tiles)"
             )
-        if self.options.only_part is None:
+        if self.options.only_part is None and self.inner_fold is None:
             notes += self._notes_of_fold()
         return notes
 
@@ -335,7 +362,7 @@ class BagDataModule(lightning.LightningDataModule):
                 write_splits(
                     self.options.splits_file, self.splits
                 )  # only now: splits that are refused would be used again
-            for note in (*self.notes, self._memory()):
+            for note in (*self.notes, *([] if self.cache.limit == 0 else [self._memory()])):
                 if note not in self._logged:
                     logger.info(note)
                     self._logged.add(note)
@@ -361,6 +388,7 @@ class BagDataModule(lightning.LightningDataModule):
             max_tiles=self.max_tiles,
             feature_std=self.training_features.std,
             seed=self.options.seed,
+            part=self._part,
         )
 
     def _training_sampler(self, dataset: BagDataset, world_size: int, rank: int) -> TokenBudgetBatchSampler:
@@ -390,7 +418,7 @@ class BagDataModule(lightning.LightningDataModule):
             part: The part.
             device: The GPU that the batches are wanted on; None for the host, or for the trainer's.
         """
-        dataset = BagDataset(self.bags(part), self.cache, seed=self.options.seed)
+        dataset = BagDataset(self.bags(part), self.cache, seed=self.options.seed, part=self._part)
         trainer = self.trainer
         sampler = TokenBudgetBatchSampler(
             dataset.lengths,
@@ -417,6 +445,11 @@ class BagDataModule(lightning.LightningDataModule):
                 raise LongslideError("--data.balance needs classes; a regression task has none")
             case _:
                 assert_never(task.kind)
+
+    @property
+    def _part(self) -> Callable[[int], slice] | None:
+        """Which tiles of a slide this process holds, where the trainer's strategy shares slides."""
+        return None if self.trainer is None else getattr(self.trainer.strategy, "own_tiles", None)
 
     @property
     def _device(self) -> torch.device | None:

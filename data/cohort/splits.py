@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, assert_never, get_args
 
@@ -81,6 +82,44 @@ def make_splits(
         parts[patients.share(np.setdiff1d(everyone, test), val_share, rng)] = "val"
         result[f"fold_{fold}"] = parts[patients.of_row]
     return result
+
+
+def make_inner_splits(
+    cohort: Cohort, splits: pd.DataFrame, fold: int, *, folds: int, keep_sites_apart: bool = False, seed: int = 0
+) -> pd.DataFrame:
+    """Divide the training and validation patients of a fold again, as selecting among models asks for.
+
+    Args:
+        cohort: The cohort.
+        splits: Its splits, as `check_splits` gives them.
+        fold: The fold whose test patients have no part in this.
+        folds: Inner folds; each patient is in the validation part of one of them.
+        keep_sites_apart: No site is in two parts.
+        seed: Same seed, same splits.
+
+    Returns:
+        One row per slide: `slide_id`, `patient_id`, `fold_0`, ... with train, val, or nothing for what has no part.
+
+    Raises:
+        LongslideError: There are fewer patients of a class, or sites, than inner folds.
+    """
+    chosen = np.flatnonzero(splits[f"fold_{fold}"].isin(["train", "val"]))
+    part = replace(
+        cohort,
+        rows=cohort.rows.iloc[chosen].reset_index(drop=True),
+        targets=None if cohort.targets is None else cohort.targets[chosen],
+        files=tuple(cohort.files[row] for row in chosen),
+    )
+    try:
+        made = make_splits(part, folds=folds, val_share=0, keep_sites_apart=keep_sites_apart, seed=seed)
+    except LongslideError as error:
+        raise LongslideError(f"the inner folds of fold {fold}: {error}") from error
+    result = cohort.rows[["slide_id", "patient_id"]].copy()
+    for column in (f"fold_{inner}" for inner in range(folds)):
+        parts = np.full(len(result), "", dtype=object)
+        parts[chosen] = made[column].replace({"test": "val"}).to_numpy()
+        result[column] = parts
+    return check_splits(result, cohort, keep_sites_apart=keep_sites_apart)
 
 
 class _Patients:

@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ...bag_lengths import lengths_of, with_lengths
+from ...bag_lengths import are_parts, lengths_of, with_lengths
 from ...errors import LongslideError
 from .encoder import SlideEncoder
 from .spec import SlideEncoderSpec
@@ -73,7 +73,7 @@ def own_parts(batch: dict[str, Tensor], rank: int, ranks: int, spec: SlideEncode
     lengths = [part.stop - part.start for part in parts]
     own = {name: torch.cat([batch[name][part] for part in parts]) for name in ("tile_features", "grid_cells")}
     ends = batch["cu_seqlens"].new_tensor([0, *itertools.accumulate(lengths)])
-    return own | {"cu_seqlens": with_lengths(ends, lengths)}
+    return own | {"cu_seqlens": with_lengths(ends, lengths, parts=True)}
 
 
 def make_mesh(device_type: str, data: int, sequence: int) -> DeviceMesh:
@@ -98,8 +98,8 @@ def make_mesh(device_type: str, data: int, sequence: int) -> DeviceMesh:
 class SequenceParallelStrategy(DDPStrategy):
     """DDP in which groups of ranks share slides.
 
-    Batches are those of `data/cohort/bags.py`, of whose slides a rank keeps its parts: before they go to the GPU, unless the
-    loader has copied them there ahead, as that of `BagDataModule` does. The model's only use of `tile_features` and
+    Batches are those of `data/cohort/bags.py`, of whose slides a rank keeps its parts before they go to the GPU; the loader
+    of `BagDataModule`, which copies ahead, asks for them (`own_tiles`). The model's only use of `tile_features` and
     `grid_cells` must be its slide encoder. Samplers go by the data axis.
 
     Args:
@@ -153,9 +153,15 @@ class SequenceParallelStrategy(DDPStrategy):
         data = self.device_mesh["data"]
         return {"num_replicas": data.size(), "rank": data.get_local_rank()}
 
+    def own_tiles(self, tiles: int) -> slice:
+        """The tiles of a slide that this rank holds: a loader that asks copies no others to the GPU."""
+        sequence = self.device_mesh["sequence"]
+        assert self._spec is not None
+        return own_tiles(tiles, sequence.get_local_rank(), sequence.size(), self._spec)
+
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Keep this rank's part of each slide."""
-        if isinstance(batch, dict) and "tile_features" in batch:
+        """Keep this rank's part of each slide, unless the loader has left out the others."""
+        if isinstance(batch, dict) and "tile_features" in batch and not are_parts(batch["cu_seqlens"]):
             sequence = self.device_mesh["sequence"]
             assert self._spec is not None
             batch = batch | own_parts(batch, sequence.get_local_rank(), sequence.size(), self._spec)

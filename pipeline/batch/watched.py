@@ -3,7 +3,6 @@
 import ctypes
 import importlib
 import logging
-import os
 import pickle
 import queue
 import signal
@@ -16,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, Self, TypeVar, cast
 
-from ...data.child_process import end_with, leave_signals_to_parent, start_child
+from ...data.child_process import leave_signals_to_parent, start_child
 from ...errors import LongslideError
 from ...registry import adopt, registered
 
@@ -153,7 +152,7 @@ class WatchedProcess:
         if self._pipe is not None:
             self._pipe.close()
         self._pipe, theirs = Pipe()
-        self._process = start_child(__name__, theirs.fileno(), os.getpid(), pass_fds=[theirs.fileno()])
+        self._process = start_child(__name__, theirs.fileno(), pass_fds=[theirs.fileno()])
         theirs.close()
 
 
@@ -214,10 +213,9 @@ class WatchedProcesses:
             self._free.put(process)
 
 
-def serve(descriptor: int, parent: int) -> None:
+def serve(descriptor: int) -> None:
     """Answer calls until the other end of the pipe is closed."""
     leave_signals_to_parent()
-    end_with(parent)
     _limit_memory()
     messages = _Messages()
     package = __name__.partition(".")[0]

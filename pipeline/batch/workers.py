@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Protocol
 
-from ...data.child_process import end_with, start_child
+from ...data.child_process import start_child
 from ...data.tiles.readers import usable_cores
 from ...errors import LongslideError
 from ...registry import adopt, registered
@@ -95,7 +95,7 @@ class LocalWorker:
     def start(self, request: bytes, wanted: Callable[[float], bool], note: Callable[[str], None]) -> bool:
         """Start the process."""
         self._pipe, theirs = Pipe()
-        self._process = start_child(__name__, theirs.fileno(), os.getpid(), *self._cores, pass_fds=[theirs.fileno()])
+        self._process = start_child(__name__, theirs.fileno(), *self._cores, pass_fds=[theirs.fileno()])
         theirs.close()
         self._pipe.send((self._device, request))
         return True
@@ -276,11 +276,12 @@ class WorkerRun(ABC):
                 if what == "ended":
                     self._restarts[number] = 0
                     self.ended(number, *details)
-                elif what != "note":
+                elif what == "note":
+                    if details[0] not in self._noted:
+                        self._noted.add(details[0])
+                        self.note(details[0])
+                elif what != "next":
                     self.told(what, *details)
-                elif details[0] not in self._noted:
-                    self._noted.add(details[0])
-                    self.note(details[0])
 
     def _over(self) -> bool:
         return self.done() or self._stopped or self._refused is not None or self._failed is not None
@@ -299,11 +300,10 @@ class WorkerRun(ABC):
             worker.wait()
 
 
-def serve(descriptor: int, parent: int, *cores: int) -> None:
+def serve(descriptor: int, *cores: int) -> None:
     """Work for a `WorkerRun`, on some of the cores, until it says that all is done."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    end_with(parent)
     for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal or a cluster sends it to all: the job ends this one
         signal.signal(number, signal.SIG_IGN)
     pipe: Connection[Any, Any] = Connection(descriptor)

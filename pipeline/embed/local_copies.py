@@ -1,5 +1,6 @@
 """Slides on slow storage, copied ahead to a local disk."""
 
+import itertools
 import shutil
 import tempfile
 import threading
@@ -34,13 +35,14 @@ class LocalCopies:
                 f"{folder}: cannot hold copies of slides ({error.strerror}); choose another --cache-dir"
             ) from error
         self.budget = shutil.disk_usage(folder).free // 2 if gigabytes is None else int(gigabytes * 1e9)
-        self._order = {path: place for place, path in enumerate(slides)}
+        self._places = itertools.count()
+        self._order = {path: next(self._places) for path in slides}
         self._sizes: dict[int, int] = {}  # bytes by the place of the slide that is copied
         self._changed = threading.Condition()
 
     def expect(self, slide: Path) -> None:
         """Say which slide is read after those that were given or said before."""
-        self._order[slide] = max(self._order.values(), default=-1) + 1
+        self._order[slide] = next(self._places)
 
     def __enter__(self) -> Self:
         return self

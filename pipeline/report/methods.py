@@ -29,7 +29,7 @@ def methods_paragraph(run: Run, metrics: "pd.DataFrame") -> str:
         Sentences in about the order of the checklist, each group followed by the items that it answers in brackets.
     """
     content = yaml.safe_load(run.configuration) if run.configuration else None
-    options = content if isinstance(content, dict) else {}
+    options = _without_grid(content) if isinstance(content, dict) else {}
     imbalance, calibration = _imbalance(options), _calibration(run)
     seen = [held_out(run.facts.get("seen"), run.noun("patient"))] if "seen" in run.facts else []
     groups = [
@@ -37,7 +37,7 @@ def methods_paragraph(run: Run, metrics: "pd.DataFrame") -> str:
         ("7, 9b", _preprocessing(run.facts.get("preprocessing") or {})),
         ("8a", _outcome(run)),
         ("12a, 21", [*_splits(run, options.get("data") or {}), *seen]),
-        ("12c", [*_model(run, options), *([] if imbalance else calibration)]),
+        ("12c", [*_selection(run), *_model(run, options), *([] if imbalance else calibration)]),
         ("13", [*imbalance, *calibration] if imbalance else []),
         ("15", _output(run)),
         ("12e", _performance(metrics)),
@@ -47,8 +47,19 @@ def methods_paragraph(run: Run, metrics: "pd.DataFrame") -> str:
     return " ".join(f"{text} [{item}]" for item, text in written if text)
 
 
+def _without_grid(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without those that a sweep has chosen."""
+    for name in options.get("grid") or {}:
+        *groups, last = name.split(".")
+        inner = options
+        for group in groups:
+            inner = inner.get(group) if isinstance(inner.get(group), dict) else {}  # type: ignore[assignment]
+        inner.pop(last, None)
+    return options
+
+
 def _trained(run: Run) -> bool:
-    return run.facts.get("command") in ("fit", "crossval")
+    return run.facts.get("command") in ("fit", "crossval", "sweep")
 
 
 def _cohort(run: Run) -> list[str]:
@@ -107,7 +118,7 @@ def _splits(run: Run, data: dict[str, Any]) -> list[str]:
     used = [f"fold_{row['fold']}" for row in run.facts.get("counts") or []]
     folds = [fold for fold in folds if fold in used]
     sentences = []
-    if run.facts["command"] == "crossval":
+    if run.facts["command"] != "fit":
         sentences.append(f"Performance was estimated by {len(folds)}-fold cross-validation.")
     for fold in folds:
         parts = []
@@ -125,6 +136,23 @@ def _splits(run: Run, data: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def _selection(run: Run) -> list[str]:
+    """How a sweep has chosen."""
+    chosen = run.facts.get("chosen") or []
+    if not chosen:
+        return []
+    names = [name for name in chosen[0] if name not in ("fold", "trial")]
+    by = f"the validation {run.validation_metric}"
+    if run.facts["inner_folds"] > 1:
+        by = f"the mean {by.removeprefix('the ')} over {run.facts['inner_folds']} inner folds"
+    each = "; ".join(f"fold {one['fold']}, {', '.join(f'{name} {one[name]}' for name in names)}" for one in chosen)
+    return [
+        f"Of {count(run.facts['trials'], 'combination')} of {', '.join(names)}, each fold chose one by {by} of its training "
+        "and validation patients, before its test patients were predicted (nested cross-validation, Varma & Simon 2006): "
+        f"{each}."
+    ]
+
+
 def _model(run: Run, options: dict[str, Any]) -> list[str]:
     sentences = []
     model = run.facts.get("aggregator") or {}
@@ -135,7 +163,7 @@ def _model(run: Run, options: dict[str, Any]) -> list[str]:
     if not _trained(run):
         return sentences
     optimiser = (options.get("model") or {}).get("optimiser") or {}
-    if "learning_rate" in run.facts and "weight_decay" in optimiser:
+    if run.facts.get("learning_rate") is not None and "weight_decay" in optimiser:
         sentences.append(
             f"The highest learning rate was {run.facts['learning_rate']:g}, for steps of 8 bags, scaled by the square root "
             f"of their number; the weight decay was {optimiser['weight_decay']:g}."

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 RUN_FACTS = "run.json"
 """What a run folder is known by."""
 
+TRIALS = "trials.csv"
+"""What a sweep has tried, and how it did: one row for each trial, fold and inner fold."""
+
 _NAMES = ("patient_id", "slide_id", "level")  # text, also where it looks like numbers
 
 
@@ -100,6 +103,11 @@ class Run:
         return self._table("history.csv")
 
     @cached_property
+    def trials(self) -> "pd.DataFrame | None":
+        """`trials.csv` of a sweep; None of another run."""
+        return self._table(TRIALS)
+
+    @cached_property
     def metrics(self) -> "pd.DataFrame | None":
         """`metrics.csv`; None if it is not there yet."""
         return self._table("metrics.csv")
@@ -123,11 +131,11 @@ def read_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise LongslideError(f"{folder}: no such folder; give one that longslide fit, crossval or test wrote")
+        raise LongslideError(f"{folder}: no such folder; give one that longslide fit, crossval, sweep or test wrote")
     path = folder / RUN_FACTS
     if not path.is_file():
         raise LongslideError(
-            f"{folder}: no {RUN_FACTS} in it; name a folder that longslide fit, crossval or test wrote"
+            f"{folder}: no {RUN_FACTS} in it; name a folder that longslide fit, crossval, sweep or test wrote"
         )
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from .page import Cell, Page, Picture, Table
 from .pictures import calibration, calibration_of, class_curves, discrimination
 from .run_folder import Run, read_run
 from .run_tables import (
+    chosen_table,
     cohort_table,
     folds_table,
     metrics_table,
@@ -29,6 +30,7 @@ from .run_tables import (
     per_class_table,
     settings_table,
     splits_table,
+    trials_table,
 )
 from .wording import (
     MEAN_OVER_FOLDS,
@@ -88,6 +90,7 @@ def write_run_report(run: Path) -> Path:
         page.heading("Worst mistakes")
         page.note(what, "Look at these slides first: labels are wrong more often than one expects.")
         page.table(mistakes)
+    _add_selection(page, read)
     learning = _learning(read)
     if learning:
         page.heading("Training")
@@ -174,6 +177,23 @@ def _add_subgroups(page: Page, metrics: "pd.DataFrame", task: Task, noun: str) -
         caption = f"The dashed line is the value of all test {noun}s."
         page.pictures([Picture(*drawing, f"{metric_name(primary)} by {column}", caption)])
         page.table(Table(columns, table, columns[1:]))
+
+
+def _add_selection(page: Page, run: Run) -> None:
+    """What a sweep has chosen, and from what."""
+    trials = trials_table(run)
+    if trials is None:
+        return
+    page.heading("Selection")
+    page.table(chosen_table(run))
+    inner = run.facts["inner_folds"]
+    over = f"mean over {inner} inner folds of" if inner > 1 else "of"
+    page.note(
+        f"Validation {run.validation_metric} of each trial, {over} the training and validation patients of the fold; * was "
+        "chosen. The test patients of a fold had no part in this. These values are the best of several: what to report are "
+        "the metrics above."
+    )
+    page.table(trials)
 
 
 def _add_cohort(page: Page, run: Run) -> None:

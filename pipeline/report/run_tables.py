@@ -140,6 +140,33 @@ def splits_table(run: Run) -> Table | None:
     return Table(columns, rows, columns[1:])
 
 
+def chosen_table(run: Run) -> Table | None:
+    """What each fold of a sweep has chosen; None of another run."""
+    chosen = run.facts.get("chosen") or []
+    if not chosen:
+        return None
+    columns = [name for name in chosen[0] if name != "fold"]
+    rows: list[list[Cell]] = [[f"fold {one['fold']}", *(str(one[name]) for name in columns)] for one in chosen]
+    return Table(["Fold", *columns], rows, columns)
+
+
+def trials_table(run: Run) -> Table | None:
+    """The mean validation metric of every trial of a sweep in each fold; None of another run."""
+    table = run.trials
+    if table is None or not run.facts.get("chosen"):
+        return None
+    options = [name for name in run.facts["chosen"][0] if name not in ("fold", "trial")]
+    means = table.groupby(["trial", "fold"])["val_metric"].mean().unstack()
+    chosen = {(one["trial"], one["fold"]) for one in run.facts["chosen"]}
+    firsts = table.groupby("trial")[options].first()
+    rows: list[list[Cell]] = []
+    for trial, of_folds in means.to_dict("index").items():
+        values = [f"{value:.3f}{' *' if (trial, fold) in chosen else ''}" for fold, value in of_folds.items()]
+        rows.append([str(trial), *(str(firsts[name][trial]) for name in options), *values])
+    folds = [f"fold {fold}" for fold in means.columns]
+    return Table(["Trial", *options, *folds], rows, folds)
+
+
 def missing_slides(run: Run) -> list[tuple[str, list[str]]]:
     """Slides that are in the table or the folder but not in the run."""
     found = []
@@ -168,6 +195,7 @@ def settings_table(run: Run) -> Table:
         "counts",
         "finished",
         "trained_folds",
+        "chosen",
     }
     built = run.facts.get("aggregator") or {}
     encoder = {name: value for name, value in (built.get("architecture") or {}).items() if name in _OF_A_SLIDE_ENCODER}

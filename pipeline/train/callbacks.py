@@ -49,10 +49,11 @@ class History(Callback):
     Args:
         path: The file.
         fold: The fold that is trained.
+        name: What the training is called.
     """
 
-    def __init__(self, path: Path, fold: int) -> None:
-        self.path, self.fold = path, fold
+    def __init__(self, path: Path, fold: int, name: str) -> None:
+        self.path, self.fold, self.name = path, fold, name
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
         """Drop the rows of epochs that will be trained again."""
@@ -76,7 +77,7 @@ class History(Callback):
         row["learning_rate"] = trainer.optimizers[0].param_groups[-1]["lr"]
         known = {name: value for name, value in row.items() if value is not None}
         values = ", ".join(f"{name} {value:.4g}" for name, value in known.items() if name not in ("fold", "epoch"))
-        event("epoch", f"fold {self.fold}, epoch {row['epoch']}: {values}", known)
+        event("epoch", f"{self.name}, epoch {row['epoch']}: {values}", known)
         new = pd.DataFrame([row], columns=HISTORY_COLUMNS)
         self._write(pd.concat([self._rows(), new], ignore_index=True) if self.path.is_file() else new)
 
@@ -91,11 +92,11 @@ class EpochLines(Callback):
     """Says in a line how training goes, where no progress bar can be drawn: for an epoch each, at most one a second.
 
     Args:
-        fold: The fold that is trained.
+        name: What is trained.
     """
 
-    def __init__(self, fold: int) -> None:
-        self.fold = fold
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._line = ""
         self._began = self._said = 0.0
         self._first_step = 0
@@ -120,7 +121,7 @@ class EpochLines(Callback):
         if 0 < left < math.inf and rate:
             values.append(f"at most {duration(left / rate)} left")
         epochs = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
-        self._line = f"fold {self.fold}, epoch {trainer.current_epoch + 1}{epochs}: {', '.join(values)}"
+        self._line = f"{self.name}, epoch {trainer.current_epoch + 1}{epochs}: {', '.join(values)}"
         if not trainer.is_global_zero:
             self._line = ""
         elif now - self._said >= 1:

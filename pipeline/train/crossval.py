@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...data.cohort.options import DataOptions
-from ...errors import LongslideError
 from ...models.classifier.options import ClassifierOptions
 from ...ranges import checked
+from ..batch.places import check_places, workers_on
 from ..log_file import logged
 from ..report.run_folder import Run
-from .run import HELD_OUT, TrainingRun, print_metrics
+from .run import TrainingRun, print_metrics
 from .settings import TRAINER_DEFAULTS, Settings, column_names, settle
 
 
@@ -30,6 +30,8 @@ def crossval(
     checkpoint_every_n_steps: int | None = None,
     subgroups: list[str] | str = "",
     seed: int = 0,
+    devices: str | None = None,
+    ray: str | None = None,
     log_file: str | Path | None = None,
 ) -> Run:
     """Train one classifier per fold, and evaluate on the patients that each has not seen.
@@ -51,6 +53,10 @@ def crossval(
         checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
         subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
         seed: Seed of weights, dropout and augmentation.
+        devices: Train several folds at a time, a process on each of these: `all` GPUs, or some as `0,1,5`. A fold whose
+            process dies is begun again by another.
+        ray: Train the folds on the GPUs of a Ray cluster: `auto` where this machine is one of its nodes, or the address of
+            its head.
         log_file: Append what happens to this file as JSON lines: one for each epoch, remark and metric.
 
     Returns:
@@ -59,12 +65,15 @@ def crossval(
     Raises:
         LongslideError: Wrong input, options that do not go together, or a run folder that holds another run.
     """
+    given = dict(trainer or {})
+    for option in ("accelerator", "devices"):
+        check_places(given.get(option), devices, ray, f"--trainer.{option}")
     settings = Settings(
         "crossval",
         settle("crossval", data, slide_embeddings=model.chosen.reads_slide_embedding, folds=folds),
         model,
         Path(run or f"runs/{model.chosen.class_path}"),
-        TRAINER_DEFAULTS | {"devices": 1} | dict(trainer or {}),
+        TRAINER_DEFAULTS | {"devices": 1} | given,
         monitor,
         epochs,
         min_steps,
@@ -82,26 +91,11 @@ def crossval(
         return finished
     record.begin(cohort)
 
-    from .held_out import predict_held_out, run_best_model
-    from .training import build, open_data, train
+    with record.alone(), workers_on(devices, ray, settings.run) as workers:
+        from .folds import FoldJob, cross_validate, data_of_all
 
-    every_fold = open_data(settings, cohort)
-    held_out, counts, steps = [], [], []
-    for fold in range(every_fold.fold_count):
-        training = build(settings, every_fold.with_fold(fold))
-        if training.trainer.world_size > 1:
-            raise LongslideError(
-                "crossval trains on one device; train the folds by `longslide fit --data.fold` on several"
-            )
-        counts += training.counts
-        steps += training.course
-        facts = {"aggregator": training.aggregator, "seed": seed, "counts": counts, "steps": steps, "seen": HELD_OUT}
-        facts["learning_rate"] = training.model.learning_rate
-        record.describe(training.data, command="crossval", **facts)
-        print(f"fold {fold} of {every_fold.fold_count}")
-        train(training, record)
-        held_out.append(run_best_model(training))
-    predictions = [table for fold in held_out for table in predict_held_out(fold, held_out, record)]
-    finished = record.finish(predictions, every_fold.task, every_fold.cohort.rows)
+        every_fold = data_of_all(settings, cohort, workers)
+        jobs = [FoldJob(settings, fold, settings.run / f"fold_{fold}") for fold in range(every_fold.fold_count)]
+        finished = cross_validate(record, jobs, every_fold, workers, command="crossval")
     print_metrics(finished)
     return finished

@@ -82,7 +82,7 @@ def fit(
     if record is not None:
         record.begin(cohort)
 
-    from .held_out import predict_held_out, run_best_model
+    from .held_out import HeldOut, predict_held_out
     from .training import build, open_data, train
 
     training = build(settings, open_data(settings, cohort))
@@ -90,10 +90,12 @@ def fit(
         facts = {"aggregator": training.aggregator, "seed": seed, "counts": training.counts, "steps": training.course}
         facts |= {"learning_rate": training.model.learning_rate, "seen": HELD_OUT}
         record.describe(training.data, command="fit", **facts)
-    train(training, record)
+    fold = training.data.fold
+    remark = "" if fold in there.trained else train(training)
     if record is None or not training.trainer.is_global_zero:
         return Run.without_predictions(settings.run, training.data.task, {})
-    held_out = run_best_model(training)
+    record.fold_trained(fold, training.folder, remark)
+    held_out = HeldOut.of(training)
     predictions = predict_held_out(held_out, [held_out], record)
     finished = record.finish(predictions, training.data.task, training.data.cohort.rows)
     print_metrics(finished)

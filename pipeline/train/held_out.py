@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -34,13 +35,18 @@ class HeldOut:
     data: BagDataModule
     outputs: dict[Part, Outputs]
 
+    @classmethod
+    def of(cls, training: Training) -> Self:
+        """What the best model of a training gives."""
+        return cls(training.folder / "best.ckpt", training.data, run_best_model(training))
+
     def patients(self, part: Part) -> np.ndarray:
         """`(N,)` the patient of each output of a part."""
         bags = self.data.bags(part)
         return np.array([bags[i].patient_id for i in self.outputs[part].index.tolist()], object)
 
 
-def run_best_model(training: Training) -> HeldOut:
+def run_best_model(training: Training) -> dict[Part, Outputs]:
     """Run the best model on its validation and test part; Cox's baseline hazard, of the training part, goes into it."""
     best = training.folder / "best.ckpt"
     classifier = load_classifier(best)
@@ -56,7 +62,7 @@ def run_best_model(training: Training) -> HeldOut:
         classifier.objective.fit_baseline(fitted.raw.double(), fitted.target)
         store_calibration(best, classifier)
     parts: tuple[Part, ...] = ("val", "test")
-    return HeldOut(best, data, {part: outputs_of(part) for part in parts if data.bags(part)})
+    return {part: outputs_of(part) for part in parts if data.bags(part)}
 
 
 def predict_held_out(fold: HeldOut, folds: Sequence[HeldOut], record: TrainingRun | None = None) -> list[pd.DataFrame]:

@@ -101,9 +101,11 @@ def pretrain(
     if record is not None:
         facts = {"aggregator": training.aggregator, "seed": seed, "counts": training.counts, "steps": training.course}
         record.describe(training.data, command="pretrain", **facts)
-    train(training, record)
+    fold = training.data.fold
+    remark = "" if fold in there.trained else train(training)
     encoder = PretrainedEncoder(settings.run, settings.run / "best.ckpt")
     if record is not None:
+        record.fold_trained(fold, training.folder, remark)
         record.finish_without_predictions()
         print(f"pretrained: use it by --model.checkpoint {encoder.checkpoint}")
     return encoder

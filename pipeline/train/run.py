@@ -5,7 +5,8 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ...data.table import csv_of_frame
+from ...data.table import csv_of_frame, read_table, typed
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...prediction_columns import SEEN
 from ...task import Task
 from ...version import __version__
 from ...yaml_file import read_yaml
+from ..batch.claims import ClaimedError, lock_folder, take
 from ..batch.ledger import make_output_folder
 from ..log_file import event
 from ..report.run_folder import Run, read_run
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = {"checked": True, "slides": 0, "patients": 0}
 """What a run says of its own test part: its splits have no patient, image or features in two parts, or are refused."""
+
+HISTORY = "history.csv"
 
 EVALUATION = frozenset({"subgroups"})
 """Options that say how predictions are evaluated, not how they are made: a run may go on with others."""
@@ -135,8 +139,30 @@ class TrainingRun:
         self._write_configuration()
         self._write("cohort.csv", csv_of_frame(cohort.rows))
 
-    def describe(self, data: "BagDataModule", **facts: Any) -> None:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder: what two processes trained there would be of neither.
+
+        Raises:
+            LongslideError: Another process trains there.
+        """
+        try:
+            held = take(lock_folder(self.folder) / ".run.lock")
+        except ClaimedError as error:
+            raise LongslideError(
+                f"{self.folder}: {error.who} is at work there; wait until it has ended, or choose another --run"
+            ) from error
+        try:
+            yield
+        finally:
+            held.release()
+
+    def describe(self, *folds: "BagDataModule", **facts: Any) -> None:
         """Write `run.json` and `splits.csv`.
+
+        Args:
+            *folds: The data of each fold that is trained.
+            **facts: What else is to be in `run.json`.
 
         Raises:
             LongslideError: A subgroup column is not in the table, or has too many values.
@@ -145,6 +171,7 @@ class TrainingRun:
 
         from ...evaluation.scopes import subgroup_of_slide
 
+        data = folds[-1]
         cohort = data.cohort
         for column in self.subgroups:
             subgroup_of_slide(cohort.rows, column)
@@ -154,7 +181,7 @@ class TrainingRun:
             "without_features": list(cohort.without_features),
             "without_label": list(cohort.without_label),
             "patient_column": cohort.patient_column,
-            "notes": [*data.notes, *self.remarks],
+            "notes": [*dict.fromkeys(note for fold in folds for note in fold.notes), *self.remarks],
             "versions": {"python": platform.python_version(), "longslide": __version__}
             | {name: version(name) for name in _PACKAGES},
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
@@ -169,6 +196,31 @@ class TrainingRun:
         event("remark", text, level=logging.WARNING)
         self.remarks.append(text)
         self.facts["notes"] = [*self.facts.get("notes", []), text]
+
+    def fold_trained(self, fold: int, folder: Path, remark: str) -> None:
+        """Record that a fold is trained.
+
+        Args:
+            fold: The fold.
+            folder: Where it was trained; its history goes into that of the run.
+            remark: What is to be remarked of its training, if anything is.
+        """
+        if remark:
+            self.remark(remark)
+        if folder != self.folder and (folder / HISTORY).is_file():
+            self._join_history(fold, folder / HISTORY)
+        self.trained = sorted({*self.trained, fold})
+        self.write()
+
+    def _join_history(self, fold: int, path: Path) -> None:
+        import pandas as pd
+
+        rows = [typed(read_table(path, ("", "nan")))]
+        if (self.folder / HISTORY).is_file():
+            whole = typed(read_table(self.folder / HISTORY, ("", "nan")))
+            rows.append(whole[whole["fold"] != fold])
+        joined = pd.concat(rows, ignore_index=True).sort_values(["fold", "epoch"], kind="stable")
+        self._write(HISTORY, csv_of_frame(joined))
 
     def write(self) -> None:
         """Write `run.json`: whole, or not at all."""

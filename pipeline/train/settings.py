@@ -15,13 +15,17 @@ from ...models.slide_encoder.mae_options import PretrainingOptions
 if TYPE_CHECKING:
     from ...data.cohort.cohort import Cohort
 
-Command = Literal["fit", "crossval", "pretrain", "test"]
+Command = Literal["fit", "crossval", "sweep", "pretrain", "test"]
+
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+"""Variables that say which of several processes this is, in Lightning's order."""
 
 _LABELS = frozenset({"task", "label", "classes", "positive", "times", "discrete_time", "task_file"})
 
 SETTLED: dict[Command, frozenset[str]] = {
     "fit": frozenset({"slide_embeddings"}),
     "crossval": frozenset({"slide_embeddings", "fold", "folds"}),
+    "sweep": frozenset({"slide_embeddings", "fold", "folds"}),
     "pretrain": _LABELS | {"slide_embeddings", "balance"},
     "test": (_LABELS - {"label"})
     | {"slide_embeddings", "bags", "splits", "fold", "folds", "val_share", "test_share"}
@@ -58,10 +62,10 @@ def settle(command: Command, data: DataOptions, **settled: Any) -> DataOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """How `fit`, `crossval` and `pretrain` train.
+    """How `fit`, `crossval`, `sweep` and `pretrain` train.
 
     Attributes:
-        command: Which of the three.
+        command: Which of them.
         data: The data.
         model: The model.
         run: The run folder.
@@ -101,6 +105,14 @@ class Settings:
             _ = cohort.labelled_task
         return cohort
 
+    def on(self, device: str) -> "Settings":
+        """The same on one device: `cpu`, or `cuda:1`."""
+        kind, _, index = device.partition(":")
+        place = {"accelerator": kind, "devices": 1}
+        if kind == "cuda":
+            place = {"accelerator": "gpu", "devices": [int(index or 0)]}
+        return replace(self, trainer=self.trainer | place)
+
     @property
     def configuration(self) -> dict[str, Any]:
         """What `config.yaml` holds, in plain types: the options of the command by name."""
@@ -139,8 +151,13 @@ def column_names(columns: str | Sequence[str]) -> list[str]:
 
 def first_process() -> bool:
     """Whether this is the only process of the job, or the first: by the variables that Lightning goes by too."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0) == 0
+    return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0) == 0
+
+
+def alone() -> None:
+    """Let this process train by itself, though a cluster's variables count it among others. Before Lightning is imported."""
+    for name in (*RANKS, "SLURM_NTASKS"):
+        os.environ.pop(name, None)
 
 
 def recipes(command: Command) -> Path:

@@ -36,7 +36,7 @@ from ..seen import Seen
 from .callbacks import BestCheckpoint, DefinedMetric, EpochLines, History, StepSeed
 from .checkpoint_io import WholeFileCheckpoints
 from .prediction_table import prediction_rows, run_classifier
-from .run import TrainingRun
+from .run import HISTORY
 from .settings import Settings, settle
 from .steps import Steps, is_limited, plan_steps
 
@@ -50,6 +50,7 @@ class Training:
         data: The data, of this fold.
         trainer: The trainer.
         folder: Where its checkpoints go.
+        name: What it is called, for messages.
         steps: How long it is trained.
     """
 
@@ -57,6 +58,7 @@ class Training:
     data: BagDataModule
     trainer: Trainer
     folder: Path
+    name: str
     steps: Steps
 
     @property
@@ -102,23 +104,37 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def open_data(settings: Settings, cohort: Cohort) -> BagDataModule:
+def open_data(settings: Settings, cohort: Cohort, inner_folds: int = 1) -> BagDataModule:
     """The data of all folds; feature files are not read yet.
+
+    Args:
+        settings: What is read.
+        cohort: The cohort.
+        inner_folds: Inner folds that each fold is divided into, for a selection.
 
     Raises:
         LongslideError: Splits that cannot be made, or a validation part by which no model can be selected.
     """
     quieten()
     trainer_options(settings.trainer)
-    data = BagDataModule(settings.data, cohort)
+    data = BagDataModule(settings.data, cohort, inner_folds=inner_folds)
     if settings.monitor != "val_loss":
-        every_fold = settings.command == "crossval"  # the last one too, before the first one is trained
+        every_fold = settings.command != "fit"  # the last one too, before the first one is trained
         check_validation(data.splits, cohort, None if every_fold else data.fold)
     return data
 
 
-def build(settings: Settings, data: BagDataModule) -> Training:
+def build(
+    settings: Settings, data: BagDataModule, *, folder: Path | None = None, name: str = "", beside: bool = False
+) -> Training:
     """Model and trainer for the fold of the data, from the seed.
+
+    Args:
+        settings: How to train.
+        data: The data.
+        folder: Where checkpoints and history go. Default: the run folder.
+        name: What the training is called, for messages. Default: that of the fold.
+        beside: Whether other processes write to the same terminal: a line for an epoch then, instead of a progress bar.
 
     Raises:
         LongslideError: Wrong input, or options that do not go together.
@@ -139,29 +155,24 @@ def build(settings: Settings, data: BagDataModule) -> Training:
         model.slide_ids = {part: sum(len(bag.slide_ids) for bag in data.bags(part)) for part in ("train", "val")}
         model.cases = CaseRecord.of({part: data.cases(part) for part in PARTS})
         model.use_training_features(data.training_features.to_dict())
-    folder = settings.run / f"fold_{data.fold}" if settings.command == "crossval" else settings.run
+    folder, name = folder or settings.run, name or f"fold {data.fold}"
     options = {"default_root_dir": str(settings.run)} | trainer_options(settings.trainer)
     given = options.pop("callbacks", None) or []
-    callbacks = [*_callbacks(settings, folder, data), *(given if isinstance(given, list) else [given])]
+    callbacks = [*_callbacks(settings, folder, name, data), *(given if isinstance(given, list) else [given])]
     plugins = options.pop("plugins", None) or []
     plugins = plugins if isinstance(plugins, list) else [plugins]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins = [*plugins, WholeFileCheckpoints()]
-    if not sys.stdout.isatty() and options.get("enable_progress_bar") is None:
+    if (beside or not sys.stdout.isatty()) and options.get("enable_progress_bar") is None:
         options["enable_progress_bar"] = False
-        callbacks.append(EpochLines(data.fold))
+        callbacks.append(EpochLines(name))
     limited = is_limited(options)
     try:
         trainer = Trainer(**options | ({} if limited else {"max_epochs": 1}), callbacks=callbacks, plugins=plugins)
     except (MisconfigurationException, ValueError) as error:
         raise LongslideError(f"--trainer: {' '.join(str(error).split())}") from error
     steps = plan_steps(data, trainer, None if limited else settings.epochs, settings.min_steps)
-    if trainer.is_global_zero:
-        print(f"fold {data.fold}: {steps}", file=sys.stderr)
-        event("fold", f"fold {data.fold}: {steps}", {"fold": data.fold} | steps.to_dict())
-        if steps.warning:
-            print(steps.warning, file=sys.stderr)
-    return Training(model, data, trainer, folder, steps)
+    return Training(model, data, trainer, folder, name, steps)
 
 
 def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -180,8 +191,8 @@ def trainer_options(given: dict[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
-def _callbacks(settings: Settings, folder: Path, data: BagDataModule) -> list[Any]:
-    callbacks: list[Any] = [StepSeed(settings.seed), History(settings.run / "history.csv", data.fold)]
+def _callbacks(settings: Settings, folder: Path, name: str, data: BagDataModule) -> list[Any]:
+    callbacks: list[Any] = [StepSeed(settings.seed), History(folder / HISTORY, data.fold, name)]
     monitor = (settings.monitor or "val_loss") if data.bags("val") else None
     mode = "max" if monitor == "val_metric" else "min"
     if monitor is not None:
@@ -222,27 +233,27 @@ def facts_of(data: BagDataModule) -> TrainingFacts:
     )
 
 
-def train(training: Training, run: TrainingRun | None) -> None:
-    """Train, from the start or from `last.ckpt`; not at all if the run has trained this fold already.
+def train(training: Training) -> str:
+    """Train, from the start or from `last.ckpt`.
 
-    Args:
-        training: What to train.
-        run: The run folder; None on other ranks than the first.
+    Returns:
+        What is to be remarked of the training; mostly nothing.
 
     Raises:
         LongslideError: Wrong input.
         KeyboardInterrupt: Ctrl-C.
     """
-    fold, trainer = training.data.fold, training.trainer
-    if run is not None and fold in run.trained:
-        return
-    last = training.folder / "last.ckpt"
-    if run is not None:
-        for checkpoint in (last, training.folder / "best.ckpt"):
-            remove_leftovers(checkpoint)
+    trainer, last, best = training.trainer, training.folder / "last.ckpt", training.folder / "best.ckpt"
     resume = last if last.is_file() else None
-    if resume is not None and run is not None:
-        print(f"going on from {last}", file=sys.stderr)
+    if trainer.is_global_zero:
+        for checkpoint in (last, best):
+            remove_leftovers(checkpoint)
+        print(f"{training.name}: {training.steps}", file=sys.stderr)
+        event("fold", f"{training.name}: {training.steps}", {"fold": training.data.fold} | training.steps.to_dict())
+        if training.steps.warning:
+            print(training.steps.warning, file=sys.stderr)
+        if resume is not None:
+            print(f"going on from {last}", file=sys.stderr)
     use_cuda_graphs(training.model)
     try:
         trainer.fit(
@@ -257,14 +268,13 @@ def train(training: Training, run: TrainingRun | None) -> None:
         if trainer.interrupted:
             raise KeyboardInterrupt from end
         raise
-    if run is not None:
-        if training.data.bags("val") and trainer.current_epoch > 1 and _epoch_of(training.folder / "best.ckpt") == 0:
-            run.remark(f"fold {fold}: the best epoch is the first: training did not improve on the validation part")
-        run.trained.append(fold)
-        run.write()
+    if training.data.bags("val") and trainer.current_epoch > 1 and trainer.is_global_zero and best_epoch(best) == 0:
+        return f"{training.name}: the best epoch is the first: training did not improve on the validation part"
+    return ""
 
 
-def _epoch_of(checkpoint: Path) -> int:
+def best_epoch(checkpoint: Path) -> int:
+    """The epoch that a checkpoint is of, from 0."""
     return int(read_checkpoint(checkpoint)["epoch"])
 
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ....errors import LongslideError
 from . import dilated_attention, takes_kernels
 from .windows import make_windows
 
@@ -54,11 +55,25 @@ class SequenceShards:
         """Tell the other ranks how many tokens of each sequence this one holds, and hear it of them.
 
         All ranks call it together, for the same sequences.
+
+        Raises:
+            LongslideError: They have different numbers of sequences; on every rank, for none would hear of the others'.
         """
-        own = torch.tensor(lengths, device=device)
-        everyone = [torch.zeros_like(own) for _ in range(group.size())]
-        dist.all_gather(everyone, own, group=group)
-        return cls(group, group.rank(), tuple(map(tuple, torch.stack(everyone).tolist())))
+
+        def gathered(own: Tensor) -> list[list[int]]:
+            everyone = [torch.zeros_like(own) for _ in range(group.size())]
+            dist.all_gather(everyone, own, group=group)
+            counts: list[list[int]] = torch.stack(everyone).tolist()
+            return counts
+
+        numbers = [number for [number] in gathered(torch.tensor([len(lengths)], device=device))]
+        if len(set(numbers)) > 1:
+            raise LongslideError(
+                f"the ranks that share slides have {', '.join(map(str, numbers))} slides in one batch: each needs a part of "
+                "every slide, an empty one where it has no tiles of it; see own_parts"
+            )
+        lengths_of_all = gathered(torch.tensor(lengths, device=device))
+        return cls(group, group.rank(), tuple(map(tuple, lengths_of_all)))
 
     @property
     def totals(self) -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from longslide.bag_lengths import are_parts, lengths_of
 from longslide.data.cohort.augmentation import Augmentation
 from longslide.data.cohort.bags import Bag, BagDataset, collate
 from longslide.data.cohort.sampler import BagLoader, TokenBudgetBatchSampler
@@ -51,6 +52,21 @@ def test_a_batch_is_the_bags_end_to_end(slide: Callable[..., Path]) -> None:
         file = read_features(path)
         np.testing.assert_array_equal(batch["tile_features"][start:end], file.features)
         np.testing.assert_array_equal(batch["grid_cells"][start:end], file.cells)
+
+
+def test_of_slides_that_processes_share_a_batch_holds_the_own_tiles_alone(slide: Callable[..., Path]) -> None:
+    bags = [bag(slide("a", tiles=12, seed=1)), bag(slide("b", tiles=1, seed=2))]
+    keys = [(0, 3, 0), (1, 3, 0)]
+    whole = BagDataset(bags, FeatureCache(), augmentation=EVERYTHING, feature_std=STD)[keys]
+    halves = [
+        BagDataset(bags, FeatureCache(), augmentation=EVERYTHING, feature_std=STD, part=part)[keys]
+        for part in (lambda tiles: slice(0, tiles // 2), lambda tiles: slice(tiles // 2, tiles))
+    ]
+    assert [are_parts(batch["cu_seqlens"]) for batch in (whole, *halves)] == [False, True, True]
+    for name in ("tile_features", "grid_cells"):
+        [a, b], [c, d] = (torch.split(half[name], lengths_of(half["cu_seqlens"])) for half in halves)
+        assert torch.equal(torch.cat([a, c, b, d]), whole[name])
+    assert torch.equal(halves[1]["target"], whole["target"])
 
 
 def test_targets_keep_the_shape_of_their_task(slide: Callable[..., Path]) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from longslide import LongslideError, create_slide_encoder
 from longslide.models.slide_encoder.encoder import SlideEncoder
-from longslide.models.slide_encoder.sequence_parallel import SequenceParallelStrategy
+from longslide.models.slide_encoder.sequence_parallel import SequenceParallelStrategy, own_parts
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader
@@ -122,10 +122,17 @@ def check_the_trainer(folder: Path) -> None:
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
         )  # fmt: skip
 
-    model, alone = Regression(), Regression()
+    model, cut, alone = Regression(), Regression(), Regression()
     with pytest.raises(LongslideError, match="sequence_parallel_size 3 does not divide the 4 ranks"):
         trainer(3).fit(model, loader)
     trainer(2).fit(model, loader)
+    training = trainer(2)  # of the same batches, of which the loader leaves out what other ranks hold
+
+    def own(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        mesh = training.strategy.device_mesh["sequence"]
+        return own_parts(items[0], mesh.get_local_rank(), mesh.size(), cut.encoder.spec)
+
+    training.fit(cut, DataLoader(batches, batch_size=1, collate_fn=own))
     optimizer = alone.configure_optimizers()
     for step in range(2):  # the sampler of two replicas takes slides in turn
         optimizer.zero_grad()
@@ -133,6 +140,8 @@ def check_the_trainer(folder: Path) -> None:
         optimizer.step()
     for (name, one), other in zip(alone.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(other, one, msg=lambda text, name=name: f"{name}: {text}")
+    for one, other in zip(cut.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
     assert not torch.equal(alone.encoder.cls_token, Regression().encoder.cls_token), "the training does something"
 
 

@@ -30,6 +30,37 @@ def assert_close(results: list[Result], bounds: dict[str, float]) -> None:
         assert error < bounds[dtype], (dtype, lengths, configuration)
 
 
+UNEQUAL = """
+import sys
+import torch
+import torch.distributed as dist
+from longslide import LongslideError
+from longslide.models.slide_encoder.dilated_attention.parallel import SequenceShards
+
+def run(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        SequenceShards.agree([5] * (2 + rank), dist.group.WORLD, torch.device("cpu"))
+    except LongslideError as error:
+        print(error)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(run, (sys.argv[1],), 2)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_different_numbers_of_slides_are_told_so_in_one_line_each(tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(UNEQUAL)
+    command = [sys.executable, str(tmp_path / "ranks.py"), str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert {line.partition(":")[0] for line in lines} == {"the ranks that share slides have 2, 3 slides in one batch"}
+
+
 @pytest.mark.slow
 def test_outputs_and_gradients_in_plain_pytorch_are_those_of_one_process(tmp_path: Path) -> None:
     results = results_of(tmp_path, 3, "gather")

@@ -8,15 +8,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from classifier_files import ENCODER, write_classifier
 from longslide import LongslideError, embed, predict, read_features, write_synthetic_slide
-from longslide.pipeline.batch import ray_cluster
+from longslide.pipeline.batch import ray_cluster, workers
 from longslide.pipeline.batch.ray_cluster import _Node, _RayWorker, _Requests, ray_workers, refuse_other_nodes
+from longslide.pipeline.batch.tasks import TaskRun
 
 ray = pytest.importorskip("ray", reason="needs ray: pip install 'longslide[cluster]'")
 
@@ -155,6 +158,80 @@ def test_predictions_and_explanations_are_those_of_one_process(cluster: Any, hom
     predict(slides, output=tmp_path / "ray", ray=cluster.address, **common)
     for name in ("predictions.csv", "slides/0/tiles.csv", "slides/2/tiles.geojson", "slides/1/overlay.png"):
         assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+TELLING = """
+import os, time
+from pathlib import Path
+from longslide.pipeline.batch.tasks import TaskFeed
+
+def tell(here, tasks, device, pipe):  # begins only when all processes have a task
+    feed = TaskFeed(pipe)
+    for number in feed:
+        (Path(here) / f"begun-{number}").touch()
+        while len(list(Path(here).glob("begun-*"))) < tasks:
+            time.sleep(0.05)
+        feed.ended(number, (device, os.environ.get("CUDA_VISIBLE_DEVICES")))
+"""
+
+
+def told(folder: Path, workers: list[Any], tasks: int) -> list[tuple[str, str | None]]:
+    """What the processes of some workers say of their device."""
+    from telling import tell
+
+    found: list[tuple[str, str | None]] = []
+    names = [f"task {number}" for number in range(tasks)]
+    TaskRun(workers, partial(tell, str(folder), tasks), names, lambda _, result: found.append(result)).run()
+    return found
+
+
+def test_a_busy_cluster_is_waited_for_and_the_line_says_so(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "telling.py").write_text(TELLING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ray_cluster, "BUSY_AFTER", 1.0)
+    monkeypatch.setattr(workers, "PATIENCE", 2.0)
+    ray.init(address=cluster.address, logging_level="error")
+    try:
+        holder = ray.remote(num_cpus=1)(type("Holder", (), {"here": lambda self: True}))
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        holders = [holder.remote() for _ in nodes]
+        assert all(ray.get([one.here.remote() for one in holders]))
+
+        def release() -> None:
+            time.sleep(6)
+            for one in holders:
+                ray.kill(one)
+
+        threading.Thread(target=release, daemon=True).start()
+        with ray_workers(cluster.address, tmp_path) as found:
+            assert told(tmp_path, found, 1) == [("cpu", "")]
+    finally:
+        ray.shutdown()
+    said = capsys.readouterr().err
+    assert "waits for a place, the cluster is busy with other work; see ray status" in said
+    assert "died" not in said
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its GPUs are only declared")
+def test_each_process_of_a_node_with_gpus_has_one_to_itself(
+    cluster: Any, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "telling.py").write_text(TELLING)
+    monkeypatch.syspath_prepend(tmp_path)
+    node = cluster.add_node(num_cpus=2, num_gpus=2, **SMALL)
+    try:
+        with ray_workers(cluster.address, tmp_path) as found:
+            assert [one.name.partition(") ")[2] for one in found] == ["GPU 0", "GPU 1"], (
+                "nodes without a GPU are left out"
+            )
+            devices = told(tmp_path, found, 2)
+        assert sorted(devices) == [("cuda:0", "0"), ("cuda:0", "1")]
+        with pytest.raises(LongslideError, match="device 'cuda:0' is not available here"):
+            embed(output=tmp_path / "out", ray=cluster.address, **job(home))
+    finally:
+        cluster.remove_node(node)
 
 
 def test_an_output_folder_that_nodes_do_not_see_is_refused(
