@@ -73,6 +73,7 @@ def needed(command: str) -> list[str]:
     return {
         "fit": ["--data.features", "f", "--data.table", "t.csv", "--data.task", "binary"],
         "crossval": ["--data.features", "f", "--data.table", "t.csv", "--data.task", "binary"],
+        "sweep": ["--data.features", "f", "--data.table", "t.csv", "--data.task", "binary", "--grid.epochs", "1,2"],
         "pretrain": ["--data.features", "f"],
         "test": ["--checkpoint", "c", "--data.features", "f", "--data.table", "t.csv"],
         "embed": ["a.svs", "--output", "o", "--tile-encoder", "uni"],

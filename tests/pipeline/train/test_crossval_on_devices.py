@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -105,9 +106,30 @@ def with_mishap(folder: Path, kind: str) -> tuple[list[str], dict[str, str]]:
 
 @pytest.mark.slow
 def test_two_processes_give_the_run_of_one(cohort: Path, alone: Path, tmp_path: Path) -> None:
-    status, text = ended(words(cohort, tmp_path / "run", "--devices", "cpu,cpu"))
+    log = tmp_path / "log.jsonl"
+    status, text = ended(words(cohort, tmp_path / "run", "--devices", "cpu,cpu", "--log-file", str(log)))
     assert status == 0, text
     equal_to_the_bit(tmp_path / "run", alone)
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    epochs = {(one["fold"], one["epoch"]) for one in events if one.get("event") == "epoch"}
+    assert epochs == {(fold, epoch) for fold in range(3) for epoch in range(3)}, "of all processes, in one log file"
+
+
+@pytest.mark.slow
+def test_a_signal_ends_all_processes_and_the_same_command_goes_on(cohort: Path, alone: Path, tmp_path: Path) -> None:
+    command = words(cohort, tmp_path / "run", "--devices", "cpu,cpu")
+    process = started(command)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("fold 1, epoch"):
+            break
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=120)[0]  # until nobody has its standard error
+    assert process.returncode == 143, text
+    assert text.strip().splitlines()[-1] == "longslide crossval: stopped; the same command goes on from here"
+    status, text = ended(command)
+    assert status == 0, text
+    assert (tmp_path / "run" / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
 
 
 @pytest.mark.slow
