@@ -6,12 +6,14 @@ import cv2
 import numpy as np
 import openslide
 import pytest
+import simplejpeg
 import tifffile
 from longslide import embed, open_slide, read_features
 from longslide.data.synthetic import write_pyramid, write_synthetic_slide
 from longslide.data.tiles.grid import make_grid
 from longslide.pipeline.embed.qc import CONTOUR_COLOUR, draw_qc
 from longslide.pipeline.predict.overlay import tile_raster
+from longslide.pipeline.view.open_slides import TILE_PX, OpenSlides, SlideFile, finest_level
 from PIL import Image
 
 AT, CANVAS = (30_720, 89_600), (52_000, 150_000)  # whole tiles from the corner, so that both grids meet
@@ -167,3 +169,22 @@ def test_scores_are_painted_over_the_scanned_area(folder: Path) -> None:
     expected = np.full((512, 768), np.nan)
     expected[:64, :64], expected[448:, 704:] = 1, 2  # and the tile at the canvas's corner is not shown
     np.testing.assert_array_equal(raster, expected)
+
+
+@pytest.mark.parametrize("halvings", [6, 0])  # cut from the overview; read from the file
+def test_the_viewer_shows_the_scanned_area_at_its_place(folder: Path, halvings: int) -> None:
+    downsample = 2**halvings
+    slides, file = OpenSlides(), SlideFile(folder / "canvas.scn")
+    column, row = (edge // downsample // TILE_PX for edge in AT)
+    left, top = AT[0] // downsample - column * TILE_PX, AT[1] // downsample - row * TILE_PX
+    tile = slides.tile(file, finest_level(CANVAS) - halvings, column, row)
+    slides.close()
+    assert tile is not None
+    pixels = simplejpeg.decode_jpeg(tile).astype(int)
+    with open_slide(folder / "area.svs") as slide:
+        area = slide.thumbnail(max(slide.dimensions) // downsample).astype(int)
+    height, width = min(TILE_PX - top, area.shape[0]), min(TILE_PX - left, area.shape[1])
+    assert np.abs(pixels[top : top + height, left : left + width] - area[:height, :width]).mean() < 6
+    if halvings:
+        assert (pixels[: top - 8] > 245).all(), "around it is glass"
+        assert (pixels[:, : left - 8] > 245).all()

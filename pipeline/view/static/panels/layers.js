@@ -131,8 +131,8 @@ function layerControls(page) {
 
   const resetRange = () => {
     const { limit, kind } = page.layer;
-    low.value = kind === "signed" ? -Number(limit.toPrecision(4)) : 0;
-    high.value = Number(limit.toPrecision(4));
+    low.value = kind === "signed" ? -Number(limit.toPrecision(3)) : 0;
+    high.value = Number(limit.toPrecision(3));
   };
 
   const choose = async () => {
