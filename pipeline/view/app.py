@@ -1,9 +1,8 @@
-"""The web application of a viewer: its pages, what they ask for, and who may ask."""
+"""The web application of a viewer: its pages, and what they ask for."""
 
 import io
 import json
 import mimetypes
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from ...data.slides.slide import Slide
 from ...errors import LongslideError
@@ -29,6 +28,7 @@ from .attention import attention_routes
 from .cohort import Cohort, cohort_routes
 from .collection import UNCERTAIN_BELOW, Collection, ViewedSlide
 from .content import SlideContent, rings_of
+from .guard import Guard
 from .layers import Layer, layers_of
 from .open_slides import TILE_PX, OpenSlides, SlideFile, finest_level
 from .regions import TABLE, Regions, changed, regions_of, to_geojson
@@ -40,20 +40,6 @@ CONTENTS_KEPT = 16
 
 THUMBNAIL_PX = 256
 MOST_SENT_BYTES = 32 * 2**20
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-
-OPENSEADRAGON_STYLE = "sha256-9xTiqzfwFaL2SGb1rmr8gysEwVVjIvqWAgmZgqFqpEE="
-"""The one inline style that is allowed: what OpenSeadragon adds to take the focus ring away on touch screens."""
-
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; "
-    f"style-src 'self' '{OPENSEADRAGON_STYLE}'; img-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
 
 mimetypes.add_type("text/javascript", ".js")  # some systems say otherwise, and browsers then refuse modules
 
@@ -160,60 +146,7 @@ def create_app(collection: Collection, token: str) -> ASGIApp:
     site = Site(collection)
     routes = [route for made_by in ROUTES for route in made_by(site)]
     handlers: dict[Any, Any] = {UnknownError: _not_found, LongslideError: _cannot}
-    return _Guard(Starlette(routes=routes, exception_handlers=handlers), token, site.close)
-
-
-class _Guard:
-    """Lets only those in who know the token and name this machine, and adds the headers of `HEADERS` to every answer.
-
-    A page of another site whose name was made to mean this machine (DNS rebinding) sends its own name as Host; one that
-    posts here sends its own name as Origin.
-    """
-
-    def __init__(self, app: ASGIApp, token: str, close: Callable[[], None]) -> None:
-        self._app = app
-        self._token = token
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-            return
-        if scope["type"] != "http":
-            return
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"], *((name.lower().encode(), value.encode()) for name, value in HEADERS.items())
-                ]  # fmt: skip
-            await send(message)
-
-        await self._answer(scope)({**scope, "root_path": f"/{self._token}"}, receive, send_guarded)
-
-    def _answer(self, scope: Scope) -> ASGIApp:
-        headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1")
-        origin = headers.get(b"origin")
-        first = scope["path"].lstrip("/").partition("/")[0]
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if name.lower() not in LOOPBACK_NAMES or origin not in (None, f"http://{host}".encode("latin-1")):
-            return PlainTextResponse("This viewer answers to 127.0.0.1 and localhost alone.\n", 403)
-        if not secrets.compare_digest(first.encode("utf-8", "surrogateescape"), self._token.encode()):
-            return PlainTextResponse("Not found. The viewer's address has a key in it: copy all of it.\n", 404)
-        if scope["path"] == f"/{self._token}":  # the address without its last slash, to which the pages are relative
-            return RedirectResponse(f"/{self._token}/")
-        return self._app
-
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                self._close()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), token, site.close)
 
 
 def _not_found(request: Request, error: Exception) -> Response:
