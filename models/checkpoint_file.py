@@ -16,7 +16,9 @@ SCHEMA = 1
 """Version of what Longslide's own checkpoints hold under `longslide`."""
 
 
-def download(what: str, hub_id: str | None, names: Sequence[str], *, gated: bool, option: str) -> tuple[Path, str]:
+def download(
+    what: str, hub_id: str | None, names: Sequence[str], *, gated: bool, option: str, revision: str | None = None
+) -> tuple[Path, str]:
     """Take a weights file from the Hugging Face hub, or from its cache (with HF_HUB_OFFLINE, only from there).
 
     Args:
@@ -25,6 +27,7 @@ def download(what: str, hub_id: str | None, names: Sequence[str], *, gated: bool
         names: File names to try, in this order.
         gated: Whether the hub asks for an account that has accepted the terms.
         option: The command line's option for local weights, for the messages.
+        revision: Commit, branch or tag; the newest of the main branch by default.
 
     Returns:
         The file, and `hf:<repository>@<revision>`.
@@ -43,7 +46,7 @@ def download(what: str, hub_id: str | None, names: Sequence[str], *, gated: bool
     for name in names:
         try:  # a hub that did not answer once is not asked again: it takes 20 seconds
             with _errors_alone():
-                file = Path(hf_hub_download(hub_id, name, local_files_only=unreachable is not None))
+                file = Path(hf_hub_download(hub_id, name, revision=revision, local_files_only=unreachable is not None))
         except RepositoryNotFoundError as error:  # also GatedRepoError, and a private page without a token
             raise LongslideError(
                 f"{what}: no access to its weights. Accept the terms at {page} "

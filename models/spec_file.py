@@ -1,7 +1,7 @@
 """The facts of an encoder as a YAML file, checked against the types of its dataclass. Without torch."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -19,6 +19,9 @@ else:
     from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt  # noqa: F401
 
 Spec = TypeVar("Spec")
+
+Shown = Literal["code", "number", "not shown"]
+"""What our code of a published model was held against: its own code, run beside ours, or a number that was published."""
 
 
 def read_spec(path: Path, spec: type[Spec], what: str) -> Spec:

@@ -14,6 +14,13 @@ AGGREGATORS: "Registry[Aggregator]" = Registry(
     {
         "longnet": "longslide.models.aggregators.slide_encoder:LongNetAggregator",
         "gigapath": "longslide.models.aggregators.slide_encoder:GigaPathAggregator",
+        "titan": "longslide.models.aggregators.published:TITANAggregator",
+        "prism": "longslide.models.aggregators.published:PRISMAggregator",
+        "moozy": "longslide.models.aggregators.published:MOOZYAggregator",
+        "chief": "longslide.models.aggregators.published:CHIEFAggregator",
+        "feather": "longslide.models.aggregators.published:FeatherAggregator",
+        "madeleine": "longslide.models.aggregators.published:MADELEINEAggregator",
+        "cobra": "longslide.models.aggregators.published:COBRAAggregator",
         "abmil": "longslide.models.aggregators.abmil:ABMIL",
         "transmil": "longslide.models.aggregators.transmil:TransMIL",
         "mean": "longslide.models.aggregators.pool:MeanPool",

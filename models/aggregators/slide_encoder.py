@@ -12,7 +12,8 @@ from ...errors import LongslideError
 from ..slide_encoder.base import from_architecture, read_pretrained
 from ..slide_encoder.cuda_graphs import GraphedEncoder
 from ..slide_encoder.encoder import SlideEncoder, create_slide_encoder
-from ..slide_encoder.spec import Pattern, SlideEncoderSpec
+from ..slide_encoder.published import PublishedSlideEncoder
+from ..slide_encoder.spec import Pattern, SlideEncoderSpec, load_longnet_spec
 from .base import Aggregator
 
 
@@ -25,19 +26,24 @@ class SlideEncoderAggregator(Aggregator):
         frozen: Whether the encoder stays as it is, without dropout too.
     """
 
-    def __init__(self, encoder: SlideEncoder, layers: tuple[int, ...] = (), frozen: bool = False) -> None:
+    encoder: SlideEncoder | PublishedSlideEncoder
+
+    def __init__(
+        self, encoder: SlideEncoder | PublishedSlideEncoder, layers: tuple[int, ...] = (), frozen: bool = False
+    ) -> None:
         super().__init__()
-        depth = len(encoder.layers)
-        if any(not 0 <= layer <= depth for layer in layers):
-            raise LongslideError(
-                f"slide encoder {encoder.name!r} has the layers 0 (the projected tiles) to {depth}, not {list(layers)}"
-            )
         self.encoder = encoder
         self.layers = tuple(layers)
         self.frozen = frozen
-        self.width = encoder.spec.width * max(1, len(layers))
+        self.width = encoder.width * max(1, len(layers))
         self.spec = asdict(encoder.spec) | {"weights": encoder.weights}
         if layers:
+            assert isinstance(encoder, SlideEncoder)
+            depth = len(encoder.layers)
+            if any(not 0 <= layer <= depth for layer in layers):
+                raise LongslideError(
+                    f"slide encoder {encoder.name!r} has the layers 0 (the projected tiles) to {depth}, not {list(layers)}"
+                )
             # What takes no part would have no gradient, which distributed training takes for a mistake.
             encoder.layers = encoder.layers[: max(layers)]
             encoder.layers_norm.requires_grad_(False)
@@ -48,7 +54,8 @@ class SlideEncoderAggregator(Aggregator):
 
     def use_cuda_graphs(self) -> None:
         """Replay the encoder of short bags as CUDA graphs from now on; called again, make them anew."""
-        self._graphed = GraphedEncoder(self.encoder)
+        if isinstance(self.encoder, SlideEncoder):
+            self._graphed = GraphedEncoder(self.encoder)
 
     def train(self, mode: bool = True) -> "SlideEncoderAggregator":
         """Training or evaluation mode; a frozen encoder stays in evaluation mode."""
@@ -81,6 +88,7 @@ class SlideEncoderAggregator(Aggregator):
             run: Any = self._graphed if graphed else self.encoder
             embeddings: Tensor = run(tile_features, grid_cells, cu_seqlens)
             return embeddings
+        assert isinstance(self.encoder, SlideEncoder)
         every = self.encoder.layer_embeddings(tile_features, grid_cells, cu_seqlens)
         return torch.cat([every[layer] for layer in self.layers], dim=1)
 
@@ -247,10 +255,11 @@ class GigaPathAggregator(SlideEncoderAggregator):
         elif checkpoint is not None and Path(checkpoint).suffix == ".ckpt":
             encoder = _pretrained(Path(checkpoint), feature_dim, pool, regularisation)
         else:
+            load_longnet_spec(slide_encoder)
             if checkpoint == "random":
                 regularisation |= {"tile_dim": feature_dim, "tile_encoder": ""}
             encoder = create_slide_encoder(slide_encoder, checkpoint=checkpoint, pool=pool, **regularisation)
-            _check_length(encoder, feature_dim)
+            check_length(encoder, feature_dim)
         super().__init__(encoder, tuple(layers), frozen)
 
 
@@ -259,11 +268,16 @@ def _pretrained(
 ) -> SlideEncoder:
     """The slide encoder of a masked autoencoder's checkpoint, to train further."""
     encoder = read_pretrained(file, pool, **regularisation).train()
-    _check_length(encoder, feature_dim)
+    check_length(encoder, feature_dim)
     return encoder
 
 
-def _check_length(encoder: SlideEncoder, feature_dim: int) -> None:
+def check_length(encoder: SlideEncoder | PublishedSlideEncoder, feature_dim: int) -> None:
+    """Refuse features of another length than a slide encoder reads.
+
+    Raises:
+        LongslideError: They are.
+    """
     if encoder.spec.tile_dim != feature_dim:
         raise LongslideError(
             f"{encoder.weights}: reads tile embeddings of length {encoder.spec.tile_dim}, but the features have "

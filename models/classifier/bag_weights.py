@@ -9,6 +9,7 @@ from torchmetrics import Metric
 
 from ..later import Later
 from ..slide_encoder.encoder import SlideEncoder
+from ..slide_encoder.published import PublishedSlideEncoder
 
 TINY = 1e-12
 
@@ -81,7 +82,7 @@ class BagWeightedModule(LightningModule):
 
     def _look_at_cells(self, later: Later | None) -> None:
         for module in self.modules():
-            if isinstance(module, SlideEncoder):
+            if isinstance(module, SlideEncoder | PublishedSlideEncoder):
                 module.later = later
 
     def on_train_epoch_start(self) -> None:

@@ -13,6 +13,7 @@ from ..aggregators.slide_encoder import use_cuda_graphs
 from ..classifier.classifier import SlideClassifier
 from ..classifier.ensemble import ClassifierEnsemble
 from ..slide_encoder.encoder import SlideEncoder
+from ..slide_encoder.published import PublishedSlideEncoder
 from .methods import (
     METHODS,
     Method,
@@ -155,4 +156,6 @@ def recompute_layers(ensemble: ClassifierEnsemble) -> None:
     for module in ensemble.modules():
         if isinstance(module, SlideEncoder):
             module.spec = replace(module.spec, checkpointing=True)
+        elif isinstance(module, PublishedSlideEncoder):
+            module.checkpointing = True
     use_cuda_graphs(ensemble)  # anew: the memory of those there are is wanted

@@ -10,7 +10,9 @@ from ...errors import LongslideError
 from ...registry import call_factory, is_factory
 from ..checkpoint_file import digest, read_description
 from .encoder import SlideEncoder, create_slide_encoder
-from .spec import SlideEncoderSpec
+from .published import PublishedSlideEncoder, build_published
+from .remote import load_remote
+from .spec import PublishedSpec, SlideEncoderSpec, is_remote, load_slide_encoder_spec, reads_any
 
 
 class AnySlideEncoder(Protocol):
@@ -48,24 +50,27 @@ def load_slide_encoder(
     seed: int = 0,
     tile_encoder: str | None,
     tile_dim: int,
+    trust_remote_code: bool = False,
 ) -> AnySlideEncoder:
     """A slide encoder with its weights, on the CPU and in evaluation mode.
 
     Args:
-        choice: Name of one of the package, path of a YAML file, `package.module:factory`, or the encoder itself. A factory
-            is called with those of `checkpoint`, `pool`, `seed` and `tile_dim` that it takes.
+        choice: Name of one of the package, path of a YAML file, `package.module:factory`, a repository on the hub or a
+            folder that hold code of their own, or the encoder itself. A factory is called with those of `checkpoint`,
+            `pool`, `seed` and `tile_dim` that it takes.
         checkpoint: A weights file as published, a checkpoint of masked autoencoding (of the encoder of this name), or
             `random`. None takes the published weights, or what the factory makes by itself.
         pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token.
         seed: Seed of random weights.
         tile_encoder: Name of the tile encoder that makes the features; None where it is not known.
         tile_dim: Length of its embeddings.
+        trust_remote_code: Whether the code of a repository or folder may run.
 
     Raises:
         LongslideError: There is none, it is no slide encoder, its weights are unavailable or do not fit, or it reads the
             embeddings of another tile encoder.
     """
-    reads_any = False
+    any_tiles = False
     encoder: AnySlideEncoder
     if not isinstance(choice, str | Path):
         encoder = _checked(choice, "the slide encoder")
@@ -73,6 +78,8 @@ def load_slide_encoder(
         given = {"checkpoint": checkpoint, "pool": pool, "seed": seed, "tile_dim": tile_dim}
         made = call_factory(str(choice), f"slide encoder {choice!r}", given, option="--slide-checkpoint")
         encoder = _checked(made, f"slide encoder {choice!r}")
+    elif is_remote(choice):
+        encoder = load_remote(choice, checkpoint=checkpoint, pool=pool, trust_remote_code=trust_remote_code)
     elif checkpoint is not None and Path(checkpoint).suffix == ".ckpt":
         encoder = read_pretrained(Path(checkpoint), pool)
         if encoder.name != str(choice):
@@ -86,9 +93,16 @@ def load_slide_encoder(
                 f"{tile_encoder or 'the features'!r} have {tile_dim}"
             )
     else:
-        encoder = create_slide_encoder(choice, checkpoint=checkpoint, pool=pool, seed=seed, tile_dim=tile_dim)
-        reads_any = checkpoint is not None
-    if not reads_any and tile_encoder and encoder.tile_encoder and encoder.tile_encoder != tile_encoder:
+        spec = load_slide_encoder_spec(choice)
+        any_tiles = reads_any(spec, checkpoint)
+        if not any_tiles and spec.tile_dim != tile_dim:
+            raise LongslideError(
+                f"slide encoder {spec.name!r} reads tile embeddings of length {spec.tile_dim} (those of "
+                f"{spec.tile_encoder}), not of {tile_dim}; use that tile encoder"
+            )
+        changes = {"tile_dim": tile_dim} if any_tiles else {}
+        encoder = create_slide_encoder(choice, checkpoint=checkpoint, pool=pool, seed=seed, **changes)
+    if not any_tiles and tile_encoder and encoder.tile_encoder and encoder.tile_encoder != tile_encoder:
         raise LongslideError(
             f"slide encoder {encoder.name!r} ({encoder.weights}) reads tile embeddings of {encoder.tile_encoder!r}, not of "
             f"{tile_encoder!r}; use that tile encoder"
@@ -114,6 +128,7 @@ def read_pretrained(file: Path, pool: Literal["mean", "cls"] = "mean", **changes
             "published weights go with --model.aggregator gigapath"
         )
     encoder = from_architecture(description["slide_encoder"] | {"weights": f"{file} {digest(file)}"} | changes, pool)
+    assert isinstance(encoder, SlideEncoder)  # the masked autoencoder has no other
     state = description["state_dict"]
     encoder.load_state_dict(
         {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
@@ -121,10 +136,14 @@ def read_pretrained(file: Path, pool: Literal["mean", "cls"] = "mean", **changes
     return encoder.eval()
 
 
-def from_architecture(architecture: Mapping[str, Any], pool: Literal["mean", "cls"]) -> SlideEncoder:
-    """The slide encoder that a checkpoint describes: the keys of `SlideEncoderSpec`, and `weights`; without its weights."""
+def from_architecture(
+    architecture: Mapping[str, Any], pool: Literal["mean", "cls"]
+) -> SlideEncoder | PublishedSlideEncoder:
+    """The slide encoder that a checkpoint describes: the keys of its spec, and `weights`; without its weights."""
     spec = dict(architecture)
     weights = spec.pop("weights")
+    if "architecture" in spec:
+        return build_published(PublishedSpec(**spec), weights)
     spec["dilated_ratios"] = tuple(spec["dilated_ratios"])
     return SlideEncoder(SlideEncoderSpec(**spec), pool, weights)
 

@@ -1,9 +1,10 @@
 """Slide encoders of the GigaPath family: tile embeddings and their grid cells in, a slide embedding out."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -12,14 +13,17 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ...bag_lengths import lengths_of, with_lengths
 from ...errors import LongslideError
-from ..checkpoint_file import digest, download
+from ..checkpoint_file import digest
 from ..later import Later
 from .attention_pattern import check_pattern
-from .checkpoint import load_published
+from .checkpoint import load_published, weights_file
 from .dilated_attention.parallel import SequenceShards
 from .longnet import LongNetLayer
 from .positions import grid_positions
-from .spec import SlideEncoderSpec, load_slide_encoder_spec
+from .spec import PublishedSpec, SlideEncoderFacts, SlideEncoderSpec, load_slide_encoder_spec
+
+if TYPE_CHECKING:
+    from .published import PublishedSlideEncoder
 
 
 class SlideEncoder(nn.Module):
@@ -33,6 +37,26 @@ class SlideEncoder(nn.Module):
     Attributes:
         later: Where set, impossible cells on a GPU are refused when this looks, at a later call or step, and not at once.
     """
+
+    PUBLISHED: Mapping[str, str] = {
+        "cls_token": "cls_token",
+        "patch_embed.proj": "tile_projection",
+        "encoder.layers.{i}.self_attn_layer_norm": "layers.{i}.attention_norm",
+        "encoder.layers.{i}.self_attn.q_proj": "layers.{i}.qkv[0]",
+        "encoder.layers.{i}.self_attn.k_proj": "layers.{i}.qkv[1]",
+        "encoder.layers.{i}.self_attn.v_proj": "layers.{i}.qkv[2]",
+        "encoder.layers.{i}.self_attn.inner_attn_ln": "layers.{i}.attention_inner_norm",
+        "encoder.layers.{i}.self_attn.out_proj": "layers.{i}.attention_out",
+        "encoder.layers.{i}.final_layer_norm": "layers.{i}.ffn_norm",
+        "encoder.layers.{i}.ffn.fc1": "layers.{i}.ffn_in",
+        "encoder.layers.{i}.ffn.ffn_layernorm": "layers.{i}.ffn_inner_norm",
+        "encoder.layers.{i}.ffn.fc2": "layers.{i}.ffn_out",
+        "encoder.layer_norm": "layers_norm",
+        "norm": "norm",
+    }
+    ROOT: str = ""
+    LEFT_OUT: tuple[str, ...] = ("pos_embed",)  # a table of positions that some versions saved: computed here
+    SHARED: Mapping[str, str] = {}
 
     def __init__(self, spec: SlideEncoderSpec, pool: Literal["mean", "cls"] = "mean", weights: str = "") -> None:
         super().__init__()
@@ -80,6 +104,11 @@ class SlideEncoder(nn.Module):
     def tile_encoder(self) -> str:
         """The tile encoder whose embeddings it reads; empty if that is not known."""
         return self.spec.tile_encoder
+
+    @property
+    def width(self) -> int:
+        """Length of a slide embedding."""
+        return self.spec.width
 
     def shard_sequence(self, group: dist.ProcessGroup | None) -> None:
         """Spread the tokens of slides over the ranks of a group, or no longer.
@@ -375,7 +404,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
-def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderSpec) -> None:
+def check_shapes(tile_features: Tensor, grid_cells: Tensor, spec: SlideEncoderFacts) -> None:
     """Hold a batch `(B, N, tile_dim)` and its cells `(B, N, 2)` against what an encoder reads.
 
     Raises:
@@ -423,6 +452,18 @@ def layer_pattern_settings(spec: SlideEncoderSpec, layer: int) -> dict[str, int]
     return settings
 
 
+@overload
+def create_slide_encoder(
+    name: Literal["gigapath", "gigapath-flash", "gigapath-12l1536d", "gigapath-24l1024d"],
+    *,
+    checkpoint: str | Path | None = None,
+    pool: Literal["mean", "cls"] = "mean",
+    seed: int = 0,
+    **overrides: Any,
+) -> SlideEncoder: ...
+
+
+@overload
 def create_slide_encoder(
     name: str | Path,
     *,
@@ -430,17 +471,27 @@ def create_slide_encoder(
     pool: Literal["mean", "cls"] = "mean",
     seed: int = 0,
     **overrides: Any,
-) -> SlideEncoder:
+) -> "SlideEncoder | PublishedSlideEncoder": ...
+
+
+def create_slide_encoder(
+    name: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    pool: Literal["mean", "cls"] = "mean",
+    seed: int = 0,
+    **overrides: Any,
+) -> "SlideEncoder | PublishedSlideEncoder":
     """Build a slide encoder with its weights, on the CPU, in float32 and in evaluation mode.
 
     Args:
         name: A slide encoder of the package (see `list_slide_encoders`), or the path of a YAML file that describes one.
         checkpoint: A weights file as published (or safetensors of the same names), or the word `random` for seeded random
             weights. None takes the published weights from the Hugging Face hub or its cache.
-        pool: What the slide embedding is: the `mean` over the tiles, or the `cls` token. GigaPath's cls token was not
-            trained.
+        pool: What the slide embedding of GigaPath's architecture is: the `mean` over the tiles, or the `cls` token.
+            GigaPath's cls token was not trained. Other architectures have a pooling of their own.
         seed: Seed of random weights.
-        **overrides: Keys of `SlideEncoderSpec` to change, such as `tile_dim` or `dropout`.
+        **overrides: Keys of the spec to change, such as `tile_dim` or `dropout`.
 
     Returns:
         The encoder.
@@ -449,6 +500,14 @@ def create_slide_encoder(
         LongslideError: No such encoder, or its weights are unavailable or do not fit.
     """
     spec = load_slide_encoder_spec(name)
+    if isinstance(spec, PublishedSpec):
+        from .published import create_published
+
+        if pool != "mean":
+            raise LongslideError(f"slide encoder {spec.name!r} has a pooling of its own: leave --pool {pool} out")
+        facts = {key: overrides.pop(key) for key in vars(spec).keys() & overrides.keys()}
+        spec = replace(spec, **{"arguments": spec.arguments | overrides} | facts)
+        return create_published(spec, checkpoint, seed)
     if unknown := set(overrides) - {field.name for field in fields(spec)}:
         raise LongslideError(f"slide encoder {spec.name!r} has no {', '.join(sorted(unknown))}")
     spec = replace(spec, **overrides)
@@ -461,13 +520,7 @@ def create_slide_encoder(
             f"slide encoder {spec.name!r} with attention pattern 'learned' has gates that published weights lack: train it "
             "from scratch, with the checkpoint `random`"
         )
-    if checkpoint is None:
-        what = f"Slide encoder {spec.name!r}"
-        file, source = download(what, spec.hub_id, [spec.hub_file or ""], gated=spec.gated, option="--slide-checkpoint")
-    else:
-        file, source = Path(checkpoint), str(checkpoint)
-        if not file.is_file():
-            raise LongslideError(f"{file}: no such checkpoint; give a file, or the word random.")
+    file, source = weights_file(spec, checkpoint)
     with torch.device("meta"):
         encoder = SlideEncoder(spec, pool, f"{source} {digest(file)}")
     load_published(encoder, file, f"{source}: does not fit slide encoder {spec.name!r}")

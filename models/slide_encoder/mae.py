@@ -22,6 +22,7 @@ from ..aggregators.slide_encoder import SlideEncoderAggregator
 from ..checkpoint_file import SCHEMA
 from ..classifier.bag_weights import BagWeightedModule
 from ..classifier.optimisation import configure
+from .encoder import SlideEncoder
 from .longnet import LongNetLayer
 from .mae_options import LEARNING_RATE, PretrainingOptions
 from .positions import grid_positions
@@ -54,9 +55,9 @@ class MaskedAutoencoder(BagWeightedModule):
         self.facts = facts._replace(preprocessing=dict(facts.preprocessing))  # averages of the weights copy it
         tile_encoder = facts.preprocessing.get("tile_encoder")
         aggregator = create_aggregator(options.encoder, options.checkpoint, facts.feature_dim, tile_encoder)
-        if not isinstance(aggregator, SlideEncoderAggregator):
-            raise LongslideError(f"--model.encoder {aggregator.name}: only longnet and gigapath have a slide encoder")
-        self.encoder = aggregator.encoder
+        if not isinstance(aggregator, SlideEncoderAggregator) or not isinstance(aggregator.encoder, SlideEncoder):
+            raise LongslideError(f"--model.encoder {aggregator.name}: only longnet and gigapath are pretrained here")
+        self.encoder: SlideEncoder = aggregator.encoder
         # They come after the pooling, which pretraining does not use.
         self.encoder.norm.requires_grad_(False)
         self.mask_ratio = options.mask_ratio

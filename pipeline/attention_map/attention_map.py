@@ -219,7 +219,7 @@ def _of_slide(
 ) -> AttentionMap:
     """Draw what one tile of a feature file sees."""
     from ...data.features.feature_file import read_features
-    from ...models.slide_encoder.spec import load_slide_encoder_spec
+    from ...models.slide_encoder.spec import load_longnet_spec
     from .figure import MAX_BRANCHES
     from .sight import sight_of_model, sight_of_spec
     from .slide_map import draw_slide_map
@@ -230,7 +230,7 @@ def _of_slide(
     if checkpoint is not None:
         sight = sight_of_model(checkpoint, features)
     else:
-        spec = load_slide_encoder_spec(slide_encoder)
+        spec = load_longnet_spec(slide_encoder)
         lengths, ratios = segment_lengths or list(spec.segment_lengths), dilated_ratios or list(spec.dilated_ratios)
         sight = sight_of_spec(spec, heads or spec.heads, _branches(lengths, ratios), len(features.coords))
     if len(sight.branches) > MAX_BRANCHES:

@@ -62,21 +62,28 @@ def look_at_tile_encoder(
     return encoder.spec, encoder, None
 
 
-def check_slide_encoder(name: SlideEncoderChoice, checkpoint: str | Path | None, tile_encoder: str) -> None:
+def check_slide_encoder(
+    name: SlideEncoderChoice, checkpoint: str | Path | None, tile_encoder: str, trust_remote_code: bool = False
+) -> None:
     """Published slide encoders read the embeddings of one tile encoder; those of another may have the same length.
 
     A factory, an encoder and a checkpoint of masked autoencoding say only when they are loaded what they read.
 
     Raises:
-        LongslideError: There is no such slide encoder, or its published weights read those of another tile encoder.
+        LongslideError: There is no such slide encoder, its published weights read those of another tile encoder, or it
+            brings code of its own that was not said to be trusted.
     """
-    from ...models.slide_encoder.spec import load_slide_encoder_spec
+    from ...models.slide_encoder.spec import SlideEncoderSpec, is_remote, load_slide_encoder_spec, reads_any, trusted
 
     if not isinstance(name, str | Path) or is_factory(name) or Path(checkpoint or "").suffix == ".ckpt":
         return
+    if is_remote(name):
+        trusted(name, trust_remote_code)
+        return
     spec = load_slide_encoder_spec(name)
-    if checkpoint is None and spec.tile_encoder != tile_encoder:
+    if not reads_any(spec, checkpoint) and spec.tile_encoder != tile_encoder:
+        own = ", or weights of your own with --slide-checkpoint" if isinstance(spec, SlideEncoderSpec) else ""
         raise LongslideError(
             f"the published weights of slide encoder {name!r} read tile embeddings of {spec.tile_encoder!r}, not "
-            f"of {tile_encoder!r}; use that tile encoder, or weights of your own with --slide-checkpoint"
+            f"of {tile_encoder!r}; use that tile encoder{own}"
         )

@@ -117,6 +117,7 @@ def doctor(
     task: TaskKind | None = None,
     patient_column: str | None = None,
     write_table: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> "list[SlideCheck | LabelCheck | EncoderCheck | DiskCheck]":
     """Open every slide, find its tissue, read some tiles, and look at the labels, the weights, the GPU and the disk.
 
@@ -145,6 +146,7 @@ def doctor(
         task: What is to be predicted. Default: as the labels look (binary, multiclass, regression or multilabel).
         patient_column: Column of that table that names the patient, if it has another name; `none` for no patients.
         write_table: Write a CSV to start from: one row per slide, with the columns that `embed` and `fit` take.
+        trust_remote_code: Let a slide encoder that brings code of its own run it, as `embed` does.
 
     Returns:
         What was found about each slide, then about the labels and the encoders that were named, and last about the disk.
@@ -199,7 +201,7 @@ def doctor(
     if tile_encoder is not None and spec is not None:
         encoders.append(check_tile_encoder(spec.name, tile_encoder, tile_checkpoint, tile_px, device, precision))
         if slide_encoder is not None:
-            encoders.append(check_slide_encoder_weights(slide_encoder, slide_checkpoint, spec))
+            encoders.append(check_slide_encoder_weights(slide_encoder, slide_checkpoint, spec, trust_remote_code))
 
     tiles = sum(check.tiles for check in _readable(checks))
     disk = check_disk(tiles, encoders, spec.dim if spec else DIM_WITHOUT_ENCODER, Path(output))

@@ -71,6 +71,7 @@ def embed(
     seed: int = 0,
     overwrite: bool = False,
     log_file: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> list[SlideResult]:
     """Embed slides: one feature file per slide, a picture of its tiles in `qc/`, `qc/index.html`, and `summary.csv`.
 
@@ -88,8 +89,9 @@ def embed(
             `package.module:factory`; in Python also a `TileEncoder` or another torch module. None takes the tile
             embeddings of feature files.
         tile_checkpoint: Weights of the tile encoder: a file, a folder, or `random`. Default: the published weights.
-        slide_encoder: Name of a slide encoder, path of a YAML file that describes one, or `package.module:factory`; in
-            Python also the encoder itself. Without one the feature files hold tile embeddings only.
+        slide_encoder: Name of a slide encoder, path of a YAML file that describes one, `package.module:factory`, or a
+            repository on the hub or a folder with code of their own (see `trust_remote_code`); in Python also the encoder
+            itself. Without one the feature files hold tile embeddings only.
         slide_checkpoint: Weights of the slide encoder: a file, or `random`. Default: the published weights.
         pool: What the slide embedding is: the mean over the tiles, or the cls token.
         slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
@@ -119,6 +121,8 @@ def embed(
         seed: Seed of `random` weights.
         overwrite: Replace feature files that were made with other settings.
         log_file: Append what happens to this file as JSON lines: one for each slide, minute and note.
+        trust_remote_code: Let a slide encoder that brings code of its own run it, with all your rights; the feature files
+            say which code.
 
     Returns:
         One result per slide, in the order of the input.
@@ -142,13 +146,14 @@ def embed(
             shard=shard,
             seed=seed,
             overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
         )
     else:
         entries = find_slides(slides, slide_mpp, ask=False, reader=reader, id_from=id_from)
         spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, seed)
         tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
         if slide_encoder is not None:
-            check_slide_encoder(slide_encoder, slide_checkpoint, spec.name)
+            check_slide_encoder(slide_encoder, slide_checkpoint, spec.name, trust_remote_code)
         if reader is not None:
             reader = READERS.name_of(READERS.get(reader))
         tissue = tissue or OpticalDensity()
@@ -183,6 +188,7 @@ def embed(
             precision=precision,
             seed=seed,
             overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
         )
         with workers_on(devices, ray, output) as workers:
             if workers:
@@ -228,6 +234,7 @@ class _Embedding:
     precision: str
     seed: int
     overwrite: bool
+    trust_remote_code: bool
 
     def __call__(self, device: str, feed: Feed | None = None) -> list[SlideResult]:
         """Embed all slides, or those that a feed gives.
@@ -257,6 +264,7 @@ class _Embedding:
                     seed=self.seed,
                     tile_encoder=self.spec.name,
                     tile_dim=self.spec.dim,
+                    trust_remote_code=self.trust_remote_code,
                 )
                 slide_model = slide_encoder_on(torch_device, slide_model)
             encoder = create_tile_encoder(self.tile_encoder, checkpoint=self.tile_checkpoint, seed=self.seed)

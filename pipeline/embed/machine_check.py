@@ -99,15 +99,22 @@ def check_tile_encoder(
 
 
 def check_slide_encoder_weights(
-    choice: SlideEncoderChoice, checkpoint: str | Path | None, tile_encoder: "TileEncoderSpec"
+    choice: SlideEncoderChoice,
+    checkpoint: str | Path | None,
+    tile_encoder: "TileEncoderSpec",
+    trust_remote_code: bool = False,
 ) -> EncoderCheck:
     """Load the weights for real."""
     from ...models.slide_encoder.base import load_slide_encoder
 
     try:
-        check_slide_encoder(choice, checkpoint, tile_encoder.name)
+        check_slide_encoder(choice, checkpoint, tile_encoder.name, trust_remote_code)
         encoder = load_slide_encoder(
-            choice, checkpoint=checkpoint, tile_encoder=tile_encoder.name, tile_dim=tile_encoder.dim
+            choice,
+            checkpoint=checkpoint,
+            tile_encoder=tile_encoder.name,
+            tile_dim=tile_encoder.dim,
+            trust_remote_code=trust_remote_code,
         )
     except LongslideError as error:
         return EncoderCheck(str(choice), problem=str(error))

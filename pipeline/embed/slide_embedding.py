@@ -50,6 +50,7 @@ def embed_features(
     shard: str | None,
     seed: int,
     overwrite: bool,
+    trust_remote_code: bool,
 ) -> list[SlideResult]:
     """Make slide embeddings from feature files; the arguments are those of `embed`.
 
@@ -63,25 +64,35 @@ def embed_features(
         )
 
     from ...models.slide_encoder.base import load_slide_encoder
-    from ...models.slide_encoder.spec import load_slide_encoder_spec
+    from ...models.slide_encoder.spec import is_remote, load_slide_encoder_spec, reads_any
     from .tile_embedding import resolve_device, slide_encoder_on
 
     named = isinstance(slide_encoder, str | Path) and not is_factory(slide_encoder)
-    reads = Readable(str(slide_encoder))
-    if named and slide_checkpoint is None:
+    pretrained_here = Path(slide_checkpoint or "").suffix == ".ckpt"
+    reads, known = Readable(str(slide_encoder)), False
+    remote = is_remote(slide_encoder)
+    if named and not pretrained_here and not remote:
         spec = load_slide_encoder_spec(str(slide_encoder))
-        reads = Readable(spec.name, spec.tile_encoder, spec.tile_dim)
+        known = not reads_any(spec, slide_checkpoint)
+        if known:
+            reads = Readable(spec.name, spec.tile_encoder, spec.tile_dim)
     width = reads.refuse_if_none_fits(files, output)
     make_output_folder(output)
     torch_device = resolve_device(device)
     encoder = load_slide_encoder(
-        slide_encoder, checkpoint=slide_checkpoint, pool=pool, seed=seed, tile_encoder=None, tile_dim=width
+        slide_encoder,
+        checkpoint=slide_checkpoint,
+        pool=pool,
+        seed=seed,
+        tile_encoder=None,
+        tile_dim=width,
+        trust_remote_code=trust_remote_code,
     )
-    if not named or slide_checkpoint is not None:
-        own_weights = named and Path(slide_checkpoint or "").suffix != ".ckpt"  # perhaps of other tile embeddings
-        known = getattr(encoder, "spec", None)
+    if not known:
+        own_weights = named and not pretrained_here and not remote  # perhaps of other tile embeddings
+        facts = getattr(encoder, "spec", None)
         reads = Readable(
-            encoder.name, "" if own_weights else encoder.tile_encoder, None if known is None else known.tile_dim
+            encoder.name, "" if own_weights else encoder.tile_encoder, None if facts is None else facts.tile_dim
         )
         reads.refuse_if_none_fits(files, output)
     encoder = slide_encoder_on(torch_device, encoder)
@@ -176,11 +187,15 @@ class Readable:
         raise why
 
 
+_OTHER_NAMES = {"conch": "conchv1", "univ1": "uni", "univ2": "uni2h"}
+"""Names of other tools, without hyphens and the like, that differ from ours by more than these."""
+
+
 def _same_name(one: str, other: str) -> bool:
     plain = [
         "".join(letter for letter in name.lower().removeprefix("prov") if letter.isalnum()) for name in (one, other)
     ]
-    return plain[0] == plain[1]
+    return _OTHER_NAMES.get(plain[0], plain[0]) == _OTHER_NAMES.get(plain[1], plain[1])
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def export_slide_encoder(checkpoint: Path, output: Path, name: str | None = None
     from ...models.classifier.checkpoint import load_classifier
     from ...models.slide_encoder.base import read_pretrained
     from ...models.slide_encoder.checkpoint import to_published
+    from ...models.slide_encoder.encoder import SlideEncoder
     from ...models.slide_encoder.spec import list_slide_encoders
 
     name = output.stem if name is None else name
@@ -59,9 +60,10 @@ def export_slide_encoder(checkpoint: Path, output: Path, name: str | None = None
         encoder = read_pretrained(checkpoint)
     else:
         aggregator = load_classifier(checkpoint).aggregator
-        if not isinstance(aggregator, SlideEncoderAggregator):
+        if not isinstance(aggregator, SlideEncoderAggregator) or not isinstance(aggregator.encoder, SlideEncoder):
             raise LongslideError(
-                f"{checkpoint}: a classifier without slide encoder ({type(aggregator).__name__}); there is none to export"
+                f"{checkpoint}: a classifier without slide encoder of GigaPath's architecture "
+                f"({type(aggregator).__name__}); there is none to export"
             )
         encoder = aggregator.encoder
     state = {key: value.detach().clone() for key, value in to_published(encoder).items()}

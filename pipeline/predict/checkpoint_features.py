@@ -76,6 +76,7 @@ class FeatureMaker:
         device: Where the encoders run.
         precision: Precision of the encoders, or `auto`.
         watched: The processes in which slides are opened and tissue is found.
+        trust_remote_code: Whether code that comes with `slide_encoder` may run.
     """
 
     preprocessing: Preprocessing
@@ -91,6 +92,7 @@ class FeatureMaker:
     device: "torch.device"
     precision: str
     watched: WatchedProcesses
+    trust_remote_code: bool = False
     _job: EmbedJob | None = field(default=None, init=False)
 
     @property
@@ -208,11 +210,17 @@ class FeatureMaker:
         slide_encoder = None
         if self.reads_slide_embedding:
             from ...models.slide_encoder.base import load_slide_encoder
+            from ...models.slide_encoder.spec import is_remote
 
             if made.slide_encoder is None:
                 raise LongslideError(
                     "the checkpoint does not say the slide encoder of its training features: embed the new slides with it, "
                     "and give their folder with --features"
+                )
+            if self.slide_encoder is None and is_remote(made.slide_encoder):  # a file alone runs no code
+                raise LongslideError(
+                    f"the classifier's slide encoder {made.slide_encoder!r} is run by code of its own: if you trust it, "
+                    f"give --slide-encoder {made.slide_encoder} --trust-remote-code"
                 )
             checkpoint, seed = _weights_to_load(self.slide_checkpoint, made.slide_weights)
             try:
@@ -223,6 +231,7 @@ class FeatureMaker:
                     seed=seed,
                     tile_encoder=encoder.spec.name,
                     tile_dim=encoder.dim,
+                    trust_remote_code=self.trust_remote_code,
                 )
             except LongslideError as error:
                 raise LongslideError(

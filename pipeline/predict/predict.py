@@ -86,6 +86,7 @@ def predict(
     overwrite: bool = False,
     allow_seen: bool = False,
     log_file: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Prediction]:
     """Predict new slides: embed them as the training slides were, classify them, and show why.
 
@@ -125,6 +126,7 @@ def predict(
         allow_seen: Also predict slides that were in the training or validation part of a classifier; they are marked.
         overwrite: Replace predictions that were made with other checkpoints or explained otherwise.
         log_file: Append what happens to this file as JSON lines: one for each slide, minute and note.
+        trust_remote_code: Let a slide encoder that is named by `slide_encoder` and brings code of its own run it.
 
     Returns:
         A prediction a slide, in the order of the input; then one for each patient of these slides, and for a patient of
@@ -170,6 +172,7 @@ def predict(
             precision=precision,
             overwrite=overwrite,
             allow_seen=allow_seen,
+            trust_remote_code=trust_remote_code,
         )
         with workers_on(devices, ray, output) as workers:
             results = None
@@ -218,6 +221,7 @@ class _Predicting:
     precision: str
     overwrite: bool
     allow_seen: bool
+    trust_remote_code: bool
     makes_features: bool = False
 
     def __call__(self, device: str, feed: Feed) -> list[SlideResult]:
@@ -270,6 +274,7 @@ class _Predicting:
                 device=torch_device,
                 precision=self.precision,
                 watched=watched,
+                trust_remote_code=self.trust_remote_code,
             )
             digests = checkpoint_digests(ensemble)
             yield _Job(self, ensemble, digests, maker, torch_device, records)

@@ -54,7 +54,7 @@ def test_gigapath_has_the_published_tensors_and_segment_lengths() -> None:
 
 
 def test_the_siblings_are_there() -> None:
-    assert list_slide_encoders() == ["gigapath", "gigapath-12l1536d", "gigapath-24l1024d", "gigapath-flash"]
+    assert {"gigapath", "gigapath-12l1536d", "gigapath-24l1024d", "gigapath-flash"} <= set(list_slide_encoders())
     wide, deep = load_slide_encoder_spec("gigapath-12l1536d"), load_slide_encoder_spec("gigapath-24l1024d")
     assert (wide.layers, wide.width, wide.ffn_width) == (12, 1536, 6144)
     assert (deep.layers, deep.width, deep.ffn_width) == (24, 1024, 4096)
