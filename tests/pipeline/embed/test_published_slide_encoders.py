@@ -161,7 +161,11 @@ def test_a_frozen_one_stays_as_it_is_and_a_linear_probe_reads_its_embeddings(tmp
 @pytest.mark.parametrize(
     ("tiles", "weights", "said"),
     [
-        ((768, "uni"), "chief", "tile embeddings of 'uni', but slide encoder 'chief' reads those of 'chief-ctranspath'"),
+        (
+            (768, "uni"),
+            "chief",
+            "tile embeddings of 'uni', but slide encoder 'chief' reads those of 'chief-ctranspath'",
+        ),
         (
             (1024, "chief-ctranspath"),
             "chief",
