@@ -9,6 +9,8 @@ from pathlib import Path
 import longslide
 import pytest
 import yaml
+from longslide.models.slide_encoder.spec import PublishedSpec, list_slide_encoders, load_slide_encoder_spec
+from longslide.models.tile_encoder.spec import load_tile_encoder_spec
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,3 +50,33 @@ def test_the_citation_names_this_version_and_licence() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == longslide.__version__
     assert citation["license"] == metadata("longslide")["License-Expression"]
+
+
+@pytest.mark.parametrize("name", list_slide_encoders())
+def test_the_documentation_states_the_facts_of_each_slide_encoder(name: str) -> None:
+    import torch
+
+    spec = load_slide_encoder_spec(name)
+    with torch.device("meta"):
+        width = longslide.create_slide_encoder(name, checkpoint="random").width
+    gated = "yes" if spec.gated else "no"
+    row = (
+        f"| `{name}` | `{spec.tile_encoder}` | {spec.tile_dim:,} | {width:,} | {gated} | {spec.licence} | {spec.shown} "
+        f"| [paper]({spec.paper}) |"
+    )
+    assert row in (ROOT / "docs" / "encoders.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", list_slide_encoders())
+def test_what_a_slide_encoder_reads_is_a_tile_encoder_of_the_package(name: str) -> None:
+    spec = load_slide_encoder_spec(name)
+    assert load_tile_encoder_spec(spec.tile_encoder).dim == spec.tile_dim
+
+
+def test_what_was_shown_by_code_has_numbers_of_that_code() -> None:
+    tests = (ROOT / "tests" / "models" / "slide_encoder" / "reference").glob("*.npz")
+    references = {path.stem for path in tests}
+    for name in list_slide_encoders():
+        spec = load_slide_encoder_spec(name)
+        if spec.shown == "code" and isinstance(spec, PublishedSpec):
+            assert spec.architecture in references

@@ -21,7 +21,7 @@ def attention_routes(site: "Site") -> list[Route]:
 
     def encoders(request: Request) -> Response:
         specs = [load_slide_encoder_spec(name) for name in list_slide_encoders()]
-        return JSONResponse({"encoders": [_described(spec) for spec in specs]})
+        return JSONResponse({"encoders": [_described(spec) for spec in specs if isinstance(spec, SlideEncoderSpec)]})
 
     def seen(request: Request) -> Response:
         from .app import UnknownError
@@ -33,6 +33,8 @@ def attention_routes(site: "Site") -> list[Route]:
             raise UnknownError
         what, _, number = request.query_params.get("show", "heads").partition("-")
         spec = load_slide_encoder_spec(name)
+        if not isinstance(spec, SlideEncoderSpec):
+            raise UnknownError
         most = {"heads": 1, "layers": 1, "head": spec.heads, "branch": len(spec.segment_lengths)}.get(what, 0)
         if (not number.isdigit() and number) or not (0 <= int(number or 0) < most):
             raise UnknownError
