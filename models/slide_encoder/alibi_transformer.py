@@ -205,9 +205,9 @@ class TITAN(ALiBiTransformer):
         "attn_pool_contrastive.query": "query",
         "attn_pool_contrastive.ln_q": "query_norm",
         "attn_pool_contrastive.ln_k": "token_norm",
-        "attn_pool_contrastive.attn.in_proj_weight": "pool.in_proj_weight",
-        "attn_pool_contrastive.attn.in_proj_bias": "pool.in_proj_bias",
-        "attn_pool_contrastive.attn.out_proj": "pool.out_proj",
+        "attn_pool_contrastive.attn.in_proj_weight": "pooling.in_proj_weight",
+        "attn_pool_contrastive.attn.in_proj_bias": "pooling.in_proj_bias",
+        "attn_pool_contrastive.attn.out_proj": "pooling.out_proj",
     }
 
     def __init__(
@@ -235,12 +235,12 @@ class TITAN(ALiBiTransformer):
         self.query = nn.Parameter(torch.randn(1, width))
         self.query_norm = nn.LayerNorm(width)
         self.token_norm = nn.LayerNorm(width)
-        self.pool = nn.MultiheadAttention(width, pool_heads)
+        self.pooling = nn.MultiheadAttention(width, pool_heads)
 
     def embed(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
         """See `PublishedSlideEncoder.embed`."""
         tokens = self.token_norm(self.tokens(tile_features, grid_cells))
-        pooled: Tensor = self.pool(self.query_norm(self.query), tokens, tokens, need_weights=False)[0]
+        pooled: Tensor = self.pooling(self.query_norm(self.query), tokens, tokens, need_weights=False)[0]
         return pooled[0]
 
 

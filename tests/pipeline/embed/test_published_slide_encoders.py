@@ -92,7 +92,7 @@ def test_each_embeds_feature_files_of_its_tile_encoder(name: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_slides_are_embedded_at_once_and_a_classifier_on_top_predicts_and_explains(tmp_path: Path) -> None:
+def test_tiles_and_slides_are_embedded_at_once(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(ENCODER)
     spec = write_spec(tmp_path / "small.yaml", "titan", tile_encoder="tiny", tile_dim=48)
     torch.save(to_published(create_slide_encoder(spec, checkpoint="random")), tmp_path / "weights.pt")
