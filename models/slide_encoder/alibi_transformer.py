@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from .published import PublishedSlideEncoder
 from .spec import PublishedSpec
 
-MOST_BIASES = 2**26
-"""Biases (heads x queries x keys) that are in memory at once: 256 MiB in float32. More queries are worked on in blocks."""
+MOST_BIASES = 2**28
+"""Biases (heads x queries x keys) that are in memory at once: 1 GiB in float32. More queries are worked on in blocks."""
 
 
 def alibi_slopes(heads: int) -> list[float]:

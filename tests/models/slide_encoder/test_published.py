@@ -290,4 +290,4 @@ with torch.inference_mode():
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.5
+    assert float(done.stdout) < 2.5
