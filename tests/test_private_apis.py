@@ -33,6 +33,17 @@ def test_the_gpu_attention_of_aten_is_there() -> None:
         assert hasattr(torch.ops.aten, name), name
 
 
+def test_dynamo_takes_memory_by_shape_strides_and_dtype() -> None:
+    guards = torch._C._dynamo.guards
+    assert hasattr(guards, "_empty_strided_cuda")
+    found = guards._empty_strided_cpu((2, 3), (3, 1), torch.bfloat16)
+    assert (found.shape, found.stride(), found.dtype) == ((2, 3), (3, 1), torch.bfloat16)
+
+
+def test_a_fused_adamw_marks_itself_for_scaled_gradients() -> None:
+    assert torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], fused=True)._step_supports_amp_scaling
+
+
 def test_jsonargparse_has_the_actions_that_recipes_and_plugins_extend() -> None:
     from jsonargparse import ActionConfigFile, ArgumentParser
     from jsonargparse._typehints import ActionTypeHint

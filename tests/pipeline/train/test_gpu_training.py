@@ -1,5 +1,6 @@
 """Training on a GPU: no step waits for it, and its batches are those of the host."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,25 @@ def test_no_step_waits_for_the_gpu(aggregator: str, tmp_path: Path) -> None:
     write_cohort(tmp_path / "c")
     model = train(opened(tmp_path / "c"), AGGREGATORS[aggregator], Strict())
     assert float(model.trainer.callback_metrics["train_loss"]) > 0
+
+
+@pytest.mark.parametrize("precision", ["32", "16-mixed", "bf16-mixed"])
+def test_gradients_are_clipped_in_every_precision_though_adamw_is_fused(precision: str, tmp_path: Path) -> None:
+    write_cohort(tmp_path / "c")
+
+    norms: list[float] = []
+
+    class Norms(lightning.Callback):
+        def on_before_zero_grad(self, trainer: Any, module: Any, optimiser: Any) -> None:
+            assert optimiser.param_groups[0]["fused"]
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            if grads:
+                norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+    train(opened(tmp_path / "c"), AGGREGATORS["abmil"], Norms(), precision=precision, gradient_clip_val=1e-3)
+    finite = [norm for norm in norms if math.isfinite(norm)]  # the first scales of float16 may be too large
+    assert finite
+    assert max(finite) <= 1.01e-3
 
 
 @pytest.mark.parametrize(
