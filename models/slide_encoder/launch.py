@@ -23,7 +23,7 @@ def launch(
     arguments: tuple[Any, ...],
     constants: tuple[Any, ...],
     options: Mapping[str, int] = WARPS,
-) -> None:
+) -> tuple[Any, tuple[Any, ...]] | None:
     """`kernel[grid](*arguments, *constants, **options)`, on the current stream of the current device.
 
     Args:
@@ -32,10 +32,13 @@ def launch(
         arguments: Tensors, numbers and None, in the order of its parameters.
         constants: The `tl.constexpr` that follow: hashable, named tuples among them.
         options: Of the compiler.
+
+    Returns:
+        The compiled kernel and the constants as it takes them; None where it is Triton, or another, that launches.
     """
     if torch.compiler.is_compiling() or not isinstance(kernel, triton.JITFunction) or torch.version.hip is not None:
         kernel[grid](*arguments, *map(marked, constants), **options)  # as the compiler and Triton's interpreter know it
-        return
+        return None
     device: int = torch._C._cuda_getDevice()
     # What Triton makes kernels of their own for. The last bits of an address, and of a number, say how wide loads may be.
     kinds = [
@@ -50,8 +53,8 @@ def launch(
     found = _compiled.get(key)
     if found is None:
         final = tuple(map(marked, constants))
-        _compiled[key] = kernel[grid](*arguments, *final, **options), final
-        return
+        _compiled[key] = found = kernel[grid](*arguments, *final, **options), final
+        return found
     compiled, final = found
     stream = torch._C._cuda_getCurrentRawStream(device)
     compiled.run(
@@ -66,6 +69,7 @@ def launch(
         *arguments,
         *final,
     )
+    return found
 
 
 class Launch(Protocol):
@@ -78,7 +82,7 @@ class Launch(Protocol):
         arguments: tuple[Any, ...],
         constants: tuple[Any, ...],
         options: Mapping[str, int] = WARPS,
-    ) -> None:
+    ) -> object:
         """See `launch`."""
 
 
@@ -102,14 +106,12 @@ class Repeated:
         found = self._found.get(id(kernel))
         device: int = -1 if found is None else torch._C._cuda_getDevice()
         if found is None or found[0] != device:
-            if not isinstance(kernel, triton.JITFunction) or torch.version.hip is not None:
-                launch(kernel, grid, arguments, constants, options)
-                return
-            final = tuple(map(marked, constants))
-            compiled = kernel[grid](*arguments, *final, **options)
-            run = partial(compiled.run, *grid, *_ONES[len(grid) :])
-            device = torch._C._cuda_getDevice()
-            self._found[id(kernel)] = device, run, compiled.function, compiled.packed_metadata, final
+            made = launch(kernel, grid, arguments, constants, options)
+            if made is not None:
+                compiled, final = made
+                run = partial(compiled.run, *grid, *_ONES[len(grid) :])
+                device = torch._C._cuda_getDevice()
+                self._found[id(kernel)] = device, run, compiled.function, compiled.packed_metadata, final
             return
         _, run, function, metadata, final = found
         stream = torch._C._cuda_getCurrentRawStream(device)
@@ -117,8 +119,13 @@ class Repeated:
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty` on the current GPU, in a third of its time."""
-    if device.type != "cuda" or _empty_strided is None or torch.compiler.is_compiling():
+    """`torch.empty`; on the current GPU in a third of its time."""
+    if (
+        device.type != "cuda"
+        or torch.compiler.is_compiling()
+        or _empty_strided is None
+        or device.index != torch._C._cuda_getDevice()
+    ):
         return torch.empty(shape, dtype=dtype, device=device)
     strides, step = [], 1
     for length in reversed(shape):
