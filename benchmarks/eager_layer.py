@@ -6,6 +6,10 @@ GigaPath's layer (width 768, 16 heads, feed-forward 3,072) in bfloat16, wall tim
 another, so launches count where they take longer than the kernels. `dense` is the same layer of PyTorch's own modules:
 LayerNorm, Linear, GELU, scaled_dot_product_attention. `attention` is dilated attention alone, of a projection to queries,
 keys and values, `sdpa` dense attention of the same. `GPU` is what the kernels of our layer take.
+
+Measured on one H100 (torch 2.11), forward / forward and backward, ours beside dense: 256 tokens 0.225 / 1.142 beside
+0.238 / 1.164, 512: 0.271 / 1.266 beside 0.303 / 1.361, 1,024: 0.265 / 1.231 beside 0.297 / 1.343, 2,048: 0.266 / 1.223
+beside 0.299 / 1.363, 4,096: 0.275 / 1.229 beside 0.350 / 1.357.
 """
 
 import argparse
