@@ -36,6 +36,14 @@ def _first_rank() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def replicas(trainer: lightning.Trainer | None) -> tuple[int, int]:
+    """How many processes have bags of their own, and which of them this one is: those that share slides count as one."""
+    if trainer is None:
+        return 1, 0
+    shared = getattr(trainer.strategy, "sequence_parallel_size", 1)
+    return max(1, trainer.world_size // shared), trainer.global_rank // shared
+
+
 class BagDataModule(lightning.LightningDataModule):
     """A table of labels and a folder of feature files as batches for training, validation and test.
 
@@ -367,17 +375,14 @@ class BagDataModule(lightning.LightningDataModule):
                     logger.info(note)
                     self._logged.add(note)
 
-    def training_batches(self, world_size: int) -> int:
-        """Batches per epoch of each of `world_size` processes."""
-        return len(self._training_sampler(self._training_set(), world_size, 0))
+    def training_batches(self, replicas: int) -> int:
+        """Batches per epoch of each of so many processes that have bags of their own."""
+        return len(self._training_sampler(self._training_set(), replicas, 0))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented batches; resumable."""
         dataset = self._training_set()
-        trainer = self.trainer
-        sampler = self._training_sampler(
-            dataset, 1 if trainer is None else trainer.world_size, 0 if trainer is None else trainer.global_rank
-        )
+        sampler = self._training_sampler(dataset, *replicas(self.trainer))
         return BagLoader(dataset, sampler=sampler, threads=self.options.workers, device=self._device)
 
     def _training_set(self) -> BagDataset:
@@ -391,14 +396,14 @@ class BagDataModule(lightning.LightningDataModule):
             part=self._part,
         )
 
-    def _training_sampler(self, dataset: BagDataset, world_size: int, rank: int) -> TokenBudgetBatchSampler:
+    def _training_sampler(self, dataset: BagDataset, number: int, rank: int) -> TokenBudgetBatchSampler:
         return TokenBudgetBatchSampler(
             dataset.lengths,
             max_tokens=self.options.max_tokens,
-            max_bags=-(-self.options.bags_per_step // world_size),
+            max_bags=-(-self.options.bags_per_step // number),
             shuffle=True,
             stratum=self._stratum() if self.options.balance else None,
-            num_replicas=world_size,
+            num_replicas=number,
             rank=rank,
             seed=self.options.seed,
         )
@@ -419,12 +424,9 @@ class BagDataModule(lightning.LightningDataModule):
             device: The GPU that the batches are wanted on; None for the host, or for the trainer's.
         """
         dataset = BagDataset(self.bags(part), self.cache, seed=self.options.seed, part=self._part)
-        trainer = self.trainer
+        number, rank = replicas(self.trainer)
         sampler = TokenBudgetBatchSampler(
-            dataset.lengths,
-            max_tokens=self.options.max_tokens,
-            num_replicas=1 if trainer is None else trainer.world_size,
-            rank=0 if trainer is None else trainer.global_rank,
+            dataset.lengths, max_tokens=self.options.max_tokens, num_replicas=number, rank=rank
         )
         return BagLoader(dataset, sampler=sampler, threads=self.options.workers, device=device or self._device)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import Trainer
 
-from ...data.cohort.datamodule import BagDataModule
+from ...data.cohort.datamodule import BagDataModule, replicas
 from ...errors import LongslideError
 
 FEW_STEPS = 10
@@ -82,9 +82,10 @@ def plan_steps(data: BagDataModule, trainer: Trainer, epochs: int | None, min_st
             "--trainer.accumulate-grad-batches follows from the bags of a step; set --data.bags-per-step"
         )
     bags = len(data.bags("train"))
-    batches = data.training_batches(trainer.world_size)
-    together = bags / (batches * trainer.world_size)  # bags of a batch, on average
-    trainer.accumulate_grad_batches = max(1, round(data.options.bags_per_step / trainer.world_size / together))
+    number, _ = replicas(trainer)
+    batches = data.training_batches(number)
+    together = bags / (batches * number)  # bags of a batch, on average
+    trainer.accumulate_grad_batches = max(1, round(data.options.bags_per_step / number / together))
     per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
     if epochs is not None:
         epochs = max(epochs, math.ceil(min_steps / per_epoch))
