@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from .channels import average, length, spread, unit
-from .morphology import closing, connected_to, depth, local_deviation, opening
+from .morphology import closing, connected_to, depth, opening
 
 HALF_WIDTHS_UM = (40.0, 80.0, 160.0, 320.0, 640.0, 1200.0)
 """Half the widths of strokes that are looked for, in microns."""
@@ -31,6 +31,9 @@ LEAST_TISSUE = 0.15
 
 SMOOTH = 0.6
 """Ink is smoother, in hue from pixel to pixel and in density, than so much of what is usual in the picture."""
+
+MIN_DEVIATION = 0.07
+"""Least of what counts as usual unevenness of density: tissue has 0.07 to 0.12, ink 0.01 to 0.05."""
 
 MIN_HUE_DEVIATION = 0.012
 """Least of what counts as usual: H&E has 0.015 to 0.03, ink 0.004 to 0.01; a slide of nothing but ink has no usual."""
@@ -81,9 +84,10 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
     Returns:
         `(h, w)` bool; without the soft rim of the strokes.
     """
-    direction, darkness = unit(density), average(density)
-    relative = local_deviation(darkness, 5) / np.maximum(darkness, 0.05)
+    direction = unit(density)
+    relative, unevenness = _unevenness(foreground, density)
     ink = np.zeros_like(foreground)
+    rough = foreground & (unevenness > SMOOTH)
     taken: list[_Piece] = []
 
     def take(piece: _Piece) -> None:
@@ -96,7 +100,7 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
         if half_width < 1.2 * mpp:
             continue
         bulk = opening(rest, half_width / mpp, depths)
-        sample = density.reshape(-1, 3)[np.flatnonzero(bulk)[::7]]
+        sample = density.reshape(-1, 3)[np.flatnonzero(bulk & rough)[::7]]
         for piece in _pieces(rest & ~bulk, density, direction, relative, max(8.0, (160 / mpp) ** 2), measured):
             if _is_stroke(piece, sample, 7):
                 take(piece)
@@ -105,7 +109,7 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
             depths = depth(rest)
         elif not len(sample):
             break  # wider strokes would be the same pieces
-    for stroke in _smooth_strokes(rest, density, direction, relative, mpp, taken):
+    for stroke in _smooth_strokes(rest, density, direction, relative, unevenness, mpp, taken):
         take(stroke)
     rest &= ~ink
     if np.count_nonzero(rest) < LEAST_TISSUE * np.count_nonzero(foreground):
@@ -203,19 +207,14 @@ def _smooth_strokes(
     density: np.ndarray,
     direction: np.ndarray,
     relative: np.ndarray,
+    unevenness: np.ndarray,
     mpp: float,
     inks: list[_Piece],
 ) -> Iterator[_Piece]:
     """Strokes of any width and shape, which may touch tissue or run together: smooth, and of the hue of one dye."""
     rest = rest.copy()
-    core = rest & (depth(rest) > 2.5)
-    if not core.any():
-        return
-    unevenness = _hue_deviation(rest, density)
-    usual = max(float(np.median(unevenness[core])), MIN_HUE_DEVIATION)
-    flat = SMOOTH * float(np.median(relative[core]))
-    unevenness = cv2.blur(unevenness, (5, 5))
-    seeds = opening(rest & (unevenness < SMOOTH * usual), max(1.5, 30 / mpp))
+    rough = rest & (unevenness > SMOOTH)
+    seeds = opening(rest & (cv2.blur(unevenness, (5, 5)) < SMOOTH), max(1.5, 30 / mpp))
     least_px = max(8.0, (100 / mpp) ** 2)
     dyes: list[_Piece] = []
     smooth = (
@@ -231,29 +230,45 @@ def _smooth_strokes(
     for dye in dyes:
         member = rest & (length(direction - dye.direction) < 0.08) & (lengths > 0.35 * np.linalg.norm(dye.density))
         for stroke in _pieces(opening(member, 1.0), density, direction, relative, least_px, {}):
-            where, within = stroke.where, stroke.mask & core[stroke.where]
+            where = stroke.where
             border = stroke.mask & (depth(np.pad(stroke.mask, 1))[1:-1, 1:-1] <= 1.5)
             if stroke.hue_spread > 0.03 or np.mean(by_glass[where][border]) < 0.25:
                 continue
-            others = rest.copy()
+            others = rough & rest
             others[where] &= ~stroke.mask
             sample = density.reshape(-1, 3)[np.flatnonzero(others)[::7]]
-            is_smooth = stroke.flatness < flat and within.any() and np.median(unevenness[where][within]) < 0.75 * usual
-            unlike = len(sample) > 0 and np.mean(_alike(stroke, sample)) < 0.3
+            evenness = float(np.median(unevenness[where][stroke.mask]))
+            is_smooth = evenness < SMOOTH and stroke.flatness < 0.06
+            is_smoothest = evenness < 0.5 * SMOOTH and stroke.flatness < 0.02
+            unlike = len(sample) > 0 and np.mean(_alike(stroke, sample)) < (0.6 if is_smoothest else 0.3)
             of_an_ink = any(dye is ink for ink in inks) and _is_stroke(stroke, sample, 7)
             if (is_smooth and (unlike or stroke.is_no_tissue)) or of_an_ink:
                 rest[where] &= ~stroke.mask
                 yield stroke
 
 
-def _hue_deviation(mask: np.ndarray, density: np.ndarray) -> np.ndarray:
-    """How far optical densities lie off their mean direction, as a share of its length, within 5 pixels."""
-    share = np.maximum(cv2.blur(mask.astype(np.float32), (5, 5)), 0.04)
-    inside = np.where(mask[..., None], density, 0).astype(np.float32)
-    mean = cv2.blur(inside, (5, 5))
-    along = np.einsum("ijk,ijk->ij", inside, unit(mean))
-    off = cv2.blur(np.einsum("ijk,ijk->ij", inside, inside) - along * along, (5, 5))
-    return np.asarray(np.sqrt(np.maximum(off, 0) / share) / np.maximum(length(mean) / share, 0.1))
+def _unevenness(foreground: np.ndarray, density: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How uneven the density is within 5 pixels, as a share of it; and how uneven hue, or hue and density, by what is usual.
+
+    Both without the rims, along which every stroke is uneven.
+    """
+    depths = depth(foreground)
+    core = foreground & (depths >= np.maximum(1, 0.75 * cv2.dilate(depths, np.ones((5, 5), np.uint8))))
+    share = np.maximum(cv2.blur(core.astype(np.float32), (5, 5)), 0.04)
+    inside = np.where(core[..., None], density, 0).astype(np.float32)
+    mean = cv2.blur(inside, (5, 5)) / share[..., None]
+    squares, along = (np.einsum("ijk,ijk->ij", inside, other) for other in (inside, unit(mean)))
+    off = cv2.blur(squares - along * along, (5, 5)) / share
+    hue = np.sqrt(np.maximum(off, 0)) / np.maximum(length(mean), 0.1)
+    darkness = average(inside)
+    variance = cv2.blur(darkness * darkness, (5, 5)) / share - average(mean) ** 2
+    relative = np.sqrt(np.maximum(variance, 0)) / np.maximum(average(mean), 0.05)
+    if not core.any():
+        return relative, np.ones_like(hue)
+    usual_hue = max(float(np.median(hue[core])), MIN_HUE_DEVIATION)
+    usual = max(float(np.median(relative[core])), MIN_DEVIATION)
+    hue /= usual_hue
+    return relative, np.minimum(hue, np.sqrt(hue * relative / usual))
 
 
 def _vivid_strokes(rest: np.ndarray, density: np.ndarray, mpp: float) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ from .ink import find_ink
 from .morphology import closing, connected_to, depth, local_deviation, opening, without_small
 from .under_ink import tissue_under_ink
 
-METHOD = "longslide-tissue-4"
+METHOD = "longslide-tissue-5"
 """Name and version of the classical method, recorded in feature files."""
 
 MASK_MPP = 10.0
@@ -133,8 +133,11 @@ def _tissue_and_ink(
     else:
         # H&E absorb green most; other stains any colour. What absorbs all alike is a shadow, a coverslip's edge or dust.
         strength = np.maximum(green - np.minimum(red, blue), chroma / 1.25)
+        strength = np.maximum(strength, _of_pale_tissue(strength, chroma - 0.4 * absorbed, threshold, mpp))
         stained = (strength > threshold) & (chroma > 0.15 * absorbed)
     dark = (absorbed > 0.9) & (chroma < 0.35 * absorbed)
+    if not grey:
+        dark |= (absorbed > 0.5) & (chroma < 0.2 * absorbed)  # black ink that is worn
 
     foreground = closing(_within_half_density(stained | dark, np.maximum(strength, 0.5 * absorbed), mpp), 1.0)
     ink = np.zeros_like(dark)
@@ -196,6 +199,20 @@ def _optical_density(picture: np.ndarray, glass: np.ndarray) -> np.ndarray:
     return np.asarray(cv2.log(np.maximum(glass, 1) / np.maximum(picture, 1)) * np.float32(1 / np.log(10)))
 
 
+def _of_pale_tissue(strength: np.ndarray, coloured: np.ndarray, threshold: float, mpp: float) -> np.ndarray:
+    """What to take for the strength of pale tissue, which JPEG's blocks and gaps between cells make uneven.
+
+    It is 1.5 times the median within 40 um, up to 1.5 times the threshold: glass has a third of that, a bluish shadow two.
+    """
+    window = 2 * max(2, round(40 / mpp)) + 1
+    scaled = np.minimum(strength * np.float32(50 / threshold), 255).astype(np.uint8)
+    median = cv2.medianBlur(scaled, window)
+    beside = np.ones((2 * max(6, round(120 / mpp)) + 1,) * 2, np.uint8)
+    is_pale = cv2.dilate(cv2.blur(scaled, (3, 3)), beside) < 200  # not the halo of what is stained well
+    is_pale &= cv2.blur(coloured, (window, window)) > 0  # no shadow
+    return np.where(is_pale, np.minimum(median, 50) * np.float32(1.5 * threshold / 50), 0)
+
+
 def _within_half_density(mask: np.ndarray, strength: np.ndarray, mpp: float) -> np.ndarray:
     """A mask up to where its strength is half of that around: a blurred border runs through its middle."""
     window = 2 * max(2, round(50 / mpp)) + 1
@@ -210,20 +227,27 @@ def _within_fat(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray, 
     Its strands are too thin to be seen one by one: it is pinker than glass on average, and uneven where glass is not.
     """
     excess = np.clip(density[..., 1] - 0.5 * (density[..., 0] + density[..., 2]), -0.02, 0.02)
-    excess[not_tissue] = 0
+    bulk = opening(solid & (density[..., 1] > 0.12), max(2.0, 20 / mpp))
+    # JPEG's halo of cells, stroma and ink is pink too.
+    unknown = (depth(~bulk) <= max(4.0, 20 / mpp)) | (depth(~not_tissue) <= max(6.0, 20 / mpp))
+    excess[unknown] = 0
 
     def smoothed(values: np.ndarray, microns: float) -> np.ndarray:
         return cv2.GaussianBlur(values, (0, 0), max(1.0, microns / mpp))
 
-    mean = smoothed(excess, 60)
+    share = np.maximum(smoothed((~unknown).astype(np.float32), 60), 0.3)
+    mean = smoothed(excess, 60) / share
     fine = excess - smoothed(excess, max(20, 1.5 * mpp))
-    uneven = np.sqrt(smoothed(fine * fine, 60))
+    fine[unknown] = 0
+    uneven = np.sqrt(smoothed(fine * fine, 60) / share)
     quiet = mean < 0.001
     noise = float(np.median(uneven[quiet])) if np.mean(quiet) > 0.01 else 0.0
     window = 2 * max(1, round(90 / mpp)) + 1
     red, green = (cv2.blur(np.clip(density[..., channel], -0.05, 0.2), (window, window)) for channel in (0, 1))
-    pink = (mean > 0.0018) & ((uneven > max(5 * noise, 0.0006)) | solid)
+    pink = (mean > 0.0009) & ((uneven > max(5 * noise, 0.0006)) | solid)
     pink &= solid | (green > red)  # not the tint of a shadow
+    pink = connected_to(pink, pink & (mean > 0.0018))
+    pink |= bulk
     margin = int(400 / mpp)
     wide = opening(np.pad(pink, margin, mode="edge"), 150 / mpp)  # not the halo of a thin core or of a few cells
     return np.asarray(depth(wide)[margin:-margin, margin:-margin])

@@ -49,7 +49,8 @@ def tissue_under_ink(
             between |= near & (depth(~strokes) <= RIM_UM / mpp) & closing(tissue, reach)
         left = wider
     amount, certain = _tissue_amount(ink, between, tissue, density, mpp)
-    between &= ~(certain & (amount < NO_TISSUE))
+    absent, beyond = between & certain & (amount < NO_TISSUE), ~(tissue | between)
+    between &= ~(absent & connected_to(absent | beyond, beyond))  # amid tissue is tissue
     known = tissue | between
     denser = opening(amount > MUCH_TISSUE, max(1.0, 30 / mpp))
     return np.asarray(between | (denser & connected_to(denser | (depth(~known) <= max(2.0, 40 / mpp)), known)))

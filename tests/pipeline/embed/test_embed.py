@@ -302,9 +302,9 @@ def test_a_mask_or_mpp_given_or_taken_back_later_is_another_setting(job: dict[st
 
     assert made_anew("mpp") == "done: "
     assert "slide_mpp 0.499 was given instead of the file's own" in made_anew("plain")
-    assert "tissue_method longslide-tissue-4 instead of mask:one.png" in made_anew("mask")
+    assert "tissue_method longslide-tissue-5 instead of mask:one.png" in made_anew("mask")
     assert "tissue_method mask:one.png" in made_anew("other mask")
-    assert "instead of longslide-tissue-4" in made_anew("plain")
+    assert "instead of longslide-tissue-5" in made_anew("plain")
     assert made_anew("plain") == "done: already complete"
 
 
