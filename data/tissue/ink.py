@@ -65,7 +65,8 @@ class _Piece:
     @property
     def is_no_tissue(self) -> bool:
         """Whether it is so thin and even, or of such a colour, that no tissue is like it."""
-        thin = self.slenderness > 40 and self.flatness < 0.05 and self.hue_spread < 0.02
+        flat = self.flatness < (0.05 if self.slenderness > 40 else 0.01)
+        thin = self.slenderness > 10 and flat and self.hue_spread < 0.02
         return self.is_green_or_black or (thin and not self.is_brown)
 
     @property
@@ -85,9 +86,8 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
         `(h, w)` bool; without the soft rim of the strokes.
     """
     direction = unit(density)
-    relative, unevenness = _unevenness(foreground, density)
+    relative, unevenness, rough = _unevenness(foreground, density)
     ink = np.zeros_like(foreground)
-    rough = foreground & (unevenness > SMOOTH)
     taken: list[_Piece] = []
 
     def take(piece: _Piece) -> None:
@@ -109,7 +109,7 @@ def find_ink(foreground: np.ndarray, density: np.ndarray, mpp: float) -> np.ndar
             depths = depth(rest)
         elif not len(sample):
             break  # wider strokes would be the same pieces
-    for stroke in _smooth_strokes(rest, density, direction, relative, unevenness, mpp, taken):
+    for stroke in _smooth_strokes(rest, density, direction, relative, unevenness, rough, mpp, taken):
         take(stroke)
     rest &= ~ink
     if np.count_nonzero(rest) < LEAST_TISSUE * np.count_nonzero(foreground):
@@ -185,7 +185,9 @@ def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
     if piece.is_brown:
         return False
     if piece.flatness > 0.1 and piece.hue_spread > 0.02:
-        return False  # a thin stroke is all rim, and uneven by that; not in its hue
+        return False  # strokes a few pixels wide run together, and are uneven by that; not in their hue
+    if piece.flatness > 0.07 and piece.hue_spread > 0.01 and piece.slenderness < 20 and not sure:
+        return False
     if not len(bulk):
         return piece.is_no_tissue  # thin biopsies of a single stain, with nothing to compare them with
     alike = _alike(piece, bulk)
@@ -208,12 +210,12 @@ def _smooth_strokes(
     direction: np.ndarray,
     relative: np.ndarray,
     unevenness: np.ndarray,
+    rough: np.ndarray,
     mpp: float,
     inks: list[_Piece],
 ) -> Iterator[_Piece]:
     """Strokes of any width and shape, which may touch tissue or run together: smooth, and of the hue of one dye."""
     rest = rest.copy()
-    rough = rest & (unevenness > SMOOTH)
     seeds = opening(rest & (cv2.blur(unevenness, (5, 5)) < SMOOTH), max(1.5, 30 / mpp))
     least_px = max(8.0, (100 / mpp) ** 2)
     dyes: list[_Piece] = []
@@ -247,10 +249,10 @@ def _smooth_strokes(
                 yield stroke
 
 
-def _unevenness(foreground: np.ndarray, density: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How uneven the density is within 5 pixels, as a share of it; and how uneven hue, or hue and density, by what is usual.
+def _unevenness(foreground: np.ndarray, density: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How uneven density is within 5 pixels; how uneven hue, or hue and density, are by what is usual; what is no ink.
 
-    Both without the rims, along which every stroke is uneven.
+    All without the rims, along which every stroke is uneven.
     """
     depths = depth(foreground)
     core = foreground & (depths >= np.maximum(1, 0.75 * cv2.dilate(depths, np.ones((5, 5), np.uint8))))
@@ -264,11 +266,11 @@ def _unevenness(foreground: np.ndarray, density: np.ndarray) -> tuple[np.ndarray
     variance = cv2.blur(darkness * darkness, (5, 5)) / share - average(mean) ** 2
     relative = np.sqrt(np.maximum(variance, 0)) / np.maximum(average(mean), 0.05)
     if not core.any():
-        return relative, np.ones_like(hue)
+        return relative, np.ones_like(hue), core
     usual_hue = max(float(np.median(hue[core])), MIN_HUE_DEVIATION)
     usual = max(float(np.median(relative[core])), MIN_DEVIATION)
-    hue /= usual_hue
-    return relative, np.minimum(hue, np.sqrt(hue * relative / usual))
+    hue, uneven = hue / usual_hue, relative / usual
+    return relative, np.minimum(hue, np.sqrt(hue * uneven)), foreground & (np.maximum(hue, uneven) > SMOOTH)
 
 
 def _vivid_strokes(rest: np.ndarray, density: np.ndarray, mpp: float) -> Iterator[np.ndarray]:

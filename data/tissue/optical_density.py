@@ -1,5 +1,6 @@
 """Where the tissue is on a slide, by its optical density: a classical method that needs no weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -23,7 +24,7 @@ FINEST_MASK_MPP = 4.0
 """Microns per pixel that a small piece of a slide is looked at at: finer, single nuclei would be seen."""
 
 LARGE_PX = 1_500_000
-"""The colour of glass is looked for at half the resolution on pictures of more pixels: it takes a quarter of the time."""
+"""Glass, fat and ink are looked for at half the resolution on pictures of more pixels: it takes a quarter of the time."""
 
 MIN_REGION_UM2 = 2_500.0
 """Smaller pieces are debris: a square of 50 um."""
@@ -143,7 +144,7 @@ def _tissue_and_ink(
     ink = np.zeros_like(dark)
     without_glass = foreground.mean() > 0.9  # there is nothing that a stroke stands out from
     if not (grey or keep_ink or without_glass):
-        ink = find_ink(opening(foreground, 0.9), density, mpp)
+        ink = _coarsely(find_ink, (foreground, density), mpp) & foreground
         if ink.sum() > 0.5 * foreground.sum() and foreground.mean() > 0.5:  # no marker covers half of a picture
             ink = np.zeros_like(dark)
         rim = 2 * max(2, round(25 / mpp)) + 1
@@ -152,22 +153,39 @@ def _tissue_and_ink(
     not_tissue = dark | lost
     solid = _within_half_density(stained & foreground & ~not_tissue, strength, mpp)
     solid = _within_half_density(solid, absorbed, mpp)  # JPEG keeps colours at half the resolution, brightness whole
-    solid = opening(solid, 0.9)
     tissue = closing(solid, max(1.0, 20 / mpp))
-    within_fat = _within_fat(density, solid, not_tissue, mpp)
-    loose = opening((within_fat > 72 / mpp) & ~tissue, max(1.5, 32 / mpp))  # back by as much as it was smoothed
+    within_fat = _coarsely(_within_fat, (density, solid, not_tissue), mpp)
+    loose = opening((within_fat > 72) & ~tissue, max(1.5, 32 / mpp))  # back by as much as it was smoothed
     thick = opening(~without_small(~tissue, MAX_HOLE_UM2 / mpp**2), max(2.0, 40 / mpp))
     beyond_blur = depth(~thick) > max(5.0, 100 / mpp)
     loose = connected_to(loose, loose & (thick | beyond_blur))  # the halo of a core is no fat
     if loose.any():
-        loose |= (within_fat > 50 / mpp) & (depth(~loose) < 40 / mpp) & ~tissue  # a margin of fat is thin strands
+        loose |= (within_fat > 50) & (depth(~loose) < 40 / mpp) & ~tissue  # a margin of fat is thin strands
         both = tissue | loose
         tissue = closing(both, max(1.0, 25 / mpp)) | (closing(both, 120 / mpp) & (depth(~loose) < 150 / mpp))
     tissue &= ~lost & (~dark | closing(solid, max(1.0, 60 / mpp)))  # what is dark amid tissue is pigment or a fold
-    tissue |= tissue_under_ink(ink & foreground, (stained | dark) & ~lost | ink, tissue, density, mpp)
+    if ink.any():
+        layers = (ink & foreground, (stained | dark) & ~lost | ink, tissue, density)
+        tissue |= _coarsely(tissue_under_ink, layers, mpp)
     filled = ~without_small(~tissue, min(MAX_HOLE_UM2 / mpp**2, MAX_HOLE_SHARE * tissue.size))
     tissue = without_small(filled, max(4.0, min_area / mpp**2))
     return tissue, ink & ~tissue
+
+
+def _coarsely(find: Callable[..., np.ndarray], layers: tuple[np.ndarray, ...], mpp: float) -> np.ndarray:
+    """What a function of rasters and microns per pixel finds; on large pictures at half their resolution."""
+    height, width = layers[0].shape[:2]
+    if height * width <= LARGE_PX or mpp > 1.2 * MASK_MPP:
+        return find(*layers, mpp)
+    size = (-(-width // 2), -(-height // 2))
+    halves = [
+        cv2.resize(layer.view(np.uint8) * 255 if layer.dtype == bool else layer, size, interpolation=cv2.INTER_AREA)
+        for layer in layers
+    ]
+    found = find(*(half > 127 if half.dtype == np.uint8 else half for half in halves), 2 * mpp)
+    if found.dtype == bool:
+        return cv2.resize(found.view(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST).view(bool)
+    return np.asarray(cv2.resize(found, (width, height), interpolation=cv2.INTER_LINEAR))
 
 
 def _glass(picture: np.ndarray, mpp: float) -> np.ndarray:
@@ -222,7 +240,7 @@ def _within_half_density(mask: np.ndarray, strength: np.ndarray, mpp: float) -> 
 
 
 def _within_fat(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray, mpp: float) -> np.ndarray:
-    """How many pixels deep each one is in fat, smoothed by 60 um; 0 outside.
+    """How many microns deep each pixel is in fat, smoothed by 60 um; 0 outside.
 
     Its strands are too thin to be seen one by one: it is pinker than glass on average, and uneven where glass is not.
     """
@@ -250,4 +268,4 @@ def _within_fat(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray, 
     pink |= bulk
     margin = int(400 / mpp)
     wide = opening(np.pad(pink, margin, mode="edge"), 150 / mpp)  # not the halo of a thin core or of a few cells
-    return np.asarray(depth(wide)[margin:-margin, margin:-margin])
+    return np.asarray(depth(wide)[margin:-margin, margin:-margin] * np.float32(mpp))
