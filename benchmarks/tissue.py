@@ -1,15 +1,23 @@
 """Intersection over union of the tissue found with the tissue drawn, for the kinds of tests/data/tissue/drawn_slides.py.
 
-    python benchmarks/tissue.py [--seeds 6] [--slide CMU-1-Small-Region.svs] [kind ...]
+    python benchmarks/tissue.py [--seeds 6] [--slide CMU-1-Small-Region.svs] [--width 2048] [--against COMMIT] [kind ...]
 
-With `--slide` every third seed has the texture of the tissue in the middle of that slide. Run it in two checkouts to compare
-them. Cores of the CPU do not count: OpenCV runs on one thread, and milliseconds are those of one picture.
+With `--slide` every third seed has the texture of the tissue in the middle of that slide; with `--width` all are so many
+pixels wide, at 10 um/px. With `--against` the finder of another commit has its turn on each picture too, in the same process:
+its overlap, its time, and how many times as long it takes. Cores of the CPU do not count: OpenCV runs on one thread,
+and milliseconds are of processor time, for one picture.
 """
 
 import argparse
+import importlib
 import importlib.util
+import io
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +39,35 @@ def load_generator() -> Any:
     return module
 
 
+def finder_of(commit: str, folder: Path) -> Callable[..., np.ndarray]:
+    """The finder of another commit, under a name of its own; what it imports of the rest is of that commit too."""
+    root = Path(__file__).parents[1]
+    archive = subprocess.run(
+        ["git", "-C", str(root), "archive", commit, "data", "errors.py", "registry.py"], capture_output=True, check=True
+    )
+    (folder / "other_longslide").mkdir()
+    (folder / "other_longslide" / "__init__.py").touch()
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+        files.extractall(folder / "other_longslide", filter="data")
+    sys.path.insert(0, str(folder))
+    finder: Callable[..., np.ndarray] = importlib.import_module(
+        "other_longslide.data.tissue.optical_density"
+    ).segment_tissue
+    return finder
+
+
+def overlap(found: np.ndarray, truth: np.ndarray) -> float:
+    union = np.count_nonzero(found | truth)
+    return np.count_nonzero(found & truth) / union if union else 1.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--slide", type=Path)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--against")
     given = parser.parse_args()
     cv2.setNumThreads(1)
     drawn = load_generator()
@@ -46,21 +78,29 @@ def main() -> None:
         height, width = picture.shape[:2]
         middle = picture[round(0.75 * height) : round(0.98 * height), round(0.36 * width) : round(0.74 * width)]
         texture = drawn.texture_of(middle)
+    finders = {"": segment_tissue}
+    folder = tempfile.TemporaryDirectory()
+    if given.against:
+        finders[given.against] = finder_of(given.against, Path(folder.name))
     for kind in given.kinds or drawn.KINDS:
-        overlaps, seconds = [], 0.0
+        overlaps: dict[str, list[float]] = {name: [] for name in finders}
+        seconds = dict.fromkeys(finders, 0.0)
         for seed in range(given.seeds):
-            slide = drawn.draw_slide(kind, seed, texture if seed % 3 == 1 else None)
-            started = time.perf_counter()
-            found = segment_tissue(slide.picture, slide.mpp)
-            seconds += time.perf_counter() - started
-            union = np.count_nonzero(found | slide.truth)
-            overlaps.append(np.count_nonzero(found & slide.truth) / union if union else 1.0)
-        below = sum(overlap < drawn.least_overlap(kind) for overlap in overlaps)
-        print(
-            f"{kind:32s} least {min(overlaps):.3f}  mean {np.mean(overlaps):.3f}  below {drawn.least_overlap(kind)}: "
-            f"{below} of {given.seeds}  {1000 * seconds / given.seeds:.0f} ms",
-            flush=True,
-        )
+            slide = drawn.draw_slide(kind, seed, texture if seed % 3 == 1 else None, given.width)
+            for name, find in finders.items():
+                started = time.process_time()
+                found = find(slide.picture, slide.mpp)
+                seconds[name] += time.process_time() - started
+                overlaps[name].append(overlap(found, slide.truth))
+        line = f"{kind:32s}"
+        for name, of_one in overlaps.items():
+            below = sum(value < drawn.least_overlap(kind) for value in of_one)
+            line += f"{name[:12]} least {min(of_one):.3f}  mean {np.mean(of_one):.3f}  below {drawn.least_overlap(kind)}: {below} of {given.seeds}"
+            line += f"  {1000 * seconds[name] / given.seeds:.0f} ms  "
+        if given.against:
+            line += f"ratio {seconds[given.against] / seconds['']:.2f}"
+        print(line.rstrip(), flush=True)
+    folder.cleanup()
 
 
 if __name__ == "__main__":

@@ -195,10 +195,11 @@ def _glass(picture: np.ndarray, mpp: float) -> np.ndarray:
         mpp *= 2
     smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), 1.5)
     near, wide = (2 * max(2, round(microns / mpp / 2)) + 1 for microns in (60, 300))
-    flat = highest(local_deviation(smooth, near)) < _FLAT
-    flat &= highest(local_deviation(smooth, wide)) < _FLAT_WIDELY
-    darkest = lowest(smooth)
-    flat &= darkest > 120
+    deviation, darkest = highest(local_deviation(smooth, near)), lowest(smooth)
+    flat = (deviation < _FLAT) & (highest(local_deviation(smooth, wide)) < _FLAT_WIDELY) & (darkest > 120)
+    if np.mean(flat) < 0.01 and min(flat.shape) * mpp < 1000:  # it may lie in gaps, brighter than all else
+        brightest = darkest > max(200.0, float(np.percentile(darkest, 95)) - 4)
+        flat = (deviation < 0.75 * _FLAT) & brightest & (spread(smooth) < 20)
     if np.mean(coloured := flat & (darkest < 253.5)) > 0.02:
         flat = coloured  # the pure white of stitching gaps is no glass
     if np.mean(flat) < 0.01:  # tissue fills the picture: glass would be neutral, and as bright as anything
@@ -268,4 +269,5 @@ def _within_fat(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray, 
     pink |= bulk
     margin = int(400 / mpp)
     wide = opening(np.pad(pink, margin, mode="edge"), 150 / mpp)  # not the halo of a thin core or of a few cells
-    return np.asarray(depth(wide)[margin:-margin, margin:-margin] * np.float32(mpp))
+    within = np.minimum(depth(wide), np.float32(1e6))  # all of it: as deep as can be
+    return np.asarray(within[margin:-margin, margin:-margin] * np.float32(mpp))

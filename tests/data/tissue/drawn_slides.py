@@ -40,10 +40,12 @@ class DrawnSlide:
 class _Pen:
     """A slide in the making: densities add up on glass, as light passes one layer after the other."""
 
-    def __init__(self, rng: np.random.Generator, texture: np.ndarray | None) -> None:
+    def __init__(self, rng: np.random.Generator, texture: np.ndarray | None, width: int | None) -> None:
         self.rng = rng
         self.mpp = float(rng.choice([4.0, 6.0, 8.0, 10.0, 10.0, 12.0, 16.0, 20.0]))
         self.height, self.width = (round(edge * 8 / max(self.mpp, 8)) for edge in (620, 780))
+        if width is not None:
+            self.mpp, self.height, self.width = 10.0, round(0.8 * width), width
         self.glass: RGB = GLASS["white"]
         self.density = np.zeros((self.height, self.width, 3), np.float32)
         self.truth = np.zeros((self.height, self.width), np.uint8)
@@ -372,8 +374,8 @@ def texture_of(picture: np.ndarray) -> np.ndarray:
     return amounts.reshape(*picture.shape[:2], 2).astype(np.float32)
 
 
-def draw_slide(kind: str, seed: int, texture: np.ndarray | None = None) -> DrawnSlide:
-    """Draw a slide of a kind; the same seed draws the same one."""
-    pen = _Pen(np.random.default_rng([seed, zlib.crc32(kind.encode())]), texture)
+def draw_slide(kind: str, seed: int, texture: np.ndarray | None = None, width: int | None = None) -> DrawnSlide:
+    """Draw a slide of a kind; the same seed draws the same one. With a width in pixels, at 10 um/px."""
+    pen = _Pen(np.random.default_rng([seed, zlib.crc32(kind.encode())]), texture, width)
     KINDS[kind](pen)
     return pen.finish(grey=kind == "grey scan")
