@@ -98,8 +98,8 @@ def main() -> None:
         for name, of_one in overlaps.items():
             least = drawn.least_overlap(kind)
             below = sum(value < least for value in of_one)
-            line += f"{name[:12]} least {min(of_one):.3f}  mean {np.mean(of_one):.3f}  below {least}: {below} of {given.seeds}"
-            line += f"  {1000 * seconds[name] / given.seeds:.0f} ms  "
+            line += f"{name[:12]} least {min(of_one):.3f}  mean {np.mean(of_one):.3f}  "
+            line += f"below {least}: {below} of {given.seeds}  {1000 * seconds[name] / given.seeds:.0f} ms  "
         if given.against:
             line += f"ratio {seconds[given.against] / seconds['']:.2f}"
         print(line.rstrip(), flush=True)
