@@ -6,6 +6,7 @@ python docs/record_terminal.py docs/images/demo.svg 'longslide demo'
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from html import escape
 from pathlib import Path
@@ -32,16 +33,16 @@ def draw(lines: list[tuple[float, str]]) -> str:
     """The SVG: each line is put in at its time, and the page moves up when it is full."""
     took = lines[-1][0]
     speed = max(1.0, took / (SECONDS - 6))
-    wrapped = [(at / speed, part) for at, line in lines for part in _wrap(line)]
+    wrapped = [(at / speed, part, _kind(line)) for at, line in lines for part in _wrap(line)]
     length = wrapped[-1][0] + 6  # the end stays for a while
     width, height = COLUMNS * CHARACTER + 32, ROWS * LINE_HEIGHT + 58
     rules, texts, moves = [], [], ["0%{transform:translateY(0)}"]
-    for number, (at, line) in enumerate(wrapped):
+    for number, (at, line, kind) in enumerate(wrapped):
         begin = 100 * at / length
         rules.append(f"@keyframes l{number}{{0%,{begin:.3f}%{{opacity:0}}{begin + 0.001:.3f}%,100%{{opacity:1}}}}")
         style = f"animation:l{number} {length:.1f}s linear infinite"
         y = (number + 1) * LINE_HEIGHT
-        texts.append(f'<text x="0" y="{y}" class="{_kind(line)}" style="{style}">{escape(line)}</text>')
+        texts.append(f'<text x="0" y="{y}" class="{kind}" style="{style}">{escape(line)}</text>')
         if number >= ROWS:
             shift = (number + 1 - ROWS) * LINE_HEIGHT
             moves += [f"{begin:.3f}%{{transform:translateY({LINE_HEIGHT - shift}px)}}"]
@@ -57,13 +58,14 @@ def draw(lines: list[tuple[float, str]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" role="img">'
         f"<title>{escape(title)}</title><style>{style}</style>"
         f'<rect width="100%" height="100%" rx="8" fill="#011627"/><text x="16" y="24" class="title">{escape(title)}</text>'
-        f'<svg x="16" y="38" width="{width - 32:.0f}" height="{ROWS * LINE_HEIGHT + 6}"><g class="page">{"".join(texts)}</g>'
+        f'<svg x="16" y="38" width="{width - 32:.0f}" height="{ROWS * LINE_HEIGHT}" '
+        f'viewBox="0 6 {width - 32:.0f} {ROWS * LINE_HEIGHT}"><g class="page">{"".join(texts)}</g>'
         "</svg></svg>\n"
     )
 
 
 def _wrap(line: str) -> list[str]:
-    return [line[start : start + COLUMNS] for start in range(0, len(line), COLUMNS)] or [""]
+    return textwrap.wrap(line, COLUMNS, subsequent_indent="    ", break_on_hyphens=False) or [""]
 
 
 def _kind(line: str) -> str:
