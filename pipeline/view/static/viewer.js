@@ -67,8 +67,23 @@ export class Viewer {
     this.plain = null;
     this.leader = this.main;
     this.main.addHandler("update-viewport", () => this.#follow(this.main));
+    this.#mirror("main", "plain");
+    this.#mirror("plain", "main");
     byId("main").addEventListener("pointerdown", () => (this.leader = this.main));
     byId("main").addEventListener("wheel", () => (this.leader = this.main), { passive: true });
+  }
+
+  // The place under the pointer, shown in the other view.
+  #mirror(from, to) {
+    const cross = byId("cross");
+    byId(from).addEventListener("pointermove", (event) => {
+      cross.hidden = !this.sideBySide;
+      if (cross.hidden) return;
+      const [stage, here, there] = ["stage", from, to].map((id) => byId(id).getBoundingClientRect());
+      cross.style.left = `${event.clientX - here.left + there.left - stage.left}px`;
+      cross.style.top = `${event.clientY - here.top + there.top - stage.top}px`;
+    });
+    byId(from).addEventListener("pointerleave", () => (cross.hidden = true));
   }
 
   get viewport() {
@@ -135,6 +150,7 @@ export class Viewer {
   // The plain slide beside the one with layers.
   setSideBySide(on) {
     if (on === this.sideBySide) return;
+    byId("cross").hidden = true;
     byId("plain").hidden = !on;
     byId("stage").classList.toggle("double", on);
     if (on) {

@@ -145,6 +145,14 @@ def test_side_by_side_turned_and_at_scale(browser: "Browser", serve: Serve, made
         main, plain = (page.evaluate(f"({state})(page.viewer.{name})") for name in ("main", "plain"))
         assert plain == pytest.approx(main, abs=1e-4)
         assert main[3] == pytest.approx(30)
+        there, box = page.locator("#plain").bounding_box(), page.locator("#main").bounding_box()
+        assert there is not None
+        assert box is not None
+        page.mouse.move(box["x"] + 100, box["y"] + 120)
+        cross = page.locator("#cross").bounding_box()
+        assert cross is not None
+        middle = cross["x"] + cross["width"] / 2, cross["y"] + cross["height"] / 2
+        assert middle == pytest.approx((there["x"] + 100, there["y"] + 120), abs=2), "the pointer's place in the other"
         bar = page.locator("#scale div").bounding_box()
         length = page.locator("#scale span").inner_text()
         assert bar is not None
