@@ -7,7 +7,7 @@ the parts are the macros of `templates/macros.html`, the frame is `templates/pag
 import base64
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
     Attributes:
         figure: The figure, of matplotlib.
         points: What is drawn, as a table: `figures/<name>.csv`.
-        alt: What it shows, in words; also the name of its files.
+        alt: What it shows, in words; its files are named so.
         caption: What is written below.
     """
 
@@ -145,8 +145,10 @@ class Page:
         Raises:
             LongslideError: A file cannot be written.
         """
+        taken: set[str] = set()
         for picture in self._pictures:
-            write_picture(path.parent / FIGURES, picture)
+            taken.add(name := _file_name(picture.alt, taken))
+            write_picture(path.parent / FIGURES / name, picture)
         text = self._environment.get_template("page.html").render(
             title=self.title,
             subtitle=self.subtitle,
@@ -172,16 +174,32 @@ def figure_uri(figure: "Figure") -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(_drawn(figure, "svg", {"svg.fonttype": "path"})).decode()
 
 
-def write_picture(folder: Path, picture: Picture) -> None:
+def write_picture(path: Path, picture: Picture) -> None:
     """Write a figure as PDF and SVG, whose text a drawing program can edit, and its points as CSV.
+
+    Args:
+        path: Its files, without their suffixes.
+        picture: The figure.
 
     Raises:
         LongslideError: A file cannot be written.
     """
-    name = re.sub(r"[^\w.-]+", "-", picture.alt).strip("-").lower()
-    write_whole(folder / f"{name}.svg", _drawn(picture.figure, "svg", {"svg.fonttype": "none"}), "folder")
-    write_whole(folder / f"{name}.pdf", _drawn(picture.figure, "pdf", {"pdf.fonttype": 42}), "folder")
-    write_whole(folder / f"{name}.csv", csv_of_frame(picture.points), "folder")
+    files = {
+        ".svg": _drawn(picture.figure, "svg", {"svg.fonttype": "none"}),
+        ".pdf": _drawn(picture.figure, "pdf", {"pdf.fonttype": 42}),
+        ".csv": csv_of_frame(picture.points),
+    }
+    for suffix, content in files.items():
+        write_whole(path.with_name(path.name + suffix), content, "folder")
+
+
+def _file_name(text: str, taken: Collection[str]) -> str:
+    """A name for files that shows what is in them, and is no other's: not on a disk that ignores case either."""
+    name = re.sub(r"[^\w.-]+", "-", text).strip("-").lower() or "figure"
+    number = 1
+    while (found := name if number == 1 else f"{name}-{number}") in taken:
+        number += 1
+    return found
 
 
 def _drawn(figure: "Figure", kind: str, settings: dict[str, Any]) -> bytes:

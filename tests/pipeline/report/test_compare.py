@@ -55,6 +55,12 @@ def test_compare_prints_a_table_and_writes_a_table_and_a_page(runs: Path, tmp_pa
     assert "Wien &amp; Graz &lt;1&gt;" in page
     assert "<script" not in page
     assert page.count("<img") == page.count('src="data:image/svg+xml;base64,') == 5
+    figures = [path.name for path in (output / "figures").iterdir()]
+    assert sorted(Path(name).suffix for name in figures) == sorted([".svg", ".pdf", ".csv"] * 5), "each as three files"
+    assert "<text" in (output / "figures" / "differences-in-auroc.svg").read_text(encoding="utf-8")
+    points = pd.read_csv(output / "figures" / "differences-in-auroc.csv").set_index("name")
+    headline = table[(table["scope"] == "mean") & (table["metric"] == "auroc") & table["against"].notna()]
+    assert points["value"].tolist() == pytest.approx(headline["value"].tolist())
     assert "url(" not in page
 
 

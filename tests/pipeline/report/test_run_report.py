@@ -13,6 +13,8 @@ import pytest
 from longslide.errors import LongslideError
 from longslide.evaluation import evaluate
 from longslide.models.classifier.selection import SELECTION_METRIC
+from longslide.pipeline.report import page as pages
+from longslide.pipeline.report import run_figures
 from longslide.pipeline.report.mistakes import mistakes_table
 from longslide.pipeline.report.run_folder import read_run
 from longslide.pipeline.report.run_report import risk_groups, write_run_report
@@ -123,6 +125,19 @@ def test_the_figures_lie_beside_the_page_for_a_paper(tmp_path: Path, write_run: 
             roc_auc_score(predictions["target"] == "tumour", predictions["probability_tumour"]), abs=1e-12
         )
         assert set(roc["curve"]) == {"", "fold 0", "fold 1"}
+
+
+def test_figures_of_like_names_do_not_take_each_others_files(tmp_path: Path) -> None:
+    page = pages.Page("A page")
+    titles = ["AUROC by Site", "AUROC by site", "AUROC by site?", "?"]
+    for number, title in enumerate(titles):
+        page.pictures([pages.Picture(*run_figures.forest([(title, number, 0, 9)], "x"), title)])
+    page.write(tmp_path / "page.html")
+    tables = {path.name: pd.read_csv(path)["value"].tolist() for path in (tmp_path / "figures").glob("*.csv")}
+    assert tables == {
+        "auroc-by-site.csv": [0], "auroc-by-site-2.csv": [1], "auroc-by-site-3.csv": [2], "figure.csv": [3],
+    }  # fmt: skip
+    assert len(list((tmp_path / "figures").iterdir())) == 12
 
 
 @pytest.mark.parametrize("kind", ["binary", "ordinal", "multilabel", "regression", "survival"])
