@@ -56,7 +56,8 @@ def learn(work: Path, patterns: list[str], bags: int, epochs: int, seeds: int) -
             for setting, value in SMALL[name].items():
                 words += [f"--model.aggregator.{setting}", str(value)]
             table = train(work / "arrangement", "longnet", work / "runs" / f"{name}-{seed}", *words)
-            values = table[table["level"] == "patient"].set_index("metric")["value"]
+            pooled = table[(table["scope"] == "pooled") & (table["level"] == "patient")]
+            values = pooled.set_index("metric")["value"]
             found.append((float(values["auroc"]), float(values["balanced_accuracy"])))
         mean = pd.DataFrame(found).mean()
         each = "  ".join(f"{auroc:.3f} {accuracy:.3f}" for auroc, accuracy in found)
