@@ -133,12 +133,13 @@ class UnknownError(Exception):
     """What a URL names is not served: 404."""
 
 
-def create_app(collection: Collection, token: str) -> ASGIApp:
+def create_app(collection: Collection, token: str, once: str = "") -> ASGIApp:
     """The application.
 
     Args:
         collection: What it shows.
         token: The first part of every path; without it there is nothing.
+        once: A path that leads to the first page, once.
 
     Returns:
         It, as uvicorn runs it. Its slides are closed when it ends.
@@ -146,7 +147,7 @@ def create_app(collection: Collection, token: str) -> ASGIApp:
     site = Site(collection)
     routes = [route for made_by in ROUTES for route in made_by(site)]
     handlers: dict[Any, Any] = {UnknownError: _not_found, LongslideError: _cannot}
-    return Guard(Starlette(routes=routes, exception_handlers=handlers), token, site.close)
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), token, site.close, once)
 
 
 def _not_found(request: Request, error: Exception) -> Response:

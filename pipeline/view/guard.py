@@ -32,12 +32,15 @@ class Guard:
         app: The application behind it.
         token: The first part of every path; without it there is nothing.
         close: Called when the server ends.
+        once: A path that leads to the first page, once: for the command line of a browser, which others on this machine
+            can read.
     """
 
-    def __init__(self, app: ASGIApp, token: str, close: Callable[[], None]) -> None:
+    def __init__(self, app: ASGIApp, token: str, close: Callable[[], None], once: str = "") -> None:
         self._app = app
         self._token = token
         self._close = close
+        self._once = once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, as ASGI has it."""
@@ -64,6 +67,9 @@ class Guard:
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         if name.lower() not in LOOPBACK_NAMES or origin not in (None, f"http://{host}".encode("latin-1")):
             return PlainTextResponse("This viewer answers to 127.0.0.1 and localhost alone.\n", 403)
+        if self._once and secrets.compare_digest(first.encode("utf-8", "surrogateescape"), self._once.encode()):
+            self._once = ""
+            return RedirectResponse(f"/{self._token}/")
         if not secrets.compare_digest(first.encode("utf-8", "surrogateescape"), self._token.encode()):
             return PlainTextResponse("Not found. The viewer's address has a key in it: copy all of it.\n", 404)
         if scope["path"] == f"/{self._token}":  # the address without its last slash, to which the pages are relative

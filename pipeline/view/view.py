@@ -96,18 +96,21 @@ def _serve(collection: Collection, listening: socket.socket, *, opens_browser: b
 
     from .app import create_app
 
-    token = secrets.token_urlsafe(16)
-    address = f"http://127.0.0.1:{listening.getsockname()[1]}/{token}/"
+    token, once = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
+    root = f"http://127.0.0.1:{listening.getsockname()[1]}/"
     config = uvicorn.Config(
-        create_app(collection, token), log_level="warning", access_log=False, timeout_graceful_shutdown=2
+        create_app(collection, token, once), log_level="warning", access_log=False, timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(config)
     # In a thread of its own: the signals are the command line's.
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="viewer", daemon=True)
     thread.start()
-    print(f"{len(collection.slides):,} slides at\n\n  {address}\n\nfor this machine alone; Ctrl-C ends it", flush=True)
+    print(
+        f"{len(collection.slides):,} slides at\n\n  {root}{token}/\n\nfor this machine alone; Ctrl-C ends it",
+        flush=True,
+    )
     if opens_browser and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        webbrowser.open(address)
+        webbrowser.open(root + once)
     try:
         thread.join()
     except KeyboardInterrupt as end:  # Ctrl-C is how a viewer ends

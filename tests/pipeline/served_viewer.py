@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EVIL = """<img src=x onerror='document.title="hacked"'>&"quoted"; drop #1?%"""
 """A name that is HTML, JavaScript and a bad URL at once."""
 
-TOKEN = "a-token-of-the-tests"
+TOKEN, ONCE = "a-token-of-the-tests", "a-path-that-works-once"
 
 
 @dataclass
@@ -83,7 +83,7 @@ def serving(*inputs: Path, output: Path | None = None) -> Iterator[Served]:
 
     with ExitStack() as ending:
         listening = ending.enter_context(socket.create_server(("127.0.0.1", 0)))
-        app = create_app(read_collection(inputs, output), TOKEN)
+        app = create_app(read_collection(inputs, output), TOKEN, ONCE)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -18,7 +18,7 @@ from longslide import LongslideError, embed, open_slide, read_features
 from longslide.pipeline.cli import main
 from longslide.pipeline.view.open_slides import TILE_PX, finest_level
 from PIL import Image
-from served_viewer import EVIL, TOKEN, Results, Served
+from served_viewer import EVIL, ONCE, TOKEN, Results, Served
 
 Serve = Callable[..., Served]
 
@@ -44,6 +44,14 @@ def test_only_who_knows_the_key_and_names_this_machine_gets_an_answer(serve: Ser
     elsewhere = {"Origin": "https://evil.example"}
     regions = {"type": "FeatureCollection", "features": []}
     assert viewer.ask(api("plain", "/regions"), method="PUT", body=regions, headers=elsewhere)[0] == 403
+
+
+def test_the_address_that_a_browser_is_started_with_works_once(serve: Serve, made: Results) -> None:
+    """Others on this machine can read the command line of a browser."""
+    viewer = serve(made.results)
+    root = f"http://127.0.0.1:{viewer.port}/"
+    assert viewer.ask(ONCE, at=root)[:2] == viewer.ask()[:2]
+    assert viewer.ask(ONCE, at=root)[0] == 404
 
 
 def test_it_listens_on_the_loopback_interface_alone(made: Results) -> None:
