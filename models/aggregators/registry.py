@@ -25,12 +25,13 @@ AGGREGATORS: "Registry[Aggregator]" = Registry(
         "transmil": "longslide.models.aggregators.transmil:TransMIL",
         "mean": "longslide.models.aggregators.pool:MeanPool",
         "max": "longslide.models.aggregators.pool:MaxPool",
+        "moozy-case": "longslide.models.aggregators.moozy_case:MOOZYCase",
         "linear-probe": "longslide.models.aggregators.linear_probe:LinearProbe",
     },
 )
 """The aggregators."""
 
-READ_SLIDE_EMBEDDINGS = frozenset({"linear-probe"})
+READ_SLIDE_EMBEDDINGS = frozenset({"linear-probe", "moozy-case"})
 """Those of the package that read the slide embeddings of the feature files: known here without their classes."""
 
 

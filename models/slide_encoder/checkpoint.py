@@ -59,13 +59,14 @@ def weights_file(spec: SlideEncoderFacts, checkpoint: str | Path | None) -> tupl
     return download(what, spec.hub_id, names, gated=spec.gated, option="--slide-checkpoint")
 
 
-def load_published(encoder: nn.Module, file: Path, what: str) -> None:
+def load_published(encoder: nn.Module, file: Path, what: str, *, under: str | None = None) -> None:
     """Load a checkpoint as published: a state dict, or one under `model` and the like.
 
     Args:
         encoder: The encoder, a `Published` one, on any device (the meta device too).
         file: A torch or safetensors file.
         what: What to say before the names of the tensors that do not fit.
+        under: The key of the state dict, where a file has several.
 
     Raises:
         LongslideError: The file is broken, or tensors are missing, unexpected or of the wrong shape.
@@ -73,7 +74,7 @@ def load_published(encoder: nn.Module, file: Path, what: str) -> None:
     assert isinstance(encoder, Published)
     names = _names(encoder)
     state: dict[str, Tensor] = {}
-    for key, value in _state_dict(file).items():
+    for key, value in _state_dict(file, _UNDER if under is None else (under,)).items():
         for pattern, name in encoder.SHARED.items():
             key = re.sub(pattern, name, key)
         left_out = any(fnmatchcase(key, pattern) for pattern in encoder.LEFT_OUT)
@@ -97,16 +98,16 @@ def to_published(encoder: nn.Module) -> dict[str, Tensor]:
     return published
 
 
-def _state_dict(file: Path) -> dict[str, Tensor]:
+def _state_dict(file: Path, under: tuple[str, ...]) -> dict[str, Tensor]:
     content = read_checkpoint(file)
     state = content
-    for key in _UNDER:
+    for key in under:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             state = content[key]
             break
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise LongslideError(
-            f"{file}: not a slide-encoder checkpoint: expected a state dict, or one under {' or '.join(_UNDER)}"
+            f"{file}: not a slide-encoder checkpoint: expected a state dict, or one under {' or '.join(under)}"
         )
     if any(_TEACHER in key for key in state):
         state = {key.split(_TEACHER)[-1]: value for key, value in state.items() if _TEACHER in key}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from longslide import LongslideError, create_slide_encoder
+from longslide.models.aggregators.moozy_case import MOOZYCase
 from longslide.models.slide_encoder import alibi_transformer
 from longslide.models.slide_encoder.checkpoint import to_published
 from longslide.models.slide_encoder.gated_attention import GatedSlideEncoder
@@ -291,3 +292,29 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 2.5
+
+
+def test_moozys_patients_have_the_numbers_of_the_published_implementation(tmp_path: Path) -> None:
+    weights, arrays = read_reference("moozy")
+    sizes: dict[str, Any] = {"layers": 2, "heads": 12, "ffn_width": 32}
+    file = write_weights(weights, tmp_path / "moozy.pt")
+    case = MOOZYCase(24, checkpoint=str(file), **sizes).eval()
+    slides = arrays["slides"]
+    packed = torch.cat([slides, slides[:1]])
+    with torch.inference_mode():
+        found = case(packed, torch.zeros(4, 2, dtype=torch.long), torch.tensor([0, 3, 4], dtype=torch.int32))
+        alone = case(slides[:1], torch.zeros(1, 2, dtype=torch.long), torch.tensor([0, 1], dtype=torch.int32))
+    assert (found[0] - arrays["case"]).abs().max() < 2e-6
+    torch.testing.assert_close(found[1:], alone)
+    again = MOOZYCase(24, architecture=case.architecture(), **sizes)
+    again.load_state_dict(case.state_dict())
+    with pytest.raises(LongslideError, match="which reads tile encoder 'lunit-vits8', but these features are of 'uni'"):
+        again.use_features_of("uni")
+    with pytest.raises(LongslideError, match=r"moozy\.pt: does not fit MOOZY's case transformer; missing: "):
+        MOOZYCase(24, checkpoint=str(file), **sizes | {"layers": 3})
+
+
+def test_a_frozen_case_transformer_does_not_train() -> None:
+    case = MOOZYCase(24, heads=2, ffn_width=8, layers=1, frozen=True, checkpoint="random").train()
+    assert not case.training
+    assert not any(parameter.requires_grad for parameter in case.parameters())

@@ -364,3 +364,16 @@ def test_a_checkpoint_alone_runs_no_code(tmp_path: Path) -> None:
     options: dict[str, Any] = {**tiles, "output": tmp_path / "out", "trust_remote_code": True}
     with pytest.raises(LongslideError, match="give --slide-encoder stranger/slides --trust-remote-code"):
         predict(tmp_path / "a.svs", checkpoint=tmp_path / "best.ckpt", **options)
+
+
+@pytest.mark.slow
+def test_moozys_case_transformer_reads_the_slide_embeddings_of_patients(tmp_path: Path) -> None:
+    data = write_cohort(tmp_path, 24, slides_a_patient=2)
+    model = [
+        "--model.aggregator", "moozy-case", "--model.aggregator.heads", "2", "--model.aggregator.ffn_width", "8",
+        "--model.checkpoint", "random", "--data.bags", "patient",
+    ]  # fmt: skip
+    assert main(["fit", "--config", "binary", *data, *model, *quick(tmp_path / "run")]) == 0
+    description = torch.load(next((tmp_path / "run").rglob("best.ckpt")), weights_only=True)["longslide"]
+    assert description["bag_unit"] == "patient"
+    assert description["aggregator"]["architecture"]["weights"] == "random"
