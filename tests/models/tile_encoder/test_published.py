@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from longslide import open_slide, read_features, write_synthetic_slide
 from longslide.models.checkpoint_file import check_tensors
 from longslide.models.tile_encoder.encoder import build_network, create_tile_encoder
 from longslide.models.tile_encoder.published_names import to_timm
 from longslide.models.tile_encoder.spec import load_tile_encoder_spec
+from longslide.pipeline.cli import main
 
 REFERENCE = Path(__file__).parent / "reference"
 NAMES = sorted(path.stem for path in REFERENCE.glob("*.npz"))
@@ -53,7 +55,9 @@ def of_two_blocks(name: str) -> dict[str, torch.Tensor]:
     }
     first = {key for key in images_alone if int((re.search(r"(?:blocks|layers)\.(\d+)\.", key) or [0, 0])[1]) < 2}
     text = sorted(whole.keys() - images_alone)[:1]
-    return {key: seeded(key, whole[key]) for key in (*(key for key in whole if key in first), *text)}
+    state = {key: seeded(key, whole[key]) for key in (*(key for key in whole if key in first), *text)}
+    periods = {"rope_embed.periods": 100 ** (torch.arange(16, dtype=torch.bfloat16) / 16)}  # not learned
+    return state | {key: value for key, value in periods.items() if key in state}
 
 
 def spec_of_two_blocks(name: str, folder: Path) -> Path:
@@ -85,3 +89,30 @@ def test_the_tensors_of_the_published_checkpoint_fit(name: str) -> None:
         published = {key: torch.empty(shape) for key, shape in layout(name).items()}
         ours = network.from_published(published) if hasattr(network, "from_published") else to_timm(published, network)
     check_tensors(ours, network.state_dict(), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["conch-v15", "ctranspath", "genbio-pathfm", "keep"])
+def test_a_slide_is_embedded_with_the_published_weights_from_the_command_line(name: str, tmp_path: Path) -> None:
+    torch.save(of_two_blocks(name), tmp_path / "published.pth")
+    spec = spec_of_two_blocks(name, tmp_path)
+    write_synthetic_slide(tmp_path / "a.svs", size=(1024, 768), mpp=0.5, seed=3)
+    words = [
+        "embed",
+        str(tmp_path / "a.svs"),
+        "--output",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+    ]
+    assert main([*words, "--tile-encoder", str(spec), "--tile-checkpoint", str(tmp_path / "published.pth")]) == 0
+    found = read_features(tmp_path / "out" / "a.h5")
+    encoder = create_tile_encoder(spec, checkpoint=tmp_path / "published.pth")
+    assert found.weights == encoder.weights
+    with open_slide(tmp_path / "a.svs") as slide, torch.inference_mode():
+        x, y = found.coords[0]
+        pixels = slide.read_region(int(x), int(y), 0, encoder.spec.tile_px, encoder.spec.tile_px)
+        expected = encoder(torch.from_numpy(pixels)[None])[0]
+    torch.testing.assert_close(torch.from_numpy(found.features[0]).float(), expected, atol=2e-3, rtol=2e-3)
