@@ -45,7 +45,7 @@ class GenBioPathFM(nn.Module):
 
     def _rotations(self) -> tuple[Tensor, Tensor]:
         """Sine and cosine `(patches, width / heads)` of the patches' places, row then column."""
-        periods: Tensor = self.rope_embed.periods.bfloat16()
+        periods: Tensor = self.rope_embed.periods.bfloat16()  # type: ignore[assignment]
         centres = torch.arange(0.5, self.grid, device=periods.device, dtype=torch.bfloat16) / self.grid
         places = 2.0 * torch.cartesian_prod(centres, centres) - 1.0
         angles = (2 * math.pi * places[:, :, None] / periods).flatten(1).tile(2)
