@@ -308,7 +308,7 @@ def test_moozys_patients_have_the_numbers_of_the_published_implementation(tmp_pa
     torch.testing.assert_close(found[1:], alone)
     again = MOOZYCase(24, architecture=case.architecture(), **sizes)
     again.load_state_dict(case.state_dict())
-    with pytest.raises(LongslideError, match="which reads tile encoder 'lunit-vits8', but these features are of 'uni'"):
+    with pytest.raises(LongslideError, match="encoder 'lunit-vits8-imagenet', but these features are of 'uni'"):
         again.use_features_of("uni")
     with pytest.raises(LongslideError, match=r"moozy\.pt: does not fit MOOZY's case transformer; missing: "):
         MOOZYCase(24, checkpoint=str(file), **sizes | {"layers": 3})

@@ -38,6 +38,7 @@ ROUNDED = {  # millions, as the papers, model cards and LazySlide's register giv
     "kaiko-vitb16": 85.8,
     "kaiko-vitl14": 304.4,
     "lunit-vits8": 21.7,
+    "lunit-vits8-imagenet": 21.7,
 }
 NOT_SHOWN = {"pathorchestra"}
 PUBLISHED_CODE = {  # held against the published code, by test_published.py and test_weights.py
