@@ -186,8 +186,8 @@ def _is_stroke(piece: _Piece, bulk: np.ndarray, every: int) -> bool:
         return False
     if piece.flatness > 0.1 and piece.hue_spread > 0.02:
         return False  # strokes a few pixels wide run together, and are uneven by that; not in their hue
-    if piece.flatness > 0.07 and piece.hue_spread > 0.01 and piece.slenderness < 20 and not sure:
-        return False
+    if 0.07 < piece.flatness < 0.13 and piece.hue_spread > 0.01 and piece.slenderness < 20 and not sure:
+        return False  # as uneven as tissue of one stain; strokes with gaps between them are more so
     if not len(bulk):
         return piece.is_no_tissue  # thin biopsies of a single stain, with nothing to compare them with
     alike = _alike(piece, bulk)
@@ -241,6 +241,7 @@ def _smooth_strokes(
             sample = density.reshape(-1, 3)[np.flatnonzero(others)[::7]]
             evenness = float(np.median(unevenness[where][stroke.mask]))
             is_smooth = evenness < SMOOTH and stroke.flatness < 0.06
+            is_smooth |= evenness < 0.5 * SMOOTH and stroke.slenderness > 9  # partly over tissue, or with gaps
             is_smoothest = evenness < 0.5 * SMOOTH and stroke.flatness < 0.02
             unlike = len(sample) > 0 and np.mean(_alike(stroke, sample)) < (0.6 if is_smoothest else 0.3)
             of_an_ink = any(dye is ink for ink in inks) and _is_stroke(stroke, sample, 7)

@@ -246,7 +246,7 @@ def _within_fat(density: np.ndarray, solid: np.ndarray, not_tissue: np.ndarray, 
     Its strands are too thin to be seen one by one: it is pinker than glass on average, and uneven where glass is not.
     """
     excess = np.clip(density[..., 1] - 0.5 * (density[..., 0] + density[..., 2]), -0.02, 0.02)
-    bulk = opening(solid & (density[..., 1] > 0.12), max(2.0, 20 / mpp))
+    bulk = opening(solid & (density[..., 1] > 0.12), max(2.0, 20 / mpp)) | opening(solid, max(4.0, 60 / mpp))
     # JPEG's halo of cells, stroma and ink is pink too.
     unknown = (depth(~bulk) <= max(4.0, 20 / mpp)) | (depth(~not_tissue) <= max(6.0, 20 / mpp))
     excess[unknown] = 0
