@@ -299,7 +299,7 @@ def test_code_of_its_own_runs_on_the_users_word_and_is_recorded(
     assert not (model / "ran").exists()
     assert not (tmp_path / "out" / "s.h5").exists()
 
-    assert main([*words, "--trust-remote-code", "true"]) == 0
+    assert main([*words, "--trust-remote-code"]) == 0
     assert (model / "ran").exists()
     made = read_features(tmp_path / "out" / "s.h5")
     projection = torch.nn.Linear(6, 3)
