@@ -185,3 +185,31 @@ def test_without_gradients_nothing_is_kept() -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.grad_fn is None
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_a_compiled_layer_is_the_eager_one() -> None:
+    layer = make_layer(64, 4)
+    wanted = results(layer, *inputs(64))
+    layer.compile(dynamic=True)
+    for _ in range(2):
+        assert_alike(results(layer, *inputs(64)), wanted, 1e-5)
+
+
+@needs_gpu
+def test_many_tokens_take_their_norms_and_linear_layers_one_by_one_for_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = make_layer(64, 4)
+    tokens = layer_steps.MAX_TOKENS + 5
+    x, update = torch.randn(2, tokens, 64, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 9000, tokens], dtype=torch.int32, device=DEVICE)
+    wanted = results(layer, x, update, cu_seqlens)
+    monkeypatch.setattr(layer_steps, "MAX_TOKENS", tokens)
+    with mock.patch.object(layer_steps, "_forward", side_effect=layer_steps._forward) as steps:
+        found = results(layer, x, update, cu_seqlens)
+    assert steps.call_count == 2
+    assert_alike(found, wanted, 1e-5)
