@@ -13,8 +13,8 @@ in mixed bfloat16, from random weights: they cost the same. A row has
 
 Measured on one H100 (torch 2.11), when worker processes put batches together, each step waited for the GPU ten times and
 packed bags were launched kernel by kernel: `gigapath` 25.1 slides/s of 34.9, idle 32%; `abmil` 65.5 of 739, idle 97%;
-`longnet` 22.9 steps/s, idle 89%. Since then: `gigapath` 33.8 of 35.2, idle 4%; `abmil` 381 of 650, idle 86%; `longnet` 89
-steps/s, idle 61%.
+`longnet` 22.9 steps/s, idle 89%. Since then: `gigapath` 33.8 of 35.2, idle 4%; `abmil` 381 of 650, idle 86%; `longnet` 165.7
+steps/s, idle 46% (15 seconds).
 
 Rows: `gigapath` fine-tunes GigaPath's slide encoder on slides of 10,000 tiles, `abmil` trains gated attention on the same,
 `longnet` four layers of LongNet on 32 bags of 500 tiles a step.

@@ -97,8 +97,7 @@ class BagWeightedModule(LightningModule):
         assert isinstance(total, Tensor)
         # Lightning divided each loss by the number of batches, DDP the gradients by the number of devices.
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=TINY)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+        torch._foreach_mul_([p.grad for p in self.parameters() if p.grad is not None], scale)
         self.start_group()
 
     def start_group(self) -> None:
