@@ -15,6 +15,8 @@ from ...errors import LongslideError
 Target = Literal["trident", "clam", "stamp", "anndata", "spatialdata"]
 
 _TRIDENT_NAMES = {
+    "conch-v1": "conch_v1",
+    "conch-v15": "conch_v15",
     "h-optimus-0": "hoptimus0",
     "h-optimus-1": "hoptimus1",
     "hibou-l": "hibou_l",
@@ -23,7 +25,13 @@ _TRIDENT_NAMES = {
     "uni": "uni_v1",
     "uni2-h": "uni_v2",
 }
-_STAMP_NAMES = {"uni2-h": "uni2", "virchow": "virchow-full"}
+_STAMP_NAMES = {
+    "conch-v1": "conch",
+    "conch-v15": "conch1_5",
+    "musk-multiscale": "musk",
+    "uni2-h": "uni2",
+    "virchow": "virchow-full",
+}
 _STAMP_SINCE = "2.1.0"  # the first version whose files say `tile_size_um`
 
 

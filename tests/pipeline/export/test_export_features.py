@@ -70,9 +70,10 @@ def test_trident_finds_features_and_coordinates_where_it_puts_them(
 
 
 def test_trident_knows_our_encoders_by_its_own_names(features: Features, folder: Path, tmp_path: Path) -> None:
-    write_features(tmp_path / "in" / "a.h5", replace(features, encoder="uni2-h"))
-    export(features=tmp_path / "in", output=tmp_path / "out", to="trident")
-    assert (tmp_path / "out" / "features_uni_v2" / "S21.1.h5").is_file()
+    for ours, theirs in (("uni2-h", "uni_v2"), ("conch-v15", "conch_v15")):
+        write_features(tmp_path / "in" / "a.h5", replace(features, encoder=ours))
+        export(features=tmp_path / "in", output=tmp_path / "out", to="trident")
+        assert (tmp_path / "out" / f"features_{theirs}" / "S21.1.h5").is_file()
 
 
 def test_clam_finds_tensors_and_files_of_its_types(folder: Path, features: Features, tmp_path: Path) -> None:
