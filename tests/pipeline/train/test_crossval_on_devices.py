@@ -182,6 +182,32 @@ def test_where_to_train_is_said_once_and_a_device_that_is_not_there_is_one_line(
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+RANK_3 = """
+import sys
+from longslide.pipeline.train import folds, settings
+
+assert "lightning" not in sys.modules, "it asks for its rank when it is imported"
+settings.alone()
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+trainer = Trainer(accelerator="cpu", devices=1, logger=False)
+print(rank_zero_only.rank, trainer.global_rank, trainer.world_size)
+"""
+
+
+def test_on_a_node_that_is_a_task_of_slurm_a_worker_trains_by_itself() -> None:
+    slurm = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "ray",
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "3",
+    }
+    done = subprocess.run([sys.executable, "-c", RANK_3], capture_output=True, text=True, env=os.environ | slurm)
+    assert done.stdout.split() == ["0", "0", "1"], done.stderr
+
+
 def test_two_processes_do_not_train_in_one_folder(
     cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
