@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from longslide import DataOptions, LongslideError, sweep
 from longslide.data.cohort.datamodule import BagDataModule
 from longslide.pipeline.cli import main
@@ -246,6 +247,14 @@ def test_without_ray_one_line_says_what_to_install(cohort: Path, tmp_path: Path)
 def test_a_grid_is_the_same_nested_or_with_dots() -> None:
     nested: dict[str, Any] = {"model": {"optimiser": {"learning_rate": [1e-4, 3e-4]}}, "epochs": [1, 2]}
     assert read_grid(nested) == read_grid({"model.optimiser.learning-rate": "1e-4,3e-4", "epochs": "1,2"})
+
+
+def test_a_grid_stands_in_yaml_with_dots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = {"model.optimiser.learning_rate": [1e-4, 3e-4], "model.aggregator": ["abmil", "transmil"]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"data": {"features": "f"}, "grid": grid}))
+    with pytest.raises(SystemExit, match="0"):
+        main(["sweep", "--config", str(tmp_path / "sweep.yaml"), "--print-config"])
+    assert yaml.safe_load(capsys.readouterr().out)["grid"] == grid
 
 
 def test_in_python_a_grid_is_a_mapping(cohort: Path, tmp_path: Path) -> None:
