@@ -250,4 +250,7 @@ def test_a_process_whose_parent_dies_ends_even_while_it_imports(tmp_path: Path) 
         command, capture_output=True, text=True, timeout=120, cwd=tmp_path
     )  # until nobody has its pipes
     assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 15  # a process that ends closes its pipes first
+    while alive(int(done.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert not alive(int(done.stdout))
