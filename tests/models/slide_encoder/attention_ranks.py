@@ -23,8 +23,8 @@ def configurations(backend: str, gpus: bool) -> list[Configuration]:
             for _ in range(6)
         ]
     found: list[Configuration] = [
-        ([[50], [50]], 2, 12, [8, 20, 100], [1, 2, 4], False),
-        ([[30, 1, 9, 0], [31, 0, 50, 1], [0, 4, 21, 8]], 2, 16, [16, 20, 40], [1, 2, 4], True),  # nothing left over
+        ([[26], [26]], 2, 12, [9, 20, 52], [1, 2, 4], False),
+        ([[20, 1, 9, 0], [11, 0, 30, 1], [0, 4, 11, 8]], 1, 16, [16, 20, 32], [1, 2, 4], True),  # nothing left over
         ([[32], [32], [32]], 1, 12, [8, 16, 32], [1, 2, 4], False),  # borders of segments: nothing travels
         ([[170], [31]], 1, 12, [64, 201], [1, 2], False),  # several blocks of a class
         ([[0], [1], [0]], 1, 8, [4], [1], False),
