@@ -30,7 +30,7 @@ class FirstOfTwo:
 
 lengths = torch.tensor([0, 64], dtype=torch.int32)
 windows = make_windows(((64,), (64,)), FirstOfTwo(), 16, (16, 64), (1, 16), torch.device("cpu"))
-for causal, dim, shards in ((False, 48, None), (True, 64, None), (False, 48, windows), (True, 64, windows)):
+for causal, dim, shards in ((False, 48, None), (True, 64, windows)):
     out, lse = rows(64, 16, dim), torch.empty(16, 64)
     arranged, grads = rows(3, 16, 128, 64), rows(16, 128, 64)
     sizes = (lengths, layout.shards_of(lengths, shards), 1, 64, 128, 0.1)
@@ -60,7 +60,7 @@ def test_the_kernels_compile_for_a_gpu_on_a_machine_without_one(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
         word
-        for causal in ("False", "True", "False", "True")
+        for causal in ("False", "True")
         for name in ("forward", "backward_q", "backward_kv")
         for word in (name, causal)
     ]
