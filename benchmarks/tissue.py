@@ -1,6 +1,7 @@
 """Intersection over union of the tissue found with the tissue drawn, for the kinds of tests/data/tissue/drawn_slides.py.
 
-    python benchmarks/tissue.py [--seeds 6] [--slide CMU-1-Small-Region.svs] [--width 2048] [--against COMMIT] [kind ...]
+    python benchmarks/tissue.py [--seeds 6] [--first-seed 12] [--slide CMU-1-Small-Region.svs] [--width 2048]
+        [--against COMMIT] [kind ...]
 
 With `--slide` every third seed has the texture of the tissue in the middle of that slide; with `--width` all are so many
 pixels wide, at 10 um/px. With `--against` the finder of another commit has its turn on each picture too, in the same
@@ -64,7 +65,8 @@ def overlap(found: np.ndarray, truth: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("kinds", nargs="*")
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=6, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0, help="the finder was tuned while looking at 0 to 11")
     parser.add_argument("--slide", type=Path)
     parser.add_argument("--width", type=int)
     parser.add_argument("--against")
@@ -87,7 +89,7 @@ def main() -> None:
     for kind in given.kinds or drawn.KINDS:
         overlaps: dict[str, list[float]] = {name: [] for name in finders}
         seconds = dict.fromkeys(finders, 0.0)
-        for seed in range(given.seeds):
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
             slide = drawn.draw_slide(kind, seed, texture if seed % 3 == 1 else None, given.width)
             for name, find in finders.items():
                 started = time.process_time()
