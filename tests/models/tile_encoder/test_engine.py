@@ -21,14 +21,21 @@ TILES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (11, 64, 64, 
 
 
 def small(name: str) -> TileEncoder:
-    """An encoder of the package with few narrow layers for tiles of 64 px, and LayerScale that lets them matter."""
+    """An encoder of the package with few narrow layers for tiles of 64 px, and LayerScale that lets them matter.
+
+    The networks of the package's own have two blocks of their own width; a Swin is whole.
+    """
     spec = load_tile_encoder_spec(name)
+    if ":" in spec.architecture:
+        spec = replace(spec, timm_args=spec.timm_args | ({} if "ctranspath" in name else {"depth": 2}))
+        torch.manual_seed(0)
+        return TileEncoder(spec, build_network(spec), "random").eval()
     patch = spec.timm_args.get(
         "patch_size", 8 if "patch8" in spec.architecture else 16 if "patch16" in spec.architecture else 14
     )
     edge = 4 * patch
     size = {"depth": 5, "embed_dim": 192, "num_heads": 4, "img_size": edge}
-    dim = 384 if spec.pooling == "cls+mean" else 192
+    dim = spec.timm_args.get("num_classes") or (384 if spec.pooling == "cls+mean" else 192)
     spec = replace(spec, timm_args=spec.timm_args | size, dim=dim, resize=edge, crop=edge, tile_px=edge)
     torch.manual_seed(0)
     network = build_network(spec)
@@ -48,12 +55,16 @@ def encoder() -> TileEncoder:
     return small("virchow2")  # SwiGLU, registers, LayerScale, class token and mean
 
 
-@pytest.mark.parametrize("name", list_tile_encoders())
+LARGER = {"chief-ctranspath", "conch-v1", "conch-v15", "musk-multiscale"}
+"""Encoders whose layers are those of another, and which take many times as long: 448 px, two scales."""
+
+
+@pytest.mark.parametrize("name", [name for name in list_tile_encoders() if name not in LARGER])
 def test_every_encoder_of_the_package_runs_with_its_weights_in_half_precision(name: str) -> None:
     encoder = small(name)
-    wanted = plain(encoder, TILES[:3])
+    wanted = plain(encoder, TILES[:2])
     engine = TileEngine(encoder, CPU, "float16")
-    found = engine(TILES[:3])
+    found = engine(TILES[:2])
     assert engine.remarks == []
     assert found.dtype == torch.float16
     assert torch.cosine_similarity(found.float(), wanted).min() > 0.9999
