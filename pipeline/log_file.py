@@ -6,6 +6,7 @@ Events are records of the logger `longslide.events`, so that a program may take 
 import inspect
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,8 +53,13 @@ class JsonLines(logging.Formatter):
             "message": record.getMessage(),
         }
         fields: Mapping[str, Any] = getattr(record, "fields", {})
-        content |= {name: value for name, value in fields.items() if value is not None}
+        content |= {name: value for name, value in fields.items() if not _is_missing(value)}
         return json.dumps(content, default=str, ensure_ascii=False)
+
+
+def _is_missing(value: object) -> bool:
+    """Whether there is no value, or one that JSON has no number for."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 @contextmanager

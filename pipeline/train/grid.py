@@ -116,10 +116,10 @@ def trials_of(grid: Mapping[str, list[Any]], settings: Settings) -> list[Trial]:
             name.removeprefix("trainer."): value for name, value in values.items() if name.startswith("trainer.")
         }
         content = copy.deepcopy(base) | {"trainer": {}}
-        for name, value in sorted(values.items()):  # a plug-in before its options
-            if not name.startswith("trainer."):
-                _put(content, name.split("."), value)
         try:
+            for name, value in sorted(values.items()):  # a plug-in before its options
+                if not name.startswith("trainer."):
+                    _put(content, name.split("."), value)
             options = vars(parser.instantiate(parser.parse_object(content)))
             check_options({name: options[name] for name in ("data", "model", *COURSE)})
             check_options(trainer, "trainer.")
@@ -140,12 +140,18 @@ def trials_of(grid: Mapping[str, list[Any]], settings: Settings) -> list[Trial]:
 
 
 def _put(content: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set an option in nested options; those of a plug-in that is named alone make it a class with arguments."""
+    """Set an option in nested options; those of a plug-in that is named alone make it a class with arguments.
+
+    Raises:
+        LongslideError: A name on the way is that of an option with a value.
+    """
     *groups, last = path
     for name in groups:
         inner = content.setdefault(name, {})
         if isinstance(inner, str):
             inner = content[name] = {"class_path": inner, "init_args": {}}
+        if not isinstance(inner, dict):
+            raise LongslideError(f"{name!r} is one value, it has no options in it")
         if "class_path" in inner:
             inner = inner.setdefault("init_args", {})
         content = inner

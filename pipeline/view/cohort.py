@@ -41,6 +41,7 @@ class Cohort:
         self._lock = threading.Lock()
         self._colouring = threading.Lock()
         self._index: TileIndex | None = None
+        self._made_of: list[Path] = []
         self._colours: TileColours | None = None
         self._making: threading.Thread | None = None
         self._error: LongslideError | None = None
@@ -53,7 +54,7 @@ class Cohort:
         return self._progress
 
     def index(self, wait: float | None = None) -> "TileIndex | None":
-        """The index; it is made anew if a feature file was written since.
+        """The index; it is made anew if a feature file was written or added since.
 
         Args:
             wait: Seconds to wait for it, without end by default.
@@ -65,7 +66,7 @@ class Cohort:
             LongslideError: There are no embeddings, or they cannot be compared.
         """
         with self._lock:
-            if self._index is not None and self._index.is_current():
+            if self._index is not None and self._made_of == self._sorted_files() and self._index.is_current():
                 return self._index
             if self._making is None:
                 self._index = self._colours = None
@@ -105,7 +106,7 @@ class Cohort:
         index = self.index(wait)
         if index is None:
             return {"making": self.progress}
-        slide_of = {path: slide_id for slide_id, path in self._files().items()}
+        slide_of = {path: slide.slide_id for slide in self._collection.slides.values() for path in slide.features}
         found = index.similar(file.stem, tile, n, other_slides=other_slides)
         hits = [
             {
@@ -146,7 +147,7 @@ class Cohort:
         from ...data.features.tile_index import TileIndex
 
         try:
-            files = sorted(self._files().values())
+            files = self._made_of = self._sorted_files()
             if not files:
                 raise LongslideError("no slide here has a feature file; give the output folder of longslide embed too")
             self._index = TileIndex.open(files, cache=self._place(files[0].parent), progress=self._tell)
@@ -169,6 +170,9 @@ class Cohort:
             if path is not None:
                 found[slide.slide_id] = path
         return found
+
+    def _sorted_files(self) -> list[Path]:
+        return sorted(self._files().values())
 
     def _place(self, folder: Path) -> Path | None:
         """Where the index lies: beside the features, or where that is not allowed in a folder that goes with the viewer."""

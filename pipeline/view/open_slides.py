@@ -144,19 +144,13 @@ class OpenSlides:
         with self._lock:
             opening = self._opening.setdefault(file, threading.Lock())
         with opening:
-            with self._lock:
-                one = self._open.get(file)
-                if one is not None and one.version != version:  # written anew since
-                    self._retire(self._open.pop(file))
-                    one = None
+            one = self._kept(file, version)
             if one is None:
                 slide = open_slide(file.path, slide_mpp=file.slide_mpp, reader=recorded_reader(file.reader))
-                one = _Open(slide, version)
-            with self._lock:
-                self._open[file] = one
-                self._open.move_to_end(file)
-                one.users += 1
-                self._make_room(file)
+                one = _Open(slide, version, users=1)
+                with self._lock:
+                    self._open[file] = one
+                    self._make_room(file)
         try:
             yield one
         finally:
@@ -164,6 +158,18 @@ class OpenSlides:
                 one.users -= 1
                 if one.closing and not one.users:
                     one.slide.close()
+
+    def _kept(self, file: SlideFile, version: int) -> _Open | None:
+        """The open slide, in use from now on, so that no other closes it; None if it is not open as it is now."""
+        with self._lock:
+            one = self._open.get(file)
+            if one is not None and one.version != version:  # written anew since
+                self._retire(self._open.pop(file))
+                one = None
+            if one is not None:
+                self._open.move_to_end(file)
+                one.users += 1
+            return one
 
     def _make_room(self, kept: SlideFile) -> None:
         def too_much() -> bool:

@@ -1,6 +1,7 @@
 """Regions drawn in the viewer: GeoJSON that `embed` takes as tissue masks, and the slide table that names them."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ class Regions:
 
     def __init__(self, output: Path | None) -> None:
         self.folder = None if output is None else output.absolute() / FOLDER
+        self._writing = threading.Lock()
 
     def read(self, slide_id: str) -> dict[str, Any] | None:
         """The regions of a slide as GeoJSON; None if nothing was saved.
@@ -58,12 +60,18 @@ class Regions:
         Raises:
             LongslideError: There is no output folder, it is no such GeoJSON, or it cannot be written.
         """
-        slide = content.slide
-        path = self._path(slide.slide_id)
+        slide_id = content.slide.slide_id
+        path = self._path(slide_id)
         if path is None or self.folder is None:
             raise LongslideError("no output folder to save regions in: start the viewer with --output FOLDER")
-        regions = regions_of(geojson, slide.slide_id)
-        rows = {row["slide_id"]: row for row in read_rows(self.folder / TABLE)}
+        regions = regions_of(geojson, slide_id)
+        with self._writing:  # the table is read and written by whoever saves
+            self._write(content, path, self.folder / TABLE, regions)
+        return None if regions.is_empty else path
+
+    def _write(self, content: SlideContent, path: Path, table: Path, regions: shapely.Geometry) -> None:
+        slide = content.slide
+        rows = {row["slide_id"]: row for row in read_rows(table)}
         rows.pop(slide.slide_id, None)
         if regions.is_empty:
             path.unlink(missing_ok=True)
@@ -76,12 +84,10 @@ class Regions:
                 "patient_id": slide.patient_id,
                 "tissue_mask": path.name,
             }
-        table = self.folder / TABLE
         if rows:
             write_whole(table, csv_of(COLUMNS, (rows[name] for name in sorted(rows))))
         else:
             table.unlink(missing_ok=True)
-        return None if regions.is_empty else path
 
     def _path(self, slide_id: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{slide_id}.geojson"

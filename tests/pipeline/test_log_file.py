@@ -167,3 +167,13 @@ def test_a_logger_of_lightning_s_writes_beside_the_history(tmp_path: Path) -> No
     assert pd.read_csv(metrics)["val_loss"].dropna().tolist() == pytest.approx(
         pd.read_csv(tmp_path / "run" / "history.csv")["val_loss"].tolist()
     )
+
+
+def test_what_is_no_number_is_left_out_of_a_line_for_json_has_none(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    with log_to(tmp_path / "log", "fit"):
+        event("metric", "AUC nan", {"value": float("nan"), "low": float("-inf"), "n": 3})
+    records = [json.loads(line, parse_constant=refuse) for line in (tmp_path / "log").read_text().splitlines()]
+    assert {name: records[1].get(name) for name in ("value", "low", "n")} == {"value": None, "low": None, "n": 3}

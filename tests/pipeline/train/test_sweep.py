@@ -188,6 +188,8 @@ def test_a_sweep_on_two_devices_and_on_a_ray_cluster_is_that_of_one_process(coho
     [
         ([], "no grid: give values to try, such as --grid.model.optimiser.learning-rate 1e-4,3e-4"),
         (["--grid.model.nope", "1,2"], "--grid: model.nope=1: Group 'model' does not accept option 'nope'"),
+        (["--grid.model.checkpoint.x", "1,2"], "model.checkpoint.x=1: 'checkpoint' is one value, it has no options in it"),
+        (["--grid.data.max-tokens.x", "1,2"], "data.max_tokens.x=1: 'max_tokens' is one value"),
         (["--grid.nope", "1,2"], "--grid.nope: a grid may have options of model and trainer, ema, epochs, "),
         (["--grid.data.features", "a,b"], "--grid.data.features: a grid may have options of model and trainer"),
         (["--grid.seed", "1,2"], "--grid.seed: a grid may have options of model and trainer"),

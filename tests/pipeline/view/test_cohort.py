@@ -1,11 +1,13 @@
 """What the viewer says of tiles: which are alike over all slides, and which one sees which."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import pandas as pd
 import pytest
 from longslide import TileIndex, dilated_attention, read_features
 from longslide.data.features.feature_file import Features, write_features
@@ -60,6 +62,23 @@ def test_features_written_anew_are_compared_anew(serve: Serve, tmp_path: Path) -
     rows[5] = rows[0]
     write(rows)
     assert similar(viewer, "a", 0)["hits"][0]["tile"] == 5
+
+
+def test_features_that_are_added_while_the_viewer_runs_are_compared_too(
+    serve: Serve, made: Results, tmp_path: Path
+) -> None:
+    home = tmp_path / "results"
+    shutil.copytree(made.results, home)
+    summary = pd.read_csv(home / "summary.csv", dtype=str)
+    summary.assign(features="").to_csv(home / "summary.csv", index=False)
+    (home / "features").mkdir(exist_ok=True)
+    shutil.copy(made.features / "plain.h5", home / "features")
+    viewer = serve(home)
+    assert similar(viewer, "plain", 0)["slides"] == 1
+    shutil.copy(made.features / f"{EVIL}.h5", home / "features")
+    assert similar(viewer, "plain", 0)["slides"] == 2
+    assert viewer.json(f"api/slides/{quote(EVIL, safe='')}")["grid"] is not None
+    assert similar(viewer, EVIL, 0)["hits"]
 
 
 def test_a_tile_or_embeddings_that_are_not_there_are_an_error_in_words(serve: Serve, made: Results) -> None:

@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,3 +89,42 @@ def test_a_slide_that_is_not_there_is_an_error_each_time(tmp_path: Path) -> None
     for _ in range(2):
         with pytest.raises(LongslideError, match="No such file"):
             slides.tile(SlideFile(tmp_path / "a.svs"), 0, 0, 0)
+
+
+def test_no_slide_is_closed_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write_synthetic_slide(tmp_path / "0.svs", size=(256, 256))
+    files = [SlideFile(first), SlideFile(Path(shutil.copy(first, tmp_path / "1.svs")))]
+    closed: set[int] = set()
+
+    def opening(path: Path, **options: object) -> Slide:
+        slide = open_slide(path, **options)  # type: ignore[arg-type]
+        close = slide.close
+        slide.close = lambda: (closed.add(id(slide)), close())[1]  # type: ignore[method-assign, func-returns-value]
+        kept.append(slide)
+        return slide
+
+    kept: list[Slide] = []  # so that no other gets its id
+    monkeypatch.setattr(open_slides, "open_slide", opening)
+    monkeypatch.setattr(open_slides, "MOST_OPEN", 1)
+    slides = OpenSlides()
+    lock = threading.Lock()
+
+    class Lock:
+        """After it others come first."""
+
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            time.sleep(0.001)
+
+    monkeypatch.setattr(slides, "_lock", Lock())
+
+    def look(number: int) -> bool:
+        with slides.slide(files[number % 3 // 2]) as slide:
+            return id(slide) not in closed
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(look, range(200)))
+    slides.close()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import numpy as np
 import pytest
 from longslide import embed, open_slide, read_features
 from longslide.data.tissue.mask import read_tissue_mask
+from longslide.pipeline.view.collection import ViewedSlide
+from longslide.pipeline.view.content import SlideContent
+from longslide.pipeline.view.regions import Regions
 from served_viewer import EVIL, Results, Served
 
 Serve = Callable[..., Served]
@@ -138,3 +142,13 @@ def test_microns_per_pixel_by_the_users_word_go_along(serve: Serve, made: Result
     assert header == "slide,slide_id,slide_mpp,patient_id,tissue_mask"
     assert row == f"{made.slides / 'plain.svs'},plain,0.25,p1,plain.geojson"
     assert np.isfinite(viewer.json("api/slides/plain")["pixels"]["size"]).all()
+
+
+def test_slides_saved_at_the_same_time_are_all_in_the_table(tmp_path: Path) -> None:
+    regions = Regions(tmp_path)
+    drawn = {"features": [{"geometry": {"type": "Polygon", "coordinates": [SQUARE]}}]}
+    contents = [SlideContent(ViewedSlide(f"s{number}", [tmp_path / f"s{number}.svs"])) for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda content: regions.write(content, drawn), contents))
+    rows = (tmp_path / "regions" / "slides.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[1] for row in rows] == [content.slide.slide_id for content in contents]
