@@ -13,7 +13,23 @@ from ...errors import LongslideError
 from ...task import Task, TaskKind
 from ..table import listed, require_columns
 
-_TRUTH = {"0": 0.0, "1": 1.0, "False": 0.0, "True": 1.0, "false": 0.0, "true": 1.0, "FALSE": 0.0, "TRUE": 1.0}
+_TRUTH = {"False": 0.0, "True": 1.0, "false": 0.0, "true": 1.0, "FALSE": 0.0, "TRUE": 1.0}
+
+
+def class_of(cell: str) -> str:
+    """The class that a cell names: 1 where a spreadsheet wrote 1.0."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", cell)
+
+
+def truth_of(cell: str) -> float:
+    """1 or 0 for a cell that says whether a label or an event is there; NaN if it does not say so."""
+    if cell in _TRUTH:
+        return _TRUTH[cell]
+    try:
+        number = float(cell)
+    except ValueError:
+        return np.nan
+    return number if number in (0, 1) else np.nan
 
 
 @dataclass(frozen=True)
@@ -71,7 +87,7 @@ class LabelReader:
                 assert_never(kind)
 
     def _labels(self) -> tuple[Task, np.ndarray, np.ndarray]:
-        targets = np.stack([self._numbers(name, _TRUTH) for name in self.label], axis=1)
+        targets = np.stack([self._numbers(name, truth=True) for name in self.label], axis=1)
         has_label = ~np.isnan(targets).all(axis=1)
         for column, name in zip(targets[has_label & self.has_features].T, self.label, strict=True):
             self._varies(name, column[~np.isnan(column)])
@@ -85,7 +101,7 @@ class LabelReader:
 
     def _classes(self, kind: TaskKind) -> tuple[Task, np.ndarray, np.ndarray]:
         name = self.label[0]
-        cells = self.frame[name].map(lambda cell: re.sub(r"^(-?\d+)\.0+$", r"\1", cell), na_action="ignore")
+        cells = self.frame[name].map(class_of, na_action="ignore")
         cells = cells.map(lambda cell: self.renamed.get(cell, cell), na_action="ignore")
         has_label = cells.notna().to_numpy()
         present = list(cells[has_label & self.has_features].unique())
@@ -130,7 +146,7 @@ class LabelReader:
         return Task(kind, self.label, classes), targets, has_label
 
     def _survival(self, times: Sequence[float] | None, discrete_time: bool) -> tuple[Task, np.ndarray, np.ndarray]:
-        time, event = self._numbers(self.label[0]), self._numbers(self.label[1], _TRUTH)
+        time, event = self._numbers(self.label[0]), self._numbers(self.label[1], truth=True)
         has_label = ~(np.isnan(time) | np.isnan(event))
         used = has_label & self.has_features
         if (time[has_label] < 0).any():
@@ -156,12 +172,10 @@ class LabelReader:
             has_label,
         )
 
-    def _numbers(self, name: str, words: dict[str, float] | None = None) -> np.ndarray:
-        """`(N,)` float64 of a column, NaN where it is empty."""
+    def _numbers(self, name: str, *, truth: bool = False) -> np.ndarray:
+        """`(N,)` float64 of a column, NaN where it is empty; of one that says whether something is there, 0 and 1."""
         cells = self.frame[name]
-        values = pd.to_numeric(cells, errors="coerce")
-        if words is not None:
-            values = cells.map(words).fillna(values.where(values.isin([0, 1])))
+        values = cells.map(truth_of, na_action="ignore") if truth else pd.to_numeric(cells, errors="coerce")
         numbers = values.to_numpy(np.float64, na_value=np.nan)
         wrong = cells.notna().to_numpy() & ~np.isfinite(numbers)
         if wrong.any():
@@ -169,7 +183,7 @@ class LabelReader:
             hint = "; write decimals with a point, and thousands without a comma" if "," in cell else ""
             raise LongslideError(
                 f"{self.source}: {name!r} of {self.frame['slide_id'][wrong].iloc[0]} is {cell!r}, not "
-                f"{'0 or 1' if words else 'a finite number'}{hint}"
+                f"{'0 or 1' if truth else 'a finite number'}{hint}"
             )
         return numbers
 

@@ -137,6 +137,8 @@ def _select(
 
     several = data.inner_folds > 1
     for fold in range(data.fold_count):
+        if not several and not (data.splits[f"fold_{fold}"] == "val").any():
+            raise LongslideError(f"fold {fold} has no validation part to choose by: take --inner-folds 2 or more")
         splits = data.inner_splits(fold) if several else data.splits
         try:
             check_validation(splits, data.cohort, None if several else fold)

@@ -1,18 +1,20 @@
 """What a viewer shows: the slides of result, run and feature folders, slide folders and tables, joined by their ids."""
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
+from ...data.cohort.labels import class_of, truth_of
 from ...data.slides.base import without_suffix
 from ...data.slides.slide_table import find_slides, slide_ids
 from ...data.table import SLIDE_COLUMNS, find_column, is_table, plain_name, read_records, read_table, typed
 from ...errors import LongslideError
 from ...prediction_columns import PredictionColumns
-from ...task import CLASSIFICATION, Task
+from ...task import Task
 from ..batch.ledger import SUMMARY, read_summary
 from ..embed.contact_sheet import oddities
 from ..predict.prediction import PREDICTIONS, Prediction, of_row, read_json
@@ -248,8 +250,12 @@ class _Reading:
                 continue
             for slide_id, row in zip(ids, frame[columns].to_dict("records"), strict=True):
                 cells = [row[name] if isinstance(row[name], str) else None for name in columns]
-                if (slide := self.slides.get(str(slide_id))) is not None:
+                if (slide := self.slides.get(str(slide_id))) is None:
+                    continue
+                try:
                     slide.target = slide.target or _target(cells, self.task)
+                except ValueError as error:
+                    raise LongslideError(f"{table}: the label of {slide_id} cannot be read: {error}") from error
 
 
 def _summary_of(folder: Path) -> list[dict[str, str]]:
@@ -272,16 +278,29 @@ def _feature_files(path: Path) -> list[Path]:
 
 
 def _target(cells: Sequence[Any], task: Task) -> str:
-    """What is true, in the words of the prediction."""
-    if task.kind == "multilabel":
-        if any(cell is None for cell in cells):
-            return ""
-        there = [name for name, cell in zip(task.classes, cells, strict=True) if float(cell) == 1]
-        return ", ".join(there) or NO_LABEL
+    """What is true, in the words of the prediction.
+
+    Raises:
+        ValueError: A cell that is to say whether something is there does not.
+    """
     if any(cell is None for cell in cells):
         return ""
-    if task.kind in CLASSIFICATION:
-        return str(cells[0])
-    if task.kind == "survival":
-        return f"{cells[0]}, {'event' if str(cells[1]) in ('1', '1.0', 'True') else 'censored'}"
-    return str(cells[0])
+    match task.kind:
+        case "multilabel":
+            there = [name for name, cell in zip(task.classes, cells, strict=True) if _is_true(cell)]
+            return ", ".join(there) or NO_LABEL
+        case "survival":
+            return f"{cells[0]}, {'event' if _is_true(cells[1]) else 'censored'}"
+        case "binary" | "multiclass" | "ordinal":
+            return class_of(str(cells[0]))
+        case "regression":
+            return str(cells[0])
+        case _:
+            assert_never(task.kind)
+
+
+def _is_true(cell: object) -> bool:
+    truth = truth_of(str(cell))
+    if math.isnan(truth):
+        raise ValueError(f"{cell!r} is not 0 or 1")
+    return truth == 1

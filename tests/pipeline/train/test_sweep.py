@@ -188,7 +188,10 @@ def test_a_sweep_on_two_devices_and_on_a_ray_cluster_is_that_of_one_process(coho
     [
         ([], "no grid: give values to try, such as --grid.model.optimiser.learning-rate 1e-4,3e-4"),
         (["--grid.model.nope", "1,2"], "--grid: model.nope=1: Group 'model' does not accept option 'nope'"),
-        (["--grid.model.checkpoint.x", "1,2"], "model.checkpoint.x=1: 'checkpoint' is one value, it has no options in it"),
+        (
+            ["--grid.model.checkpoint.x", "1,2"],
+            "model.checkpoint.x=1: 'checkpoint' is one value, it has no options in it",
+        ),
         (["--grid.data.max-tokens.x", "1,2"], "data.max_tokens.x=1: 'max_tokens' is one value"),
         (["--grid.nope", "1,2"], "--grid.nope: a grid may have options of model and trainer, ema, epochs, "),
         (["--grid.data.features", "a,b"], "--grid.data.features: a grid may have options of model and trainer"),
@@ -203,12 +206,19 @@ def test_a_sweep_on_two_devices_and_on_a_ray_cluster_is_that_of_one_process(coho
         (["--grid.epochs", "2,2"], "--grid.epochs has the value 2 twice"),
         (["--grid.epochs", "[]"], "--grid.epochs has no values"),
         (["--grid.epochs", "2,3", "--inner-folds", "40"], "the inner folds of fold 0: class "),
+        (
+            ["--grid.epochs", "2,3", "--inner-folds", "1", "--data.table", "{cohort}/no_val.csv"],
+            "fold 0 has no validation part to choose by: take --inner-folds 2 or more",
+        ),
         (["--grid.epochs", "2,3", "--folds", "1"], "--folds 1 must be at least 2"),
     ],
 )
 def test_a_grid_that_cannot_be_is_one_line_before_training(
     grid: list[str], said: str, cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    table = pd.read_csv(cohort / "cohort.csv", dtype=str)
+    table.replace({"fold_0": {"val": "train"}, "fold_1": {"val": "train"}}).to_csv(cohort / "no_val.csv", index=False)
+    grid = [word.format(cohort=cohort) for word in grid]
     assert main(words(cohort, tmp_path / "run", *grid)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("longslide sweep: ")
