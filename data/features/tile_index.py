@@ -115,7 +115,8 @@ class TileIndex:
             The index.
 
         Raises:
-            LongslideError: No feature files, files of several tile encoders, or the index cannot be written.
+            LongslideError: No feature files, two of one slide, files of several tile encoders, or the index cannot be
+                written.
         """
         if isinstance(features, str | Path):
             files = sorted(path for path in Path(features).glob("*.h5") if not path.name.startswith("."))
@@ -127,6 +128,11 @@ class TileIndex:
             files = [Path(path) for path in features]
             if not files:
                 raise LongslideError("no feature files to compare")
+        of_slide: dict[str, Path] = {}
+        for path in files:
+            other = of_slide.setdefault(path.stem, path)
+            if other != path:
+                raise LongslideError(f"{other} and {path}: two feature files of one slide; leave one of them out")
         cache = files[0].parent / FOLDER if cache is None else Path(cache)
         digest = _digest(files)
         table, matrix = cache / f"tiles-{digest}.npz", cache / f"embeddings-{digest}.npy"

@@ -36,7 +36,7 @@ def attention_routes(site: "Site") -> list[Route]:
         if not isinstance(spec, SlideEncoderSpec):
             raise UnknownError
         most = {"heads": 1, "layers": 1, "head": spec.heads, "branch": len(spec.segment_lengths)}.get(what, 0)
-        if (not number.isdigit() and number) or not (0 <= int(number or 0) < most):
+        if number not in ("", *map(str, range(most))) or not most:
             raise UnknownError
         found = marks_of(len(grid.coords), tile, spec, what, int(number or 0))
         return Response(found.tobytes(), media_type="application/octet-stream")

@@ -167,3 +167,12 @@ def test_the_index_may_lie_elsewhere(tmp_path: Path) -> None:
     TileIndex.open(tmp_path / "features", cache=tmp_path / "index")
     assert {path.suffix for path in (tmp_path / "features").iterdir()} == {".h5"}
     assert {path.suffix for path in (tmp_path / "index").iterdir()} == {".npy", ".npz"}
+
+
+def test_two_feature_files_of_one_slide_are_refused(tmp_path: Path) -> None:
+    files = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        files.append(write_slide(tmp_path / name, "a", np.ones((2, 8), np.float16)))
+    with pytest.raises(LongslideError, match=r"first/a\.h5 and .*second/a\.h5: two feature files of one slide"):
+        TileIndex.open(files)

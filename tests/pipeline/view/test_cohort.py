@@ -162,5 +162,6 @@ def test_the_page_gets_marks_of_every_tile_and_no_other_question_is_answered(ser
     ):
         marks = viewer.array(f"api/slides/plain/attention/2?show={show}", "i1")
         assert (marks == marks_of(tiles, 2, spec, what, number)).all()
-    for path in (f"{tiles}", "0?show=head-16", "0?show=branch-5", "0?show=head-x", "0?show=all", "0?encoder=../x"):
+    strange = ("head-16", "branch-5", "head-x", "head-%C2%B2", "all")  # a superscript two is a digit, and no number
+    for path in (f"{tiles}", *(f"0?show={show}" for show in strange), "0?encoder=../x"):
         assert viewer.ask(f"api/slides/plain/attention/{path}")[0] == 404, path

@@ -14,7 +14,7 @@ import pytest
 from served_viewer import EVIL, Results, Served, tab, until
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 Serve = Callable[..., Served]
 
@@ -192,6 +192,37 @@ def test_a_region_is_drawn_cut_saved_and_found_again(
         until(page, "window.page?.regionsPainter")
         page.locator("summary", has_text="Regions").click()
         page.locator("text=1 area, saved.").wait_for()
+
+
+def test_what_is_drawn_is_not_lost_by_an_error_nor_called_saved_before_it_is(
+    browser: "Browser", serve: Serve, made: Results, tmp_path: Path
+) -> None:
+    viewer = serve(made.results, output=tmp_path)
+    held: list[Route] = []
+    with tab(browser) as page:
+        open_slide_page(page, viewer, "plain")
+        page.locator("summary", has_text="Regions").click()
+        page.get_by_role("button", name="Draw").click()
+        page.route("**/regions", lambda route: route.fulfill(status=422, json={"error": "no such luck"}))
+        for corner in ((200, 200), (600, 200), (600, 600), (200, 600), (200, 200)):
+            page.mouse.click(*place_of(page, *corner))
+        page.locator("#message", has_text="no such luck").wait_for()
+        page.unroute("**/regions")
+        page.keyboard.press("Enter")
+        page.locator("text=1 area, not saved yet.").wait_for()
+        page.route("**/regions", lambda route: held.append(route))
+        save = page.get_by_role("button", name="Save")
+        save.click()
+        page.get_by_role("button", name="Clear").click()
+        while not held:
+            page.wait_for_timeout(20)
+        held[0].continue_()
+        page.locator("text=To embed it").wait_for()
+        assert save.is_enabled(), "that nothing is left is not saved yet"
+        page.unroute("**/regions")
+        save.click()
+        page.locator("text=Removed: the tissue that is found is embedded.").wait_for()
+    assert not (tmp_path / "regions" / "plain.geojson").exists()
 
 
 def test_a_slide_that_vanishes_while_it_is_looked_at_is_said(

@@ -58,11 +58,11 @@ export function attentionPanel(page) {
 
   const draw = async () => {
     if (picked < 0) return;
-    const [tile, what] = [picked, show.value];
+    const [tile, what, model] = [picked, show.value, encoder.value];
     try {
-      const query = `?encoder=${encodeURIComponent(encoder.value)}&show=${what}`;
+      const query = `?encoder=${encodeURIComponent(model)}&show=${what}`;
       const seen = new Int8Array(await bytes(slidePath(page.id, `/attention/${tile}${query}`)));
-      if (tile !== picked || what !== show.value) return;
+      if (tile !== picked || what !== show.value || model !== encoder.value) return;
       paint(seen, what);
       marks.marks = [{ tile, colour: "#000", width: 3 }];
       clear.hidden = false;

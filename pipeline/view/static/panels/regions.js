@@ -127,11 +127,11 @@ export function regionsPanel(page) {
     try {
       const asked = { regions: state.regions, ring: [...ring, ring[0]], change: state.tool };
       change((await post(path, asked)).regions);
+      drop();
     } catch (error) {
-      say(error.message);
+      say(error.message); // the outline stays: Enter tries again
     }
     state.busy = false;
-    drop();
   }
 
   function choose(name) {
@@ -150,9 +150,10 @@ export function regionsPanel(page) {
 
   async function saveRegions() {
     save.disabled = true;
+    const sent = state.regions; // what is drawn meanwhile is not saved
     try {
-      const { path: file, table } = await put(path, state.regions);
-      state.saved = state.regions;
+      const { path: file, table } = await put(path, sent);
+      state.saved = sent;
       show();
       status.replaceChildren();
       if (file) {
