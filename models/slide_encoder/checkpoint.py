@@ -78,9 +78,11 @@ def load_published(encoder: nn.Module, file: Path, what: str, *, under: str | No
         for pattern, name in encoder.SHARED.items():
             key = re.sub(pattern, name, key)
         left_out = any(fnmatchcase(key, pattern) for pattern in encoder.LEFT_OUT)
-        wanted = key in names or (key.startswith(encoder.ROOT) and not left_out)
-        if wanted and not torch.equal(state.setdefault(key, value), value):
+        if key not in names and (left_out or not key.startswith(encoder.ROOT)):
+            continue
+        if key in state and not torch.equal(state[key], value):
             raise LongslideError(f"{what}: two tensors {key}, which it has once")
+        state[key] = value
     check_tensors(state, to_published(encoder), what)
     ours: dict[str, list[Tensor]] = {}
     for theirs, (name, _) in names.items():

@@ -123,15 +123,19 @@ class Feather(GatedSlideEncoder):
         self.projection = nn.Linear(spec.tile_dim, width)
         self.attention = GatedAttention(width, attention_width, dropout)
 
+    def _pooled(self, tile_features: Tensor) -> tuple[Tensor, Tensor]:
+        """The projected tiles `(N, width)`, and their weights `(N,)`."""
+        hidden = relu(self.projection(tile_features))
+        scores: Tensor = self.attention(hidden)
+        return hidden, scores.softmax(0)
+
     def tile_weights(self, tile_features: Tensor) -> Tensor:
         """See `GatedSlideEncoder.tile_weights`."""
-        scores: Tensor = self.attention(relu(self.projection(tile_features)))
-        return scores.softmax(0)
+        return self._pooled(tile_features)[1]
 
     def embed(self, tile_features: Tensor, grid_cells: Tensor) -> Tensor:
         """See `PublishedSlideEncoder.embed`."""
-        hidden = relu(self.projection(tile_features))
-        weights: Tensor = self.attention(hidden).softmax(0)
+        hidden, weights = self._pooled(tile_features)
         return weights @ hidden.to(weights.dtype)
 
 

@@ -69,7 +69,7 @@ class _GatheredAttention(torch.autograd.Function):
             for some, rows, logits in _some_groups(q, k, ctx.keys_of, ctx.scale):
                 weights = _weights(logits, log_sum[:, some])
                 direction = grad_output[:, some].to(v.dtype)
-                grad_logits = weights * ((direction @ values[rows].mT).to(weights.dtype) - mean[:, some][..., None])
+                grad_logits = weights * (_products(direction, values[rows]) - mean[:, some][..., None])
                 grad_logits = (grad_logits * ctx.scale).to(q.dtype)
                 grad_q[:, some] = (grad_logits @ keys[rows]).to(grad_q.dtype)
                 _add_rows(grad_k, rows, grad_logits.mT @ q[:, some])
@@ -88,8 +88,18 @@ def _some_groups(q: Tensor, k: Tensor, keys_of: KeysOf, scale: float) -> Iterato
         some = slice(start, min(groups, start + count))
         index, seen = keys_of(some.start, some.stop)
         index = index + first_of_row
-        logits = (q[:, some] @ keys[index].mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+        logits = _products(q[:, some], keys[index]) * scale
         yield some, index, logits.masked_fill(~seen, -torch.inf)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """`x @ y.mT` of `(R, g, b, D)` and `(R, g, M, D)`, not rounded to half precision: exp would make per cents of that."""
+    if x.element_size() > 2:
+        return x @ y.mT
+    if not x.is_cuda:
+        return x.float() @ y.float().mT
+    product = torch.bmm(x.flatten(0, 1), y.flatten(0, 1).mT, out_dtype=torch.float32)
+    return product.unflatten(0, x.shape[:2])
 
 
 def _weights(logits: Tensor, log_sum: Tensor) -> Tensor:

@@ -128,8 +128,14 @@ def build_published(spec: PublishedSpec, weights: str) -> PublishedSlideEncoder:
     """
     try:
         return published_class(spec.architecture)(spec, weights, **spec.arguments)
-    except (TypeError, ValueError) as error:
-        raise LongslideError(f"slide encoder {spec.name!r}: {error}") from error
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+    ) as error:  # those of torch's modules too
+        raise LongslideError(f"slide encoder {spec.name!r}: {' '.join(str(error).split())}") from error
 
 
 def create_published(spec: PublishedSpec, checkpoint: str | Path | None, seed: int = 0) -> PublishedSlideEncoder:

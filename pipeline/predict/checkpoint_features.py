@@ -224,6 +224,8 @@ class FeatureMaker:
                 )
             checkpoint, seed = _weights_to_load(self.slide_checkpoint, made.slide_weights)
             try:
+                if self.slide_encoder is None and is_factory(made.slide_encoder):
+                    import_object(made.slide_encoder, f"slide encoder {made.slide_encoder!r}", from_file=True)
                 slide_encoder = load_slide_encoder(
                     made.slide_encoder if self.slide_encoder is None else self.slide_encoder,
                     checkpoint=checkpoint,
