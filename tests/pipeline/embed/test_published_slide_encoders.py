@@ -30,6 +30,9 @@ from training_cohort import quick, write_cohort
 
 PUBLISHED = [name for name in list_slide_encoders() if isinstance(load_slide_encoder_spec(name), PublishedSpec)]
 
+BRIEF = ("--epochs", "2", "--min-steps", "4")
+"""Enough for a checkpoint."""
+
 SMALL: dict[str, dict[str, Any]] = {
     "titan": {"layers": 1, "width": 16, "heads": 4, "pool_heads": 2, "ffn_width": 16},
     "moozy": {"layers": 1, "width": 16, "heads": 4, "ffn_width": 16, "registers": 2},
@@ -81,10 +84,15 @@ def write_tiles(path: Path, dim: int, encoder: str | None) -> Path:
 def test_each_embeds_feature_files_of_its_tile_encoder(name: str, tmp_path: Path) -> None:
     spec = load_slide_encoder_spec(name)
     path = write_tiles(tmp_path / "in" / "s.h5", spec.tile_dim, spec.tile_encoder)
-    options = ["--slide-encoder", name, "--slide-checkpoint", "random", "--device", "cpu"]
+    if name == "prism":  # 100 million parameters, of which 15 tiles are read eight times
+        name = "small-prism"
+        choice = write_spec(tmp_path / "prism.yaml", "prism", tile_encoder=spec.tile_encoder, tile_dim=spec.tile_dim)
+    else:
+        choice = Path(name)
+    options = ["--slide-encoder", str(choice), "--slide-checkpoint", "random", "--device", "cpu"]
     assert main(["embed", str(path.parent), "--output", str(tmp_path / "out"), *options]) == 0
     made = read_features(tmp_path / "out" / "s.h5")
-    encoder = create_slide_encoder(name, checkpoint="random")
+    encoder = create_slide_encoder(str(choice), checkpoint="random")
     with torch.inference_mode():
         expected = encoder(torch.from_numpy(made.features).float()[None], torch.from_numpy(made.cells)[None])[0]
     np.testing.assert_allclose(made.slide_embedding, expected, rtol=1e-4, atol=1e-5)
@@ -118,7 +126,7 @@ def test_each_is_fine_tuned_tested_and_explained(architecture: str, tmp_path: Pa
         "--model.aggregator", architecture, "--model.aggregator.slide_encoder", str(spec),
         "--model.checkpoint", str(tmp_path / "weights.pt"),
     ]  # fmt: skip
-    assert main(["fit", "--config", "binary", *data, *model, *quick(run, "--epochs", "2")]) == 0
+    assert main(["fit", "--config", "binary", *data, *model, *quick(run, *BRIEF)]) == 0
     checkpoint = next(run.rglob("best.ckpt"))
     description = torch.load(checkpoint, weights_only=True)["longslide"]
     assert description["aggregator"]["name"] == architecture
@@ -147,7 +155,7 @@ def test_a_frozen_one_stays_as_it_is_and_a_linear_probe_reads_its_embeddings(tmp
         "--model.aggregator", "feather", "--model.aggregator.slide_encoder", str(spec), "--model.aggregator.frozen", "true",
         "--model.checkpoint", str(tmp_path / "weights.pt"),
     ]  # fmt: skip
-    assert main(["fit", "--config", "binary", *data, *model, *quick(tmp_path / "frozen")]) == 0
+    assert main(["fit", "--config", "binary", *data, *model, *quick(tmp_path / "frozen", *BRIEF)]) == 0
     trained = torch.load(next((tmp_path / "frozen").rglob("best.ckpt")), weights_only=True)["state_dict"]
     published = create_slide_encoder(spec, checkpoint=tmp_path / "weights.pt").state_dict()
     assert all(torch.equal(trained[f"aggregator.encoder.{name}"], value) for name, value in published.items())
@@ -155,7 +163,7 @@ def test_a_frozen_one_stays_as_it_is_and_a_linear_probe_reads_its_embeddings(tmp
     options = ["--slide-encoder", str(spec), "--slide-checkpoint", str(tmp_path / "weights.pt"), "--device", "cpu"]
     assert main(["embed", str(tmp_path / "features"), "--output", str(tmp_path / "with"), *options]) == 0
     probe = [*data[:3], str(tmp_path / "with"), *data[4:], "--model.aggregator", "linear-probe"]
-    assert main(["fit", "--config", "binary", *probe, *quick(tmp_path / "probe")]) == 0
+    assert main(["fit", "--config", "binary", *probe, *quick(tmp_path / "probe", *BRIEF)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -349,21 +357,33 @@ def test_what_such_a_model_gives_is_looked_at(method: str, result: str, said: st
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_own_modules")
-def test_a_checkpoint_alone_runs_no_code(tmp_path: Path) -> None:
-    """A classifier of slide embeddings names the repository they came from; to predict, the user must name it too."""
+def test_a_checkpoint_alone_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A classifier of slide embeddings names where they came from; to predict, the user must name it too."""
     from classifier_files import write_classifier
 
     (tmp_path / "tiny.yaml").write_text(ENCODER)
+    (tmp_path / "stranger.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    monkeypatch.syspath_prepend(tmp_path)
     write_synthetic_slide(tmp_path / "a.svs", size=(1024, 768), seed=0)
+    spec = write_spec(tmp_path / "small.yaml", "titan", tile_encoder="tiny", tile_dim=48)
     tiles: dict[str, Any] = {"tile_encoder": tmp_path / "tiny.yaml", "tile_checkpoint": "random", "device": "cpu"}
-    embed([tmp_path / "a.svs"], tmp_path / "features", **tiles, slide_encoder="gigapath", slide_checkpoint="random")
-    write_classifier(
-        tmp_path / "best.ckpt", tmp_path / "features", aggregator="linear-probe", slide_encoder="stranger/slides"
+    embed([tmp_path / "a.svs"], tmp_path / "features", **tiles, slide_encoder=spec, slide_checkpoint="random")
+    said = (
+        ("stranger/slides", "give --slide-encoder stranger/slides --trust-remote-code"),
+        (
+            "stranger:slides",
+            "code outside Longslide, which a file alone may not run.*One of your own is given with --slide",
+        ),
     )
+    files = [tmp_path / "repository.ckpt", tmp_path / "factory.ckpt"]
+    for file, (name, _) in zip(files, said, strict=True):
+        write_classifier(file, tmp_path / "features", aggregator="linear-probe", slide_encoder=name)
     shutil.rmtree(tmp_path / "features")
     options: dict[str, Any] = {**tiles, "output": tmp_path / "out", "trust_remote_code": True}
-    with pytest.raises(LongslideError, match="give --slide-encoder stranger/slides --trust-remote-code"):
-        predict(tmp_path / "a.svs", checkpoint=tmp_path / "best.ckpt", **options)
+    for file, (_, message) in zip(files, said, strict=True):
+        with pytest.raises(LongslideError, match=message):
+            predict(tmp_path / "a.svs", checkpoint=file, **options)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow
@@ -373,7 +393,7 @@ def test_moozys_case_transformer_reads_the_slide_embeddings_of_patients(tmp_path
         "--model.aggregator", "moozy-case", "--model.aggregator.heads", "2", "--model.aggregator.ffn_width", "8",
         "--model.checkpoint", "random", "--data.bags", "patient",
     ]  # fmt: skip
-    assert main(["fit", "--config", "binary", *data, *model, *quick(tmp_path / "run")]) == 0
+    assert main(["fit", "--config", "binary", *data, *model, *quick(tmp_path / "run", *BRIEF)]) == 0
     description = torch.load(next((tmp_path / "run").rglob("best.ckpt")), weights_only=True)["longslide"]
     assert description["bag_unit"] == "patient"
     assert description["aggregator"]["architecture"]["weights"] == "random"
