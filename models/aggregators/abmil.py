@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+from ..slide_encoder.gated_attention import gated_scores
 from .base import Aggregator, split_bags
 
 
@@ -51,7 +52,4 @@ class ABMIL(Aggregator):
 
     def _score(self, tile_features: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.dropout(relu(self.projection(tile_features.to(self.projection.weight.dtype))))
-        gated = self.dropout(self.value(hidden).tanh()) * self.dropout(self.gate(hidden).sigmoid())
-        scores = self.score(gated).squeeze(-1)
-        # A softmax over tens of thousands of tiles in half precision would lose most of them.
-        return hidden, scores.float() if scores.element_size() < 4 else scores
+        return hidden, gated_scores(hidden, self.value, self.gate, self.score, self.dropout)

@@ -28,10 +28,18 @@ class GatedAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`(N, width)` -> `(N,)`, at least float32: a softmax over many tiles in half precision would lose most of them."""
-        gated = self.dropout(self.value(hidden).tanh()) * self.dropout(self.gate(hidden).sigmoid())
-        scores: Tensor = self.score(gated).squeeze(-1)
-        return scores.float() if scores.element_size() < 4 else scores
+        """`(N, width)` -> `(N,)`; see `gated_scores`."""
+        return gated_scores(hidden, self.value, self.gate, self.score, self.dropout)
+
+
+def gated_scores(hidden: Tensor, value: nn.Module, gate: nn.Module, score: nn.Module, dropout: nn.Module) -> Tensor:
+    """The scores of tiles `(N, width)` by linear layers: `(N,)`.
+
+    At least float32: a softmax over tens of thousands of tiles in half precision would lose most of them.
+    """
+    gated = dropout(value(hidden).tanh()) * dropout(gate(hidden).sigmoid())
+    scores: Tensor = score(gated).squeeze(-1)
+    return scores.float() if scores.element_size() < 4 else scores
 
 
 def gated_names(attention: str, theirs: str) -> dict[str, str]:
