@@ -98,8 +98,8 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
         return x @ y.mT
     if not x.is_cuda:
         return x.float() @ y.float().mT
-    product = torch.bmm(x.flatten(0, 1), y.flatten(0, 1).mT, out_dtype=torch.float32)
-    return product.unflatten(0, x.shape[:2])
+    product: Tensor = torch.bmm(x.flatten(0, 1), y.flatten(0, 1).mT, out_dtype=torch.float32)
+    return product.view(*x.shape[:-1], y.shape[-2])
 
 
 def _weights(logits: Tensor, log_sum: Tensor) -> Tensor:
