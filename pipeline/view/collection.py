@@ -10,6 +10,7 @@ from typing import Any, assert_never
 
 from ...data.cohort.labels import class_of, truth_of
 from ...data.slides.base import without_suffix
+from ...data.slides.folder import looked_at
 from ...data.slides.slide_table import find_slides, slide_ids
 from ...data.table import SLIDE_COLUMNS, find_column, is_table, plain_name, read_records, read_table, typed
 from ...errors import LongslideError
@@ -158,7 +159,14 @@ class _Reading:
         summary = _summary_of(path)
         if summary or features:
             self._add_features(features)
-            self._add_job(path, summary)
+            try:
+                self._add_job(path, summary)
+            except ValueError as error:
+                raise LongslideError(
+                    f"{path / SUMMARY}: a cell is not the number that it should be ({error}); correct it"
+                ) from error
+            if path.is_dir() and not summary:
+                self._warn_of_slides_in(path)
             return
         if is_table(path):
             self.tables.append(path)
@@ -169,6 +177,19 @@ class _Reading:
             slide.paths.insert(0, entry.path)
             slide.slide_mpp = slide.slide_mpp or entry.slide_mpp
             slide.patient_id = slide.patient_id or entry.patient_id or ""
+
+    def _warn_of_slides_in(self, folder: Path) -> None:
+        """Say which slides beside feature files have none, and are not shown."""
+        suffixes = looked_at()
+        files = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and not path.name.startswith(".")]
+        others = sorted(path.name for path in files if without_suffix(path).name not in self.slides)
+        if others:
+            logger.warning(
+                "%s: has feature files, and only their slides are shown; give %s%s by name to see them too",
+                folder,
+                ", ".join(others[:3]),
+                f" and {len(others) - 3} more" if len(others) > 3 else "",
+            )
 
     def _add_features(self, files: Iterable[Path]) -> None:
         for file in files:

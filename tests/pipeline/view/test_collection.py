@@ -1,10 +1,13 @@
-"""What is true by a table of labels is read as training reads it."""
+"""What inputs say of slides; what is true by a table of labels is read as training reads it."""
 
+import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
-from longslide import LongslideError
-from longslide.pipeline.view.collection import NO_LABEL, _Reading
+from longslide import LongslideError, write_synthetic_slide
+from longslide.data.features.feature_file import Features, write_features
+from longslide.pipeline.view.collection import NO_LABEL, _Reading, read_collection
 from longslide.task import Task
 
 BINARY = Task("binary", ("label",), ("0", "1"))
@@ -51,3 +54,29 @@ def test_a_label_that_is_not_0_or_1_is_an_error_that_names_it(
         LongslideError, match=r"labels\.csv: the label of a cannot be read: '(positive|dead)' is not 0 or 1"
     ):
         target(tmp_path, task, *cells)
+
+
+def write_tile(path: Path) -> None:
+    embedding, corner = np.ones((1, 8), np.float16), np.zeros((1, 2), np.int64)
+    write_features(path, Features(path.stem, embedding, corner, 512, 512, 256, 0, 0.5, 0.25, (256, 256)))
+
+
+def test_slides_beside_feature_files_that_are_not_shown_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tile(tmp_path / "a.h5")
+    write_synthetic_slide(tmp_path / "a.svs", size=(256, 256))
+    with caplog.at_level(logging.WARNING):
+        assert list(read_collection([tmp_path]).slides) == ["a"]
+    assert not caplog.records
+    write_synthetic_slide(tmp_path / "b.svs", size=(256, 256))
+    with caplog.at_level(logging.WARNING):
+        assert list(read_collection([tmp_path]).slides) == ["a"]
+    assert "only their slides are shown; give b.svs by name" in caplog.text
+    assert list(read_collection([tmp_path, tmp_path / "b.svs"]).slides) == ["a", "b"]
+
+
+def test_a_summary_with_a_word_for_a_number_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "summary.csv").write_text("slide_id,slide,status,reason,tiles,tissue_mm2\na,a.svs,done,,many,1.0\n")
+    with pytest.raises(LongslideError, match=r"summary\.csv: a cell is not the number .*'many'"):
+        read_collection([tmp_path])
