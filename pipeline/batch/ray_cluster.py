@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -98,6 +99,8 @@ def _connect(address: str) -> None:
         )
     if address != "auto":
         _check_address(address)
+    elif (found := _address_that_ray_finds()) is not None:
+        _check_address(found, f"auto ({found})")
     before = {number: signal.getsignal(number) for number in ENDING}
     try:
         ray.init(address=address, log_to_driver=True, logging_level="error")
@@ -115,13 +118,21 @@ def _connect(address: str) -> None:
                 signal.signal(number, handler)
 
 
-def _check_address(address: str) -> None:
+def _address_that_ray_finds() -> str | None:
+    """The head that `auto` means, such as one that died and is still noted in `/tmp/ray`; None where only Ray knows."""
+    try:
+        address = import_module("ray._private.services").canonicalize_bootstrap_address("auto")
+    except Exception:  # no cluster, of which Ray says it itself; or another version of Ray, inside
+        return None
+    return address if isinstance(address, str) and re.fullmatch(r"[^/]+:\d+", address) else None
+
+
+def _check_address(address: str, given: str | None = None) -> None:
     """Refuse an address where no Ray can be, which Ray itself would try for minutes."""
+    given = address if given is None else given
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise LongslideError(
-            f"--ray {address}: must be auto, or the address of the cluster's head such as 10.0.0.1:6379"
-        )
+        raise LongslideError(f"--ray {given}: must be auto, or the address of the cluster's head such as 10.0.0.1:6379")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as connection:
             # Ray's is a gRPC server: to the beginning of HTTP/2 it answers with a frame of settings (type 4).
@@ -132,11 +143,11 @@ def _check_address(address: str) -> None:
     except (OSError, OverflowError) as error:
         if not isinstance(error, TimeoutError):
             raise LongslideError(
-                f"--ray {address}: nothing answers there ({error}); start Ray: ray start --head"
+                f"--ray {given}: nothing answers there ({error}); start Ray: ray start --head"
             ) from error
         answer = b""
     if answer[3:4] != b"\4":
-        raise LongslideError(f"--ray {address}: the port is in use by another program, not by Ray; see ray status")
+        raise LongslideError(f"--ray {given}: the port is in use by another program, not by Ray; see ray status")
 
 
 def _look_from(nodes: list[_Node], output: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -288,6 +288,23 @@ def test_an_address_without_ray_is_one_line_at_once(tmp_path: Path) -> None:
                 pass
 
 
+def test_auto_of_a_head_that_died_is_one_line_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"127.0.0.1:{free.getsockname()[1]}"
+        current = tmp_path / "ray_current_cluster"  # what `ray start` leaves in /tmp/ray
+        current.write_text(dead)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        services = pytest.importorskip("ray._private.services")
+        monkeypatch.setattr(services, "find_gcs_addresses", set)
+        monkeypatch.setattr(services, "find_bootstrap_address", lambda temp_dir: current.read_text())
+        with (
+            pytest.raises(LongslideError, match=r"--ray auto \(.*:\d+\): nothing answers there"),
+            ray_workers("auto", tmp_path),
+        ):
+            pass
+
+
 def test_without_ray_or_a_cluster_the_command_says_so(home: Path, tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ModuleNotFoundError('No module named ray', name='ray')")
     words = [sys.executable, "-m", "longslide", "embed", str(home / "slides"), "--output", str(tmp_path / "out")]
