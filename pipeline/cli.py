@@ -243,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(error, LongslideError) and signals.last is None:  # else what the signal has led to
                 print(f"longslide {command}: {error}", file=sys.stderr)
                 return 2
-            print(f"longslide {command}: stopped; the same command goes on from here", file=sys.stderr)
+            on = "" if command == "view" else "; the same command goes on from here"
+            print(f"longslide {command}: stopped{on}", file=sys.stderr)
             return 128 + error.number if isinstance(error, Stopped) else signals.status
         finally:
             library.removeHandler(messages)

@@ -105,8 +105,9 @@ def _serve(collection: Collection, listening: socket.socket, *, opens_browser: b
     # In a thread of its own: the signals are the command line's.
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="viewer", daemon=True)
     thread.start()
+    count = len(collection.slides)
     print(
-        f"{len(collection.slides):,} slides at\n\n  {root}{token}/\n\nfor this machine alone; Ctrl-C ends it",
+        f"{count:,} slide{'' if count == 1 else 's'} at\n\n  {root}{token}/\n\nfor this machine alone; Ctrl-C ends it",
         flush=True,
     )
     if opens_browser and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):

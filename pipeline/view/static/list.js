@@ -85,7 +85,8 @@ function show() {
   state.made = 0;
   const all = state.slides.length.toLocaleString("en");
   const count = state.shown.length.toLocaleString("en");
-  byId("count").textContent = count === all ? `${all} slides` : `${count} of ${all} slides`;
+  const slides = state.slides.length === 1 ? "slide" : "slides";
+  byId("count").textContent = count === all ? `${all} ${slides}` : `${count} of ${all} ${slides}`;
   showMore();
   // A reload, and a return from a slide, find the list as it was; the slide's page goes on in its order.
   const kept = { words: byId("search").value, sort: order.key, filters: chosen.map((filter) => filter.key) };

@@ -70,6 +70,16 @@ def test_it_listens_on_the_loopback_interface_alone(made: Results) -> None:
         assert job.wait(10) == 0
 
 
+def test_one_slide_is_one_and_a_viewer_that_is_stopped_has_nothing_to_go_on_with(made: Results) -> None:
+    command = [sys.executable, "-m", "longslide.pipeline.cli", "view", str(made.slides / "plain.svs"), "--no-browser"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "1 slide at\n"
+        job.send_signal(15)
+        assert job.communicate(timeout=30)[1] == "longslide view: stopped\n"
+    assert job.returncode == 143
+
+
 @pytest.mark.parametrize(
     "path",
     [
