@@ -314,7 +314,7 @@ async def _sent(request: Request) -> Any:
             raise LongslideError(f"more than {MOST_SENT_BYTES >> 20} MB of regions; draw simpler ones")
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LongslideError(f"not JSON: {error}") from error
 
 

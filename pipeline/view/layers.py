@@ -65,13 +65,14 @@ def scores_of_predict(content: SlideContent) -> Iterator[Layer]:
         for name in sorted(scores.columns, key=lambda name: name != scores.shown):
             values = np.full(len(grid.coords), np.nan, np.float32)
             values[np.array(place)[known]] = scores.columns[name][known]
+            finite = scores.columns[name][np.isfinite(scores.columns[name])]
             yield Layer(
                 f"score-{number}-{list(scores.columns).index(name)}",
                 name,
                 group,
                 "signed" if signed else "unsigned",
                 values,
-                score_limit(scores.columns[name]),
+                score_limit(finite),
                 score_ends(name, signed),
                 "score" if signed else "attention",
             )

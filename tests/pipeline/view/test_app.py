@@ -152,6 +152,19 @@ def test_scores_are_in_the_order_of_the_grid(serve: Serve, made: Results) -> Non
     np.testing.assert_array_equal(viewer.array(api("plain", "/layers/blur"), "<f4"), features.blur)
 
 
+def test_a_score_that_is_no_number_is_no_colour_and_the_others_are_shown(
+    serve: Serve, made: Results, tmp_path: Path
+) -> None:
+    shutil.copytree(made.results, tmp_path / "results")
+    path = tmp_path / "results" / "slides" / "plain" / "tiles.csv"
+    header, first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([header, ",".join([*first.split(",")[:2], *["nan"] * (header.count(",") - 1)]), *rest]))
+    viewer = serve(tmp_path / "results", made.features)
+    layer = next(one for one in viewer.json(api("plain"))["layers"] if one["kind"] == "signed")
+    assert layer["limit"] > 0
+    assert np.isnan(viewer.array(api("plain", f"/layers/{layer['key']}"), "<f4")).sum() == 1
+
+
 def test_the_list_says_what_was_predicted_what_is_wrong_and_what_failed(serve: Serve, made: Results) -> None:
     collection = serve(made.results, made.labels).json("api/collection")
     slides = {slide["id"]: slide for slide in collection["slides"]}

@@ -102,6 +102,7 @@ def test_regions_of_a_slide_with_a_hostile_name_stay_in_their_folder(
     "body",
     [
         b"no json",
+        b"[" * 200_000,
         {},
         [],
         {"features": [{"geometry": None}]},
