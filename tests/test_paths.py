@@ -13,7 +13,15 @@ from classifier_files import ENCODER
 from training_cohort import write_cohort
 
 # Results, which users read and do not make; and the base of readers, which the package calls with a Path.
-MADE_BY_THE_PACKAGE = {"AttentionMap", "PretrainedEncoder", "ReportResult", "Run", "SlideReader", "SlideResult"}
+MADE_BY_THE_PACKAGE = {
+    "AttentionMap",
+    "PretrainedEncoder",
+    "ReportResult",
+    "Run",
+    "SimilarTile",
+    "SlideReader",
+    "SlideResult",
+}
 CPU = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
 
 

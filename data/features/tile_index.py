@@ -78,18 +78,18 @@ class TileIndex:
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[str | Path],
         slide_ids: Sequence[str],
         offsets: np.ndarray,
         tile_sizes: np.ndarray,
         coords: np.ndarray,
         norms: np.ndarray,
         embeddings: torch.Tensor,
-        left_out: Sequence[tuple[Path, str]] = (),
+        left_out: Sequence[tuple[str | Path, str]] = (),
     ) -> None:
-        self.files, self.slide_ids, self.tile_sizes = tuple(files), tuple(slide_ids), tile_sizes
+        self.files, self.slide_ids, self.tile_sizes = tuple(map(Path, files)), tuple(slide_ids), tile_sizes
         self.offsets, self.coords, self.norms, self.embeddings = offsets, coords, norms, embeddings
-        self.left_out = tuple(left_out)
+        self.left_out = tuple((Path(path), why) for path, why in left_out)
         self._made_of: tuple[Sequence[Path], str] = self.files, ""
         self._number_of = {slide_id: number for number, slide_id in enumerate(slide_ids)}
         largest = float(norms.max(initial=0)) or 1.0

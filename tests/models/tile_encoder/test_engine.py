@@ -55,11 +55,19 @@ def encoder() -> TileEncoder:
     return small("virchow2")  # SwiGLU, registers, LayerScale, class token and mean
 
 
+OWN = {"conch-v1-224px", "ctranspath", "genbio-pathfm", "keep"}
 LARGER = {"chief-ctranspath", "conch-v1", "conch-v15", "musk-multiscale"}
 """Encoders whose layers are those of another, and which take many times as long: 448 px, two scales."""
 
 
-@pytest.mark.parametrize("name", [name for name in list_tile_encoders() if name not in LARGER])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in OWN else [])
+        for name in list_tile_encoders()
+        if name not in LARGER
+    ],
+)
 def test_every_encoder_of_the_package_runs_with_its_weights_in_half_precision(name: str) -> None:
     encoder = small(name)
     wanted = plain(encoder, TILES[:2])
