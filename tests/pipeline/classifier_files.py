@@ -36,14 +36,24 @@ BINARY = Task("binary", ("label",), ("normal", "tumour"))
 
 
 def write_classifier(
-    path: Path, features: Path, task: Task = BINARY, seed: int = 0, aggregator: str = "abmil", **preprocessing: Any
+    path: Path,
+    features: Path,
+    task: Task = BINARY,
+    seed: int = 0,
+    aggregator: str | AggregatorChoice = "abmil",
+    checkpoint: Path | None = None,
+    **preprocessing: Any,
 ) -> SlideClassifier:
-    """Save a classifier of random weights for these features; `preprocessing` overrides what they say of themselves."""
+    """Save a classifier for these features, of random weights but for the slide encoder of a checkpoint.
+
+    `preprocessing` overrides what the features say of themselves.
+    """
     survey = survey_features(sorted(features.glob("*.h5")), FeatureCache(), quiet=True)
     torch.manual_seed(seed)
     facts = TrainingFacts(task, survey.dim, preprocessing=survey.preprocessing.to_dict() | preprocessing)
-    small = {"width": 16, "attention_width": 8} if aggregator == "abmil" else {}
-    options = ClassifierOptions(AggregatorChoice(aggregator, small))
+    if aggregator == "abmil":
+        aggregator = AggregatorChoice("abmil", {"width": 16, "attention_width": 8})
+    options = ClassifierOptions(aggregator, checkpoint)
     classifier = SlideClassifier(facts, options).eval()
     classifier.use_training_features(FeatureStatistics.of(survey.moments).to_dict())
     path.parent.mkdir(parents=True, exist_ok=True)

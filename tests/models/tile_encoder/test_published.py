@@ -50,9 +50,8 @@ def of_two_blocks(name: str) -> dict[str, torch.Tensor]:
     whole = layout(name)
     if name in ("ctranspath", "chief-ctranspath"):
         return {key: seeded(key, shape) for key, shape in whole.items() if "attn_mask" not in key}
-    images_alone = {
-        key for key in whole if not re.match(r"text|transformer\.|token_embedding|language_head|.*\.B\.", key)
-    }
+    texts = r"text|beit3\.text_embed|transformer\.|token_embedding|language_head|.*\.B\."
+    images_alone = {key for key in whole if not re.match(texts, key)}
     first = {key for key in images_alone if int((re.search(r"(?:blocks|layers)\.(\d+)\.", key) or [0, 0])[1]) < 2}
     text = sorted(whole.keys() - images_alone)[:1]
     state = {key: seeded(key, whole[key]) for key in (*(key for key in whole if key in first), *text)}

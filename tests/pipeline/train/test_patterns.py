@@ -60,6 +60,7 @@ def test_a_checkpoint_brings_its_pattern_back_and_says_the_same(trained: tuple[s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trained", ["random"], indirect=True)
 def test_yaml_trains_what_the_command_line_trains(trained: tuple[str, Path, list[str]], tmp_path: Path) -> None:
     pattern, folder, cohort = trained
     config = {"model": {"aggregator": {"class_path": "longnet", "init_args": SMALL | PATTERNS[pattern]}}}
@@ -82,8 +83,9 @@ def test_yaml_trains_what_the_command_line_trains(trained: tuple[str, Path, list
 
 
 @pytest.mark.slow
-def test_folds_are_trained_and_tiles_are_explained(trained: tuple[str, Path, list[str]], tmp_path: Path) -> None:
-    pattern, folder, cohort = trained
+@pytest.mark.parametrize("trained", ["learned"], indirect=True)
+def test_folds_are_trained(trained: tuple[str, Path, list[str]], tmp_path: Path) -> None:
+    pattern, _, cohort = trained
     words = [
         "--data.task",
         "binary",
@@ -97,6 +99,12 @@ def test_folds_are_trained_and_tiles_are_explained(trained: tuple[str, Path, lis
         "2",
     ]
     assert main(["crossval", *words, *options(pattern)]) == 0
+    assert len(list((tmp_path / "run").glob("*/best.ckpt"))) == 2
+
+
+@pytest.mark.slow
+def test_tiles_are_explained(trained: tuple[str, Path, list[str]]) -> None:
+    _, folder, _ = trained
     feature_file = sorted((folder / "features").glob("*.h5"))[0]
     scores = explain(feature_file, folder / "run" / "best.ckpt")
     assert np.isfinite(scores.scores).all()
