@@ -12,8 +12,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Without a GPU, Triton kernels run in its interpreter.
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"
-# A job that a script runs in the background ignores Ctrl-C, and so would the commands that the tests start.
+# A job that a script runs in the background ignores Ctrl-C, one under nohup SIGHUP, and so would the commands that the tests
+# start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SLOW = (
     "pipeline/",
