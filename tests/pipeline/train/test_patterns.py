@@ -25,23 +25,16 @@ def options(pattern: str) -> list[str]:
     return [word for name, value in chosen for word in (f"--model.aggregator{name}", value)]
 
 
+def job(cohort: list[str], run: Path, *more: str) -> list[str]:
+    return ["--data.task", "binary", *cohort, *quick(run), "--min-steps", "4", *more]
+
+
 @pytest.fixture(scope="module", params=list(PATTERNS))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[str]]:
     """A pattern, the folder of a run with it, and the words that name the cohort."""
     folder = tmp_path_factory.mktemp(request.param)
     cohort = write_cohort(folder)
-    words = [
-        "--data.task",
-        "binary",
-        *cohort,
-        *quick(folder / "run"),
-        "--epochs",
-        "2",
-        "--min-steps",
-        "4",
-        "--data.test_share",
-        "0.3",
-    ]
+    words = job(cohort, folder / "run", "--epochs", "2", "--data.test_share", "0.3")
     assert main(["fit", *words, *options(request.param)]) == 0
     return request.param, folder, cohort
 
@@ -65,18 +58,7 @@ def test_yaml_trains_what_the_command_line_trains(trained: tuple[str, Path, list
     pattern, folder, cohort = trained
     config = {"model": {"aggregator": {"class_path": "longnet", "init_args": SMALL | PATTERNS[pattern]}}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(config))
-    words = [
-        "--data.task",
-        "binary",
-        *cohort,
-        *quick(tmp_path / "run"),
-        "--epochs",
-        "2",
-        "--min-steps",
-        "4",
-        "--data.test_share",
-        "0.3",
-    ]
+    words = job(cohort, tmp_path / "run", "--epochs", "2", "--data.test_share", "0.3")
     assert main(["fit", "--config", str(tmp_path / "job.yaml"), *words]) == 0
     one, other = (load_classifier(run / "run" / "best.ckpt").state_dict() for run in (folder, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -86,18 +68,7 @@ def test_yaml_trains_what_the_command_line_trains(trained: tuple[str, Path, list
 @pytest.mark.parametrize("trained", ["learned"], indirect=True)
 def test_folds_are_trained(trained: tuple[str, Path, list[str]], tmp_path: Path) -> None:
     pattern, _, cohort = trained
-    words = [
-        "--data.task",
-        "binary",
-        *cohort,
-        *quick(tmp_path / "run"),
-        "--epochs",
-        "1",
-        "--min-steps",
-        "4",
-        "--folds",
-        "2",
-    ]
+    words = job(cohort, tmp_path / "run", "--epochs", "1", "--folds", "2")
     assert main(["crossval", *words, *options(pattern)]) == 0
     assert len(list((tmp_path / "run").glob("*/best.ckpt"))) == 2
 
