@@ -24,7 +24,7 @@ from ...errors import LongslideError
 from ...prediction_columns import time_text
 from ...version import __version__
 from ..report.wording import task_text
-from .attention import attention_routes
+from .attention import Sights, attention_routes
 from .cohort import Cohort, cohort_routes
 from .collection import UNCERTAIN_BELOW, Collection, ViewedSlide
 from .content import SlideContent, rings_of
@@ -53,6 +53,7 @@ class Site:
         open_slides: The open slides.
         regions: Regions that were drawn.
         cohort: The embeddings of all slides.
+        sights: What tiles see under attention.
     """
 
     collection: Collection
@@ -63,6 +64,7 @@ class Site:
     def __post_init__(self) -> None:
         self.regions = Regions(self.collection.output)
         self.cohort = Cohort(self.collection)
+        self.sights = Sights(self.collection.models)
 
     def slide(self, request: Request) -> ViewedSlide:
         """The slide that a URL names.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, assert_never
 
 from ...data.cohort.labels import class_of, truth_of
@@ -29,6 +30,21 @@ UNCERTAIN_BELOW = 0.75
 """A prediction is uncertain when what was decided has a lower probability."""
 
 
+@dataclass(frozen=True)
+class Model:
+    """A trained model.
+
+    Attributes:
+        name: What the page calls it.
+        checkpoint: Its checkpoint.
+        digest: The checkpoint's digest when it made the predictions that are shown; empty where nobody says.
+    """
+
+    name: str
+    checkpoint: Path
+    digest: str = ""
+
+
 @dataclass
 class ViewedSlide:
     """One slide of a collection.
@@ -46,6 +62,7 @@ class ViewedSlide:
         tissue_mm2: Area of its tissue, where a job says.
         odd: What a person should look at, as the contact sheet of `embed` says it, worst first.
         prediction: What was predicted of it.
+        models: Those of the run folders that have a prediction of it; the results of `predict` name theirs themselves.
         target: What is true of it by the table of labels, in the words of the prediction; empty where nobody says.
     """
 
@@ -61,6 +78,7 @@ class ViewedSlide:
     tissue_mm2: float | None = None
     odd: tuple[str, ...] = ()
     prediction: Prediction | None = None
+    models: list[Model] = field(default_factory=list)
     target: str = ""
 
     @property
@@ -102,12 +120,14 @@ class Collection:
         slides: The slides by id, in their order.
         task: What was predicted; None without predictions.
         output: Folder for what is drawn; None where there is no such folder.
+        models: Those of the run folders.
     """
 
     title: str
     slides: dict[str, ViewedSlide]
     task: Task | None
     output: Path | None
+    models: list[Model] = field(default_factory=list)
 
 
 def read_collection(inputs: Sequence[str | Path], output: Path | None = None) -> Collection:
@@ -133,7 +153,8 @@ def read_collection(inputs: Sequence[str | Path], output: Path | None = None) ->
     if not reading.slides:
         raise LongslideError(f"{paths[0]}: no slides, features or results there")
     title = ", ".join(path.resolve().name or str(path) for path in paths[:3]) + (", …" if len(paths) > 3 else "")
-    return Collection(title, reading.slides, reading.task, output or next(iter(reading.folders), None))
+    output = output or next(iter(reading.folders), None)
+    return Collection(title, reading.slides, reading.task, output, reading.models)
 
 
 class _Reading:
@@ -144,6 +165,7 @@ class _Reading:
         self.task: Task | None = None
         self.folders: list[Path] = []
         self.tables: list[Path] = []
+        self.models: list[Model] = []
 
     def slide(self, slide_id: str) -> ViewedSlide:
         return self.slides.setdefault(slide_id, ViewedSlide(slide_id))
@@ -227,9 +249,20 @@ class _Reading:
     def _add_run(self, folder: Path) -> None:
         """A run folder: its predictions of the test part, else of the validation part."""
         run = read_run(folder)
-        self._add_predictions(folder, run.task, ("test", "val"))
+        models = {fold_of(path): Model(model_name(path), path) for path in run.checkpoints}
+        if "checkpoint" in run.facts:  # a test of another run's model
+            path = Path(run.facts["checkpoint"])
+            models = {None: Model(model_name(path), path)}
+        self.models += models.values()
+        self._add_predictions(folder, run.task, ("test", "val"), models)
 
-    def _add_predictions(self, folder: Path, task: Task, parts: Sequence[str] = ("",)) -> None:
+    def _add_predictions(
+        self,
+        folder: Path,
+        task: Task,
+        parts: Sequence[str] = ("",),
+        models: Mapping[int | None, Model] = MappingProxyType({}),
+    ) -> None:
         path = folder / PREDICTIONS
         if not path.is_file():
             return
@@ -249,7 +282,10 @@ class _Reading:
                 slide = self.slide(str(cells["slide_id"]))
                 slide.patient_id = slide.patient_id or cells["patient_id"] or ""
                 try:
-                    slide.prediction = slide.prediction or of_row(cells, task)
+                    if slide.prediction is None:
+                        slide.prediction = of_row(cells, task)
+                        model = models.get(None) or models.get(int(cells["fold"] or 0))
+                        slide.models += [model] if model else []
                     slide.target = slide.target or _target([cells[name] for name in columns.target], task)
                 except (TypeError, ValueError, KeyError, AttributeError) as error:
                     raise LongslideError(
@@ -277,6 +313,20 @@ class _Reading:
                     slide.target = slide.target or _target(cells, self.task)
                 except ValueError as error:
                     raise LongslideError(f"{table}: the label of {slide_id} cannot be read: {error}") from error
+
+
+def model_name(checkpoint: Path) -> str:
+    """What the page calls a model: the folder of its run, and the fold."""
+    fold = fold_of(checkpoint)
+    run = checkpoint.absolute().parent if fold is None else checkpoint.absolute().parent.parent
+    name = run.name if checkpoint.name == "best.ckpt" else f"{run.name}/{checkpoint.name}"
+    return name if fold is None else f"{name}, fold {fold}"
+
+
+def fold_of(checkpoint: Path) -> int | None:
+    """The fold whose checkpoint it is by its folder; None of a single model."""
+    kind, _, number = checkpoint.parent.name.partition("_")
+    return int(number) if kind == "fold" and number.isdecimal() else None
 
 
 def _summary_of(folder: Path) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """What inputs say of slides; what is true by a table of labels is read as training reads it."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 from longslide import LongslideError, write_synthetic_slide
 from longslide.data.features.feature_file import Features, write_features
+from longslide.data.table import csv_of
 from longslide.pipeline.view.collection import NO_LABEL, _Reading, read_collection
+from longslide.prediction_columns import PredictionColumns
 from longslide.task import Task
 
 BINARY = Task("binary", ("label",), ("0", "1"))
@@ -80,3 +83,23 @@ def test_a_summary_with_a_word_for_a_number_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "summary.csv").write_text("slide_id,slide,status,reason,tiles,tissue_mm2\na,a.svs,done,,many,1.0\n")
     with pytest.raises(LongslideError, match=r"summary\.csv: a cell is not the number .*'many'"):
         read_collection([tmp_path])
+
+
+def test_a_slide_has_the_model_of_the_fold_that_predicted_it(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    for fold in range(3):
+        (run / f"fold_{fold}").mkdir(parents=True)
+        (run / f"fold_{fold}" / "best.ckpt").touch()
+    (run / "run.json").write_text(json.dumps({"task": BINARY.to_dict()}))
+    columns = PredictionColumns(BINARY).all
+    rows = [
+        {"level": "slide", "fold": fold, "part": part, "slide_id": name, "prediction": "1"}
+        | {"probability_0": 0.2, "probability_1": 0.8}
+        for fold, part, name in ((0, "val", "a"), (2, "test", "a"), (1, "test", "b"))
+    ]
+    (run / "predictions.csv").write_bytes(csv_of(columns, [dict.fromkeys(columns, "") | row for row in rows]))
+    collection = read_collection([run])
+    assert [model.name for model in collection.models] == ["mine, fold 0", "mine, fold 1", "mine, fold 2"]
+    [model] = collection.slides["a"].models
+    assert (model.name, model.checkpoint) == ("mine, fold 2", run / "fold_2" / "best.ckpt")
+    assert collection.slides["b"].models[0].name == "mine, fold 1"

@@ -12,14 +12,17 @@ const TINT = 0.75; // how much paler the rest of a segment is
 export function attentionPanel(page) {
   if (!page.tiles || !page.viewer || !page.info.facts["feature file"]) return null;
   const content = element("div", { className: "panel", id: "attention" });
-  const encoder = element("select");
+  const model = element("select");
   const show = element("select");
-  const line = element("p", { className: "soft" });
+  const whose = element("p", { className: "soft" });
+  const line = element("p");
+  line.setAttribute("role", "status");
   const legend = element("ul", { className: "categories one" });
-  const clear = element("button", { type: "button", textContent: "clear", hidden: true });
+  const clear = element("button", { type: "button", textContent: "Clear", hidden: true });
   content.append(
-    element("p", { className: "soft", textContent: "Click a tile: in colour is what it sees. Tiles are read row by row, so a segment is a band of rows." }),
-    element("label", { className: "row" }, "Encoder ", encoder),
+    element("p", { className: "soft", textContent: "Click a tile: in colour are the tiles that it can take information from. Tiles are read row by row, so a segment is a band of rows." }),
+    element("label", { className: "row" }, "Model ", model),
+    whose,
     element("label", { className: "row" }, "Show ", show),
     line, legend, clear,
   );
@@ -33,37 +36,72 @@ export function attentionPanel(page) {
     },
   });
   const marks = page.overlay.add(marksPainter(page.tiles, 32));
-  let specs = null;
+  const path = slidePath(page.id, "/attention");
+  const known = new Map(); // key of a model -> what it is like
+  let prepared = null;
   let picked = -1;
 
-  const spec = () => specs.find((one) => one.name === encoder.value);
+  const group = (title, models) =>
+    element("optgroup", { label: title }, ...models.map(({ key, name }) => element("option", { value: key, textContent: name })));
 
-  const fillShow = () => {
-    const { heads, layers, branches } = spec();
+  const describe = async (key) => {
+    if (!known.has(key)) known.set(key, await json(`${path}/${encodeURIComponent(key)}`));
+    return known.get(key);
+  };
+
+  // The models; the first of the user's own that has attention between tiles is shown, else a published one.
+  const prepare = () => {
+    prepared ??= (async () => {
+      whose.textContent = "Reading the models …";
+      const { trained, published } = await json(path);
+      model.replaceChildren(...(trained.length ? [group("trained here", trained)] : []), group("published", published));
+      const refusals = [];
+      for (const { key } of trained) {
+        model.value = key;
+        try {
+          await choose();
+          break;
+        } catch (error) {
+          refusals.push(error.message);
+        }
+      }
+      if (refusals.length === trained.length) {
+        model.value = "gigapath";
+        await choose();
+        const why = trained.length ? refusals.join("\n") : "No model of yours is known here: give its run folder or results to the viewer too.";
+        whose.replaceChildren(`${whose.textContent} It is not the model of this prediction. ${why}`);
+      }
+    })().catch((error) => {
+      prepared = null; // the next click asks again
+      throw error;
+    });
+    return prepared;
+  };
+
+  // Offer what the chosen model has.
+  const choose = async () => {
+    const key = model.value;
+    const { name, heads, layers, branches, labels } = await describe(key);
+    if (key !== model.value) return;
     const options = [["heads", "all heads of a layer"], ["layers", `what reaches it within ${layers} layers`]];
-    branches.forEach(([length, ratio], number) => options.push([`branch-${number}`, branchName(length, ratio)]));
+    branches.forEach((_, number) => options.push([`branch-${number}`, branchName(known.get(key), number)]));
     for (let head = 0; head < heads; head++) options.push([`head-${head}`, `head ${head}`]);
     const before = show.value;
     show.replaceChildren(...options.map(([value, textContent]) => element("option", { value, textContent })));
     if (options.some(([value]) => value === before)) show.value = before;
-  };
-
-  const prepare = async () => {
-    if (specs) return;
-    specs = (await json("api/encoders")).encoders;
-    encoder.replaceChildren(...specs.map((one) => element("option", { value: one.name, textContent: one.name })));
-    if (specs.some((one) => one.name === "gigapath")) encoder.value = "gigapath";
-    fillShow();
+    const own = key.startsWith("model-");
+    const pattern = branches.length ? "dilated attention" : `attention pattern ${labels[0]}`;
+    const title = own ? `your model ${model.selectedOptions[0].textContent}` : `${name}, as published`;
+    whose.textContent = `Shown: ${title} (${pattern}, ${count(layers, "layer")}, ${count(heads, "head")}).`;
   };
 
   const draw = async () => {
     if (picked < 0) return;
-    const [tile, what, model] = [picked, show.value, encoder.value];
+    const [tile, what, key] = [picked, show.value, model.value];
     try {
-      const query = `?encoder=${encodeURIComponent(model)}&show=${what}`;
-      const seen = new Int8Array(await bytes(slidePath(page.id, `/attention/${tile}${query}`)));
-      if (tile !== picked || what !== show.value || model !== encoder.value) return;
-      paint(seen, what);
+      const seen = new Int8Array(await bytes(`${path}/${encodeURIComponent(key)}/${tile}?show=${what}`));
+      if (tile !== picked || what !== show.value || key !== model.value) return;
+      paint(seen, what, known.get(key));
       marks.marks = [{ tile, colour: "#000", width: 3 }];
       clear.hidden = false;
       page.overlay.draw();
@@ -72,7 +110,7 @@ export function attentionPanel(page) {
     }
   };
 
-  const paint = (seen, what) => {
+  const paint = (seen, what, sight) => {
     const layers = what === "layers";
     const colourOf = (mark) => {
       if (layers) return rgb(LAYER_COLOURS[Math.min(Math.max(mark, 1), LAYER_COLOURS.length) - 1]);
@@ -91,18 +129,17 @@ export function attentionPanel(page) {
     const share = `${((100 * all) / total).toPrecision(3)}% of ${total.toLocaleString("en")} tiles`;
     line.textContent = layers ? `${share} reach it` : `It sees ${share}`;
     legend.replaceChildren(
-      ...[...counts].sort(([a], [b]) => a - b).map(([mark, count]) => {
+      ...[...counts].sort(([a], [b]) => a - b).map(([mark, tiles]) => {
         const colour = element("i");
         colour.style.background = `rgb(${colourOf(mark).join(" ")})`;
-        return element("li", {}, colour, `${name(mark, layers)}: ${count.toLocaleString("en")}`);
+        return element("li", {}, colour, `${name(mark, layers, sight)}: ${tiles.toLocaleString("en")}`);
       }),
     );
   };
 
-  const name = (mark, layers) => {
-    if (layers) return `after ${mark} layer${mark > 1 ? "s" : ""}`;
-    const [length, ratio] = spec().branches[mark % IN_SEGMENT];
-    return mark < IN_SEGMENT ? branchName(length, ratio) : "the rest of its segment";
+  const name = (mark, layers, sight) => {
+    if (layers) return `after ${count(mark, "layer")}`;
+    return mark < IN_SEGMENT ? branchName(sight, mark) : "the rest of its segment";
   };
 
   const stop = () => {
@@ -126,18 +163,30 @@ export function attentionPanel(page) {
       line.textContent = error.message;
     }
   });
-  content.addEventListener("opened", () => prepare().catch((error) => (line.textContent = error.message)));
+  content.addEventListener("opened", () => prepare().catch((error) => (whose.textContent = error.message)));
   content.addEventListener("closed", stop);
-  encoder.addEventListener("input", () => {
-    fillShow();
-    draw();
+  model.addEventListener("input", async () => {
+    whose.textContent = "Reading the model …";
+    try {
+      await choose();
+      await draw();
+    } catch (error) {
+      stop();
+      whose.textContent = error.message;
+    }
   });
   show.addEventListener("input", draw);
   clear.addEventListener("click", stop);
   return { title: "What a tile sees (LongNet)", content, open: false };
 }
 
-function branchName(length, ratio) {
+function branchName({ branches, labels }, number) {
+  if (!branches.length) return labels[number];
+  const [length, ratio] = branches[number];
   const ending = ratio % 100 > 10 && ratio % 100 < 14 ? "th" : { 1: "st", 2: "nd", 3: "rd" }[ratio % 10] ?? "th";
   return `segments of ${length.toLocaleString("en")}, every ${ratio === 1 ? "tile" : `${ratio}${ending} tile`}`;
+}
+
+function count(number, noun) {
+  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
 }
