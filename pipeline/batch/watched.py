@@ -28,6 +28,14 @@ MEMORY_BYTES = 4 * 2**30
 logger = logging.getLogger(__name__)
 
 
+class CrashedError(LongslideError):
+    """The process crashed over a call."""
+
+
+class OverdueError(LongslideError):
+    """A call was not done in time."""
+
+
 class WatchedProcess:
     """Calls functions, one at a time, in a process of its own; one that crashes or hangs there is an error of that call.
 
@@ -75,7 +83,9 @@ class WatchedProcess:
             What it returns.
 
         Raises:
-            LongslideError: It crashed, or was not done in time.
+            CrashedError: It crashed.
+            OverdueError: It was not done in time.
+            LongslideError: It needs too much memory.
             Exception: What the function raises.
         """
         with self._lock:
@@ -119,8 +129,8 @@ class WatchedProcess:
         _give_up(thread)
         raise LongslideError(f"{what}: the job was stopped") if self._stopped else self._overdue(what)
 
-    def _overdue(self, what: object) -> LongslideError:
-        return LongslideError(
+    def _overdue(self, what: object) -> OverdueError:
+        return OverdueError(
             f"{what}: not done within {self.timeout:g} s: damaged, or on a slow disk; look at it, or raise --slide-timeout"
         )
 
@@ -140,7 +150,7 @@ class WatchedProcess:
             if self._stopped:
                 raise LongslideError(f"{what}: the job was stopped") from None
             name = signal.Signals(-status).name if status < 0 else f"status {status}"
-            raise LongslideError(
+            raise CrashedError(
                 f"{what}: the library that reads it crashed ({name}); it is damaged, or needs more than "
                 f"{MEMORY_BYTES / 1e9:.1f} GB: copy it again, or convert it"
             ) from None

@@ -19,7 +19,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from ...data.slides.slide import Slide
 from ...errors import LongslideError
 from ...prediction_columns import time_text
 from ...version import __version__
@@ -30,7 +29,8 @@ from .collection import UNCERTAIN_BELOW, Collection, ViewedSlide
 from .content import SlideContent, rings_of
 from .guard import Guard
 from .layers import Layer, layers_of
-from .open_slides import TILE_PX, OpenSlides, SlideFile, finest_level
+from .open_slides import OpenSlides
+from .pictures import TILE_PX, SlideFacts, SlideFile, finest_level
 from .regions import TABLE, Regions, changed, regions_of, to_geojson
 
 STATIC = Path(__file__).parent / "static"
@@ -50,14 +50,14 @@ class Site:
 
     Attributes:
         collection: What is shown.
-        open_slides: The open slides.
+        open_slides: What reads the slides.
         regions: Regions that were drawn.
         cohort: The embeddings of all slides.
         sights: What tiles see under attention.
     """
 
     collection: Collection
-    open_slides: OpenSlides = field(default_factory=OpenSlides)
+    open_slides: OpenSlides
     _contents: "OrderedDict[str, tuple[SlideContent, dict[str, Layer]]]" = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
@@ -99,15 +99,14 @@ class Site:
         return file
 
     def close(self) -> None:
-        """Close the slides, and remove what was put elsewhere."""
+        """End the processes that read slides, and remove what was put elsewhere."""
         self.open_slides.close()
         self.cohort.close()
 
     def size(self, slide: ViewedSlide) -> tuple[int, int] | None:
         """(width, height) of level 0; None where neither the slide nor its features can be read."""
         try:
-            with self.open_slides.slide(self.file(slide)) as opened:
-                return opened.dimensions
+            return self.open_slides.facts(self.file(slide)).dimensions
         except LongslideError:
             return self.content(slide).size
 
@@ -135,18 +134,19 @@ class UnknownError(Exception):
     """What a URL names is not served: 404."""
 
 
-def create_app(collection: Collection, token: str, once: str = "") -> ASGIApp:
+def create_app(collection: Collection, token: str, slide_timeout: float, once: str = "") -> ASGIApp:
     """The application.
 
     Args:
         collection: What it shows.
         token: The first part of every path; without it there is nothing.
+        slide_timeout: Seconds that opening a slide or drawing a picture may take.
         once: A path that leads to the first page, once.
 
     Returns:
-        It, as uvicorn runs it. Its slides are closed when it ends.
+        It, as uvicorn runs it. The processes that read its slides end with it.
     """
-    site = Site(collection)
+    site = Site(collection, OpenSlides(slide_timeout))
     routes = [route for made_by in ROUTES for route in made_by(site)]
     handlers: dict[Any, Any] = {UnknownError: _not_found, LongslideError: _cannot}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), token, site.close, once)
@@ -190,8 +190,12 @@ def collection_routes(site: Site) -> list[Route]:
 
     def thumbnail(request: Request) -> Response:
         slide = site.slide(request)
-        picture = _saved_thumbnail(slide) or site.open_slides.thumbnail(site.file(slide), THUMBNAIL_PX)
-        return _jpeg(picture)
+        saved = _saved_thumbnail(slide)
+        if saved is not None:
+            return _jpeg(request, str(saved.stat().st_mtime_ns), lambda: _small(saved))
+        file = site.file(slide)
+        version = str(site.open_slides.version(file))
+        return _jpeg(request, version, lambda: site.open_slides.thumbnail(file, THUMBNAIL_PX))
 
     return [
         Route("/api/collection", collection),
@@ -208,9 +212,11 @@ def slide_routes(site: Site) -> list[Route]:
         content, layers = site.content(slide), site.layers(slide)
         pixels: dict[str, Any] = {}
         try:
-            with site.open_slides.slide(site.file(slide)) as opened:
-                pixels = {"size": opened.dimensions, "bounds": opened.bounds, "vendor": opened.vendor}
-                pixels |= _resolution(opened, content) | {"version": str(site.open_slides.version(site.file(slide)))}
+            file = site.file(slide)
+            site.open_slides.try_again(file)
+            opened = site.open_slides.facts(file)
+            pixels = {"size": opened.dimensions, "bounds": opened.bounds, "vendor": opened.vendor}
+            pixels |= _resolution(opened, content) | {"version": str(site.open_slides.version(file))}
         except LongslideError as error:
             pixels = {"error": str(error)}
             if content.features is not None and content.size is not None:
@@ -235,22 +241,23 @@ def slide_routes(site: Site) -> list[Route]:
     def tile(request: Request) -> Response:
         slide = site.slide(request)
         level, column, row = (request.path_params[name] for name in ("level", "column", "row"))
-        picture = site.open_slides.tile(site.file(slide), level, column, row)
-        if picture is None:
-            raise UnknownError
-        return _jpeg(picture)
+        file = site.file(slide)
+        version = str(site.open_slides.version(file))
+        return _jpeg(request, version, lambda: site.open_slides.tile(file, level, column, row))
 
     def region(request: Request) -> Response:
         slide = site.slide(request)
         x, y, size, px = (_whole(request, name) for name in ("x", "y", "size", "px"))
         if not (1 <= size <= 8192 and 16 <= px <= 1024 and max(abs(x), abs(y)) < 2**31):
             raise UnknownError
-        return _jpeg(site.open_slides.region(site.file(slide), x, y, size, px))
+        file = site.file(slide)
+        version = str(site.open_slides.version(file))
+        return _jpeg(request, version, lambda: site.open_slides.region(file, x, y, size, px))
 
     def tissue(request: Request) -> Response:
         slide = site.slide(request)
-        with site.open_slides.slide(site.file(slide)) as opened:
-            return JSONResponse({"tissue": rings_of(site.content(slide).find_tissue(opened))})
+        found = site.content(slide).find_tissue(lambda: site.open_slides.tissue(site.file(slide)))
+        return JSONResponse({"tissue": rings_of(found)})
 
     def coords(request: Request) -> Response:
         grid = site.content(site.slide(request)).grid
@@ -362,27 +369,30 @@ def _listed(slide: ViewedSlide) -> dict[str, Any]:
     }
 
 
-def _resolution(slide: Slide, content: SlideContent) -> dict[str, Any]:
-    settings = {} if content.features is None else content.features.settings
-    try:
-        return {"mpp": slide.mpp.value, "mpp_source": settings.get("mpp_source", slide.mpp.source)}
-    except LongslideError as error:
-        return {"mpp": None, "mpp_source": str(error)}
+def _resolution(slide: SlideFacts, content: SlideContent) -> dict[str, Any]:
+    settings = {} if content.features is None or slide.mpp is None else content.features.settings
+    return {"mpp": slide.mpp, "mpp_source": settings.get("mpp_source", slide.mpp_source)}
 
 
-def _saved_thumbnail(slide: ViewedSlide) -> bytes | None:
-    """The thumbnail that `predict` saved, smaller."""
+def _saved_thumbnail(slide: ViewedSlide) -> Path | None:
+    """The thumbnail that `predict` saved, if it can be read."""
     for folder in slide.results:
+        path = folder / "slides" / slide.slide_id / "thumbnail.jpg"
         try:
-            with Image.open(folder / "slides" / slide.slide_id / "thumbnail.jpg") as picture:
-                picture.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
-                picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-                content = io.BytesIO()
-                picture.convert("RGB").save(content, "JPEG", quality=80)
-                return content.getvalue()
+            with Image.open(path):
+                return path
         except OSError:
             continue
     return None
+
+
+def _small(thumbnail: Path) -> bytes:
+    with Image.open(thumbnail) as picture:
+        picture.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))
+        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        content = io.BytesIO()
+        picture.convert("RGB").save(content, "JPEG", quality=80)
+        return content.getvalue()
 
 
 def _whole(request: Request, name: str) -> int:
@@ -392,5 +402,14 @@ def _whole(request: Request, name: str) -> int:
         raise UnknownError from None
 
 
-def _jpeg(picture: bytes) -> Response:
-    return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
+def _jpeg(request: Request, version: str, draw: Callable[[], bytes | None]) -> Response:
+    """A picture of one version of a file. A browser keeps it unasked only under a URL that names this version."""
+    tag = f'"{version}"'
+    named = request.query_params.get("v") == version
+    headers = {"Cache-Control": "private, max-age=86400" if named else "private, no-cache", "ETag": tag}
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    picture = draw()
+    if picture is None:
+        raise UnknownError
+    return Response(picture, media_type="image/jpeg", headers=headers)

@@ -1,6 +1,7 @@
 """What is known of one slide beside its pixels: its tile grid, its tissue, its prediction."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from ...data.features.feature_file import Features, read_features
-from ...data.slides.slide import Slide
 from ...data.table import read_records
 from ...errors import LongslideError
 from ..predict.prediction import read_json
 from .collection import ViewedSlide
-from .open_slides import SlideFile
+from .pictures import SlideFile
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,18 @@ class SlideContent:
         """Its tissue's contours as GeoJSON in level-0 pixels; empty if they are not known."""
         return (self.features.tissue if self.features is not None else None) or ""
 
-    def find_tissue(self, slide: Slide) -> str:
-        """The contours of the tissue of a slide without features, found once by the default segmenter.
+    def find_tissue(self, find: Callable[[], str]) -> str:
+        """The contours of the tissue of a slide without features, found once.
 
         Args:
-            slide: The open slide.
+            find: Finds them.
 
         Raises:
-            LongslideError: It cannot be found.
+            LongslideError: They cannot be found.
         """
         with self._finding:
             if not self.tissue:
-                self.tissue = slide.tissue().to_geojson()
+                self.tissue = find()
             return self.tissue
 
     @cached_property

@@ -40,6 +40,7 @@ def view(
     port: int | None = None,
     output: str | Path | None = None,
     no_browser: bool = False,
+    slide_timeout: float = 120.0,
 ) -> ViewResult:
     """Show slides, features and predictions in the browser, from this machine to this machine alone; Ctrl-C ends it.
 
@@ -51,6 +52,8 @@ def view(
         output: Folder for regions that are drawn: `regions/` in it. Default: the first output folder of `predict` or `embed`
             that is given.
         no_browser: Only print the address.
+        slide_timeout: Seconds that opening a slide or drawing a picture may take; then the page says so, and the viewer goes
+            on.
 
     Returns:
         How many slides were shown.
@@ -68,7 +71,7 @@ def view(
     given = [inputs] if isinstance(inputs, str | Path) else inputs
     collection = read_collection(given, None if output is None else Path(output))
     listening = _listen(port)
-    _serve(collection, listening, opens_browser=not no_browser)
+    _serve(collection, listening, slide_timeout, opens_browser=not no_browser)
     return ViewResult(len(collection.slides))
 
 
@@ -91,7 +94,7 @@ def _listen(port: int | None) -> socket.socket:
     return listening
 
 
-def _serve(collection: Collection, listening: socket.socket, *, opens_browser: bool) -> None:
+def _serve(collection: Collection, listening: socket.socket, slide_timeout: float, *, opens_browser: bool) -> None:
     import uvicorn
 
     from .app import create_app
@@ -99,7 +102,10 @@ def _serve(collection: Collection, listening: socket.socket, *, opens_browser: b
     token, once = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
     root = f"http://127.0.0.1:{listening.getsockname()[1]}/"
     config = uvicorn.Config(
-        create_app(collection, token, once), log_level="warning", access_log=False, timeout_graceful_shutdown=2
+        create_app(collection, token, slide_timeout, once),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
     # In a thread of its own: the signals are the command line's.

@@ -75,7 +75,7 @@ class Served:
 
 
 @contextmanager
-def serving(*inputs: Path, output: Path | None = None) -> Iterator[Served]:
+def serving(*inputs: Path, output: Path | None = None, slide_timeout: float = 60) -> Iterator[Served]:
     """Serve inputs as `longslide view` does, on a free port."""
     import uvicorn
     from longslide.pipeline.view.app import create_app
@@ -83,7 +83,7 @@ def serving(*inputs: Path, output: Path | None = None) -> Iterator[Served]:
 
     with ExitStack() as ending:
         listening = ending.enter_context(socket.create_server(("127.0.0.1", 0)))
-        app = create_app(read_collection(inputs, output), TOKEN, ONCE)
+        app = create_app(read_collection(inputs, output), TOKEN, slide_timeout, ONCE)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

@@ -176,7 +176,7 @@ function pointer(page) {
 async function start() {
   const id = new URLSearchParams(location.search).get("slide") ?? "";
   header(id);
-  const info = await json(slidePath(id));
+  const info = await whileOpening(json(slidePath(id)));
   const { pixels } = info;
   let tiles = null;
   if (info.grid) tiles = new Tiles(new Int32Array(await bytes(slidePath(id, "/grid"))), info.grid.size, info.grid.step);
@@ -214,17 +214,31 @@ async function start() {
   window.page = page; // for the console
 }
 
-// A slide that vanishes while it is looked at: the server says why.
+// A slide on a slow disk, or one that hangs: the page says what it waits for.
+async function whileOpening(answer) {
+  const began = Date.now();
+  const telling = setInterval(() => {
+    const seconds = Math.round((Date.now() - began) / 1000);
+    say(`Opening the slide … ${seconds} s${seconds < 10 ? "" : ". A slow disk, or a damaged file: the other slides can be looked at meanwhile."}`);
+  }, 1000);
+  try {
+    return await answer;
+  } finally {
+    clearInterval(telling);
+    say("");
+  }
+}
+
+// A slide that vanishes or crashes its library while it is looked at: the server says why.
 function watchFailures(page) {
   let asked = false;
-  page.viewer.main.addHandler("tile-load-failed", async () => {
+  page.viewer.main.addHandler("tile-load-failed", async ({ tile }) => {
     if (asked) return;
     asked = true;
     try {
-      const { pixels } = await json(slidePath(page.id));
-      if (pixels.error) say(`The slide's pixels cannot be shown: ${pixels.error}`);
+      await bytes(tile.getUrl());
     } catch (error) {
-      say(error.message);
+      say(`Part of the slide cannot be shown: ${error.message}`);
     }
     setTimeout(() => (asked = false), 2000);
   });

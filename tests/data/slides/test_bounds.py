@@ -13,7 +13,8 @@ from longslide.data.synthetic import write_pyramid, write_synthetic_slide
 from longslide.data.tiles.grid import make_grid
 from longslide.pipeline.embed.qc import CONTOUR_COLOUR, draw_qc
 from longslide.pipeline.predict.overlay import tile_raster
-from longslide.pipeline.view.open_slides import TILE_PX, OpenSlides, SlideFile, finest_level
+from longslide.pipeline.view import pictures
+from longslide.pipeline.view.pictures import TILE_PX, SlideFile, finest_level
 from PIL import Image
 
 AT, CANVAS = (30_720, 89_600), (52_000, 150_000)  # whole tiles from the corner, so that both grids meet
@@ -174,11 +175,10 @@ def test_scores_are_painted_over_the_scanned_area(folder: Path) -> None:
 @pytest.mark.parametrize("halvings", [6, 0])  # cut from the overview; read from the file
 def test_the_viewer_shows_the_scanned_area_at_its_place(folder: Path, halvings: int) -> None:
     downsample = 2**halvings
-    slides, file = OpenSlides(), SlideFile(folder / "canvas.scn")
     column, row = (edge // downsample // TILE_PX for edge in AT)
     left, top = AT[0] // downsample - column * TILE_PX, AT[1] // downsample - row * TILE_PX
-    tile = slides.tile(file, finest_level(CANVAS) - halvings, column, row)
-    slides.close()
+    tile = pictures.tile(SlideFile(folder / "canvas.scn"), finest_level(CANVAS) - halvings, column, row)
+    pictures.close_all()
     assert tile is not None
     pixels = simplejpeg.decode_jpeg(tile).astype(int)
     with open_slide(folder / "area.svs") as slide:

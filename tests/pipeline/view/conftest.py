@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def serve() -> Iterator[Callable[..., Served]]:
     """A function that serves inputs until the test ends."""
     with ExitStack() as ending:
-        yield lambda *inputs, output=None: ending.enter_context(serving(*inputs, output=output))
+        yield lambda *inputs, **options: ending.enter_context(serving(*inputs, **options))
 
 
 @pytest.fixture(scope="session")

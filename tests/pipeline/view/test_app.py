@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from longslide import LongslideError, embed, open_slide, read_features
 from longslide.pipeline.cli import main
-from longslide.pipeline.view.open_slides import TILE_PX, finest_level
+from longslide.pipeline.view.pictures import TILE_PX, finest_level
 from PIL import Image
 from served_viewer import EVIL, ONCE, TOKEN, Results, Served
 

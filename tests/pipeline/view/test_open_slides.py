@@ -1,130 +1,163 @@
-"""Open slides: few at a time, whoever asks."""
+"""Slides are read by processes: several threads ask, a library that crashes or hangs takes one picture or one slide away."""
 
 import random
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
-import simplejpeg
-from longslide import LongslideError, open_slide, write_synthetic_slide
-from longslide.data.slides.slide import Slide
-from longslide.pipeline.view import open_slides
-from longslide.pipeline.view.open_slides import MOST_OPEN, TILE_PX, OpenSlides, SlideFile, finest_level
+from longslide import LongslideError, write_synthetic_slide
+from longslide.pipeline.view import open_slides, pictures
+from longslide.pipeline.view.open_slides import MOST_CRASHES, OpenSlides
+from longslide.pipeline.view.pictures import SlideFile
+
+FRAGILE = """
+import os, signal, time
+from longslide.data.slides.openslide import OpenSlideReader
+
+class Fragile(OpenSlideReader):
+    '''As OpenSlide, but its library cannot take some files, and of one file not the upper left corner.'''
+
+    def __init__(self, path):
+        self.name = path.stem
+        if self.name == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.name == "hang":
+            time.sleep(600)
+        super().__init__(path)
+
+    def read_region(self, *where):
+        if self.name == "all" or (self.name == "corner" and where == (0, 0, 0, 256, 256)):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().read_region(*where)
+"""
+FINEST = 12
 
 
-def test_many_slides_are_read_by_threads_few_are_open_and_all_are_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = write_synthetic_slide(tmp_path / "0.svs", size=(1024, 768))
-    files = [SlideFile(first)]
-    for number in range(1, 3 * MOST_OPEN):
-        files.append(SlideFile(Path(shutil.copy(first, tmp_path / f"{number}.svs"))))
-    opened: list[Slide] = []
-    closed: list[Slide] = []
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("open")
+    (home / "fragile_viewed.py").write_text(FRAGILE)
+    write_synthetic_slide(home / "sound.svs", size=(2304, 768))
+    for name in ("crash", "hang", "corner", "all"):
+        shutil.copy(home / "sound.svs", home / f"{name}.svs")
+    return home
 
-    def opening(path: Path, **options: object) -> Slide:
-        slide = open_slide(path, **options)  # type: ignore[arg-type]
-        opened.append(slide)
-        close = slide.close
-        slide.close = lambda: (closed.append(slide), close())[1]  # type: ignore[method-assign, func-returns-value]
-        return slide
 
-    monkeypatch.setattr(open_slides, "open_slide", opening)
-    slides = OpenSlides()
+@pytest.fixture
+def slides() -> Iterator[OpenSlides]:
+    made = OpenSlides(60)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fragile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.syspath_prepend(folder)
+    __import__("fragile_viewed")
+    return "fragile_viewed.Fragile"
+
+
+def test_threads_get_the_tiles_of_many_slides_as_one_process_draws_them(folder: Path, slides: OpenSlides) -> None:
+    files = [SlideFile(folder / f"{name}.svs") for name in ("sound", "crash", "hang", "corner", "all")]
+    expected = {place: pictures.tile(files[0], FINEST, *place) for place in ((0, 0), (1, 0), (2, 1), (8, 2))}
+    pictures.close_all()
     chance = random.Random(0)
-    asked = [(chance.choice(files), chance.randrange(4), chance.randrange(3)) for _ in range(300)]
+    asked = [(chance.choice(files), *chance.choice(list(expected))) for _ in range(200)]
     with ThreadPoolExecutor(8) as pool:
-        tiles = list(pool.map(lambda one: slides.tile(one[0], 10, one[1], one[2]), asked))
-    by_place: dict[tuple[int, int], bytes | None] = {}
-    for (_, column, row), tile in zip(asked, tiles, strict=True):
-        assert tile is not None
-        assert by_place.setdefault((column, row), tile) == tile, "copies of one slide have the same tiles"
-    assert len(opened) - len(closed) <= MOST_OPEN
-    assert len({id(slide) for slide in closed}) == len(closed), "none is closed twice"
-    slides.close()
-    assert len(opened) == len(closed)
+        tiles = list(pool.map(lambda one: slides.tile(one[0], FINEST, one[1], one[2]), asked))
+    assert all(tile == expected[one[1:]] for tile, one in zip(tiles, asked, strict=True))
+    assert slides.tile(files[0], FINEST, 9, 0) is None, "there is no such tile"
 
 
-def test_pictures_are_kept_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = SlideFile(write_synthetic_slide(tmp_path / "a.svs", size=(1024, 768)))
-    slides = OpenSlides()
-    one = slides.tile(file, 10, 1, 1)
+def test_pictures_are_kept_up_to_a_limit(folder: Path, slides: OpenSlides, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = SlideFile(folder / "sound.svs")
+    one = slides.tile(file, FINEST, 1, 1)
     assert one is not None
-    assert slides.tile(file, 10, 1, 1) is one
+    assert slides.tile(file, FINEST, 1, 1) is one
     monkeypatch.setattr(open_slides, "PICTURE_BYTES", 2 * len(one))
     for column in range(4):
-        for row in range(3):
-            slides.tile(file, 10, column, row)
+        slides.tile(file, FINEST, column, 0)
     assert sum(map(len, slides._pictures.values())) <= 2 * len(one)
-    slides.close()
 
 
-def test_all_tiles_of_a_level_together_are_the_slide(tmp_path: Path) -> None:
-    path = write_synthetic_slide(tmp_path / "a.svs", size=(1000, 700), texture="solid")
-    slides, file = OpenSlides(), SlideFile(path)
-    with open_slide(path) as slide:
-        for level in (finest_level(slide.dimensions), 9, 8):
-            downsample = 2 ** (10 - level)
-            width, height = (-(-edge // downsample) for edge in slide.dimensions)
-            joined = np.zeros((height, width, 3), np.uint8)
-            for row in range(-(-height // TILE_PX)):
-                for column in range(-(-width // TILE_PX)):
-                    tile = slides.tile(file, level, column, row)
-                    assert tile is not None
-
-                    pixels = simplejpeg.decode_jpeg(tile)
-                    top, left = row * TILE_PX, column * TILE_PX
-                    joined[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
-            expected = slide.thumbnail(max(width, height)).astype(int)
-            assert np.abs(joined[: expected.shape[0], : expected.shape[1]] - expected).mean() < 8
-    slides.close()
-
-
-def test_a_slide_that_is_not_there_is_an_error_each_time(tmp_path: Path) -> None:
-    slides = OpenSlides()
+def test_a_slide_that_is_not_there_is_an_error_each_time(tmp_path: Path, slides: OpenSlides) -> None:
     for _ in range(2):
         with pytest.raises(LongslideError, match="No such file"):
             slides.tile(SlideFile(tmp_path / "a.svs"), 0, 0, 0)
 
 
-def test_no_slide_is_closed_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = write_synthetic_slide(tmp_path / "0.svs", size=(256, 256))
-    files = [SlideFile(first), SlideFile(Path(shutil.copy(first, tmp_path / "1.svs")))]
-    closed: set[int] = set()
+def test_a_slide_over_which_the_library_crashes_is_said_and_the_others_are_shown(
+    folder: Path, slides: OpenSlides, fragile: str
+) -> None:
+    crash, sound = (SlideFile(folder / f"{name}.svs", reader=fragile) for name in ("crash", "sound"))
+    began = []
+    for _ in range(3):
+        began.append(time.monotonic())
+        with pytest.raises(LongslideError, match=r"crash\.svs: the library that reads it crashed \(SIGSEGV\)"):
+            slides.tile(crash, FINEST, 0, 0)
+    assert time.monotonic() - began[1] < 0.5, "no other process crashes over it"
+    assert slides.tile(sound, FINEST, 0, 0) is not None
+    shutil.copy(folder / "sound.svs", folder / "crash-new.svs")
+    (folder / "crash-new.svs").replace(folder / "crash.svs")
+    with pytest.raises(LongslideError, match="crashed"):
+        slides.facts(crash)
+    assert {file.path.stem: state.crashes for file, state in slides._states.items()} == {"crash": 1, "sound": 0}
 
-    def opening(path: Path, **options: object) -> Slide:
-        slide = open_slide(path, **options)  # type: ignore[arg-type]
-        close = slide.close
-        slide.close = lambda: (closed.add(id(slide)), close())[1]  # type: ignore[method-assign, func-returns-value]
-        kept.append(slide)
-        return slide
 
-    kept: list[Slide] = []  # so that no other gets its id
-    monkeypatch.setattr(open_slides, "open_slide", opening)
-    monkeypatch.setattr(open_slides, "MOST_OPEN", 1)
-    slides = OpenSlides()
-    lock = threading.Lock()
+def test_one_bad_place_costs_one_tile_and_a_slide_of_bad_places_is_given_up(
+    folder: Path, slides: OpenSlides, fragile: str
+) -> None:
+    corner, whole = (SlideFile(folder / f"{name}.svs", reader=fragile) for name in ("corner", "all"))
+    for _ in range(MOST_CRASHES + 1):
+        with pytest.raises(LongslideError, match="crashed"):
+            slides.tile(corner, FINEST, 0, 0)
+        assert slides.tile(corner, FINEST, 2, 1) is not None
+    for row in range(MOST_CRASHES):
+        with pytest.raises(LongslideError, match="crashed"):
+            slides.tile(whole, FINEST, 1, row)
+    began = time.monotonic()
+    with pytest.raises(LongslideError, match="Open its page again to try once more"):
+        slides.tile(whole, FINEST, 0, 0)
+    assert time.monotonic() - began < 0.5
+    assert slides.facts(whole).dimensions == (2304, 768)
 
-    class Lock:
-        """After it others come first."""
 
-        def __enter__(self) -> None:
-            lock.acquire()
+def test_a_slide_that_hangs_holds_nobody_up_and_is_tried_again_on_request(folder: Path, fragile: str) -> None:
+    hang, sound = (SlideFile(folder / f"{name}.svs", reader=fragile) for name in ("hang", "sound"))
+    slides = OpenSlides(10)
+    slides.facts(sound)
+    ended: list[tuple[float, str]] = []
 
-        def __exit__(self, *_: object) -> None:
-            lock.release()
-            time.sleep(0.001)
+    def ask() -> None:
+        try:
+            slides.tile(hang, FINEST, 0, 0)
+        except LongslideError as error:
+            ended.append((time.monotonic(), str(error)))
 
-    monkeypatch.setattr(slides, "_lock", Lock())
-
-    def look(number: int) -> bool:
-        with slides.slide(files[number % 3 // 2]) as slide:
-            return id(slide) not in closed
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(look, range(200)))
+    slides._all[0].watched.timeout = slides._all[-1].watched.timeout = 3
+    waiting = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in waiting:
+        thread.start()
+    began = time.monotonic()
+    assert slides.tile(sound, FINEST, 0, 0) is not None
+    assert not ended, "it is still hanging"
+    for thread in waiting:
+        thread.join()
+    times, said = zip(*ended, strict=True)
+    assert max(times) - min(times) < 1, "one waits for it, the others hear of it"
+    assert all("hang.svs: not done within" in text for text in said)
+    began = time.monotonic()
+    ask()
+    assert time.monotonic() - began < 0.5
+    slides.try_again(hang)
+    again = threading.Thread(target=ask)
+    again.start()
+    again.join(0.5)
+    assert again.is_alive(), "it is tried again"
     slides.close()
+    again.join(5)
+    assert "stopped" in ended[-1][1]
