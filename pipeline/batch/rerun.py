@@ -7,6 +7,9 @@ from pathlib import Path
 from ...data.slides.slide_table import SlideEntry
 from ...errors import LongslideError
 
+REMEDY = "choose another --output, or --overwrite"
+"""What to do about results that were made otherwise, in the folder of the results."""
+
 
 class MadeOtherwiseError(LongslideError):
     """A result exists that was made otherwise than is asked for now.
@@ -21,7 +24,7 @@ class MadeOtherwiseError(LongslideError):
         remedy: As given.
     """
 
-    def __init__(self, path: Path, ways: Sequence[str], remedy: str) -> None:
+    def __init__(self, path: Path, ways: Sequence[str], remedy: str = REMEDY) -> None:
         super().__init__(f"{path}: made otherwise ({'; '.join(ways)}); {remedy}")
         self.ways = tuple(ways)
         self.remedy = remedy

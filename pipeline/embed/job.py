@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-REMEDY = "choose another --output, or --overwrite"
-
 
 @dataclass(frozen=True)
 class TiledSlide:
@@ -176,7 +174,7 @@ class EmbedJob:
         if (mismatch := features.slide.mismatch(entry.path)) is not None:
             ways.append(mismatch)
         if ways:
-            raise MadeOtherwiseError(path, ways, REMEDY)
+            raise MadeOtherwiseError(path, ways)
         return features
 
     def prepare(self, entry: SlideEntry, turn: Turn) -> PreparedSlide | SlideResult:

@@ -24,7 +24,7 @@ from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
 from ..batch.result import SlideResult
 from ..batch.shards import Shard
 from .choices import SlideEncoderChoice
-from .job import REMEDY, with_slide_encoder
+from .job import with_slide_encoder
 
 if TYPE_CHECKING:
     import torch
@@ -266,7 +266,7 @@ class SlideEmbeddingJob:
             made_with = Preprocessing.of(features)
             ways += [str(one) for one in made_with.differences(with_slide_encoder(made_with, self.slide_encoder))]
         if ways:
-            raise MadeOtherwiseError(path, ways, REMEDY)
+            raise MadeOtherwiseError(path, ways)
         return features if features.slide_embedding is not None else None
 
     def prepare(self, entry: SlideEntry, turn: Turn) -> ReadTiles | SlideResult:

@@ -58,6 +58,21 @@ def trained_on(ensemble: "ClassifierEnsemble") -> Preprocessing:
     )[0]
 
 
+@dataclass(frozen=True)
+class EmbeddingOptions:
+    """What `predict` is asked for about making features; the fields are its arguments."""
+
+    tile_encoder: TileEncoderChoice | None
+    slide_encoder: SlideEncoderChoice | None
+    tile_checkpoint: str | Path | None
+    slide_checkpoint: str | Path | None
+    max_bad_tiles: int
+    batch_size: int | None
+    threads: int | None
+    precision: str
+    trust_remote_code: bool
+
+
 @dataclass
 class FeatureMaker:
     """Makes the features of slides, with the settings of a checkpoint; the encoders are loaded when first needed.
@@ -66,33 +81,17 @@ class FeatureMaker:
         preprocessing: How the training features were made, from the checkpoint.
         folder: Where feature files are looked for, and written.
         reads_slide_embedding: Whether the classifier reads slide embeddings.
-        tile_encoder: The user's own tile encoder, as `embed` takes it.
-        slide_encoder: The user's own slide encoder, as `embed` takes it.
-        tile_checkpoint: The user's weights of the tile encoder.
-        slide_checkpoint: The user's weights of the slide encoder.
-        max_bad_tiles: Unreadable tiles that a slide may have.
-        batch_size: Tiles a batch; None for what is fastest on the device.
-        threads: Threads that read tiles; None for one on each core.
+        options: What the user asks for.
         device: Where the encoders run.
-        precision: Precision of the encoders, or `auto`.
         watched: The processes in which slides are opened and tissue is found.
-        trust_remote_code: Whether code that comes with `slide_encoder` may run.
     """
 
     preprocessing: Preprocessing
     folder: Path
     reads_slide_embedding: bool
-    tile_encoder: TileEncoderChoice | None
-    slide_encoder: SlideEncoderChoice | None
-    tile_checkpoint: str | Path | None
-    slide_checkpoint: str | Path | None
-    max_bad_tiles: int
-    batch_size: int | None
-    threads: int | None
+    options: EmbeddingOptions
     device: "torch.device"
-    precision: str
     watched: WatchedProcesses
-    trust_remote_code: bool = False
     _job: EmbedJob | None = field(default=None, init=False)
 
     @property
@@ -178,12 +177,12 @@ class FeatureMaker:
         from ...models.tile_encoder.encoder import create_tile_encoder
         from ..embed.tile_embedding import TileEmbedder, resolve_precision, slide_encoder_on
 
-        made = self.preprocessing
+        made, asked = self.preprocessing, self.options
         tile_mpp, tile_px, overlap, name = (
             made.tile_mpp,
             made.tile_px,
             made.overlap,
-            self.tile_encoder or made.tile_encoder,
+            asked.tile_encoder or made.tile_encoder,
         )
         if tile_mpp is None or tile_px is None or overlap is None or name is None:
             wanted = {"tile_encoder": name, "tile_mpp": tile_mpp, "tile_px": tile_px, "overlap": overlap}
@@ -193,12 +192,12 @@ class FeatureMaker:
                 "make those of the new slides with it too, and give their folder with --features"
             )
         make_output_folder(self.folder, "--features")
-        checkpoint, seed = _weights_to_load(self.tile_checkpoint, made.tile_weights)
+        checkpoint, seed = _weights_to_load(asked.tile_checkpoint, made.tile_weights)
         recorded = made.tile_encoder
         try:
-            if self.tile_encoder is None and is_factory(recorded):
+            if asked.tile_encoder is None and is_factory(recorded):
                 import_object(str(recorded), f"tile encoder {recorded!r}", from_file=True)
-            choice = str(recorded) if self.tile_encoder is None else self.tile_encoder
+            choice = str(recorded) if asked.tile_encoder is None else asked.tile_encoder
             _, choice, tile_weights = look_at_tile_encoder(choice, checkpoint, seed)
         except LongslideError as error:
             raise LongslideError(
@@ -217,23 +216,23 @@ class FeatureMaker:
                     "the checkpoint does not say the slide encoder of its training features: embed the new slides with it, "
                     "and give their folder with --features"
                 )
-            if self.slide_encoder is None and is_remote(made.slide_encoder):  # a file alone runs no code
+            if asked.slide_encoder is None and is_remote(made.slide_encoder):  # a file alone runs no code
                 raise LongslideError(
                     f"the classifier's slide encoder {made.slide_encoder!r} is run by code of its own: if you trust it, "
                     f"give --slide-encoder {made.slide_encoder} --trust-remote-code"
                 )
-            checkpoint, seed = _weights_to_load(self.slide_checkpoint, made.slide_weights)
+            checkpoint, seed = _weights_to_load(asked.slide_checkpoint, made.slide_weights)
             try:
-                if self.slide_encoder is None and is_factory(made.slide_encoder):
+                if asked.slide_encoder is None and is_factory(made.slide_encoder):
                     import_object(made.slide_encoder, f"slide encoder {made.slide_encoder!r}", from_file=True)
                 slide_encoder = load_slide_encoder(
-                    made.slide_encoder if self.slide_encoder is None else self.slide_encoder,
+                    made.slide_encoder if asked.slide_encoder is None else asked.slide_encoder,
                     checkpoint=checkpoint,
                     pool=_pool(made.pool),
                     seed=seed,
                     tile_encoder=encoder.spec.name,
                     tile_dim=encoder.dim,
-                    trust_remote_code=self.trust_remote_code,
+                    trust_remote_code=asked.trust_remote_code,
                 )
             except LongslideError as error:
                 raise LongslideError(
@@ -242,13 +241,13 @@ class FeatureMaker:
                 ) from error
             slide_encoder = slide_encoder_on(self.device, slide_encoder)
             _check_weights("slide", slide_encoder.weights, made.slide_weights)
-        precision = resolve_precision(self.precision, encoder.spec.precision, self.device)
+        precision = resolve_precision(asked.precision, encoder.spec.precision, self.device)
         reader = recorded_reader(made.reader)
         tissue = segmenter_of(made.tissue_segmenter, made.tissue_settings)
         tissue.check()
         return EmbedJob(
             output=self.folder,
-            embedder=TileEmbedder(encoder, self.device, precision, self.batch_size),
+            embedder=TileEmbedder(encoder, self.device, precision, asked.batch_size),
             slide_encoder=slide_encoder,
             tile_mpp=tile_mpp,
             tile_px=tile_px,
@@ -257,8 +256,8 @@ class FeatureMaker:
             max_blur=1.0 if made.max_blur is None else made.max_blur,
             tissue=tissue,
             reader=None if reader is None else READERS.name_of(reader),
-            max_bad_tiles=self.max_bad_tiles,
-            threads=self.threads,
+            max_bad_tiles=asked.max_bad_tiles,
+            threads=asked.threads,
             overwrite=False,
             watched=self.watched,
         )

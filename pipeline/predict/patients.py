@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import LongslideError
 from ...version import __version__
-from .prediction import SCHEMA, Prediction, read_json, with_numbers, write_json
+from .prediction import Prediction, with_numbers
+from .slide_json import SCHEMA, read_json, write_json
 
 if TYPE_CHECKING:
     from ...models.classifier.ensemble import ClassifierEnsemble, EnsemblePrediction

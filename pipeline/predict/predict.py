@@ -1,59 +1,31 @@
 """The prediction job: slide files and a classifier in; predictions, explanations and pictures out."""
 
 import tempfile
-import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-import numpy as np
-from PIL import Image
-
-from ...data.features.feature_file import Features, read_features
-from ...data.slides.base import recorded_reader
-from ...data.slides.identity import SlideIdentity
-from ...data.slides.slide import Slide, open_slide
+from ...data.slides.slide import Slide
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
-from ...data.whole_file import remove_leftovers
-from ...errors import LongslideError, printable
+from ...errors import LongslideError
 from ...ranges import checked
 from ...registry import import_plugins
-from ...version import __version__
-from ..batch.batch import PREPARED_AHEAD, run_batch
-from ..batch.claims import ClaimedError, claim
+from ..batch.batch import PREPARED_AHEAD
 from ..batch.devices import DeviceRun, Feed
 from ..batch.ledger import SUMMARY, make_output_folder
-from ..batch.memory import Turn
 from ..batch.places import check_places, workers_on
-from ..batch.progress import Progress
-from ..batch.rerun import MadeOtherwiseError, refuse_mistaken_rerun
-from ..batch.result import SlideResult, counted, remarks_on
+from ..batch.result import SlideResult, counted
 from ..batch.shards import SHARDS, Shard
 from ..batch.watched import WatchedProcesses
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice
-from ..embed.job import PreparedSlide
-from ..embed.layout import look_at, take_memory
 from ..log_file import logged
 from ..seen import Seen
-from .checkpoint_features import FeatureMaker, check_exist, distribution_warnings, trained_on
-from .explain import explain_features, write_explanation
-from .patients import PatientJob
-from .prediction import PREDICTIONS, SCHEMA, Prediction, read_json, with_numbers, write_json, write_predictions
-
-if TYPE_CHECKING:
-    import torch
-
-    from ...data.features.cache import FeatureCache
-    from ...models.classifier.cases import CaseRecord
-    from ...models.classifier.ensemble import ClassifierEnsemble, EnsemblePrediction
-    from ...models.explain.methods import Method
-
-THUMBNAIL_PX = 1024
-OVERLAY_PX = 2048
+from .checkpoint_features import EmbeddingOptions, FeatureMaker, check_exist, trained_on
+from .job import PredictJob
+from .prediction import PREDICTIONS, Prediction
+from .slide_predictor import SlidePredictor
 
 ExplainMethod = Literal["integrated-gradients", "gradient-x-input", "occlusion", "attention"]
 
@@ -160,19 +132,21 @@ def predict(
             output=output,
             features=output / "features" if features is None else Path(features),
             explain=explain,
-            tile_encoder=tile_encoder,
-            slide_encoder=slide_encoder,
-            tile_checkpoint=tile_checkpoint,
-            slide_checkpoint=slide_checkpoint,
+            embedding=EmbeddingOptions(
+                tile_encoder=tile_encoder,
+                slide_encoder=slide_encoder,
+                tile_checkpoint=tile_checkpoint,
+                slide_checkpoint=slide_checkpoint,
+                max_bad_tiles=max_bad_tiles,
+                batch_size=batch_size,
+                threads=threads,
+                precision=precision,
+                trust_remote_code=trust_remote_code,
+            ),
             plugins=plugins,
-            max_bad_tiles=max_bad_tiles,
             slide_timeout=slide_timeout,
-            batch_size=batch_size,
-            threads=threads,
-            precision=precision,
             overwrite=overwrite,
             allow_seen=allow_seen,
-            trust_remote_code=trust_remote_code,
         )
         with workers_on(devices, ray, output) as workers:
             results = None
@@ -184,7 +158,7 @@ def predict(
                 work = replace(predicting, entries=[], makes_features=makes_features)  # slides come one by one
                 results = DeviceRun(workers, work, entries, output, part).run()
         with predicting.job(device) as job:
-            predictions = job.predictions(job.run(predicting.entries) if results is None else results)
+            predictions = job.predictions(job.run() if results is None else results)
     if kept:
         counts = counted(one for one in predictions if one.level == "slide")
         for one in predictions:
@@ -208,20 +182,12 @@ class _Predicting:
     checkpoints: list[Path]
     output: Path
     features: Path
-    explain: "Method | None"
-    tile_encoder: TileEncoderChoice | None
-    slide_encoder: SlideEncoderChoice | None
-    tile_checkpoint: str | Path | None
-    slide_checkpoint: str | Path | None
+    explain: ExplainMethod | None
+    embedding: EmbeddingOptions
     plugins: list[str] | str | None
-    max_bad_tiles: int
     slide_timeout: float
-    batch_size: int | None
-    threads: int | None
-    precision: str
     overwrite: bool
     allow_seen: bool
-    trust_remote_code: bool
     makes_features: bool = False
 
     def __call__(self, device: str, feed: Feed) -> list[SlideResult]:
@@ -232,10 +198,10 @@ class _Predicting:
         """
         import_plugins(self.plugins)
         with self.job(device) as job:
-            return job.run(feed)
+            return job.run_feed(feed, self.makes_features)
 
     @contextmanager
-    def job(self, device: str) -> "Iterator[_Job]":
+    def job(self, device: str) -> Iterator[PredictJob]:
         """The job, with its models on a device.
 
         Raises:
@@ -250,437 +216,30 @@ class _Predicting:
             torch_device = resolve_device(device)
             ensemble = load_ensemble(self.checkpoints).to(torch_device)
             use_cuda_graphs(ensemble)
-            records = [classifier.cases for classifier in ensemble.classifiers]
+            predictor = SlidePredictor(
+                output=self.output,
+                ensemble=ensemble,
+                digests=checkpoint_digests(ensemble),
+                device=torch_device,
+                method=self.explain,
+                allow_seen=self.allow_seen,
+                watched=watched,
+            )
             if not self.allow_seen:
                 ids = {
                     "patients": [one.patient_id or "" for one in self.entries],
                     "slides": [one.slide_id for one in self.entries],
                 }
                 who = ", ".join(ensemble.sources[:1]) if len(ensemble) == 1 else str(self.checkpoints[0])
-                Seen.of(records, ids).refuse(who)
+                Seen.of(predictor.records, ids).refuse(who)
             if self.explain is not None:
                 check_method(ensemble, self.explain)
             maker = FeatureMaker(
-                trained_on(ensemble),
-                self.features,
+                preprocessing=trained_on(ensemble),
+                folder=self.features,
                 reads_slide_embedding=ensemble.reads_slide_embedding,
-                tile_encoder=self.tile_encoder,
-                slide_encoder=self.slide_encoder,
-                tile_checkpoint=self.tile_checkpoint,
-                slide_checkpoint=self.slide_checkpoint,
-                max_bad_tiles=self.max_bad_tiles,
-                batch_size=self.batch_size,
-                threads=self.threads,
+                options=self.embedding,
                 device=torch_device,
-                precision=self.precision,
                 watched=watched,
-                trust_remote_code=self.trust_remote_code,
             )
-            digests = checkpoint_digests(ensemble)
-            yield _Job(self, ensemble, digests, maker, torch_device, records)
-
-
-@dataclass
-class _Claimed:
-    """A slide that waits for the classifiers: with features, or prepared for the tile encoder; `resources` frees it."""
-
-    entry: SlideEntry
-    prepared: PreparedSlide | None
-    remarks: list[str]
-    resources: ExitStack
-
-
-class _Laps:
-    """What the time of a slide goes into."""
-
-    def __init__(self, began: float) -> None:
-        self._began = self._last = began
-        self._seconds: dict[str, float] = {}
-
-    def lap(self, what: str) -> None:
-        """Count the time since the last call for this."""
-        now = time.monotonic()
-        self._seconds[what] = self._seconds.get(what, 0.0) + now - self._last
-        self._last = now
-
-    @property
-    def total(self) -> float:
-        """Seconds since the beginning."""
-        return time.monotonic() - self._began
-
-    def __str__(self) -> str:
-        parts = sorted(self._seconds.items(), key=lambda part: -part[1])
-        return ", ".join(f"{what} {seconds:.1f} s" for what, seconds in parts if seconds >= 0.05)
-
-
-@dataclass
-class _Job:
-    asked: _Predicting
-    ensemble: "ClassifierEnsemble"
-    digests: list[str]
-    maker: FeatureMaker
-    device: "torch.device"
-    records: "list[CaseRecord | None]"
-    _known: dict[str, str] | None = field(default=None, init=False)
-
-    @property
-    def output(self) -> Path:
-        """The output folder."""
-        return self.asked.output
-
-    @property
-    def method(self) -> "Method | None":
-        """How predictions are explained."""
-        return self.asked.explain
-
-    @property
-    def description(self) -> str:
-        """What the job does, in a line or two, for the user to check."""
-        task, many = self.ensemble.task, len(self.ensemble)
-        what = ", ".join(task.classes) or " and ".join(task.label)
-        text = f"{task.kind} ({what}), {f'mean of {many} classifiers' if many > 1 else self.ensemble.sources[0]}"
-        if self.method:
-            text += f", explained by {self.method}"
-        return f"{text}\n{self.maker.description}; {self.device}"
-
-    @property
-    def made_with(self) -> dict[str, Any]:
-        """What predictions depend on."""
-        return {"checkpoints": self.digests, "explain": self.method}
-
-    def run(self, slides: Sequence[SlideEntry] | Feed) -> list[SlideResult]:
-        """Predict the slides of the job; or those that a feed gives, by whom they have been `checked`.
-
-        Raises:
-            LongslideError: See `checked`; or what is wrong with the encoders, and so for every slide that has no features.
-        """
-        makes_features, notes = self.asked.makes_features, list[str]()
-        if isinstance(slides, Feed):
-            self._known = {}
-        else:
-            slides, makes_features, notes = self.checked()
-        if makes_features:
-            self.maker.load_encoders()
-        results = run_batch(self, slides, self.output, notes, self.asked.shard)
-        self.maker.say_what_took_the_time(slides if isinstance(slides, Feed) else None)
-        return results
-
-    def checked(self) -> tuple[list[SlideEntry], bool, list[str]]:
-        """The slides of the job with their patients, whether one lacks features, and what is to be said first.
-
-        Raises:
-            LongslideError: Predictions of other checkpoints are in the folder, whose tables are of one set of them; or the
-                slides were predicted otherwise.
-        """
-        entries, overwrite = self.asked.entries, self.asked.overwrite
-        there = self.slides()
-        other = [slide_id for slide_id, content in there.items() if not self.patients.is_of_these(content)]
-        if other and not overwrite:
-            path = self.output / f"{other[0]}.json"
-            raise LongslideError(f"{path}: a prediction of other checkpoints; choose another --output, or --overwrite")
-        if not overwrite:
-            refuse_mistaken_rerun(entries, self.done_before, self.output)
-        missing = [entry for entry in entries if overwrite or entry.slide_id not in there]
-        refuse_mistaken_rerun(missing, self.maker.existing, self.maker.folder)
-        makes_features = any(not self.maker.path(entry).exists() for entry in missing)
-        notes = []
-        if left := set(other) - {entry.slide_id for entry in entries}:
-            notes.append(
-                f"{len(left)} slides there were predicted by other checkpoints: {PREDICTIONS} leaves them out until "
-                "they are predicted again"
-            )
-        self._known = self.patients.known(there)
-        return [self._of_patient(entry) for entry in entries], makes_features, notes
-
-    def predictions(self, results: Sequence[SlideResult]) -> list[Prediction]:
-        """What became of the slides of the job; of all but shards then the patients, and the tables."""
-        entries = [self._of_patient(entry) for entry in self.asked.entries]
-        predictions = [self.prediction(entry, result) for entry, result in zip(entries, results, strict=True)]
-        if self.asked.shard is not None:
-            return predictions
-        given = {entry.slide_id: entry.patient_id for entry in entries if entry.patient_id is not None}
-        slides = self.slides()
-        ended = {one.slide_id: one.status for one in predictions}
-        patients = self.patients.predict(slides, given, ended)
-        slides = self.slides()  # once more: other processes may have ended slides meanwhile
-        rows = [
-            Prediction.from_dict(content)
-            for slide_id, content in slides.items()
-            if self.patients.is_of_these(content) and ended.get(slide_id) != "failed"  # perhaps of another slide
-        ]
-        rows += [one for one in patients.values() if one.status == "done"]
-        write_predictions(self.output, self.ensemble.task, rows)
-        failed = [patient_id for patient_id, one in patients.items() if not one.ok]  # of earlier slides too
-        return predictions + [patients[patient_id] for patient_id in dict.fromkeys([*given.values(), *failed])]
-
-    def _of_patient(self, entry: SlideEntry) -> SlideEntry:
-        """A slide with its patient, whom the table or an earlier run names."""
-        if self._known is None:
-            self._known = self.patients.known(self.slides())
-        return replace(entry, patient_id=entry.patient_id or self._known.get(entry.slide_id))
-
-    @cached_property
-    def patients(self) -> PatientJob:
-        """The patients of the folder."""
-
-        def classify(groups: list[list[Path]]) -> "EnsemblePrediction":
-            return self._classify([self._bag(files) for files in groups])
-
-        return PatientJob(self.output, self.maker.folder, self.ensemble, self.digests, classify)
-
-    def slides(self) -> dict[str, dict[str, Any]]:
-        """JSON of each slide that the folder has a prediction of, by these checkpoints or others; of a shard its own."""
-        paths = sorted(self.output.glob("*.json"))
-        if self.asked.shard is not None:
-            own = {entry.slide_id for entry in self.asked.entries}
-            paths = [path for path in paths if path.stem in own]
-        return {path.stem: read_json(path) for path in paths}
-
-    def json_path(self, entry: SlideEntry) -> Path:
-        """The prediction of a slide."""
-        return self.output / f"{entry.slide_id}.json"
-
-    def prepare(self, entry: SlideEntry, turn: Turn) -> _Claimed | SlideResult:
-        """All that comes before the encoders and classifiers."""
-        entry = self._of_patient(entry)
-        with ExitStack() as resources:
-            try:
-                resources.callback(claim(self.output, f"{entry.slide_id} prediction").release)
-                done = None if self.asked.overwrite else self.done_before(entry)
-                if done is not None:
-                    return self._keep_patient(entry, done)
-                prepared = None
-                remarks = self.maker.existing(entry)
-                if remarks is None:
-                    remarks = []
-                    made = self.maker.prepare(entry, turn)
-                    if isinstance(made, PreparedSlide):
-                        prepared = made
-                        resources.callback(made.resources.close)
-                    elif made.status != "done":
-                        return made
-                else:
-                    with suppress(LongslideError):  # of its pictures, without which there is a prediction too
-                        take_memory(self.maker.watched, turn, entry.path, replace(entry, tissue_mask=None), None)
-                return _Claimed(entry, prepared, remarks, resources.pop_all())
-            except ClaimedError as busy:
-                return SlideResult.skipped(entry, str(busy))
-            except Exception as error:
-                return SlideResult.failed(entry, error)
-
-    def encode(
-        self, slides: Generator[_Claimed | SlideResult], progress: Progress
-    ) -> Generator[_Claimed | SlideResult]:
-        """Embed the tiles of the slides that have no features."""
-        return self.maker.encode_within(
-            slides, lambda one: one.prepared if isinstance(one, _Claimed) else None, progress
-        )
-
-    def finish(self, claimed: _Claimed, progress: Progress) -> SlideResult:
-        """All that needs the slide encoder and the classifiers, and the files."""
-        from ..embed.tile_embedding import on_device
-
-        entry = claimed.entry
-        # Before that, earlier slides have kept it waiting.
-        laps = _Laps(time.monotonic() if claimed.prepared is None else claimed.prepared.started)
-        with claimed.resources:
-            try:
-                if claimed.prepared is not None:
-                    made = self.maker.finish(claimed.prepared, progress)
-                    laps.lap("embedding tiles")
-                    if made.status != "done":
-                        return made
-                remove_leftovers(self.json_path(entry))
-                with on_device(self.device):
-                    return self._predict(entry, claimed.remarks, laps)
-            except OSError as error:
-                what = (
-                    f"{self.output}: cannot write the results ({error.strerror}); make room or choose another --output"
-                )
-                return SlideResult.failed(entry, LongslideError(what))
-            except Exception as error:
-                return SlideResult.failed(entry, error)
-
-    def stop(self) -> None:
-        """End what `prepare` is at work on."""
-        self.maker.watched.stop()
-
-    def _predict(self, entry: SlideEntry, remarks: list[str], laps: _Laps) -> SlideResult:
-        from ...data.features.statistics import feature_digest
-
-        path = self.maker.path(entry)
-        bag = self._bag([path])
-        mean = bag["tile_features"].float().mean(0).cpu().numpy()
-        laps.lap("reading features")
-        features = read_features(path, embeddings=self.method is not None)
-        far_off = distribution_warnings(list(self.ensemble.classifiers), features.slide_mpp, mean)
-        warnings = (*remarks, *remarks_on(features), *far_off)
-        found = self._classify([bag])
-        laps.lap("classifying")
-        cases = {
-            "patients": [entry.patient_id or ""],
-            "slides": [entry.slide_id],
-            "images": [features.quickhash or ""],
-            "features": [feature_digest(self._cache.read(path).features)],
-        }
-        seen = Seen.of(self.records, cases)
-        if not self.asked.allow_seen:
-            seen.refuse(entry.path)
-        mark = seen.mark(entry.patient_id or "", entry.slide_id)
-        prediction = Prediction("slide", entry.slide_id, entry.patient_id or "", seen=mark, warnings=warnings)
-        prediction = with_numbers(prediction, self.ensemble.task, found, len(self.ensemble))
-        folder = self.output / "slides" / entry.slide_id
-        folder.mkdir(parents=True, exist_ok=True)
-        explanation = None
-        identity = replace(features.slide, path=printable(str(entry.path.absolute())))
-        with ExitStack() as resources:
-            slide = thumbnail = None
-            try:
-                reader = recorded_reader(features.settings.get("reader"))
-                identity, thumbnail = self.maker.watched.call(entry.path, look_at, entry.path, reader, OVERLAY_PX)
-                slide = resources.enter_context(
-                    open_slide(entry.path, slide_mpp=entry.slide_mpp or features.slide_mpp, reader=reader)
-                )
-                _save_thumbnail(folder / "thumbnail.jpg", thumbnail)
-            except LongslideError as error:  # the features are there, and enough for a prediction
-                prediction = replace(prediction, warnings=(*prediction.warnings, f"no pictures: {error}"))
-                slide = thumbnail = None
-            laps.lap("opening the slide")
-            if self.method is not None:
-                scores = explain_features(self.ensemble, features, self.method, self.device)
-                laps.lap("explaining")
-                explanation = write_explanation(folder, scores, prediction, slide, thumbnail, features.tissue)
-                laps.lap("drawing")
-        result = replace(
-            SlideResult.done(entry, features, path, seconds=laps.total),
-            reason="; ".join(prediction.warnings),
-            took=str(laps) or None,
-        )
-        self._write_json(entry, prediction, features, result, explanation, identity)
-        return result
-
-    def _classify(self, bags: "list[dict[str, torch.Tensor]]") -> "EnsemblePrediction":
-        import torch
-
-        try:
-            return self.ensemble.predict(bags)
-        except torch.OutOfMemoryError as error:
-            tiles = max(len(bag["tile_features"]) for bag in bags)
-            raise LongslideError(
-                f"{tiles:,} tiles do not fit in the memory of {self.device}; predict this slide with --device cpu"
-            ) from error
-
-    @cached_property
-    def _cache(self) -> "FeatureCache":
-        from ...data.features.cache import FeatureCache
-
-        return FeatureCache(0, slide_embeddings=self.ensemble.reads_slide_embedding)
-
-    def _bag(self, files: list[Path]) -> dict[str, "torch.Tensor"]:
-        """One bag of these feature files, as in training, on the device."""
-        from ...data.cohort.bags import Bag, BagDataset
-
-        bag = Bag("", tuple(path.stem for path in files), tuple(files), (0,) * len(files), None)
-        batch = BagDataset([bag], self._cache)[0]
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-    def _write_json(
-        self,
-        entry: SlideEntry,
-        prediction: Prediction,
-        features: Features,
-        result: SlideResult,
-        explanation: dict[str, Any] | None,
-        identity: SlideIdentity,
-    ) -> None:
-        content = prediction.to_dict() | {
-            "slide": entry.shown,
-            "slide_file": asdict(identity),
-            "task": self.ensemble.task.to_dict(),
-            "checkpoints": [
-                {"path": source, "digest": digest}
-                for source, digest in zip(self.ensemble.sources, self.digests, strict=True)
-            ],
-            "quality": {
-                "tiles": result.tiles,
-                "bad_tiles": result.bad_tiles,
-                "blurred_tiles": result.blurred_tiles,
-                "tissue_mm2": result.tissue_mm2,
-                "slide_mpp": result.slide_mpp,
-                "mpp_source": result.mpp_source,
-                "tile_px": features.tile_px,
-                "tile_mpp": features.tile_mpp,
-                "overlap": features.overlap,
-                "tile_encoder": features.encoder,
-                "tile_weights": features.weights,
-            },
-            "features": result.features,
-            "explanation": explanation,
-            "schema": SCHEMA,
-            "software": f"longslide {__version__}",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        write_json(self.json_path(entry), content)
-
-    def done_before(self, entry: SlideEntry) -> dict[str, Any] | None:
-        """What an earlier run wrote of a slide, if that is all that is asked for now.
-
-        Raises:
-            MadeOtherwiseError: It is of another slide, or explained otherwise, and may not be replaced.
-            LongslideError: It is broken.
-        """
-        path = self.json_path(entry)
-        if not path.exists():
-            return None
-        content = read_json(path)
-        method = (content.get("explanation") or {}).get("method")
-        ways = []
-        if (mismatch := _slide_of(content).mismatch(entry.path)) is not None:
-            ways.append(mismatch)
-        if None not in (method, self.method) and method != self.method:
-            ways.append(f"explain {method} instead of {self.method}")
-        if ways:
-            raise MadeOtherwiseError(path, ways, "choose another --output, or --overwrite")
-        if self.method is not None and method is None:
-            return None  # an explanation may be added
-        return content
-
-    def _keep_patient(self, entry: SlideEntry, content: dict[str, Any]) -> SlideResult:
-        """The result of a slide that an earlier run finished; its patient is the one that the table names now."""
-        if entry.patient_id is not None and entry.patient_id != content["patient_id"]:
-            write_json(self.json_path(entry), content | {"patient_id": entry.patient_id})
-        quality = content["quality"]
-        return SlideResult(
-            entry.slide_id,
-            entry.shown,
-            "done",
-            "already complete",
-            tiles=quality["tiles"],
-            bad_tiles=quality["bad_tiles"],
-            blurred_tiles=quality.get("blurred_tiles"),  # not in the files of earlier versions
-            slide_mpp=quality["slide_mpp"],
-            mpp_source=quality["mpp_source"],
-            tile_mpp=quality["tile_mpp"],
-            tissue_mm2=quality["tissue_mm2"],
-            features=content["features"],
-        )
-
-    def prediction(self, entry: SlideEntry, result: SlideResult) -> Prediction:
-        """The prediction of a slide whose result is known."""
-        there = self.json_path(entry)
-        # What another process was at work on may be done by now.
-        by_now = result.status == "skipped" and there.exists() and self.patients.is_of_these(read_json(there))
-        if result.status != "done" and not by_now:
-            return Prediction("slide", entry.slide_id, entry.patient_id or "", result.status, result.reason)
-        return Prediction.from_dict(read_json(there))
-
-
-def _slide_of(content: dict[str, Any]) -> SlideIdentity:
-    """The slide that the JSON of a prediction is of; earlier versions recorded its path alone."""
-    return SlideIdentity(**content.get("slide_file", {"path": content["slide"]}))
-
-
-def _save_thumbnail(path: Path, thumbnail: np.ndarray) -> None:
-    picture = Image.fromarray(thumbnail)
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    picture.save(path, quality=85)
+            yield PredictJob(self.entries, self.shard, maker, predictor, self.overwrite)

@@ -1,6 +1,5 @@
 """Predictions as users get them: typed, a row of `predictions.csv`, JSON."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ...data.table import csv_of, read_table, typed
 from ...data.whole_file import write_whole
-from ...errors import LongslideError
 from ...prediction_columns import SEEN, PredictionColumns, time_text
 from ...task import Task
 from ..report.wording import probability
@@ -18,9 +16,6 @@ if TYPE_CHECKING:
     from ...models.classifier.ensemble import EnsemblePrediction
 
 PREDICTIONS = "predictions.csv"
-
-SCHEMA = 1
-"""Version of the JSON of a slide, in its key `schema`."""
 
 
 @dataclass(frozen=True)
@@ -207,34 +202,3 @@ def of_row(cells: Mapping[Any, Any], task: Task) -> Prediction:
     if task.kind == "multilabel":
         return replace(result, labels=tuple(name for name, one in zip(names, decision, strict=True) if one))
     return replace(result, predicted=decision[0])
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON; it appears under its name only when complete.
-
-    Raises:
-        LongslideError: It cannot be written.
-    """
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(path, text.encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read the JSON of a slide.
-
-    Raises:
-        LongslideError: It is not one, or of a newer Longslide.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LongslideError(
-            f"{path}: cannot be read as JSON ({error}); delete it and predict the slide again"
-        ) from error
-    if not isinstance(content, dict) or "schema" not in content:
-        raise LongslideError(f"{path}: not the prediction of a slide; delete it, or choose another --output")
-    if content["schema"] > SCHEMA:
-        raise LongslideError(f"{path}: written by a newer Longslide (schema {content['schema']}); update Longslide")
-    if "level0_mpp" in content.get("quality", {}):  # its name in earlier versions
-        content["quality"]["slide_mpp"] = content["quality"].pop("level0_mpp")
-    return content

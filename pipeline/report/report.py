@@ -17,7 +17,8 @@ from ...prediction_columns import time_text
 from ...ranges import checked
 from ...task import Task
 from ..batch.ledger import SUMMARY
-from ..predict.prediction import PREDICTIONS, Prediction, read_json, read_predictions
+from ..predict.prediction import PREDICTIONS, Prediction, read_predictions
+from ..predict.slide_json import read_json
 from .page import Cell, Page, Table
 from .wording import count, number, probability, task_text
 

@@ -27,7 +27,7 @@ from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
-from ..embed.job import REMEDY, why_no_tiles
+from ..embed.job import why_no_tiles
 from ..embed.layout import LOOKED_AT_PX, lay_out, look_at, take_memory, watch_lay_out
 from .picture_files import Layout, PictureFiles, PngFolder, WebDatasetShards, png, remove_pictures
 
@@ -149,7 +149,7 @@ class TilesJob:
         if mismatch := identity.mismatch(entry.path):
             ways.append(mismatch)
         if ways:
-            raise MadeOtherwiseError(path, ways, REMEDY)
+            raise MadeOtherwiseError(path, ways)
         return found
 
     def prepare(self, entry: SlideEntry, turn: Turn) -> PreparedTiles | SlideResult:

@@ -19,7 +19,8 @@ from ...prediction_columns import PredictionColumns
 from ...task import Task
 from ..batch.ledger import SUMMARY, read_summary
 from ..embed.contact_sheet import oddities
-from ..predict.prediction import PREDICTIONS, Prediction, of_row, read_json
+from ..predict.prediction import PREDICTIONS, Prediction, of_row
+from ..predict.slide_json import read_json
 from ..report.run_folder import RUN_FACTS, read_run
 
 logger = logging.getLogger(__name__)

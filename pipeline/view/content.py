@@ -13,7 +13,7 @@ import numpy as np
 from ...data.features.feature_file import Features, read_features
 from ...data.table import read_records
 from ...errors import LongslideError
-from ..predict.prediction import read_json
+from ..predict.slide_json import read_json
 from .collection import ViewedSlide
 from .pictures import SlideFile
 
