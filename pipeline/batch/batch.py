@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.readers import usable_cores
 from ..signals import Stopped, ending_soon
+from .claims import ClaimedError
 from .devices import Feed
 from .ledger import SUMMARY, Summary
 from .memory import MemoryBudget, Turn
@@ -30,6 +31,11 @@ class Prepared(Protocol):
     """A slide that has been prepared."""
 
     @property
+    def entry(self) -> SlideEntry:
+        """The slide."""
+        ...
+
+    @property
     def resources(self) -> ExitStack:
         """What the slide holds (its claim, the open file); closed when it is finished or given up."""
         ...
@@ -40,7 +46,10 @@ T = TypeVar("T", bound=Prepared)
 
 
 class BatchJob(Protocol[T]):
-    """What is done to each slide: `prepare` in threads ahead, `encode` all as one stream, `finish` in a thread behind."""
+    """What is done to each slide: `prepare` in threads ahead, `encode` all as one stream, `finish` in a thread behind.
+
+    What `prepare` or `finish` raises is how that slide ends: failed, or skipped where another process has claimed it.
+    """
 
     @property
     def description(self) -> str:
@@ -61,7 +70,7 @@ class BatchJob(Protocol[T]):
         ...
 
     def finish(self, prepared: T, progress: Progress, /) -> SlideResult:
-        """What is left: the other models, the files; closes the slide's resources."""
+        """What is left: the other models, the files. The slide's resources are closed after it."""
         ...
 
     def stop(self) -> None:
@@ -118,7 +127,7 @@ def run_batch(
         def prepare(entry: SlideEntry, turn: Turn) -> T | SlideResult:
             with ExitStack() as failed:
                 failed.callback(turn.close)
-                prepared = job.prepare(entry, turn)
+                prepared = _ended(entry, lambda: job.prepare(entry, turn))
                 if not isinstance(prepared, SlideResult):
                     if turn.size is None:
                         turn.take(0)
@@ -130,7 +139,8 @@ def run_batch(
             if isinstance(prepared, SlideResult):
                 result = prepared
             else:
-                result = job.finish(prepared, progress)
+                with prepared.resources:
+                    result = _ended(prepared.entry, lambda: job.finish(prepared, progress))
                 unfinished.discard(prepared.resources)
             progress.slide_ended(result)
             if summary is not None:
@@ -151,6 +161,16 @@ def run_batch(
     if feed is None and len(ended) < len(entries):
         raise Stopped(signal.SIGUSR1)
     return ended
+
+
+def _ended(entry: SlideEntry, work: Callable[[], S]) -> S | SlideResult:
+    """What work on a slide gives, or how it ended the slide: never the job."""
+    try:
+        return work()
+    except ClaimedError as busy:
+        return SlideResult.skipped(entry, str(busy))
+    except Exception as error:
+        return SlideResult.failed(entry, error)
 
 
 def _ahead(

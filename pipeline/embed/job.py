@@ -25,7 +25,7 @@ from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
 from ...data.tissue.mask import Mask
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError, printable
-from ..batch.claims import ClaimedError, claim
+from ..batch.claims import claim
 from ..batch.memory import Turn
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
@@ -181,23 +181,18 @@ class EmbedJob:
         """All that comes before the encoders: claim the slide, see what exists, open it, find tissue, lay the grid."""
         started = time.monotonic()
         with ExitStack() as resources:
-            try:
-                resources.callback(claim(self.output, entry.slide_id).release)
-                existing = self._existing_or_none(entry) if self.overwrite else self.existing(entry)
-                if existing is not None:
-                    if self.slide_encoder is None or existing.slide_embedding is not None:
-                        return SlideResult.done(entry, existing, self.path(entry), "already complete")
-                    return PreparedSlide(entry, None, resources.pop_all(), started)
-                for path in (self.path(entry), self._qc_path(entry)):
-                    remove_leftovers(path)
-                tiled = self._tile(entry, turn, resources)
-                if not len(tiled.stream):
-                    return self._nothing_to_embed(entry, tiled, why_no_tiles(tiled.tissue, self.min_tissue))
-                return PreparedSlide(entry, tiled, resources.pop_all(), started)
-            except ClaimedError as busy:
-                return SlideResult.skipped(entry, str(busy))
-            except Exception as error:
-                return SlideResult.failed(entry, error)
+            resources.callback(claim(self.output, entry.slide_id).release)
+            existing = self._existing_or_none(entry) if self.overwrite else self.existing(entry)
+            if existing is not None:
+                if self.slide_encoder is None or existing.slide_embedding is not None:
+                    return SlideResult.done(entry, existing, self.path(entry), "already complete")
+                return PreparedSlide(entry, None, resources.pop_all(), started)
+            for path in (self.path(entry), self._qc_path(entry)):
+                remove_leftovers(path)
+            tiled = self._tile(entry, turn, resources)
+            if not len(tiled.stream):
+                return self._nothing_to_embed(entry, tiled, why_no_tiles(tiled.tissue, self.min_tissue))
+            return PreparedSlide(entry, tiled, resources.pop_all(), started)
 
     def encode(
         self, slides: Iterable[PreparedSlide | SlideResult], progress: Progress
@@ -240,30 +235,23 @@ class EmbedJob:
     def finish(self, prepared: PreparedSlide, progress: Progress) -> SlideResult:
         """The slide embedding, and the feature file."""
         entry = prepared.entry
-        with prepared.resources:
-            try:
-                if prepared.tiled is None:
-                    features = read_features(self.path(entry))
-                else:
-                    embedded = self._features(prepared, prepared.tiled)
-                    if isinstance(embedded, SlideResult):
-                        return embedded
-                    features = embedded
-                if self.slide_encoder is not None:
-                    from .tile_embedding import embed_slide
+        if prepared.tiled is None:
+            features = read_features(self.path(entry))
+        else:
+            embedded = self._features(prepared, prepared.tiled)
+            if isinstance(embedded, SlideResult):
+                return embedded
+            features = embedded
+        if self.slide_encoder is not None:
+            from .tile_embedding import embed_slide
 
-                    try:
-                        features = embed_slide(
-                            self.slide_encoder, features, self.embedder.device, self.embedder.precision
-                        )
-                    except Exception:
-                        write_features(self.path(entry), features)  # the tiles' embeddings took the time: keep them
-                        raise
-                write_features(self.path(entry), features)
-                seconds = time.monotonic() - prepared.started
-                return SlideResult.done(entry, features, self.path(entry), seconds=seconds)
-            except Exception as error:
-                return SlideResult.failed(entry, error)
+            try:
+                features = embed_slide(self.slide_encoder, features, self.embedder.device, self.embedder.precision)
+            except Exception:
+                write_features(self.path(entry), features)  # the tiles' embeddings took the time: keep them
+                raise
+        write_features(self.path(entry), features)
+        return SlideResult.done(entry, features, self.path(entry), seconds=time.monotonic() - prepared.started)
 
     def stop(self) -> None:
         """End what `prepare` is at work on."""

@@ -16,7 +16,7 @@ from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
 from ...registry import is_factory
 from ..batch.batch import run_batch
-from ..batch.claims import ClaimedError, claim
+from ..batch.claims import claim
 from ..batch.ledger import make_output_folder
 from ..batch.memory import Turn
 from ..batch.progress import Progress
@@ -273,20 +273,15 @@ class SlideEmbeddingJob:
         """Claim and read the tile embeddings, and see what exists."""
         started = time.monotonic()
         with ExitStack() as resources:
-            try:
-                resources.callback(claim(self.output, entry.slide_id).release)
-                if not self.overwrite and (existing := self.existing(entry)) is not None:
-                    return SlideResult.done(_entry_of(entry, existing), existing, self.path(entry), "already complete")
-                features = read_features(entry.path)
-                self.reads.check(entry.path, features, self.output)
-                if not len(features.features):
-                    return SlideResult.skipped(entry, "no tiles")
-                remove_leftovers(self.path(entry))
-                return ReadTiles(_entry_of(entry, features), features, resources.pop_all(), started)
-            except ClaimedError as busy:
-                return SlideResult.skipped(entry, str(busy))
-            except Exception as error:
-                return SlideResult.failed(entry, error)
+            resources.callback(claim(self.output, entry.slide_id).release)
+            if not self.overwrite and (existing := self.existing(entry)) is not None:
+                return SlideResult.done(_entry_of(entry, existing), existing, self.path(entry), "already complete")
+            features = read_features(entry.path)
+            self.reads.check(entry.path, features, self.output)
+            if not len(features.features):
+                return SlideResult.skipped(entry, "no tiles")
+            remove_leftovers(self.path(entry))
+            return ReadTiles(_entry_of(entry, features), features, resources.pop_all(), started)
 
     def encode(
         self, slides: Generator[ReadTiles | SlideResult], progress: Progress
@@ -299,21 +294,15 @@ class SlideEmbeddingJob:
         from .tile_embedding import embed_slide
 
         entry, features = prepared.entry, prepared.features
-        with prepared.resources:
-            try:
-                progress.slide_started(entry.slide_id, len(features.features))
-                made = embed_slide(self.slide_encoder, features, self.device, self._precision(features))
-                reason = ""
-                if features.layout != "longslide":
-                    made = replace(
-                        made, layout="longslide", settings={**features.settings, "made_from": features.layout}
-                    )
-                if features.encoder is None and self.reads.tile_encoder:
-                    reason = f"the feature file does not say its tile encoder; taken for {self.reads.tile_encoder}"
-                write_features(self.path(entry), made)
-                return SlideResult.done(entry, made, self.path(entry), reason, time.monotonic() - prepared.started)
-            except Exception as error:
-                return SlideResult.failed(entry, error)
+        progress.slide_started(entry.slide_id, len(features.features))
+        made = embed_slide(self.slide_encoder, features, self.device, self._precision(features))
+        reason = ""
+        if features.layout != "longslide":
+            made = replace(made, layout="longslide", settings={**features.settings, "made_from": features.layout})
+        if features.encoder is None and self.reads.tile_encoder:
+            reason = f"the feature file does not say its tile encoder; taken for {self.reads.tile_encoder}"
+        write_features(self.path(entry), made)
+        return SlideResult.done(entry, made, self.path(entry), reason, time.monotonic() - prepared.started)
 
     def stop(self) -> None:
         """Nothing to end: a feature file is read at once."""

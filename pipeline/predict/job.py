@@ -12,7 +12,7 @@ from ...data.slides.slide_table import SlideEntry
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
 from ..batch.batch import run_batch
-from ..batch.claims import ClaimedError, claim
+from ..batch.claims import claim
 from ..batch.devices import Feed
 from ..batch.memory import Turn
 from ..batch.progress import Progress
@@ -195,29 +195,24 @@ class PredictJob:
         """All that comes before the encoders and classifiers."""
         entry = self._of_patient(entry)
         with ExitStack() as resources:
-            try:
-                resources.callback(claim(self.output, f"{entry.slide_id} prediction").release)
-                done = None if self.overwrite else self.done_before(entry)
-                if done is not None:
-                    return self._keep_patient(entry, done)
-                prepared = None
-                remarks = self.maker.existing(entry)
-                if remarks is None:
-                    remarks = []
-                    made = self.maker.prepare(entry, turn)
-                    if isinstance(made, PreparedSlide):
-                        prepared = made
-                        resources.callback(made.resources.close)
-                    elif made.status != "done":
-                        return made
-                else:
-                    with suppress(LongslideError):  # of its pictures, without which there is a prediction too
-                        take_memory(self.maker.watched, turn, entry.path, replace(entry, tissue_mask=None), None)
-                return ClaimedSlide(entry, prepared, remarks, resources.pop_all())
-            except ClaimedError as busy:
-                return SlideResult.skipped(entry, str(busy))
-            except Exception as error:
-                return SlideResult.failed(entry, error)
+            resources.callback(claim(self.output, f"{entry.slide_id} prediction").release)
+            done = None if self.overwrite else self.done_before(entry)
+            if done is not None:
+                return self._keep_patient(entry, done)
+            prepared = None
+            remarks = self.maker.existing(entry)
+            if remarks is None:
+                remarks = []
+                made = self.maker.prepare(entry, turn)
+                if isinstance(made, PreparedSlide):
+                    prepared = made
+                    resources.callback(made.resources.close)
+                elif made.status != "done":
+                    return made
+            else:
+                with suppress(LongslideError):  # of its pictures, without which there is a prediction too
+                    take_memory(self.maker.watched, turn, entry.path, replace(entry, tissue_mask=None), None)
+            return ClaimedSlide(entry, prepared, remarks, resources.pop_all())
 
     def encode(
         self, slides: Generator[ClaimedSlide | SlideResult], progress: Progress
@@ -234,23 +229,20 @@ class PredictJob:
         entry = claimed.entry
         # Before that, earlier slides have kept it waiting.
         laps = Laps(time.monotonic() if claimed.prepared is None else claimed.prepared.started)
-        with claimed.resources:
-            try:
-                if claimed.prepared is not None:
-                    made = self.maker.finish(claimed.prepared, progress)
-                    laps.lap("embedding tiles")
-                    if made.status != "done":
-                        return made
-                remove_leftovers(self.predictor.json_path(entry))
-                with on_device(self.predictor.device):
-                    return self.predictor.predict(entry, self.maker.path(entry), claimed.remarks, laps)
-            except OSError as error:
-                what = (
-                    f"{self.output}: cannot write the results ({error.strerror}); make room or choose another --output"
-                )
-                return SlideResult.failed(entry, LongslideError(what))
-            except Exception as error:
-                return SlideResult.failed(entry, error)
+        if claimed.prepared is not None:
+            with claimed.prepared.resources:
+                made = self.maker.finish(claimed.prepared, progress)
+            laps.lap("embedding tiles")
+            if made.status != "done":
+                return made
+        try:
+            remove_leftovers(self.predictor.json_path(entry))
+            with on_device(self.predictor.device):
+                return self.predictor.predict(entry, self.maker.path(entry), claimed.remarks, laps)
+        except OSError as error:
+            raise LongslideError(
+                f"{self.output}: cannot write the results ({error.strerror}); make room or choose another --output"
+            ) from error
 
     def stop(self) -> None:
         """End what `prepare` is at work on."""

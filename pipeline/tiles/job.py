@@ -21,7 +21,7 @@ from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
 from ...data.tissue.mask import Mask
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
-from ..batch.claims import ClaimedError, claim
+from ..batch.claims import claim
 from ..batch.memory import Turn
 from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
@@ -156,24 +156,19 @@ class TilesJob:
         """Claim the slide, see what exists, open it, lay the grid."""
         started = time.monotonic()
         with ExitStack() as resources:
-            try:
-                resources.callback(claim(self.output, entry.slide_id).release)
-                if not self.overwrite and (found := self.existing(entry)) is not None:
-                    return self._done(entry, found, "already complete")
-                features = self._features(entry)
-                if features is None:
-                    slide, tissue, grid = self._tile(entry, turn, resources)
-                    if not len(grid.coords):
-                        return self._no_tiles(entry, why_no_tiles(tissue, self.min_tissue))
-                else:
-                    slide, grid = self._tiles_of(features, entry, turn, resources)
-                    if not len(grid.coords):
-                        return self._no_tiles(entry, "no tiles in its feature file")
-                return PreparedTiles(entry, slide, grid, resources.pop_all(), started)
-            except ClaimedError as busy:
-                return SlideResult.skipped(entry, str(busy))
-            except Exception as error:
-                return SlideResult.failed(entry, error)
+            resources.callback(claim(self.output, entry.slide_id).release)
+            if not self.overwrite and (found := self.existing(entry)) is not None:
+                return self._done(entry, found, "already complete")
+            features = self._features(entry)
+            if features is None:
+                slide, tissue, grid = self._tile(entry, turn, resources)
+                if not len(grid.coords):
+                    return self._no_tiles(entry, why_no_tiles(tissue, self.min_tissue))
+            else:
+                slide, grid = self._tiles_of(features, entry, turn, resources)
+                if not len(grid.coords):
+                    return self._no_tiles(entry, "no tiles in its feature file")
+            return PreparedTiles(entry, slide, grid, resources.pop_all(), started)
 
     def encode(
         self, slides: Generator[PreparedTiles | SlideResult], progress: Progress
@@ -184,48 +179,42 @@ class TilesJob:
     def finish(self, prepared: PreparedTiles, progress: Progress) -> SlideResult:
         """Read the tiles and write the pictures, and last the index."""
         entry, slide, grid = prepared.entry, prepared.slide, prepared.grid
-        with prepared.resources:
-            try:
-                progress.slide_started(entry.slide_id, len(grid.coords))
-                identity = SlideIdentity.of(slide)
-                blur = self.max_blur if self.features is None else 1.0  # a feature file has no tile that was left out
-                stream = TileStream(slide, grid, threads=self.threads, max_bad_tiles=self.max_bad_tiles, max_blur=blur)
-                shared = {
-                    "slide_id": entry.slide_id,
-                    "tile_size_level0": grid.tile_size_level0,
-                    "tile_mpp": grid.tile_mpp,
-                    "slide_mpp": grid.slide_mpp,
-                }
-                written: list[list[int]] = []
-                with self._files(entry) as files, ThreadPoolExecutor(self.threads, thread_name_prefix="png") as pool:
-                    for batch in stream:
-                        pictures = pool.map(png, batch.tiles)
-                        for (x, y), picture in zip(batch.coords.tolist(), pictures, strict=True):
-                            files.add(x, y, picture, {**shared, "x": x, "y": y})
-                            written.append([x, y])
-                        progress.tiles_done(len(batch.tiles))
-                    if not written:
-                        return self._no_tiles(
-                            entry, f"none of its {len(grid.coords)} tiles is sharp enough (--max-blur)"
-                        )
-                    self.index(entry).unlink(missing_ok=True)  # it says that the files are complete
-                    names = files.finish()
-                found = {
-                    **shared,
-                    "slide": asdict(identity),
-                    "mpp_source": slide.mpp.source,
-                    "reader": slide.reader,
-                    "level": grid.level,
-                    "remark": slide.remark,
-                    "bad_tiles": len(stream.bad_tiles),
-                    "settings": self.settings(entry, self._features(entry)),
-                    "files": names,
-                    "coords": written,
-                }
-                write_whole(self.index(entry), json.dumps(found).encode())
-                return self._done(entry, found, seconds=time.monotonic() - prepared.started)
-            except Exception as error:
-                return SlideResult.failed(entry, error)
+        progress.slide_started(entry.slide_id, len(grid.coords))
+        identity = SlideIdentity.of(slide)
+        blur = self.max_blur if self.features is None else 1.0  # a feature file has no tile that was left out
+        stream = TileStream(slide, grid, threads=self.threads, max_bad_tiles=self.max_bad_tiles, max_blur=blur)
+        shared = {
+            "slide_id": entry.slide_id,
+            "tile_size_level0": grid.tile_size_level0,
+            "tile_mpp": grid.tile_mpp,
+            "slide_mpp": grid.slide_mpp,
+        }
+        written: list[list[int]] = []
+        with self._files(entry) as files, ThreadPoolExecutor(self.threads, thread_name_prefix="png") as pool:
+            for batch in stream:
+                pictures = pool.map(png, batch.tiles)
+                for (x, y), picture in zip(batch.coords.tolist(), pictures, strict=True):
+                    files.add(x, y, picture, {**shared, "x": x, "y": y})
+                    written.append([x, y])
+                progress.tiles_done(len(batch.tiles))
+            if not written:
+                return self._no_tiles(entry, f"none of its {len(grid.coords)} tiles is sharp enough (--max-blur)")
+            self.index(entry).unlink(missing_ok=True)  # it says that the files are complete
+            names = files.finish()
+        found = {
+            **shared,
+            "slide": asdict(identity),
+            "mpp_source": slide.mpp.source,
+            "reader": slide.reader,
+            "level": grid.level,
+            "remark": slide.remark,
+            "bad_tiles": len(stream.bad_tiles),
+            "settings": self.settings(entry, self._features(entry)),
+            "files": names,
+            "coords": written,
+        }
+        write_whole(self.index(entry), json.dumps(found).encode())
+        return self._done(entry, found, seconds=time.monotonic() - prepared.started)
 
     def stop(self) -> None:
         """End what `prepare` is at work on."""

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from longslide.data.slides.slide_table import SlideEntry
+from longslide.errors import LongslideError
 from longslide.pipeline.batch.batch import FINISHED_BEHIND, PREPARED_AHEAD, run_batch
+from longslide.pipeline.batch.claims import ClaimedError
 from longslide.pipeline.batch.memory import Turn
 from longslide.pipeline.batch.progress import Progress
 from longslide.pipeline.batch.result import SlideResult
@@ -45,12 +47,11 @@ class Job:
         yield from slides
 
     def finish(self, prepared: Held, progress: Progress, /) -> SlideResult:
-        with prepared.resources:
-            gc.collect()
-            self.most = max(self.most, sum(one() is not None for one in self.held))
-            if prepared.entry.slide_id == self.ends:
-                raise KeyboardInterrupt
-            return SlideResult(prepared.entry.slide_id, "", "done")
+        gc.collect()
+        self.most = max(self.most, sum(one() is not None for one in self.held))
+        if prepared.entry.slide_id == self.ends:
+            raise KeyboardInterrupt
+        return SlideResult(prepared.entry.slide_id, "", "done")
 
     def stop(self) -> None:
         pass
@@ -82,3 +83,22 @@ def test_a_job_that_is_ended_closes_what_its_slides_hold(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         run_batch(job, entries(60), tmp_path)
     assert not job.opened
+
+
+def test_what_is_raised_over_one_slide_ends_that_slide_alone(tmp_path: Path) -> None:
+    class Troubled(Job):
+        def prepare(self, entry: SlideEntry, turn: Turn, /) -> Held | SlideResult:
+            if entry.slide_id == "001":
+                raise ClaimedError({})
+            return super().prepare(entry, turn)
+
+        def finish(self, prepared: Held, progress: Progress, /) -> SlideResult:
+            if prepared.entry.slide_id == "002":
+                raise LongslideError("002.svs: no tile can be read")
+            return super().finish(prepared, progress)
+
+    job = Troubled()
+    results = run_batch(job, entries(4), tmp_path)
+    assert [one.status for one in results] == ["done", "skipped", "failed", "done"]
+    assert results[2].reason == "002.svs: no tile can be read"
+    assert not job.opened, "the resources of a failed slide are closed too"
