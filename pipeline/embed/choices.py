@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...data.slides.base import READERS
+from ...data.tissue.base import TissueSegmenter
+from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from ...ranges import check_options
 from ...registry import is_factory
+from .layout import Tiling
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -27,13 +31,19 @@ DEFAULT_TILE_PX = 256
 """Edge of the tiles where no encoder is named."""
 
 
-def resolve_tiles(
-    spec: "TileEncoderSpec | None", tile_mpp: float | None, tile_px: int | None, overlap: int, min_tissue: float
-) -> tuple[float, int]:
-    """Microns per pixel and edge of the tiles: as asked for, else as the tile encoder recommends.
+def resolve_tiling(
+    spec: "TileEncoderSpec | None",
+    tile_mpp: float | None,
+    tile_px: int | None,
+    overlap: int,
+    min_tissue: float,
+    tissue: TissueSegmenter | None,
+    reader: str | None,
+) -> Tiling:
+    """Which tiles are taken: as asked for, else as the tile encoder recommends.
 
     Raises:
-        LongslideError: These, or the overlap or the share of tissue, cannot be meant.
+        LongslideError: Values that cannot be meant, a reader that is not there, or a segmenter that cannot run.
     """
     if tile_mpp is None:
         tile_mpp = (spec.tile_mpp if spec else None) or DEFAULT_TILE_MPP
@@ -42,7 +52,11 @@ def resolve_tiles(
     check_options({"tile_mpp": tile_mpp, "tile_px": tile_px, "overlap": overlap, "min_tissue": min_tissue})
     if overlap >= tile_px:
         raise LongslideError(f"--overlap {overlap} must be less than --tile-px {tile_px}")
-    return tile_mpp, tile_px
+    if reader is not None:
+        reader = READERS.name_of(READERS.get(reader))
+    tissue = tissue or OpticalDensity()
+    tissue.check()
+    return Tiling(tile_mpp, tile_px, overlap, min_tissue, tissue, reader)
 
 
 def look_at_tile_encoder(

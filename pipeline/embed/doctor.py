@@ -13,24 +13,21 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ...data.slides.base import READERS, SlideReader
+from ...data.slides.base import SlideReader
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
-from ...data.tiles.grid import MIN_TISSUE, Grid, make_grid
+from ...data.tiles.grid import MIN_TISSUE, Grid
 from ...data.tiles.stream import TileStream
 from ...data.tissue.base import TissueSegmenter
-from ...data.tissue.mask import Mask
-from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from ...ranges import checked
 from ...task import TaskKind
 from ..batch.progress import duration
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcess, can_be_sent
-from .choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder, resolve_tiles
-from .job import why_no_tiles
+from .choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder, resolve_tiling
 from .label_check import LabelCheck, check_labels, with_twins
-from .layout import LOOKED_AT_PX, look_at
+from .layout import LOOKED_AT_PX, Tiling, look_at
 from .machine_check import (
     DiskCheck,
     EncoderCheck,
@@ -161,11 +158,9 @@ def doctor(
     spec = None
     if tile_encoder is not None:
         spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, 0)
-    tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
+    tiling = resolve_tiling(spec, tile_mpp, tile_px, overlap, min_tissue, tissue, reader)
     if slide_encoder is not None and spec is None:
         raise LongslideError("--slide-encoder needs --tile-encoder: it reads the embeddings of that one")
-    tissue = tissue or OpticalDensity()
-    tissue.check()
     if write_table is not None:
         check_starter_table(Path(write_table))
     labels: list[LabelCheck] = []
@@ -175,19 +170,10 @@ def doctor(
     elif label_column or task or patient_column:
         raise LongslideError("--label-column, --task and --patient-column are about a table: give --label")
 
-    chosen = None if reader is None else READERS.get(reader)
-    look = partial(
-        check_slide,
-        tile_mpp=tile_mpp,
-        tile_px=tile_px,
-        overlap=overlap,
-        min_tissue=min_tissue,
-        segmenter=tissue,
-        reader=chosen,
-        threads=threads,
-    )
+    chosen = tiling.reader_class
+    look = partial(check_slide, tiling=tiling, reader=chosen, threads=threads)
     checks = []
-    stays = not can_be_sent(tissue)
+    stays = not can_be_sent(tiling)
     with WatchedProcess(slide_timeout) as watched:
         for entry in track(entries, "checking slides", console=Console(stderr=True), transient=True):
             try:
@@ -199,7 +185,7 @@ def doctor(
     checks = _mark_duplicates(checks)
     encoders = []
     if tile_encoder is not None and spec is not None:
-        encoders.append(check_tile_encoder(spec.name, tile_encoder, tile_checkpoint, tile_px, device, precision))
+        encoders.append(check_tile_encoder(spec.name, tile_encoder, tile_checkpoint, tiling.tile_px, device, precision))
         if slide_encoder is not None:
             encoders.append(check_slide_encoder_weights(slide_encoder, slide_checkpoint, spec, trust_remote_code))
 
@@ -222,16 +208,7 @@ def doctor(
     return [*checks, *labels, *encoders, disk]
 
 
-def check_slide(
-    entry: SlideEntry,
-    tile_mpp: float,
-    tile_px: int,
-    overlap: int,
-    min_tissue: float,
-    segmenter: TissueSegmenter,
-    reader: type[SlideReader] | None,
-    threads: int | None,
-) -> SlideCheck:
+def check_slide(entry: SlideEntry, tiling: Tiling, reader: type[SlideReader] | None, threads: int | None) -> SlideCheck:
     """Open a slide, find its tissue and read some of its tiles."""
     check = SlideCheck(entry.slide_id, entry.shown)
     try:
@@ -246,8 +223,7 @@ def check_slide(
                 memory_bytes=slide.memory_bytes,
             )
             check = replace(check, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source)
-            tissue = (Mask(entry.tissue_mask) if entry.tissue_mask else segmenter)(slide)
-            grid = make_grid(slide, tissue, tile_mpp=tile_mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
+            tissue, grid = tiling.on(slide, entry)
             remark = slide.remark
             if slide.memory_bytes > MUCH_MEMORY:
                 memory = f"takes {size(slide.memory_bytes)} of memory, as a plain image has no tiles"
@@ -255,7 +231,7 @@ def check_slide(
             area = tissue.area_mm2(slide.mpp.value)
             check = replace(check, remark=remark, tissue_mm2=area, tiles=len(grid.coords))
             if not len(grid.coords):
-                return replace(check, problem=f"{entry.path}: {why_no_tiles(tissue, min_tissue)}")
+                return replace(check, problem=f"{entry.path}: {tiling.why_none(tissue)}")
             return replace(check, tiles_per_second=_reading_speed(slide, grid, threads))
     except MemoryError:
         raise

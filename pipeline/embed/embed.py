@@ -6,11 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ...data.slides.base import READERS
 from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
 from ...data.tiles.grid import MIN_TISSUE
 from ...data.tissue.base import TissueSegmenter
-from ...data.tissue.optical_density import OpticalDensity
 from ...errors import LongslideError
 from ...ranges import checked
 from ..batch.batch import PREPARED_AHEAD, run_batch
@@ -27,10 +25,11 @@ from .choices import (
     TileEncoderChoice,
     check_slide_encoder,
     look_at_tile_encoder,
-    resolve_tiles,
+    resolve_tiling,
 )
 from .contact_sheet import write_contact_sheet
 from .job import EmbedJob
+from .layout import Tiling
 from .local_copies import LocalCopies
 from .slide_embedding import embed_features
 
@@ -151,13 +150,9 @@ def embed(
     else:
         entries = find_slides(slides, slide_mpp, ask=False, reader=reader, id_from=id_from)
         spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, seed)
-        tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
+        tiling = resolve_tiling(spec, tile_mpp, tile_px, overlap, min_tissue, tissue, reader)
         if slide_encoder is not None:
             check_slide_encoder(slide_encoder, slide_checkpoint, spec.name, trust_remote_code)
-        if reader is not None:
-            reader = READERS.name_of(READERS.get(reader))
-        tissue = tissue or OpticalDensity()
-        tissue.check()
         make_output_folder(output)
         part = None if shard is None else Shard.of_slides(shard, entries)
         entries = entries if part is None else list(part.entries)
@@ -172,12 +167,7 @@ def embed(
             slide_checkpoint=slide_checkpoint,
             pool=pool,
             spec=spec,
-            tile_mpp=tile_mpp,
-            tile_px=tile_px,
-            overlap=overlap,
-            min_tissue=min_tissue,
-            tissue=tissue,
-            reader=reader,
+            tiling=tiling,
             max_bad_tiles=max_bad_tiles,
             max_blur=max_blur,
             slide_timeout=slide_timeout,
@@ -218,12 +208,7 @@ class _Embedding:
     slide_checkpoint: str | Path | None
     pool: Literal["mean", "cls"]
     spec: "TileEncoderSpec"
-    tile_mpp: float
-    tile_px: int
-    overlap: int
-    min_tissue: float
-    tissue: TissueSegmenter
-    reader: str | None
+    tiling: Tiling
     max_bad_tiles: int
     max_blur: float
     slide_timeout: float
@@ -273,12 +258,7 @@ class _Embedding:
                 output=self.output,
                 embedder=TileEmbedder(encoder, torch_device, precision, self.batch_size),
                 slide_encoder=slide_model,
-                tile_mpp=self.tile_mpp,
-                tile_px=self.tile_px,
-                overlap=self.overlap,
-                min_tissue=self.min_tissue,
-                tissue=self.tissue,
-                reader=self.reader,
+                tiling=self.tiling,
                 max_bad_tiles=self.max_bad_tiles,
                 max_blur=self.max_blur,
                 threads=self.threads,

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,15 +13,14 @@ import numpy as np
 
 from ...data.features.feature_file import Features, read_features, write_features
 from ...data.features.preprocessing import Preprocessing
-from ...data.slides.base import READERS, reader_to_obey
+from ...data.slides.base import reader_to_obey
 from ...data.slides.identity import SlideIdentity
 from ...data.slides.metadata import metadata_remark
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.readers import TileReaders
 from ...data.tiles.stream import TileStream
-from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
-from ...data.tissue.mask import Mask
+from ...data.tissue.base import Tissue, settings_of
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError, printable
 from ..batch.claims import claim
@@ -31,7 +29,7 @@ from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
-from .layout import lay_out, watch_lay_out
+from .layout import Tiling
 from .local_copies import LocalCopies
 from .qc import draw_qc, save_qc
 
@@ -71,12 +69,7 @@ class EmbedJob:
         output: The folder.
         embedder: The tile encoder, where it runs.
         slide_encoder: The slide encoder, if there is to be a slide embedding.
-        tile_mpp: Microns per pixel of the tiles.
-        tile_px: Edge of a tile in pixels.
-        overlap: Pixels that neighbouring tiles share.
-        min_tissue: Smallest share of a tile that must be tissue.
-        tissue: The tissue segmenter, for slides without a mask.
-        reader: The slide reader, if one is named.
+        tiling: Which tiles are embedded.
         max_bad_tiles: Unreadable tiles that a slide may have.
         max_blur: Tiles more blurred than this are left out.
         threads: Threads or processes that read tiles; see `TileReaders`.
@@ -88,12 +81,7 @@ class EmbedJob:
     output: Path
     embedder: "TileEmbedder"
     slide_encoder: "AnySlideEncoder | None"
-    tile_mpp: float
-    tile_px: int
-    overlap: int
-    min_tissue: float
-    tissue: TissueSegmenter
-    reader: str | None
+    tiling: Tiling
     max_bad_tiles: int
     max_blur: float
     threads: int | None
@@ -108,9 +96,9 @@ class EmbedJob:
         text = f"tile encoder {encoder.spec.name} ({encoder.weights})"
         if self.slide_encoder is not None:
             text += f", slide encoder {self.slide_encoder.name} ({self.slide_encoder.weights})"
-        text += f"\ntiles of {self.tile_px} px at {self.tile_mpp:g} um/px, overlap {self.overlap} px"
-        recommended = (encoder.spec.tile_px, encoder.spec.tile_mpp or self.tile_mpp)
-        if (self.tile_px, self.tile_mpp) != recommended:
+        text += f"\n{self.tiling}"
+        recommended = (encoder.spec.tile_px, encoder.spec.tile_mpp or self.tiling.tile_mpp)
+        if (self.tiling.tile_px, self.tiling.tile_mpp) != recommended:
             text += f" (recommended for {encoder.spec.name}: {recommended[0]} px at {recommended[1]:g} um/px)"
         return f"{text}; {self.embedder.device}, {self.embedder.precision}"
 
@@ -121,18 +109,18 @@ class EmbedJob:
 
     def preprocessing(self, entry: SlideEntry) -> Preprocessing:
         """What the features of a slide are made with."""
-        segmenter = self._segmenter(entry)
+        segmenter = self.tiling.segmenter(entry)
         tiles = Preprocessing(
             tile_encoder=self.embedder.encoder.spec.name,
             tile_weights=self.embedder.encoder.weights,
-            tile_mpp=self.tile_mpp,
-            tile_px=self.tile_px,
-            overlap=self.overlap,
+            tile_mpp=self.tiling.tile_mpp,
+            tile_px=self.tiling.tile_px,
+            overlap=self.tiling.overlap,
             precision=self.embedder.precision,
-            min_tissue=self.min_tissue,
+            min_tissue=self.tiling.min_tissue,
             max_blur=self.max_blur,
             tissue_method=segmenter.method,
-            reader=reader_to_obey(self.reader),
+            reader=reader_to_obey(self.tiling.reader),
             **settings_of(segmenter),
         )
         return tiles if self.slide_encoder is None else with_slide_encoder(tiles, self.slide_encoder)
@@ -163,8 +151,8 @@ class EmbedJob:
         if entry.slide_mpp is None and features.settings.get("mpp_source") == "option":
             ways.append(f"slide_mpp {features.slide_mpp} was given instead of the file's own")
         recorded = reader_to_obey(features.settings.get("reader"))
-        if recorded is not None and reader_to_obey(self.reader) is None:
-            now = self.reader or self._reader_of(entry)
+        if recorded is not None and reader_to_obey(self.tiling.reader) is None:
+            now = self.tiling.reader or self._reader_of(entry)
             if recorded != now:
                 ways.append(f"reader {recorded} instead of {now}")
         if self.max_blur < 1 and "max_blur" not in features.settings:
@@ -191,7 +179,7 @@ class EmbedJob:
                 remove_leftovers(path)
             tiled = self._tile(entry, turn, resources)
             if not len(tiled.stream):
-                return self._nothing_to_embed(entry, tiled, why_no_tiles(tiled.tissue, self.min_tissue))
+                return self._nothing_to_embed(entry, tiled, self.tiling.why_none(tiled.tissue))
             return PreparedSlide(entry, tiled, resources.pop_all(), started)
 
     def encode(
@@ -262,9 +250,6 @@ class EmbedJob:
         with open_slide(entry.path) as slide:
             return slide.reader
 
-    def _segmenter(self, entry: SlideEntry) -> TissueSegmenter:
-        return self.tissue if entry.tissue_mask is None else Mask(entry.tissue_mask)
-
     def _qc_path(self, entry: SlideEntry) -> Path:
         return self.output / "qc" / f"{entry.slide_id}.jpg"
 
@@ -275,22 +260,10 @@ class EmbedJob:
             return None
 
     def _tile(self, entry: SlideEntry, turn: Turn, resources: ExitStack) -> TiledSlide:
-        reader = None if self.reader is None else READERS.get(self.reader)
         original = entry.path
         if self.copies is not None:
             entry = replace(entry, path=resources.enter_context(self.copies.copy_of(original)))
-        work = partial(
-            lay_out,
-            entry,
-            reader,
-            self._segmenter(entry),
-            self._qc_path(entry),
-            tile_mpp=self.tile_mpp,
-            tile_px=self.tile_px,
-            overlap=self.overlap,
-            min_tissue=self.min_tissue,
-        )
-        layout = watch_lay_out(self.watched, turn, original, entry, reader, work)
+        layout = self.tiling.lay_out(self.watched, turn, original, entry, self._qc_path(entry))
         grid = layout.grid
         need = len(grid.coords) * (self.embedder.encoder.dim * 4 + 16) + 2**20
         free = shutil.disk_usage(self.output).free
@@ -298,7 +271,7 @@ class EmbedJob:
             raise LongslideError(
                 f"{self.output}: the disk is full ({free / 1e6:,.0f} MB free, {need / 1e6:,.0f} MB needed); make room"
             )
-        slide = resources.enter_context(layout.open(entry, reader))
+        slide = resources.enter_context(layout.open(entry, self.tiling.reader_class))
         turn.take(slide.memory_bytes)
         # Before it is read: a change while it is read is one since then.
         identity = replace(SlideIdentity.of(slide), path=printable(str(original.absolute())))
@@ -348,7 +321,7 @@ class EmbedJob:
             "bad_tiles": len(stream.bad_tiles),
             "blurred_tiles": blurred,
             **self.embedder.fidelity,
-            **settings_of(self._segmenter(entry)),
+            **settings_of(self.tiling.segmenter(entry)),
         }
         if slide.mpp.in_file is not None:
             settings["file_mpp"] = slide.mpp.in_file
@@ -394,7 +367,7 @@ class EmbedJob:
             tiles=0,
             slide_mpp=slide.mpp.value,
             mpp_source=slide.mpp.source,
-            tile_mpp=self.tile_mpp,
+            tile_mpp=self.tiling.tile_mpp,
             tissue_mm2=tiled.tissue.area_mm2(slide.mpp.value),
             left_out_mm2=sum(tiled.tissue.left_out_mm2(slide.mpp.value).values()),
         )
@@ -408,8 +381,3 @@ def with_slide_encoder(tiles: Preprocessing, slide_encoder: "AnySlideEncoder") -
         slide_weights=slide_encoder.weights,
         pool=getattr(slide_encoder, "pool", None),
     )
-
-
-def why_no_tiles(tissue: Tissue, min_tissue: float) -> str:
-    """Why a slide has no tiles to embed."""
-    return f"no tile has {min_tissue:.0%} tissue or more (--min-tissue)" if tissue.mask.any() else "no tissue found"

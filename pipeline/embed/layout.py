@@ -1,17 +1,18 @@
 """What comes before the tiles of a slide are read: open it, find its tissue, lay the grid, draw the picture."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ...data.slides.base import SlideReader
+from ...data.slides.base import READERS, SlideReader
 from ...data.slides.identity import SlideIdentity
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.grid import Grid, make_grid
 from ...data.tissue.base import Tissue, TissueSegmenter
+from ...data.tissue.mask import Mask
 from ...errors import LongslideError
 from ..batch.memory import Turn
 from ..batch.watched import WatchedProcesses, can_be_sent
@@ -45,34 +46,84 @@ class Layout:
         return slide
 
 
-def watch_lay_out(
-    watched: WatchedProcesses,
-    turn: Turn,
-    shown: Path,
-    entry: SlideEntry,
-    reader: type[SlideReader] | None,
-    work: Callable[[], Layout],
-) -> Layout:
-    """`lay_out` in a process of its own, when there is memory for a plain image or a mask.
+@dataclass(frozen=True)
+class Tiling:
+    """Which tiles of a slide are taken.
 
-    What cannot be sent there, as a segmenter whose network is on the device of this process, runs here, after the slide was
-    opened and read there.
-
-    Args:
-        watched: The processes.
-        turn: The slide's turn in getting memory.
-        shown: The slide's path as messages give it.
-        entry: The slide.
+    Attributes:
+        tile_mpp: Microns per pixel of the tiles.
+        tile_px: Edge of a tile in pixels.
+        overlap: Pixels that neighbouring tiles share.
+        min_tissue: Smallest share of a tile that must be tissue.
+        tissue: The tissue segmenter, for slides without a mask.
         reader: The slide reader, if one is named.
-        work: `lay_out` with its arguments.
-
-    Raises:
-        LongslideError: The slide cannot be read, or tiles of this kind cannot be cut from it.
     """
-    take_memory(watched, turn, shown, entry, reader)
-    if not can_be_sent(work):
-        watched.call(shown, look_at, entry.path, reader, LOOKED_AT_PX)
-    return watched.call(shown, work)
+
+    tile_mpp: float
+    tile_px: int
+    overlap: int
+    min_tissue: float
+    tissue: TissueSegmenter
+    reader: str | None
+
+    def __str__(self) -> str:
+        return f"tiles of {self.tile_px} px at {self.tile_mpp:g} um/px, overlap {self.overlap} px"
+
+    @property
+    def reader_class(self) -> type[SlideReader] | None:
+        """The slide reader, if one is named."""
+        return None if self.reader is None else READERS.get(self.reader)
+
+    def segmenter(self, entry: SlideEntry) -> TissueSegmenter:
+        """What finds the tissue of a slide."""
+        return self.tissue if entry.tissue_mask is None else Mask(entry.tissue_mask)
+
+    def on(self, slide: Slide, entry: SlideEntry) -> tuple[Tissue, Grid]:
+        """Find the tissue of an open slide and lay the grid.
+
+        Raises:
+            LongslideError: The slide cannot be read, or tiles of this kind cannot be cut from it.
+        """
+        tissue = self.segmenter(entry)(slide)
+        grid = make_grid(
+            slide,
+            tissue,
+            tile_mpp=self.tile_mpp,
+            tile_px=self.tile_px,
+            overlap=self.overlap,
+            min_tissue=self.min_tissue,
+        )
+        return tissue, grid
+
+    def lay_out(self, watched: WatchedProcesses, turn: Turn, shown: Path, entry: SlideEntry, picture: Path) -> Layout:
+        """`lay_out` in a process of its own, when there is memory for a plain image or a mask.
+
+        What cannot be sent there, as a segmenter whose network is on the device of this process, runs here, after the slide
+        was opened and read there.
+
+        Args:
+            watched: The processes.
+            turn: The slide's turn in getting memory.
+            shown: The slide's path as messages give it.
+            entry: The slide.
+            picture: Where the picture of what will be embedded goes.
+
+        Raises:
+            LongslideError: The slide cannot be read, or tiles of this kind cannot be cut from it.
+        """
+        reader = self.reader_class
+        of_slide = replace(self, tissue=self.segmenter(entry))  # with a mask no network need be sent
+        work = partial(lay_out, entry, of_slide, reader, picture)
+        take_memory(watched, turn, shown, entry, reader)
+        if not can_be_sent(work):
+            watched.call(shown, look_at, entry.path, reader, LOOKED_AT_PX)
+        return watched.call(shown, work)
+
+    def why_none(self, tissue: Tissue) -> str:
+        """Why a slide with this tissue has no tiles."""
+        if not tissue.mask.any():
+            return "no tissue found"
+        return f"no tile has {self.min_tissue:.0%} tissue or more (--min-tissue)"
 
 
 def take_memory(
@@ -100,35 +151,20 @@ def memory_of(entry: SlideEntry, reader: type[SlideReader] | None) -> int:
     return bytes_of_slide(entry.path, reader) + (0 if entry.tissue_mask is None else bytes_of_mask(entry.tissue_mask))
 
 
-def lay_out(
-    entry: SlideEntry,
-    reader: type[SlideReader] | None,
-    segmenter: TissueSegmenter,
-    picture: Path,
-    *,
-    tile_mpp: float,
-    tile_px: int,
-    overlap: int,
-    min_tissue: float,
-) -> Layout:
-    """Find the tissue of a slide and lay the grid.
+def lay_out(entry: SlideEntry, tiling: Tiling, reader: type[SlideReader] | None, picture: Path) -> Layout:
+    """Open a slide, find its tissue, lay the grid and draw the picture.
 
     Args:
         entry: The slide.
-        reader: The slide reader, if one is named.
-        segmenter: The tissue segmenter.
+        tiling: Which tiles are taken.
+        reader: Its reader, if one is named: a name that a plug-in has registered is not known in every process.
         picture: Where the picture of what will be embedded goes.
-        tile_mpp: Microns per pixel of the tiles.
-        tile_px: Edge of a tile in pixels.
-        overlap: Pixels that neighbouring tiles share.
-        min_tissue: Smallest share of a tile that must be tissue.
 
     Raises:
         LongslideError: The slide cannot be read, or tiles of this kind cannot be cut from it.
     """
     with open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader) as slide:
-        tissue = segmenter(slide)
-        grid = make_grid(slide, tissue, tile_mpp=tile_mpp, tile_px=tile_px, overlap=overlap, min_tissue=min_tissue)
+        tissue, grid = tiling.on(slide, entry)
         save_qc(picture, draw_qc(slide, tissue, grid))
         return Layout(tissue, grid, slide.unreadable_levels, slide.differing_levels)
 

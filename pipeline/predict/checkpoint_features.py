@@ -11,6 +11,7 @@ from ...data.features.feature_file import read_features
 from ...data.features.preprocessing import Preprocessing, agreed, same_weights
 from ...data.slides.base import READERS, recorded_reader
 from ...data.slides.slide_table import SlideEntry
+from ...data.tiles.grid import MIN_TISSUE
 from ...data.tissue.base import segmenter_of
 from ...errors import LongslideError
 from ...registry import import_object, is_factory
@@ -22,6 +23,7 @@ from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
 from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder
 from ..embed.job import EmbedJob, PreparedSlide
+from ..embed.layout import Tiling
 
 if TYPE_CHECKING:
     import torch
@@ -245,17 +247,20 @@ class FeatureMaker:
         reader = recorded_reader(made.reader)
         tissue = segmenter_of(made.tissue_segmenter, made.tissue_settings)
         tissue.check()
+        tiling = Tiling(
+            tile_mpp,
+            tile_px,
+            overlap,
+            min_tissue=MIN_TISSUE if made.min_tissue is None else made.min_tissue,
+            tissue=tissue,
+            reader=None if reader is None else READERS.name_of(reader),
+        )
         return EmbedJob(
             output=self.folder,
             embedder=TileEmbedder(encoder, self.device, precision, asked.batch_size),
             slide_encoder=slide_encoder,
-            tile_mpp=tile_mpp,
-            tile_px=tile_px,
-            overlap=overlap,
-            min_tissue=0.1 if made.min_tissue is None else made.min_tissue,
+            tiling=tiling,
             max_blur=1.0 if made.max_blur is None else made.max_blur,
-            tissue=tissue,
-            reader=None if reader is None else READERS.name_of(reader),
             max_bad_tiles=asked.max_bad_tiles,
             threads=asked.threads,
             overwrite=False,

@@ -6,19 +6,17 @@ from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...data.features.feature_file import Features, read_features
-from ...data.slides.base import READERS, reader_to_obey, recorded_reader
+from ...data.slides.base import reader_to_obey, recorded_reader
 from ...data.slides.identity import SlideIdentity
 from ...data.slides.slide import Slide, open_slide
 from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.grid import Grid, grid_of_tiles
 from ...data.tiles.stream import TileStream
-from ...data.tissue.base import Tissue, TissueSegmenter, settings_of
-from ...data.tissue.mask import Mask
+from ...data.tissue.base import Tissue, settings_of
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ..batch.claims import claim
@@ -27,8 +25,7 @@ from ..batch.progress import Progress
 from ..batch.rerun import MadeOtherwiseError
 from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
-from ..embed.job import why_no_tiles
-from ..embed.layout import LOOKED_AT_PX, lay_out, look_at, take_memory, watch_lay_out
+from ..embed.layout import LOOKED_AT_PX, Tiling, look_at, take_memory
 from .picture_files import Layout, PictureFiles, PngFolder, WebDatasetShards, png, remove_pictures
 
 
@@ -52,12 +49,7 @@ class TilesJob:
         features: Folder of the feature files whose tiles are written; None for the tiles on tissue.
         layout: PNG folders or WebDataset shards.
         tiles_per_shard: Tiles of a shard.
-        tile_mpp: Microns per pixel of the tiles.
-        tile_px: Edge of a tile in pixels.
-        overlap: Pixels that neighbouring tiles share.
-        min_tissue: Smallest share of a tile that must be tissue.
-        tissue: The tissue segmenter, for slides without a mask.
-        reader: The slide reader, if one is named.
+        tiling: Which tiles on tissue are written; of feature files it says the reader alone.
         max_bad_tiles: Unreadable tiles that a slide may have.
         max_blur: Tiles more blurred than this are left out.
         watched: The processes in which slides are opened and tissue is found.
@@ -69,12 +61,7 @@ class TilesJob:
     features: Path | None
     layout: Layout
     tiles_per_shard: int
-    tile_mpp: float
-    tile_px: int
-    overlap: int
-    min_tissue: float
-    tissue: TissueSegmenter
-    reader: str | None
+    tiling: Tiling
     max_bad_tiles: int
     max_blur: float
     watched: WatchedProcesses
@@ -86,7 +73,7 @@ class TilesJob:
         """What the job does."""
         if self.features is not None:
             return f"the tiles of the feature files in {self.features}, as {self.layout}"
-        return f"tiles of {self.tile_px} px at {self.tile_mpp:g} um/px, overlap {self.overlap} px, as {self.layout}"
+        return f"{self.tiling}, as {self.layout}"
 
     @property
     def made_with(self) -> dict[str, Any]:
@@ -112,15 +99,15 @@ class TilesJob:
                 "tile_size_level0": features.tile_size_level0,
                 "tiles": len(features.coords),
             }
-        segmenter = self._segmenter(entry)
+        segmenter = self.tiling.segmenter(entry)
         return shared | {
-            "tile_mpp": self.tile_mpp,
-            "tile_px": self.tile_px,
-            "overlap": self.overlap,
-            "min_tissue": self.min_tissue,
+            "tile_mpp": self.tiling.tile_mpp,
+            "tile_px": self.tiling.tile_px,
+            "overlap": self.tiling.overlap,
+            "min_tissue": self.tiling.min_tissue,
             "max_blur": self.max_blur,
             "slide_mpp_given": entry.slide_mpp,
-            "reader_given": reader_to_obey(self.reader),
+            "reader_given": reader_to_obey(self.tiling.reader),
             "tissue_method": segmenter.method,
             **settings_of(segmenter),
         }
@@ -163,7 +150,7 @@ class TilesJob:
             if features is None:
                 slide, tissue, grid = self._tile(entry, turn, resources)
                 if not len(grid.coords):
-                    return self._no_tiles(entry, why_no_tiles(tissue, self.min_tissue))
+                    return self._no_tiles(entry, self.tiling.why_none(tissue))
             else:
                 slide, grid = self._tiles_of(features, entry, turn, resources)
                 if not len(grid.coords):
@@ -244,29 +231,15 @@ class TilesJob:
             return PngFolder(self.output, entry.slide_id)
         return WebDatasetShards(self.output, entry.slide_id, self.tiles_per_shard)
 
-    def _segmenter(self, entry: SlideEntry) -> TissueSegmenter:
-        return self.tissue if entry.tissue_mask is None else Mask(entry.tissue_mask)
-
     def _features(self, entry: SlideEntry) -> Features | None:
         if self.features is None:
             return None
         return read_features(self.features / f"{entry.slide_id}.h5", embeddings=False)
 
     def _tile(self, entry: SlideEntry, turn: Turn, resources: ExitStack) -> tuple[Slide, Tissue, Grid]:
-        reader = None if self.reader is None else READERS.get(self.reader)
-        work = partial(
-            lay_out,
-            entry,
-            reader,
-            self._segmenter(entry),
-            self.output / "qc" / f"{entry.slide_id}.jpg",
-            tile_mpp=self.tile_mpp,
-            tile_px=self.tile_px,
-            overlap=self.overlap,
-            min_tissue=self.min_tissue,
-        )
-        layout = watch_lay_out(self.watched, turn, entry.path, entry, reader, work)
-        slide = resources.enter_context(layout.open(entry, reader))
+        picture = self.output / "qc" / f"{entry.slide_id}.jpg"
+        layout = self.tiling.lay_out(self.watched, turn, entry.path, entry, picture)
+        slide = resources.enter_context(layout.open(entry, self.tiling.reader_class))
         turn.take(slide.memory_bytes)
         return slide, layout.tissue, layout.grid
 
@@ -281,7 +254,7 @@ class TilesJob:
             raise LongslideError(
                 f"{path}/{entry.slide_id}.h5: {mismatch}; embed this slide again, or give the other one"
             )
-        reader = recorded_reader(features.settings.get("reader")) if self.reader is None else READERS.get(self.reader)
+        reader = self.tiling.reader_class or recorded_reader(features.settings.get("reader"))
         take_memory(self.watched, turn, entry.path, replace(entry, tissue_mask=None), reader)
         self.watched.call(entry.path, look_at, entry.path, reader, LOOKED_AT_PX)
         slide = resources.enter_context(

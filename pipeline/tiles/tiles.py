@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...data.slides.base import READERS
 from ...data.slides.slide_table import IdFrom, find_slides
 from ...data.tiles.grid import MIN_TISSUE
 from ...data.tissue.base import TissueSegmenter
@@ -15,7 +14,7 @@ from ..batch.ledger import SUMMARY, make_output_folder
 from ..batch.rerun import refuse_mistaken_rerun
 from ..batch.result import SlideResult, counted
 from ..batch.watched import WatchedProcesses
-from ..embed.choices import resolve_tiles
+from ..embed.choices import resolve_tiling
 from .job import TilesJob
 from .picture_files import Layout
 
@@ -104,11 +103,7 @@ def tiles(
         from ...models.tile_encoder.spec import load_tile_encoder_spec
 
         spec = load_tile_encoder_spec(tile_encoder)
-    tile_mpp, tile_px = resolve_tiles(spec, tile_mpp, tile_px, overlap, min_tissue)
-    if reader is not None:
-        reader = READERS.name_of(READERS.get(reader))
-    if features is None:
-        tissue.check()
+    tiling = resolve_tiling(spec, tile_mpp, tile_px, overlap, min_tissue, tissue, reader)
     make_output_folder(output)
     with WatchedProcesses(slide_timeout, PREPARED_AHEAD) as watched:
         job = TilesJob(
@@ -116,12 +111,7 @@ def tiles(
             features=None if features is None else Path(features),
             layout=layout,
             tiles_per_shard=tiles_per_shard,
-            tile_mpp=tile_mpp,
-            tile_px=tile_px,
-            overlap=overlap,
-            min_tissue=min_tissue,
-            tissue=tissue,
-            reader=reader,
+            tiling=tiling,
             max_bad_tiles=max_bad_tiles,
             max_blur=max_blur,
             watched=watched,
