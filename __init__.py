@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from .data.cohort.augmentation import Augmentation as Augmentation
     from .data.cohort.datamodule import BagDataModule as BagDataModule
     from .data.cohort.options import DataOptions as DataOptions
-    from .data.features.feature_file import Features as Features
     from .data.features.feature_file import read_features as read_features
     from .data.features.feature_file import write_features as write_features
+    from .data.features.features import Features as Features
     from .data.features.tile_index import SimilarTile as SimilarTile
     from .data.features.tile_index import TileIndex as TileIndex
     from .data.slides.base import SlideReader as SlideReader
@@ -78,7 +78,7 @@ _HOME = {
     "Augmentation": ".data.cohort.augmentation",
     "BagDataModule": ".data.cohort.datamodule",
     "DataOptions": ".data.cohort.options",
-    "Features": ".data.features.feature_file",
+    "Features": ".data.features.features",
     "read_features": ".data.features.feature_file",
     "write_features": ".data.features.feature_file",
     "SimilarTile": ".data.features.tile_index",

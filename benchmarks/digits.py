@@ -18,7 +18,8 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 from longslide.pipeline.cli import main as longslide
 from sklearn.datasets import load_digits
 

@@ -33,7 +33,8 @@ import numpy as np
 import torch
 from longslide.data.cohort.datamodule import BagDataModule
 from longslide.data.cohort.options import DataOptions
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.aggregators.slide_encoder import use_cuda_graphs
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts

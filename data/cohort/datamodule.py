@@ -27,7 +27,8 @@ from .labels import interval_ends
 from .options import DataOptions
 from .sampler import BagLoader, TokenBudgetBatchSampler
 from .split_folder import FOLD_COLUMN
-from .splits import PARTS, Part, check_splits, make_inner_splits, make_splits, read_splits, write_splits
+from .splits import PARTS, Part, check_splits, read_splits, write_splits
+from .stratification import make_inner_splits, make_splits
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import LongslideError
 from ..slides.base import reader_to_obey
 from ..table import listed
-from .feature_file import Features
+from .features import Features
 
 MPP_TOLERANCE = 0.01
 """Relative difference below which two microns per pixel are the same: a pyramid level so close is read as it is."""

@@ -13,7 +13,8 @@ from rich.progress import Progress
 from ...errors import LongslideError
 from ..table import listed
 from .cache import FeatureCache
-from .feature_file import Features, read_features
+from .feature_file import read_features
+from .features import Features
 from .preprocessing import Preprocessing, agreed
 from .statistics import SlideMoments, feature_digest
 

@@ -16,7 +16,8 @@ import torch
 
 from ...errors import LongslideError
 from ..whole_file import remove_leftovers, whole_file, write_whole
-from .feature_file import Features, read_features
+from .feature_file import read_features
+from .features import Features
 from .preprocessing import Preprocessing, agreed
 
 logger = logging.getLogger(__name__)

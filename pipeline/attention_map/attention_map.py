@@ -16,7 +16,7 @@ from ...ranges import checked
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ...data.features.feature_file import Features
+    from ...data.features.features import Features
     from ...models.slide_encoder.attention_pattern import Pattern
     from .seen import Rule
 

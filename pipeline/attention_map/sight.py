@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import LongslideError
 
 if TYPE_CHECKING:
-    from ...data.features.feature_file import Features
+    from ...data.features.features import Features
     from ...models.slide_encoder.encoder import SlideEncoder
     from ...models.slide_encoder.spec import SlideEncoderSpec
 

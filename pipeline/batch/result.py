@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, Self, cast, get_args
 
 import numpy as np
 
-from ...data.features.feature_file import Features
+from ...data.features.features import Features
 from ...data.slides.mpp import mpp_remark
 from ...data.slides.slide import levels_remark
 from ...data.slides.slide_table import SlideEntry

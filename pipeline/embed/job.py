@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from ...data.features.feature_file import Features, read_features, write_features
+from ...data.features.feature_file import read_features, write_features
+from ...data.features.features import Features
 from ...data.features.preprocessing import Preprocessing
 from ...data.slides.base import reader_to_obey
 from ...data.slides.identity import SlideIdentity

@@ -207,7 +207,7 @@ def _why_no_split(cohort: "Cohort") -> str:
 
 
 def _refusal(cohort: "Cohort", folds: int, *, apart: bool) -> str:
-    from ...data.cohort.splits import make_splits
+    from ...data.cohort.stratification import make_splits
 
     try:
         make_splits(cohort, folds=folds, keep_sites_apart=apart)

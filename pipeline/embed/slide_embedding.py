@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ...data.features.feature_file import Features, read_features, write_features
+from ...data.features.feature_file import read_features, write_features
+from ...data.features.features import Features
 from ...data.features.preprocessing import Preprocessing
 from ...data.slides.slide_table import SlideEntry
 from ...data.whole_file import remove_leftovers

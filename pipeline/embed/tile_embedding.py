@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...data.features.feature_file import Features
+from ...data.features.features import Features
 from ...data.tiles.readers import TileReaders
 from ...data.tiles.stream import TileStream, read_slides
 from ...errors import LongslideError

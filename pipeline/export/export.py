@@ -7,7 +7,8 @@ from typing import get_args
 from rich.console import Console
 from rich.progress import track
 
-from ...data.features.feature_file import Features, read_features
+from ...data.features.feature_file import read_features
+from ...data.features.features import Features
 from ...errors import LongslideError
 from ...ranges import checked
 from ..batch.ledger import make_output_folder

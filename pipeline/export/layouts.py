@@ -8,7 +8,8 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from ...data.features.feature_file import Features, magnifications
+from ...data.features.feature_file import magnifications
+from ...data.features.features import Features
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...data.features.feature_file import Features
+from ...data.features.features import Features
 from ...data.slides.slide import open_slide
 from ...data.table import read_records
 from ...errors import LongslideError

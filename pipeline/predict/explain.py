@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import shapely
 
-from ...data.features.feature_file import Features, read_features
+from ...data.features.feature_file import read_features
+from ...data.features.features import Features
 from ...data.features.preprocessing import Preprocessing
 from ...data.slides.slide import Slide
 from ...data.table import csv_of

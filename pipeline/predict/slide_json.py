@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ...data.features.feature_file import Features
+from ...data.features.features import Features
 from ...data.slides.identity import SlideIdentity
 from ...data.slides.slide_table import SlideEntry
 from ...data.whole_file import write_whole

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from ...data.features.feature_file import Features, read_features
+from ...data.features.feature_file import read_features
+from ...data.features.features import Features
 from ...data.slides.base import recorded_reader
 from ...data.slides.slide import open_slide
 from ...data.slides.slide_table import SlideEntry

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...data.features.feature_file import Features, read_features
+from ...data.features.feature_file import read_features
+from ...data.features.features import Features
 from ...data.slides.base import reader_to_obey, recorded_reader
 from ...data.slides.identity import SlideIdentity
 from ...data.slides.slide import Slide, open_slide

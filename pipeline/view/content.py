@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...data.features.feature_file import Features, read_features
+from ...data.features.feature_file import read_features
+from ...data.features.features import Features
 from ...data.table import read_records
 from ...errors import LongslideError
 from ..predict.slide_json import read_json

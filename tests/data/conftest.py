@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 
 
 def write_slide(folder: Path, slide_id: str, tiles: int = 12, dim: int = 6, seed: int = 0, **more: Any) -> Path:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 
 
 def write_cohort(

@@ -15,11 +15,10 @@ from longslide.data.cohort.splits import (
     PARTS,
     check_splits,
     check_validation,
-    iterative_stratification,
-    make_splits,
     read_splits,
     write_splits,
 )
+from longslide.data.cohort.stratification import iterative_stratification, make_splits
 from longslide.errors import LongslideError
 from longslide.models.classifier.objective import create_objective
 from longslide.models.classifier.selection import selection_metric

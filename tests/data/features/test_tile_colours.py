@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from longslide import TileIndex
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 from longslide.data.features.tile_colours import TileColours
 
 KINDS = 3

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from longslide import LongslideError, TileIndex
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 
 
 def write_slide(folder: Path, name: str, embeddings: np.ndarray, encoder: str = "vit") -> Path:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from longslide import LongslideError, dilated_attention
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 from longslide.models.slide_encoder.spec import load_slide_encoder_spec
 from longslide.pipeline.attention_map.attention_map import attention_map
 from longslide.pipeline.attention_map.sight import Sight, keys_seen, layers_to_reach, sight_of_spec

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from longslide import LongslideError, doctor, embed, write_synthetic_slide
 from longslide.data.cohort.cohort import read_cohort
-from longslide.data.cohort.splits import make_splits
+from longslide.data.cohort.stratification import make_splits
 from longslide.data.slides.slide_table import find_slides
 from longslide.pipeline.cli import main
 from longslide.pipeline.embed.doctor import SlideCheck

@@ -12,7 +12,8 @@ from longslide.bag_lengths import lengths_of
 from longslide.data.cohort.augmentation import Augmentation
 from longslide.data.cohort.datamodule import BagDataModule
 from longslide.data.cohort.options import DataOptions
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 from longslide.errors import LongslideError
 from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.aggregators.slide_encoder import use_cuda_graphs

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from classifier_files import write_classifier
 from longslide import TileIndex, dilated_attention, predict, read_features
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 from longslide.data.features.tile_colours import TileColours
 from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.slide_encoder.spec import load_slide_encoder_spec

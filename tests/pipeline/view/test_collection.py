@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from longslide import LongslideError, write_synthetic_slide
-from longslide.data.features.feature_file import Features, write_features
+from longslide.data.features.feature_file import write_features
+from longslide.data.features.features import Features
 from longslide.data.table import csv_of
 from longslide.pipeline.view.collection import NO_LABEL, _Reading, read_collection
 from longslide.prediction_columns import PredictionColumns
