@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from ..data.cohort.options import DataOptions
 from ..data.synthetic import TEXTURES, Texture, write_synthetic_slide
+from ..data.whole_file import whole_path
 from ..models.aggregators.registry import AggregatorChoice
 from ..models.classifier.options import ClassifierOptions, OptimiserOptions
 from ..ranges import checked
@@ -141,9 +142,8 @@ def _write_slides(output: Path, patients: int) -> Path:
 def _write_slide(path: Path, texture: Texture, mpp: float | None, seed: int) -> Path:
     if not path.exists():
         size = (3072, 2304) if mpp == 0.25 else (1792, 1536)
-        unfinished = path.with_name(f".{path.name}")  # so that a demo that was stopped can be run again
-        write_synthetic_slide(unfinished, size=size, mpp=mpp, texture=texture, seed=seed)
-        unfinished.replace(path)
+        with whole_path(path) as unfinished:  # so that a demo that was stopped can be run again
+            write_synthetic_slide(unfinished, size=size, mpp=mpp, texture=texture, seed=seed)
     return path
 
 

@@ -13,10 +13,11 @@ from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.grid import Grid, make_grid
 from ...data.tissue.base import Tissue, TissueSegmenter
 from ...data.tissue.mask import Mask
+from ...data.whole_file import write_picture
 from ...errors import LongslideError
 from ..batch.memory import Turn
 from ..batch.watched import WatchedProcesses, can_be_sent
-from .qc import draw_qc, save_qc
+from .qc import draw_qc
 
 LOOKED_AT_PX = 2048
 """Edge of the thumbnail by which a slide is tried in a process of its own, before it is opened in this one."""
@@ -165,7 +166,7 @@ def lay_out(entry: SlideEntry, tiling: Tiling, reader: type[SlideReader] | None,
     """
     with open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader) as slide:
         tissue, grid = tiling.on(slide, entry)
-        save_qc(picture, draw_qc(slide, tissue, grid))
+        write_picture(picture, draw_qc(slide, tissue, grid))
         return Layout(tissue, grid, slide.unreadable_levels, slide.differing_levels)
 
 

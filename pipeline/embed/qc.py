@@ -1,8 +1,6 @@
 """The quality-control picture of a slide: thumbnail, tissue contours, tiles, what was left out, legend, scale bar."""
 
-import io
 from collections.abc import Callable
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,7 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 from ...data.slides.slide import Slide
 from ...data.tiles.grid import Grid
 from ...data.tissue.base import Tissue
-from ...data.whole_file import write_whole
 
 Colour = tuple[int, int, int]
 
@@ -76,13 +73,6 @@ def draw_qc(
     if grid is not None:
         facts.append(f"tiles of {grid.tile_px} px at {grid.tile_mpp:g} um/px, level {grid.level}")
     return _with_caption(picture, "   ".join(facts), legend, mm_per_px=slide.mpp.value / 1000 / float(scale[0]))
-
-
-def save_qc(path: Path, picture: Image.Image) -> None:
-    """Save a picture as JPEG; it appears under its name only when complete."""
-    content = io.BytesIO()  # Pillow does not notice a file that it wrote only half, on a full disk
-    picture.save(content, format="JPEG", quality=88)
-    write_whole(path, content.getbuffer())
 
 
 def _draw_tiles(

@@ -1,9 +1,6 @@
 """Feature files as AnnData and SpatialData: tiles as observations, in level-0 pixels, over a picture of the slide."""
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +9,7 @@ import numpy as np
 from ...data.features.features import Features
 from ...data.slides.slide import open_slide
 from ...data.table import read_records
+from ...data.whole_file import whole_path
 from ...errors import LongslideError
 from .layouts import need_level0
 
@@ -95,7 +93,7 @@ def write_anndata(features: Features, output: Path, scores: "pd.DataFrame | None
     if features.tissue is not None:
         table.uns["tissue"] = features.tissue
     path = output / f"{features.slide_id}.h5ad"
-    with _in_place(path) as temporary:
+    with whole_path(path) as temporary:
         table.write_h5ad(temporary)
     return path
 
@@ -136,7 +134,7 @@ def write_spatialdata(
     annotated = TableModel.parse(table, region="tiles", region_key="region", instance_key="instance")
     content = SpatialData(images=images, shapes=shapes, tables={"features": annotated})
     path = output / f"{features.slide_id}.zarr"
-    with _in_place(path) as temporary:
+    with whole_path(path) as temporary:
         content.write(temporary)
     return path
 
@@ -170,21 +168,3 @@ SPATIAL_WRITERS: dict[str, Callable[[Features, Path, "pd.DataFrame | None", Thum
     "spatialdata": write_spatialdata,
 }
 """Writes a slide's features, with the scores of its tiles and its picture, into a folder, and says where."""
-
-
-@contextmanager
-def _in_place(path: Path) -> Iterator[Path]:
-    """A place to write to, which takes the place of `path` when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except OSError as error:
-        raise LongslideError(f"{path}: cannot write it ({error.strerror or error}); choose another --output") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from ...data.features.features import Features
 from ...data.features.preprocessing import Preprocessing
 from ...data.slides.slide import Slide
 from ...data.table import csv_of
-from ...data.whole_file import write_whole
+from ...data.whole_file import write_picture, write_whole
 from ...errors import LongslideError
 from .checkpoint_features import check_exist, trained_on
 from .gallery import write_gallery
@@ -209,7 +209,7 @@ def write_explanation(
     collection = tiles_to_geojson(explanation.coords, size, scores)
     for values, title, colour in regions:
         collection += regions_to_geojson(explanation.coords, size, values, threshold, name=title, colour=colour)
-    (folder / "tiles.geojson").write_text(to_geojson(collection), encoding="utf-8")
+    write_whole(folder / "tiles.geojson", to_geojson(collection).encode())
     if slide is None or thumbnail is None:
         return written
     height, width = thumbnail.shape[:2]
@@ -224,7 +224,7 @@ def write_explanation(
         signed=explanation.signed,
         tissue=[(ring - slide.bounds[:2]) * scale for ring in _rings(tissue)],
     )
-    overlay.save(folder / "overlay.png")
+    write_picture(folder / "overlay.png", overlay)
     gallery = write_gallery(folder / "gallery", slide, explanation.coords, size, shown)
     return written | {"gallery": [asdict(tile) for tile in gallery]}
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ...data.slides.slide import Slide
+from ...data.whole_file import write_picture
 
 TILES = 8
 """Tiles on either side."""
@@ -86,5 +87,5 @@ def _write(
             x, y = coords[row].tolist()
             pixels = slide.read_region(x, y, 0, tile_size_level0, tile_size_level0)
             name = f"{side}-{number}.jpg"
-            Image.fromarray(pixels).save(folder / name, quality=92, subsampling=0)
+            write_picture(folder / name, Image.fromarray(pixels), quality=92, subsampling=0)
             yield GalleryTile(name, x, y, float(scores[row]))

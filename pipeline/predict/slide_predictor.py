@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 from ...data.features.feature_file import read_features
@@ -15,6 +14,7 @@ from ...data.features.features import Features
 from ...data.slides.base import recorded_reader
 from ...data.slides.slide import open_slide
 from ...data.slides.slide_table import SlideEntry
+from ...data.whole_file import write_picture
 from ...errors import LongslideError, printable
 from ..batch.result import SlideResult, remarks_on
 from ..batch.watched import WatchedProcesses
@@ -138,10 +138,13 @@ class SlidePredictor:
                 slide = resources.enter_context(
                     open_slide(entry.path, slide_mpp=entry.slide_mpp or features.slide_mpp, reader=reader)
                 )
-                _save_thumbnail(folder / "thumbnail.jpg", thumbnail)
             except LongslideError as error:  # the features are there, and enough for a prediction
                 prediction = replace(prediction, warnings=(*prediction.warnings, f"no pictures: {error}"))
                 slide = thumbnail = None
+            if thumbnail is not None:
+                picture = Image.fromarray(thumbnail)
+                picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+                write_picture(folder / "thumbnail.jpg", picture, quality=85)
             laps.lap("opening the slide")
             if self.method is not None:
                 scores = explain_features(self.ensemble, features, self.method, self.device)
@@ -211,9 +214,3 @@ class SlidePredictor:
         if not self.allow_seen:
             seen.refuse(entry.path)
         return seen.mark(entry.patient_id or "", entry.slide_id)
-
-
-def _save_thumbnail(path: Path, thumbnail: np.ndarray) -> None:
-    picture = Image.fromarray(thumbnail)
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    picture.save(path, quality=85)

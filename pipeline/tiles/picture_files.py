@@ -14,6 +14,8 @@ from typing import Any, Literal, Self
 import cv2
 import numpy as np
 
+from ...data.whole_file import remove_leftovers, temporary_name
+
 Layout = Literal["webdataset", "png"]
 
 
@@ -35,10 +37,8 @@ class PictureFiles(ABC):
     def __init__(self, output: Path, slide_id: str) -> None:
         self.output = output
         self.slide_id = slide_id
-        self.temporary = output / f".{slide_id}.{os.getpid()}.tmp"
-        for leftover in output.glob(".*.tmp"):  # of a process that was killed: the slide is claimed
-            if re.fullmatch(rf"\.{re.escape(slide_id)}\.\d+\.tmp", leftover.name):
-                shutil.rmtree(leftover, ignore_errors=True)
+        self.temporary = temporary_name(output / slide_id)
+        remove_leftovers(output / slide_id)  # of a process that was killed: the slide is claimed
         self.temporary.mkdir()
 
     def __enter__(self) -> Self:
