@@ -1,12 +1,13 @@
 """The command line as users meet it: subprocesses, exit statuses, help, YAML."""
 
+import inspect
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from longslide.pipeline.cli import COMMANDS, main
+from longslide.pipeline.cli import COMMANDS, TRAINING, command_function, command_parser, main
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -45,6 +46,29 @@ def test_help_of_a_command_does_not_import_torch() -> None:
         "except SystemExit: assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+OWN_IN_EACH_COMMAND = {"slides", "tile_encoder", "slide_encoder", "checkpoint", "features", "model", "output", "run"}
+OWN_IN_EACH_COMMAND |= {
+    "precision",
+    "patience",
+    "subgroups",
+}  # of Lightning in `test`; of masks in `pretrain`; in `compare`
+
+
+def test_an_option_that_several_commands_have_is_the_same_in_each() -> None:
+    first: dict[str, tuple[str, object, object]] = {}
+    for command in COMMANDS:
+        for name, option in inspect.signature(command_function(command)).parameters.items():
+            other, kind, default = first.setdefault(name, (command, option.annotation, option.default))
+            same = (kind, default) == (option.annotation, option.default)
+            assert same or name in OWN_IN_EACH_COMMAND, f"--{name} of {other} and of {command}"
+
+
+def test_the_course_of_training_is_explained_alike_by_every_command_that_trains() -> None:
+    texts = [{one.dest: one.help for one in command_parser(command)._actions} for command in TRAINING]
+    for name in ("trainer", "epochs", "min_steps", "patience", "ema", "checkpoint_every_n_steps", "log_file"):
+        assert len({text[name] for text in texts}) == 1, name
 
 
 OPTIONS = ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni"]
