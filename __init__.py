@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .pipeline.embed.doctor import doctor as doctor
     from .pipeline.embed.embed import embed as embed
     from .pipeline.export.export import export as export
+    from .pipeline.merge import merge as merge
     from .pipeline.predict.explain import Explanation as Explanation
     from .pipeline.predict.explain import explain as explain
     from .pipeline.predict.predict import predict as predict
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from .pipeline.train.pretrain import pretrain as pretrain
     from .pipeline.train.sweep import sweep as sweep
     from .pipeline.train.test import test as test
+    from .pipeline.view.view import view as view
     from .registry import register as register
     from .task import Task as Task
 
@@ -120,6 +122,7 @@ _HOME = {
     "doctor": ".pipeline.embed.doctor",
     "embed": ".pipeline.embed.embed",
     "export": ".pipeline.export.export",
+    "merge": ".pipeline.merge",
     "Explanation": ".pipeline.predict.explain",
     "explain": ".pipeline.predict.explain",
     "predict": ".pipeline.predict.predict",
@@ -137,6 +140,7 @@ _HOME = {
     "PretrainedEncoder": ".pipeline.train.pretrain",
     "pretrain": ".pipeline.train.pretrain",
     "test": ".pipeline.train.test",
+    "view": ".pipeline.view.view",
     "register": ".registry",
     "Task": ".task",
 }

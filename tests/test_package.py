@@ -1,16 +1,19 @@
 """The package as a newcomer meets it."""
 
+import inspect
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import metadata
 from pathlib import Path
 
+import docstring_parser
 import longslide
 import pytest
 import yaml
 from longslide.models.slide_encoder.spec import PublishedSpec, list_slide_encoders, load_slide_encoder_spec
 from longslide.models.tile_encoder.spec import load_tile_encoder_spec
+from longslide.pipeline.cli import COMMANDS, command_function
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +26,21 @@ def test_importing_longslide_does_not_import_torch() -> None:
 @pytest.mark.parametrize("name", longslide.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(longslide, name) is not None
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_a_function_of_its_name(command: str) -> None:
+    assert getattr(longslide, command.replace("-", "_")) is command_function(command)
+
+
+FUNCTIONS = [name for name in longslide.__all__ if inspect.isfunction(getattr(longslide, name))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_of_a_public_function_is_explained(name: str) -> None:
+    function = getattr(longslide, name)
+    explained = {one.arg_name.lstrip("*") for one in docstring_parser.parse(inspect.getdoc(function) or "").params}
+    assert explained == set(inspect.signature(function).parameters)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

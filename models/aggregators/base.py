@@ -112,9 +112,16 @@ def _is_plain(value: Any) -> bool:
 
 
 def split_bags(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
-    """The bags of a packed tensor `(T, ...)`, as views `(N_b, ...)`.
+    """The bags of a packed tensor, as views.
 
     Reductions run bag by bag over these views: a handful of bags fills a batch, each reduction is one kernel, its order of
     summation does not depend on the neighbours, and no atomic addition makes two runs differ.
+
+    Args:
+        packed: `(T, ...)` what each tile of the bags has, one bag after the other.
+        cu_seqlens: `(B + 1,)` integer cumulative lengths of the bags, from 0 to T.
+
+    Returns:
+        B tensors `(N_b, ...)`.
     """
     return torch.split(packed, lengths_of(cu_seqlens))

@@ -126,6 +126,12 @@ class Run:
 def read_run(folder: str | Path) -> Run:
     """Read a run folder: `run.json` and `predictions.csv` at once, the rest when it is asked for.
 
+    Args:
+        folder: What `fit`, `crossval`, `sweep` or `test` wrote.
+
+    Returns:
+        The run.
+
     Raises:
         LongslideError: It is not a run folder, or the run has not finished.
     """
