@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ...bag_lengths import lengths_of
 from ...errors import LongslideError
 from .dilated_attention import dilated_attention, has_kernels
+from .gathered_attention import as_rows
 from .learned_attention import learned_attention
 from .random_attention import random_attention
 from .spec import PATTERN_SETTINGS
@@ -107,8 +108,12 @@ def attention(
         raise ValueError(f"gate is for the pattern learned, and {tuple(q.shape[:-1])}, not {tuple(gate.shape)}")
     if cu_seqlens is None:
         return _attend(q, k, v, pattern, is_causal, settings, gate, (q.shape[1],), scale)
-    lengths, one_gate = tuple(lengths_of(cu_seqlens)), None if gate is None else gate[None]
-    return _attend(q[None], k[None], v[None], pattern, is_causal, settings, one_gate, lengths, scale)[0]
+    lengths = tuple(lengths_of(cu_seqlens))
+    # Sequences of one length are a batch, computed at once; of others a batch of one, of each in turn.
+    batch, lengths = (len(lengths), lengths[:1]) if len(set(lengths)) == 1 else (1, lengths)
+    q, k, v = (x.unflatten(0, (batch, -1)) for x in (q, k, v))
+    gate = None if gate is None else gate.unflatten(0, (batch, -1))
+    return _attend(q, k, v, pattern, is_causal, settings, gate, lengths, scale).flatten(0, 1)
 
 
 def check_pattern(pattern: str, **settings: int) -> None:
@@ -150,10 +155,9 @@ def _attend(
     scale: float | None,
 ) -> Tensor:
     """(B, T, H, D) of sequences of these lengths end to end -> (B, T, H, D)."""
-    window = settings["window"]
     if pattern == "sliding-window" and _takes_flex(q):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        block_mask = window_block_mask(lengths, window, is_causal, q.device)
+        block_mask = window_block_mask(lengths, settings["window"], is_causal, q.device)
         output: Tensor = _compiled_flex_attention()(q, k, v, block_mask=block_mask, scale=scale)
         return output.transpose(1, 2)
     outputs = []
@@ -164,15 +168,9 @@ def _attend(
             outputs.append(_dense(one_q, one_k, one_v, is_causal, scale))
         elif pattern == "strided":
             outputs.append(_strided(one_q, one_k, one_v, is_causal, settings["period"], scale))
-        elif pattern == "random":
-            which = (settings["random_keys"], window, settings["global_tokens"], settings["pattern_seed"])
-            outputs.append(random_attention(one_q, one_k, one_v, is_causal, *which, scale))
-        elif pattern == "learned":
-            blocks = (settings["block_size"], settings["chosen_blocks"])
-            one_gate = None if gate is None else gate[:, here]
-            outputs.append(learned_attention(one_q, one_k, one_v, is_causal, *blocks, one_gate, scale))
         else:
-            outputs.append(_window(one_q, one_k, one_v, is_causal, window, scale))
+            one_gate = None if gate is None else gate[:, here]
+            outputs.append(_by_rows(one_q, one_k, one_v, pattern, is_causal, settings, one_gate, scale))
     return torch.cat(outputs, dim=1)
 
 
@@ -195,11 +193,30 @@ def _strided(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, period: int, scal
     return torch.cat(outputs, dim=1)[:, torch.cat(order).argsort()]
 
 
-def _window(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int, scale: float | None) -> Tensor:
-    batch, length, heads, dim = q.shape
-    row_q, row_k, row_v = (x.transpose(1, 2).reshape(batch * heads, length, dim) for x in (q, k, v))
-    output, _ = window_attention(row_q, row_k, row_v, is_causal, window, dim**-0.5 if scale is None else scale)
-    return output.to(q.dtype).view(batch, heads, length, dim).transpose(1, 2)
+def _by_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    is_causal: bool,
+    settings: Mapping[str, int],
+    gate: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """The patterns whose keys are gathered, for each sequence and head by itself."""
+    batch, _, heads, dim = q.shape
+    rows = [as_rows(x) for x in (q, k, v)]
+    scale = dim**-0.5 if scale is None else scale
+    window = settings["window"]
+    if pattern == "random":
+        which = (settings["random_keys"], window, settings["global_tokens"], settings["pattern_seed"])
+        output = random_attention(*rows, heads, is_causal, *which, scale)
+    elif pattern == "learned":
+        row_gate = None if gate is None else as_rows(gate[..., None])
+        output = learned_attention(*rows, is_causal, settings["block_size"], settings["chosen_blocks"], row_gate, scale)
+    else:
+        output, _ = window_attention(*rows, is_causal, window, scale)
+    return output.to(q.dtype).unflatten(0, (batch, heads)).transpose(1, 2)
 
 
 def _takes_flex(q: Tensor) -> bool:

@@ -34,6 +34,11 @@ def gathered_attention(q: Tensor, k: Tensor, v: Tensor, keys_of: KeysOf, scale: 
     return output, log_sum
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """`(B, L, H, D)` -> `(B * H, L, D)`: a row for each sequence and head."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
 def mixed(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """One softmax over the keys of several parts, of each part's output `(..., D)` and log-sum-exp `(...)`."""
     weights = torch.stack([log_sum for _, log_sum in parts]).softmax(0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from .gathered_attention import gathered_attention
+from .gathered_attention import as_rows, gathered_attention
 
 _SCORES = 2**24
 """Scores of blocks that are compared at a time."""
@@ -24,30 +24,28 @@ def learned_attention(
     block_size: int,
     chosen_blocks: int,
     gate: Tensor | None,
-    scale: float | None,
+    scale: float,
 ) -> Tensor:
-    """See `attention`; of one sequence, or of several of one length.
+    """See `attention`; of sequences of one length.
 
     Args:
-        q: `(B, L, H, D)` queries.
+        q: `(R, L, D)` queries: rows (of a batch and its heads), tokens, head dimension.
         k: Keys, shaped like `q`.
         v: Values, shaped like `q`.
         is_causal: Whether later keys are hidden.
         block_size: Tokens of a block.
         chosen_blocks: Blocks that each block of queries sees besides itself.
-        gate: `(B, L, H)` factor of what the means of all blocks say; None leaves them out.
-        scale: Factor of the logits; `D ** -0.5` by default.
+        gate: `(R, L, 1)` factor of what the means of all blocks say; None leaves them out.
+        scale: Factor of the logits.
 
     Returns:
-        The shape and dtype of `q`.
+        `(R, L, D)` float32 (float64 of float64).
     """
-    batch, length, heads, dim = q.shape
-    scale = dim**-0.5 if scale is None else scale
-    row_q, row_k, row_v = (x.transpose(1, 2).reshape(batch * heads, length, dim) for x in (q, k, v))
+    length, dim = q.shape[1:]
     blocks = -(-length // block_size)
     own = torch.arange(blocks, device=q.device)
     within = torch.arange(block_size, device=q.device)
-    mean_q, mean_k = _block_queries(row_q, block_size, is_causal), _block_means(row_k, block_size)
+    mean_q, mean_k = _block_queries(q, block_size, is_causal), _block_means(k, block_size)
     chosen, valid = _choose(mean_q, mean_k, chosen_blocks, is_causal)
 
     def keys_of(first: int, end: int) -> tuple[Tensor, Tensor]:
@@ -61,13 +59,12 @@ def learned_attention(
             seen = seen & (query[:, :, None] >= key[:, :, None])
         return key.clamp(max=length - 1), seen
 
-    padded = pad(row_q, (0, 0, 0, blocks * block_size - length)).view(-1, blocks, block_size, dim)
-    output = gathered_attention(padded, row_k, row_v, keys_of, scale)[0].flatten(1, 2)[:, :length]
+    padded = pad(q, (0, 0, 0, blocks * block_size - length)).view(-1, blocks, block_size, dim)
+    output = gathered_attention(padded, k, v, keys_of, scale)[0].flatten(1, 2)[:, :length]
     if gate is not None:
-        coarse = _coarse(mean_q, mean_k, _block_means(row_v, block_size), is_causal, scale)
-        row_gate = gate.transpose(1, 2).reshape(batch * heads, length, 1)
-        output = output + row_gate * coarse.repeat_interleave(block_size, 1)[:, :length]
-    return output.to(q.dtype).view(batch, heads, length, dim).transpose(1, 2)
+        coarse = _coarse(mean_q, mean_k, _block_means(v, block_size), is_causal, scale)
+        output = output + gate * coarse.repeat_interleave(block_size, 1)[:, :length]
+    return output
 
 
 def choose_blocks(
@@ -86,11 +83,9 @@ def choose_blocks(
         `(B, H, blocks, chosen)` int64 numbers of blocks, best first, and bool, whether it is one: not where `is_causal`
         leaves fewer. `chosen` is at most the number of the other blocks.
     """
-    batch, length, heads, dim = q.shape
-    row_q, row_k = (x.transpose(1, 2).reshape(batch * heads, length, dim) for x in (q, k))
-    mean_q, mean_k = _block_queries(row_q, block_size, is_causal), _block_means(row_k, block_size)
+    mean_q, mean_k = _block_queries(as_rows(q), block_size, is_causal), _block_means(as_rows(k), block_size)
     chosen, valid = _choose(mean_q, mean_k, chosen_blocks, is_causal)
-    return chosen.view(batch, heads, *chosen.shape[1:]), valid.view(batch, heads, *valid.shape[1:])
+    return chosen.unflatten(0, (len(q), -1)), valid.unflatten(0, (len(q), -1))
 
 
 def _block_queries(q: Tensor, block_size: int, is_causal: bool) -> Tensor:

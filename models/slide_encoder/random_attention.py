@@ -12,33 +12,34 @@ def random_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    heads: int,
     is_causal: bool,
     random_keys: int,
     window: int,
     global_tokens: int,
     seed: int,
-    scale: float | None,
+    scale: float,
 ) -> Tensor:
-    """See `attention`; of one sequence, or of several of one length, which see keys of the same numbers.
+    """See `attention`; of sequences of one length, which see keys of the same numbers.
 
     Args:
-        q: `(B, L, H, D)` queries.
+        q: `(R, L, D)` queries: rows (of a batch and its heads), tokens, head dimension.
         k: Keys, shaped like `q`.
         v: Values, shaped like `q`.
+        heads: Heads, whose rows follow one another; each has keys of its own.
         is_causal: Whether later keys are hidden.
         random_keys: Random keys of each query.
         window: Tokens seen on either side, besides the token itself.
         global_tokens: First tokens, which all see and which see all.
         seed: Which random keys.
-        scale: Factor of the logits; `D ** -0.5` by default.
+        scale: Factor of the logits.
 
     Returns:
         The shape and dtype of `q`.
     """
-    batch, length, heads, dim = q.shape
-    scale = dim**-0.5 if scale is None else scale
+    length = q.shape[1]
+    batch = len(q) // heads
     everywhere = min(global_tokens, length)
-    row_q, row_k, row_v = (x.transpose(1, 2).reshape(batch * heads, length, dim) for x in (q, k, v))
     device = q.device
 
     def far_keys(first: int, end: int) -> tuple[Tensor, Tensor]:
@@ -48,15 +49,14 @@ def random_attention(
         seen = seen & ((query[:, None] - key).abs() > window) & (key >= everywhere)
         return key.repeat(batch, 1, 1), seen.repeat(batch, 1, 1)[:, :, None]
 
-    near = window_attention(row_q, row_k, row_v, is_causal, window, scale, everywhere)
-    far, far_sum = gathered_attention(row_q[:, :, None], row_k, row_v, far_keys, scale)
-    output = mixed([near, (far.squeeze(2), far_sum.squeeze(2))])
-    output = output.to(q.dtype)
+    near = window_attention(q, k, v, is_causal, window, scale, everywhere)
+    far, far_sum = gathered_attention(q[:, :, None], k, v, far_keys, scale)
+    output = mixed([near, (far.squeeze(2), far_sum.squeeze(2))]).to(q.dtype)
     if everywhere:
-        first_q = row_q[:, :everywhere].contiguous()
-        every = scaled_dot_product_attention(first_q, row_k, row_v, is_causal=is_causal, scale=scale)
+        first_q = q[:, :everywhere].contiguous()
+        every = scaled_dot_product_attention(first_q, k, v, is_causal=is_causal, scale=scale)
         output = torch.cat([every, output[:, everywhere:]], 1)
-    return output.view(batch, heads, length, dim).transpose(1, 2)
+    return output
 
 
 def random_key_positions(
