@@ -1,36 +1,51 @@
 """LongNet's dilated attention beside the patterns it is compared with: what they learn, and time and memory by tokens.
 
-`learn` trains one small encoder with each pattern on the arrangement task of `digits.py`: each bag has ones in one half of
-the grid and zeros in the other; which half has the ones is the label. Test bags show images of other writers. A token sees
-about as many keys with each sparse pattern.
+`learn` trains one small encoder of each pattern on the task `apart` of `digits.py`, whose label no tile and no sum over
+tiles tells: something must see two patches that are far apart. A query sees about as many keys with each sparse pattern, 16
+of 257; `keys` counts them. Bags for training are drawn anew at each step, bags for test show images of other writers. Of
+`learned` it also says which share of the chosen tiles are of a patch, before training and after it.
 
 `time` runs one layer's attention, forward and backward, on longer and longer sequences, until a call takes too long.
 
-    python benchmarks/attention_patterns.py learn --seeds 3
+    python benchmarks/attention_patterns.py learn --seeds 5 --processes 4
     python benchmarks/attention_patterns.py time --tokens 1000 4000 16000 64000
 """
 
 import argparse
-import tempfile
+import multiprocessing
+import os
+import re
 import time
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import torch
-from digits import train, write_bags  # type: ignore[import-not-found]
-from longslide.models.slide_encoder.attention_pattern import attention
+from digits import DIM, SIDE, place_apart, read_images  # type: ignore[import-not-found]
+from longslide.models.aggregators.base import Aggregator
+from longslide.models.aggregators.registry import AGGREGATORS
+from longslide.models.slide_encoder.attention_pattern import PATTERNS, Pattern, attention
+from longslide.models.slide_encoder.learned_attention import choose_blocks
+from longslide.pipeline.attention_map.attention_map import scored_pairs
+from scipy.stats import t as student
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 SMALL: dict[str, dict[str, object]] = {
     "dense": {},
-    "sliding-window": {"window": 12},
-    "strided": {"period": 8},
-    "random": {"random_keys": 24},
-    "random+window+global": {"random_keys": 12, "window": 6, "global_tokens": 1},
-    "learned": {"block_size": 8, "chosen_blocks": 2},
-    "dilated": {},
+    "sliding-window": {"window": 8},
+    "sliding-window, 8 times the keys": {"window": 64},
+    "strided": {"period": 16},
+    "random": {"random_keys": 15},
+    "random+window+global": {"random_keys": 7, "window": 4, "global_tokens": 1},
+    "learned": {"block_size": 8, "chosen_blocks": 1},
+    "dilated": {"segment_lengths": (6, 24, 257), "dilated_ratios": (1, 2, 8)},
+    "mean": {},
+    "abmil": {},
 }
-"""Of bags of 16 to 400 tiles. The shortest segment of an encoder's dilated attention has 1,024 tokens: it is dense here."""
+"""Patterns for 257 tokens, and two aggregators that know no places."""
 
 LARGE: dict[str, dict[str, object]] = {
     "dense": {},
@@ -43,25 +58,161 @@ LARGE: dict[str, dict[str, object]] = {
 }
 
 
-def learn(work: Path, patterns: list[str], bags: int, epochs: int, seeds: int) -> None:
-    """Train each pattern with several seeds, and print the AUROC and balanced accuracy of the test bags."""
-    if not (work / "arrangement").exists():
-        write_bags(work / "arrangement", "arrangement", bags)
-    print(f"{'pattern':22} {'AUROC':>6} {'accuracy':>9}  of each seed", flush=True)
+LAYERS, HEADS, TOKENS = 3, 4, SIDE**2 + 1
+
+TEST_BAGS = 1000
+
+PATCHES = (5, 3)
+"""Columns and rows of the patches of the test bags."""
+
+
+def keys_of(name: str) -> float:
+    """How many keys a query scores with each head, on average; of `learned` with the means of blocks."""
+    settings: dict[str, Any] = dict(SMALL[name])
+    branches = tuple(zip(settings.pop("segment_lengths", ()), settings.pop("dilated_ratios", ()), strict=True))
+    return sum(scored_pairs(TOKENS, HEADS, pattern_of(name), False, branches=branches, **settings)) / TOKENS / HEADS
+
+
+def pattern_of(name: str) -> Pattern:
+    """The pattern of one of the names in `SMALL` and `LARGE`."""
+    [pattern] = [pattern for pattern in PATTERNS if re.split("[+,]", name)[0] == pattern]
+    return pattern
+
+
+class Bags:
+    """Bags of `apart`, drawn from the images for training or from those for test."""
+
+    def __init__(self, test: bool, seed: int) -> None:
+        self._embeddings, self._digits, halves = read_images(np.random.default_rng(0))
+        self._half = halves == test
+        self._rng = np.random.default_rng(seed)
+
+    def draw(self, count: int, patch: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`(count, N, D)` embeddings, `(count, N, 2)` cells, `(count,)` labels and `(count, N)` the digits."""
+        labels = self._rng.permutation(np.arange(count) % 2)
+        chosen, cells = zip(
+            *(place_apart(self._rng, self._digits, self._half, bool(label), patch) for label in labels), strict=True
+        )
+        which = np.stack(chosen)
+        tiles = torch.from_numpy(self._embeddings[which]).float()
+        return tiles, torch.from_numpy(np.stack(cells)), torch.from_numpy(labels), torch.from_numpy(self._digits[which])
+
+
+class Classifier(nn.Module):
+    """An aggregator and a linear head."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if name in ("mean", "abmil"):
+            self.aggregator: Aggregator = AGGREGATORS.get(name)(DIM, width=64)
+        else:
+            settings: dict[str, Any] = dict(SMALL[name])
+            branches = {key: settings.pop(key) for key in ("segment_lengths", "dilated_ratios") if key in settings}
+            size = {"layers": LAYERS, "width": 64, "heads": HEADS, "ffn_width": 128, "dropout": 0.0}
+            self.aggregator = AGGREGATORS.get("longnet")(DIM, pattern=pattern_of(name), **size, **settings)
+            encoder: Any = self.aggregator.encoder
+            for layer in encoder.layers if branches else ():  # an encoder's shortest segment is 1,024
+                layer.segment_lengths, layer.dilated_ratios = branches["segment_lengths"], branches["dilated_ratios"]
+        self.head = nn.Linear(self.aggregator.width, 1)
+
+    def forward(self, tiles: Tensor, cells: Tensor) -> Tensor:
+        """Logits of `(B, N, D)` embeddings in their `(B, N, 2)` cells."""
+        bounds = torch.arange(len(tiles) + 1, dtype=torch.int32, device=tiles.device) * tiles.shape[1]
+        logits: Tensor = self.head(self.aggregator(tiles.flatten(0, 1), cells.flatten(0, 1), bounds))[:, 0]
+        return logits
+
+
+def learn_one(name: str, seed: int, steps: int, batch: int) -> dict[str, float]:
+    """Train once; the AUROC of the test bags of each size of patch, and of `learned` what is chosen before and after."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(seed)
+    model = Classifier(name).to(device)
+    held_out, bags = Bags(True, 1), Bags(False, 1000 + seed)
+    of_sizes = {size: held_out.draw(TEST_BAGS, (size, size)) for size in PATCHES}
+    shown = tuple(x[:200] for x in of_sizes[PATCHES[-1]])
+    found: dict[str, float] = {}
+    if name == "learned":
+        found["chance"], found["before"] = chosen_share(model, *shown)
+    optimiser = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps, pct_start=0.1)
+    begun = time.perf_counter()
+    for _ in range(steps):
+        some_tiles, some_cells, wanted, _ = bags.draw(batch)
+        loss = binary_cross_entropy_with_logits(
+            model(some_tiles.to(device), some_cells.to(device)), wanted.to(device).float()
+        )
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+    found["seconds"] = time.perf_counter() - begun
+    model.eval()
+    for size, (tiles, cells, labels, _) in of_sizes.items():
+        some = zip(torch.split(tiles, 50), torch.split(cells, 50), strict=True)
+        with torch.no_grad():
+            logits = torch.cat([model(x.to(device), c.to(device)).cpu() for x, c in some])
+        found[f"auroc {size}"] = float(roc_auc_score(labels, logits))
+    if name == "learned":
+        found["after"] = chosen_share(model, *shown)[1]
+    return found
+
+
+@torch.no_grad()
+def chosen_share(model: Classifier, tiles: Tensor, cells: Tensor, _: Tensor, digits: Tensor) -> tuple[float, float]:
+    """The share of tiles that are of a patch: of all, and in the blocks chosen in any layer and head."""
+    settings: dict[str, Any] = SMALL["learned"]
+    size = settings["block_size"]
+    padded = nn.functional.pad((digits <= 1).float(), (1, -(digits.shape[1] + 1) % size))
+    share = padded.view(len(digits), -1, size).mean(2)
+    hits: list[Tensor] = []
+
+    def look(layer: Any, inputs: tuple[Any, ...]) -> None:
+        x, _, _, update = inputs
+        qkv = layer.project(x, update)[0]
+        q, k, _ = qkv.view(len(tiles), -1, *qkv.shape[1:]).unbind(2)
+        chosen, _ = choose_blocks(q, k, size, settings["chosen_blocks"])
+        hits.append(share.to(chosen.device).gather(1, chosen.flatten(1)).mean())
+
+    encoder: Any = model.aggregator.encoder
+    hooks = [layer.register_forward_pre_hook(look) for layer in encoder.layers]
+    device = model.head.weight.device
+    model(tiles.to(device), cells.to(device))
+    for hook in hooks:
+        hook.remove()
+    return float(share.mean()), float(torch.stack(hits).mean())
+
+
+def learn(patterns: list[str], steps: int, batch: int, seeds: int, processes: int) -> None:
+    """Train each pattern with several seeds; print the mean and its 95% interval (Student's t) over them."""
+    jobs = list(product(range(seeds), patterns))
+    os.environ["OMP_NUM_THREADS"] = "1"  # of each process
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(learn_one, name, seed, steps, batch): (name, seed) for seed, name in jobs}
+        for done in as_completed(running):
+            print(*running[done], " ".join(f"{key} {x:.3f}" for key, x in done.result().items()), sep=", ", flush=True)
+        found = [one.result() for one in running]
+    print(
+        f"{steps} steps of {batch} bags of {SIDE}x{SIDE} tiles, {LAYERS} layers, {seeds} seeds, {TEST_BAGS} test bags"
+    )
+    sizes = "  ".join(f"{f'AUROC, {size}x{size}':>22}" for size in PATCHES)
+    print(f"{'pattern':32} {'keys':>6}  {sizes} {'s':>5}  AUROC of each seed")
     for name in patterns:
-        found = []
-        for seed in range(seeds):
-            words = ["--epochs", str(epochs), "--seed", str(seed)]
-            words += ["--model.aggregator.pattern", name.split("+")[0]]
-            for setting, value in SMALL[name].items():
-                words += [f"--model.aggregator.{setting}", str(value)]
-            table = train(work / "arrangement", "longnet", work / "runs" / f"{name}-{seed}", *words)
-            pooled = table[(table["scope"] == "pooled") & (table["level"] == "patient")]
-            values = pooled.set_index("metric")["value"]
-            found.append((float(values["auroc"]), float(values["balanced_accuracy"])))
-        mean = pd.DataFrame(found).mean()
-        each = "  ".join(f"{auroc:.3f} {accuracy:.3f}" for auroc, accuracy in found)
-        print(f"{name:22} {mean[0]:6.3f} {mean[1]:9.3f}  {each}", flush=True)
+        of_seeds = [one for (_, other), one in zip(jobs, found, strict=True) if other == name]
+        cells, each = [], []
+        for size in PATCHES:
+            aurocs = np.array([one[f"auroc {size}"] for one in of_seeds])
+            half = student.ppf(0.975, seeds - 1) * aurocs.std(ddof=1) / seeds**0.5 if seeds > 1 else np.nan
+            cells.append(f"{aurocs.mean():.3f} ({aurocs.mean() - half:.3f} to {aurocs.mean() + half:.3f})")
+            each.append(" ".join(f"{auroc:.3f}" for auroc in aurocs))
+        keys = f"{keys_of(name):6.1f}" if name not in ("mean", "abmil") else "     -"
+        seconds = np.mean([one["seconds"] for one in of_seeds])
+        print(f"{name:32} {keys}  {'  '.join(f'{cell:>22}' for cell in cells)} {seconds:5.0f}  {' | '.join(each)}")
+        if name == "learned":
+            shares = {key: np.array([one[key] for one in of_seeds]) for key in ("chance", "before", "after")}
+            print(
+                "  tiles of a patch in chosen blocks:", ", ".join(f"{key} {x.mean():.3f}" for key, x in shares.items())
+            )
 
 
 def measure(patterns: list[str], tokens: list[int], heads: int, dim: int, limit: float) -> None:
@@ -85,7 +236,7 @@ def measure(patterns: list[str], tokens: list[int], heads: int, dim: int, limit:
 
             def both(backward: bool, inputs: Any = (q, k, v), settings: Any = settings, name: Any = name) -> float:
                 begun = time.perf_counter()
-                output = attention(inputs[0], inputs[1], inputs[2], name.split("+")[0], **settings)
+                output = attention(inputs[0], inputs[1], inputs[2], pattern_of(name), **settings)
                 if backward:
                     torch.autograd.grad(output.float().square().mean(), inputs)
                 if device == "cuda":
@@ -108,11 +259,11 @@ def main() -> None:
     """Learn, or measure the time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["learn", "time"])
-    parser.add_argument("--patterns", nargs="+", default=list(SMALL), choices=list(SMALL))
-    parser.add_argument("--work", type=Path, default=None, help="Folder for bags and runs; a temporary one by default.")
-    parser.add_argument("--bags", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--patterns", nargs="+", default=None, choices=list(SMALL))
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1000, 4000, 16_000, 64_000])
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=16)
@@ -121,9 +272,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.what == "learn":
-        learn(options.work or Path(tempfile.mkdtemp()), options.patterns, options.bags, options.epochs, options.seeds)
+        learn(options.patterns or list(SMALL), options.steps, options.batch, options.seeds, options.processes)
     else:
-        measure(options.patterns, options.tokens, options.heads, options.head_dim, options.limit)
+        measure(options.patterns or list(LARGE), options.tokens, options.heads, options.head_dim, options.limit)
 
 
 if __name__ == "__main__":

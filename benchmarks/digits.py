@@ -6,6 +6,9 @@ different writers' halves of the data set.
 - `contains`: bags with a 9 among 10 to 400 other digits.
 - `arrangement`: every bag has as many ones as zeros; the ones lie in the left half of the grid in half of the bags, in the
   right half in the others. Without the places of the tiles there is nothing to see.
+- `apart`: in the upper rows of the grid lie a patch of ones and one of zeros, side by side, and again in the lower rows; the
+  label says whether the ones are on the same side both times. What a tile shows and where it lies says nothing, nor does
+  any sum over tiles: only something that knows of both ends of the slide can tell.
 - `permuted`: `contains` with its labels shuffled.
 
     python benchmarks/digits.py --work /tmp/digits
@@ -23,7 +26,7 @@ from longslide.data.features.features import Features
 from longslide.pipeline.cli import main as longslide
 from sklearn.datasets import load_digits
 
-Question = Literal["contains", "arrangement", "permuted"]
+Question = Literal["contains", "arrangement", "apart", "permuted"]
 
 DIM = 64
 
@@ -43,11 +46,8 @@ def write_bags(
 
     A bag of n tiles that has nines has one and `nines` times n more.
     """
-    images, digits = load_digits(return_X_y=True)
-    images = images / 16
     rng = np.random.default_rng(seed)
-    embeddings = (images - images.mean(0)) @ rng.normal(size=(64, DIM)) / 2
-    halves = rng.permutation(len(digits)) % 2  # images for training and validation, and images for test
+    embeddings, digits, halves = read_images(rng)
     labels = rng.permutation(np.arange(bags) % 2)
     shown = rng.permutation(labels) if question == "permuted" else labels
     place = np.arange(bags) / bags
@@ -57,11 +57,21 @@ def write_bags(
         half = halves == (parts[bag] == "test")
         if question == "arrangement":
             chosen, cells = _arranged(rng, digits, half, tiles, left=bool(labels[bag]))
+        elif question == "apart":
+            chosen, cells = place_apart(rng, digits, half, together=bool(labels[bag]))
         else:
             chosen, cells = _containing(rng, digits, half, tiles, share=nines if labels[bag] else None)
         write_tiles(folder / "features" / f"bag{bag}.h5", embeddings[chosen], cells)
     table = {"slide_id": [f"bag{i}" for i in range(bags)], "label": np.where(shown, "yes", "no"), "split": parts}
     pd.DataFrame(table).to_csv(folder / "cohort.csv", index=False)
+
+
+def read_images(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`(N, DIM)` embeddings, the digits, and 1 for the images that are for test alone."""
+    images, digits = load_digits(return_X_y=True)
+    images = images / 16
+    embeddings = (images - images.mean(0)) @ rng.normal(size=(64, DIM)) / 2
+    return embeddings, digits, rng.permutation(len(digits)) % 2
 
 
 def _containing(
@@ -88,6 +98,34 @@ def _arranged(
         rng.choice(np.flatnonzero(half & (digits == 0)), ones.size),
     )
     return chosen, np.stack([column.ravel(), row.ravel()], 1)
+
+
+SIDE = 16
+"""Columns and rows of the grid of a bag of `apart`."""
+
+BAND = 5
+"""Its upper and its lower rows, in which the patches lie."""
+
+
+def place_apart(
+    rng: np.random.Generator, digits: np.ndarray, half: np.ndarray, together: bool, patch: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A bag of `apart`: the numbers of its images, and `(N, 2)` cells row by row.
+
+    The four patches are of one size, `patch` rows and columns, by default any from 3 x 3 to half of the upper rows. Each
+    lies anywhere in its half of its rows.
+    """
+    height, width = patch or rng.integers(3, (BAND + 1, SIDE // 2 + 1))
+    chosen = rng.choice(np.flatnonzero(half & (digits > 1)), (SIDE, SIDE))
+    left = rng.integers(2)  # which digit is on the left in the upper rows
+    for top, first in ((0, left), (SIDE - BAND, left if together else 1 - left)):
+        for digit, start in ((first, 0), (1 - first, SIDE // 2)):
+            row = top + rng.integers(BAND - height + 1)
+            column = start + rng.integers(SIDE // 2 - width + 1)
+            images = rng.choice(np.flatnonzero(half & (digits == digit)), (height, width))
+            chosen[row : row + height, column : column + width] = images
+    columns, rows = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
+    return chosen.ravel(), np.stack([columns.ravel(), rows.ravel()], 1)
 
 
 def write_tiles(path: Path, embeddings: np.ndarray, cells: np.ndarray) -> None:

@@ -111,8 +111,8 @@ def attention(
     lengths = tuple(lengths_of(cu_seqlens))
     # Sequences of one length are a batch, computed at once; of others a batch of one, of each in turn.
     batch, lengths = (len(lengths), lengths[:1]) if len(set(lengths)) == 1 else (1, lengths)
-    q, k, v = (x.unflatten(0, (batch, -1)) for x in (q, k, v))
-    gate = None if gate is None else gate.unflatten(0, (batch, -1))
+    q, k, v = (x.view(batch, -1, *x.shape[1:]) for x in (q, k, v))
+    gate = None if gate is None else gate.view(batch, -1, gate.shape[1])
     return _attend(q, k, v, pattern, is_causal, settings, gate, lengths, scale).flatten(0, 1)
 
 
@@ -205,18 +205,19 @@ def _by_rows(
 ) -> Tensor:
     """The patterns whose keys are gathered, for each sequence and head by itself."""
     batch, _, heads, dim = q.shape
-    rows = [as_rows(x) for x in (q, k, v)]
+    row_q, row_k, row_v = (as_rows(x) for x in (q, k, v))
     scale = dim**-0.5 if scale is None else scale
     window = settings["window"]
     if pattern == "random":
         which = (settings["random_keys"], window, settings["global_tokens"], settings["pattern_seed"])
-        output = random_attention(*rows, heads, is_causal, *which, scale)
+        output = random_attention(row_q, row_k, row_v, heads, is_causal, *which, scale)
     elif pattern == "learned":
         row_gate = None if gate is None else as_rows(gate[..., None])
-        output = learned_attention(*rows, is_causal, settings["block_size"], settings["chosen_blocks"], row_gate, scale)
+        blocks = (settings["block_size"], settings["chosen_blocks"])
+        output = learned_attention(row_q, row_k, row_v, is_causal, *blocks, row_gate, scale)
     else:
-        output, _ = window_attention(*rows, is_causal, window, scale)
-    return output.to(q.dtype).unflatten(0, (batch, heads)).transpose(1, 2)
+        output, _ = window_attention(row_q, row_k, row_v, is_causal, window, scale)
+    return output.to(q.dtype).view(batch, heads, *output.shape[1:]).transpose(1, 2)
 
 
 def _takes_flex(q: Tensor) -> bool:

@@ -85,7 +85,8 @@ def choose_blocks(
     """
     mean_q, mean_k = _block_queries(as_rows(q), block_size, is_causal), _block_means(as_rows(k), block_size)
     chosen, valid = _choose(mean_q, mean_k, chosen_blocks, is_causal)
-    return chosen.unflatten(0, (len(q), -1)), valid.unflatten(0, (len(q), -1))
+    batch, _, heads, _ = q.shape
+    return chosen.view(batch, heads, *chosen.shape[1:]), valid.view(batch, heads, *valid.shape[1:])
 
 
 def _block_queries(q: Tensor, block_size: int, is_causal: bool) -> Tensor:

@@ -8,12 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...bag_lengths import lengths_of
 from ...errors import LongslideError
 from ..checkpoint_file import digest
 from ..later import Later
 from .checkpoint import load_published, weights_file
-from .encoder import PackedSlides, check_shapes
+from .packed_slides import PackedSlides, pack_slides
 from .spec import Architecture, PublishedSpec
 
 _CLASSES: Mapping[Architecture, str] = {
@@ -90,19 +89,7 @@ class PublishedSlideEncoder(nn.Module):
         self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None
     ) -> list[tuple[Tensor, Tensor]]:
         """The slides of a batch, looked at: `(N, tile_dim)` in the dtype of the weights and `(N, 2)` of each."""
-        if cu_seqlens is None:
-            check_shapes(tile_features, grid_cells, self.spec)
-            lengths = [tile_features.shape[1]] * len(tile_features)
-            cu_seqlens = torch.arange(len(lengths) + 1, dtype=torch.int32, device=tile_features.device) * lengths[0]
-            tile_features, grid_cells = tile_features.flatten(0, 1), grid_cells.flatten(0, 1)
-        else:
-            check_shapes(tile_features[None], grid_cells[None], self.spec)
-            lengths = lengths_of(cu_seqlens)
-            if min(lengths) < 1 or sum(lengths) != len(tile_features):
-                raise LongslideError(
-                    f"cu_seqlens of slides with {lengths} tiles do not fit {len(tile_features)} tile embeddings; each slide "
-                    "has at least one tile"
-                )
+        tile_features, grid_cells, cu_seqlens, lengths = pack_slides(tile_features, grid_cells, cu_seqlens, self.spec)
         if self.READS_CELLS:
             PackedSlides(lengths, cu_seqlens.to(grid_cells.device), grid_cells).check(self.later)
         dtype = next(self.parameters()).dtype

@@ -7,6 +7,7 @@ from longslide.models.slide_encoder.attention_pattern import attention, check_pa
 from longslide.models.slide_encoder.encoder import SlideEncoder
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 SETTINGS: dict[str, list[dict[str, object]]] = {
     "dense": [{}],
@@ -53,6 +54,7 @@ def test_a_pattern_is_a_softmax_under_its_mask(
         torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize("lengths", [[40, 1, 150, 9], [50, 50, 50, 50]])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
     ("pattern", "settings"),
@@ -64,9 +66,8 @@ def test_a_pattern_is_a_softmax_under_its_mask(
     ],
 )
 def test_packed_sequences_give_what_they_give_one_at_a_time(
-    pattern: str, settings: dict[str, int], causal: bool
+    pattern: str, settings: dict[str, int], causal: bool, lengths: list[int]
 ) -> None:
-    lengths = [40, 1, 150, 9]
     q, k, v = qkv(200, 3, 4)
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     output = attention(q, k, v, pattern, causal, cu_seqlens=bounds, **settings)
@@ -90,6 +91,24 @@ def test_the_block_mask_of_the_kernels_is_the_window_within_each_sequence(window
     inputs = [x.detach() for x in qkv(1, 556, 2, 16)]  # on a CPU it has no backward
     output = flex_attention(*(x.transpose(1, 2) for x in inputs), block_mask=block_mask).transpose(1, 2)
     torch.testing.assert_close(output, plain(*inputs, seen))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings"),
+    [
+        ("sliding-window", {"window": 64}),
+        ("random", {"random_keys": 16, "window": 64, "global_tokens": 1}),
+        ("learned", {"block_size": 32, "chosen_blocks": 4}),
+    ],
+)
+def test_products_grow_with_the_tokens_and_not_with_their_square(pattern: str, settings: dict[str, int]) -> None:
+    def products(tokens: int) -> int:
+        inputs = qkv(1, tokens, 2, 4, dtype=torch.float32)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(attention(*inputs, pattern, **settings).sum(), inputs)
+        return counter.get_total_flops()
+
+    assert 3.9 < products(4096) / products(1024) < 4.2
 
 
 def test_a_block_mask_made_without_gradients_serves_a_later_backward() -> None:

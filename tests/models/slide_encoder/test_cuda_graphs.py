@@ -14,7 +14,8 @@ import torch
 from longslide import create_slide_encoder
 from longslide.models.aggregators.slide_encoder import SlideEncoderAggregator, use_cuda_graphs
 from longslide.models.slide_encoder.cuda_graphs import EncoderGraphs, GraphedEncoder, bucket
-from longslide.models.slide_encoder.encoder import SlideEncoder, ends
+from longslide.models.slide_encoder.encoder import SlideEncoder
+from longslide.models.slide_encoder.packed_slides import ends
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -147,6 +147,15 @@ def test_training_moves_the_choice_to_the_block_that_matters() -> None:
     assert share_found() > 0.9
 
 
+def test_training_and_inference_choose_and_answer_alike() -> None:
+    small = {"layers": 2, "width": 64, "ffn_width": 64, "tile_dim": 8, "checkpoint": "random"}
+    encoder = create_slide_encoder("gigapath", pattern="learned", block_size=4, chosen_blocks=2, dropout=0.0, **small)
+    tiles, cells = torch.randn(1, 60, 8), torch.stack([torch.arange(60), torch.zeros(60, dtype=torch.long)], 1)[None]
+    trained = encoder.train()(tiles, cells)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder.eval()(tiles, cells), trained, rtol=0, atol=0)
+
+
 def test_published_weights_which_have_no_gates_are_refused_for_it() -> None:
     with pytest.raises(LongslideError, match="'learned' has gates that published weights lack: train it from scratch"):
         create_slide_encoder("gigapath", checkpoint="a.pth", pattern="learned", block_size=64, chosen_blocks=4)
