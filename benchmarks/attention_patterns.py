@@ -1,7 +1,7 @@
 """LongNet's dilated attention beside the patterns it is compared with: what they learn, and time and memory by tokens.
 
 `learn` trains one small encoder of each pattern on the task `apart` of `digits.py`, whose label no tile and no sum over
-tiles tells: something must see two patches that are far apart. A query sees about as many keys with each sparse pattern, 16
+tiles tells: something must know of both ends of the slide. A query sees about as many keys with each sparse pattern, 16
 of 257; `keys` counts them. Bags for training are drawn anew at each step, bags for test show images of other writers. Of
 `learned` it also says which share of the chosen tiles are of a patch, before training and after it.
 
@@ -70,7 +70,8 @@ def keys_of(name: str) -> float:
     """How many keys a query scores with each head, on average; of `learned` with the means of blocks."""
     settings: dict[str, Any] = dict(SMALL[name])
     branches = tuple(zip(settings.pop("segment_lengths", ()), settings.pop("dilated_ratios", ()), strict=True))
-    return sum(scored_pairs(TOKENS, HEADS, pattern_of(name), False, branches=branches, **settings)) / TOKENS / HEADS
+    pairs = scored_pairs(TOKENS, HEADS, pattern_of(name), False, branches=branches, **settings)
+    return sum(pairs) / TOKENS / HEADS
 
 
 def pattern_of(name: str) -> Pattern:
