@@ -71,7 +71,7 @@ def keys_of(name: str) -> float:
     settings: dict[str, Any] = dict(SMALL[name])
     branches = tuple(zip(settings.pop("segment_lengths", ()), settings.pop("dilated_ratios", ()), strict=True))
     pairs = scored_pairs(TOKENS, HEADS, pattern_of(name), False, branches=branches, **settings)
-    return sum(pairs) / TOKENS / HEADS
+    return float(sum(pairs) / TOKENS / HEADS)
 
 
 def pattern_of(name: str) -> Pattern:
