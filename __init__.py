@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .pipeline.attention_map.attention_map import attention_map as attention_map
     from .pipeline.batch.result import SlideResult as SlideResult
     from .pipeline.demo import demo as demo
-    from .pipeline.embed.doctor import doctor as doctor
+    from .pipeline.doctor.doctor import doctor as doctor
     from .pipeline.embed.embed import embed as embed
     from .pipeline.export.export import export as export
     from .pipeline.merge import merge as merge
@@ -119,7 +119,7 @@ _HOME = {
     "attention_map": ".pipeline.attention_map.attention_map",
     "SlideResult": ".pipeline.batch.result",
     "demo": ".pipeline.demo",
-    "doctor": ".pipeline.embed.doctor",
+    "doctor": ".pipeline.doctor.doctor",
     "embed": ".pipeline.embed.embed",
     "export": ".pipeline.export.export",
     "merge": ".pipeline.merge",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Command -> (the module that holds the function of that name, one line for `longslide --help`), in the order of the work.
 # A module is imported only when its command is asked for, and imports torch only when it runs.
 COMMANDS = {
-    "doctor": (".embed.doctor", "Check slides, weights and this machine before a long run."),
+    "doctor": (".doctor.doctor", "Check slides, weights and this machine before a long run."),
     "embed": (".embed.embed", "Embed slides: one feature file per slide, with tile embeddings and a slide embedding."),
     "merge": (".merge", "Join the summaries of the shards of embed or predict."),
     "tiles": (".tiles.tiles", "Write tiles as pictures: PNG folders or WebDataset shards."),

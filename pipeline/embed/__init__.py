@@ -1,1 +1,1 @@
-"""Slides to feature files, and the check before it."""
+"""Slides to feature files."""

@@ -11,8 +11,8 @@ from longslide.data.cohort.cohort import read_cohort
 from longslide.data.cohort.stratification import make_splits
 from longslide.data.slides.slide_table import find_slides
 from longslide.pipeline.cli import main
-from longslide.pipeline.embed.doctor import SlideCheck
-from longslide.pipeline.embed.label_check import LabelCheck, check_labels
+from longslide.pipeline.doctor.label_check import LabelCheck, check_labels
+from longslide.pipeline.doctor.slide_check import SlideCheck
 from PIL import Image
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ...data.cohort.cohort import Cohort
-    from .doctor import SlideCheck
+    from .slide_check import SlideCheck
 
 FOLDS = (10, 5, 4, 3, 2)
 """Numbers of folds that are tried, the greatest first."""

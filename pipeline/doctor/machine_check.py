@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ...errors import LongslideError
-from .choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder
+from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, check_slide_encoder
 
 if TYPE_CHECKING:
     from ...models.tile_encoder.spec import TileEncoderSpec
@@ -79,7 +79,7 @@ def check_tile_encoder(
     """Load the weights for real, and time a few batches of noise."""
     from ...models.tile_encoder.encoder import create_tile_encoder
     from ...models.tile_encoder.engine import TileEngine
-    from .tile_embedding import resolve_device, resolve_precision
+    from ..embed.tile_embedding import resolve_device, resolve_precision
 
     try:
         torch_device = resolve_device(device)

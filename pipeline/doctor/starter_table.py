@@ -11,7 +11,7 @@ from ...data.whole_file import write_whole
 from ...errors import LongslideError
 
 if TYPE_CHECKING:
-    from .doctor import SlideCheck
+    from .slide_check import SlideCheck
 
 COLUMNS = ("slide", "slide_id", "patient_id", "slide_mpp", "tissue_mask", "label", "problem")
 

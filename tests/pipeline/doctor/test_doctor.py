@@ -8,8 +8,8 @@ import pytest
 from classifier_files import ENCODER
 from longslide import LongslideError, doctor, write_synthetic_slide
 from longslide.pipeline.cli import main
-from longslide.pipeline.embed.doctor import SlideCheck
-from longslide.pipeline.embed.machine_check import DiskCheck, EncoderCheck
+from longslide.pipeline.doctor.machine_check import DiskCheck, EncoderCheck
+from longslide.pipeline.doctor.slide_check import SlideCheck
 from PIL import Image
 
 

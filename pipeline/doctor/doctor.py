@@ -1,8 +1,6 @@
 """The check before a long run: what will go wrong with these slides, these weights, this machine."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,21 +11,17 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ...data.slides.base import SlideReader
-from ...data.slides.slide import Slide, open_slide
-from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides
-from ...data.tiles.grid import MIN_TISSUE, Grid
-from ...data.tiles.stream import TileStream
+from ...data.slides.slide_table import IdFrom, find_slides
+from ...data.tiles.grid import MIN_TISSUE
 from ...data.tissue.base import TissueSegmenter
 from ...errors import LongslideError
 from ...ranges import checked
 from ...task import TaskKind
 from ..batch.progress import duration
-from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcess, can_be_sent
-from .choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder, resolve_tiling
+from ..embed.choices import SlideEncoderChoice, TileEncoderChoice, look_at_tile_encoder, resolve_tiling
+from ..embed.layout import LOOKED_AT_PX, look_at
 from .label_check import LabelCheck, check_labels, with_twins
-from .layout import LOOKED_AT_PX, Tiling, look_at
 from .machine_check import (
     DiskCheck,
     EncoderCheck,
@@ -37,56 +31,11 @@ from .machine_check import (
     print_machine,
     size,
 )
+from .slide_check import SlideCheck, check_slide, mark_duplicates
 from .starter_table import check_starter_table, write_starter_table
 
-# Tiles read from each slide to time the reading: a contiguous run, as the job itself reads them.
-SAMPLE_TILES = 64
 # The width of GigaPath's and UNI2's embeddings; only for the disk estimate when no encoder is named.
 DIM_WITHOUT_ENCODER = 1536
-# Memory of a slide without tiles that is worth a word: it is whole in memory, and so is the next one.
-MUCH_MEMORY = 100e6
-
-
-@dataclass(frozen=True)
-class SlideCheck:
-    """What `doctor` found about one slide.
-
-    Attributes:
-        slide_id: The slide's id.
-        slide: Path of the slide file.
-        problem: Why `embed` would fail on it or find nothing, and which other slide it is a copy of; empty when all is well.
-        remark: What a person should look at: see `Slide.remark`; and much memory that it takes.
-        width: Level-0 pixels.
-        height: Level-0 pixels.
-        levels: Pyramid levels.
-        slide_mpp: Microns per pixel at level 0.
-        mpp_source: Where that came from.
-        tissue_mm2: Area of the tissue in square millimetres.
-        tiles: Tiles that would be embedded.
-        tiles_per_second: Tiles read per second.
-        quickhash: Identity of the slide's image data.
-        memory_bytes: Memory that the open slide takes for pixels: a plain image has no tiles, and is read whole.
-    """
-
-    slide_id: str
-    slide: str
-    problem: str = ""
-    remark: str = ""
-    width: int | None = None
-    height: int | None = None
-    levels: int | None = None
-    slide_mpp: float | None = None
-    mpp_source: str | None = None
-    tissue_mm2: float | None = None
-    tiles: int = 0
-    tiles_per_second: float | None = None
-    quickhash: str | None = None
-    memory_bytes: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is no problem with this slide."""
-        return not self.problem
 
 
 @checked
@@ -182,7 +131,7 @@ def doctor(
                 checks.append(watched.call(entry.path, look, entry))
             except LongslideError as error:
                 checks.append(SlideCheck(entry.slide_id, entry.shown, problem=str(error)))
-    checks = _mark_duplicates(checks)
+    checks = mark_duplicates(checks)
     encoders = []
     if tile_encoder is not None and spec is not None:
         encoders.append(check_tile_encoder(spec.name, tile_encoder, tile_checkpoint, tiling.tile_px, device, precision))
@@ -206,58 +155,6 @@ def doctor(
     if write_table is not None:
         console.print(f"table         {escape(str(write_table))}: one row per slide, to fill in")
     return [*checks, *labels, *encoders, disk]
-
-
-def check_slide(entry: SlideEntry, tiling: Tiling, reader: type[SlideReader] | None, threads: int | None) -> SlideCheck:
-    """Open a slide, find its tissue and read some of its tiles."""
-    check = SlideCheck(entry.slide_id, entry.shown)
-    try:
-        with open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader) as slide:
-            width, height = slide.dimensions
-            check = replace(
-                check,
-                width=width,
-                height=height,
-                levels=len(slide.level_dimensions),
-                quickhash=slide.quickhash,
-                memory_bytes=slide.memory_bytes,
-            )
-            check = replace(check, slide_mpp=slide.mpp.value, mpp_source=slide.mpp.source)
-            tissue, grid = tiling.on(slide, entry)
-            remark = slide.remark
-            if slide.memory_bytes > MUCH_MEMORY:
-                memory = f"takes {size(slide.memory_bytes)} of memory, as a plain image has no tiles"
-                remark = "; ".join(filter(None, [remark, memory]))
-            area = tissue.area_mm2(slide.mpp.value)
-            check = replace(check, remark=remark, tissue_mm2=area, tiles=len(grid.coords))
-            if not len(grid.coords):
-                return replace(check, problem=f"{entry.path}: {tiling.why_none(tissue)}")
-            return replace(check, tiles_per_second=_reading_speed(slide, grid, threads))
-    except MemoryError:
-        raise
-    except Exception as error:
-        return replace(check, problem=SlideResult.failed(entry, error).reason)
-
-
-def _reading_speed(slide: Slide, grid: Grid, threads: int | None) -> float:
-    first = max(0, (len(grid.coords) - SAMPLE_TILES) // 2)
-    part = slice(first, first + SAMPLE_TILES)
-    sample = replace(grid, coords=grid.coords[part], tissue_fraction=grid.tissue_fraction[part])
-    started = time.perf_counter()
-    tiles = sum(len(batch.index) for batch in TileStream(slide, sample, batch_size=16, threads=threads))
-    return tiles / (time.perf_counter() - started)
-
-
-def _mark_duplicates(checks: list[SlideCheck]) -> list[SlideCheck]:
-    """Report slides whose image data another one has too: they count twice, perhaps on both sides of a split."""
-    first: dict[str, str] = {}
-    marked = []
-    for check in checks:
-        twin = first.setdefault(check.quickhash, check.slide_id) if check.quickhash else check.slide_id
-        if twin != check.slide_id:
-            check = replace(check, problem="; ".join(filter(None, [f"same image as {twin}", check.problem])))
-        marked.append(check)
-    return marked
 
 
 def _table(checks: list[SlideCheck]) -> Table:

@@ -1,0 +1,1 @@
+"""The check before a long run: slides, labels, weights, this machine."""
