@@ -49,7 +49,7 @@ def test_help_of_a_command_does_not_import_torch() -> None:
 
 
 OWN_IN_EACH_COMMAND = {"slides", "tile_encoder", "slide_encoder", "checkpoint", "features", "model", "output", "run"}
-OWN_IN_EACH_COMMAND |= {
+OWN_IN_EACH_COMMAND |= {"precision", "patience", "subgroups", "slide_timeout"}  # who looks at a slide waits for it
     "precision",
     "patience",
     "subgroups",
