@@ -49,11 +49,8 @@ def test_help_of_a_command_does_not_import_torch() -> None:
 
 
 OWN_IN_EACH_COMMAND = {"slides", "tile_encoder", "slide_encoder", "checkpoint", "features", "model", "output", "run"}
-OWN_IN_EACH_COMMAND |= {"precision", "patience", "subgroups", "slide_timeout"}  # who looks at a slide waits for it
-    "precision",
-    "patience",
-    "subgroups",
-}  # of Lightning in `test`; of masks in `pretrain`; in `compare`
+# Of Lightning in `test`, of masks in `pretrain`, of a table in `compare`, of a person who waits in `view`.
+OWN_IN_EACH_COMMAND |= {"precision", "patience", "subgroups", "slide_timeout"}
 
 
 def test_an_option_that_several_commands_have_is_the_same_in_each() -> None:
