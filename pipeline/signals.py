@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -19,8 +19,23 @@ LINGERING = 30.0
 """Seconds for threads that are left when a command has ended."""
 
 
+_abandoned: list[threading.Thread] = []
+
+
+def abandon(threads: Iterable[threading.Thread]) -> None:
+    """Let the process end at once where one of these threads is still at work when the command has ended.
+
+    A thread that is inside a library while Python comes to its end aborts the process, or holds a lock for ever.
+    """
+    _abandoned.extend(threads)
+
+
 def end_surely(status: int) -> None:
     """See to it that the process ends with this status soon, whatever threads or libraries keep it from ending by itself."""
+    if any(thread.is_alive() for thread in _abandoned):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
     def end() -> None:
         time.sleep(LINGERING)

@@ -141,6 +141,9 @@ class WatchedProcess:
             self._start()
         assert self._pipe is not None
         assert self._process is not None
+        if self._stopped:  # while it was being started
+            self.stop()
+            raise LongslideError(f"{what}: the job was stopped")
         try:
             self._pipe.send_bytes(request)
             if self._pipe.poll(self.timeout):
@@ -224,7 +227,7 @@ class WatchedProcesses:
 
 
 def serve(descriptor: int) -> None:
-    """Answer calls until the other end of the pipe is closed."""
+    """Answer calls until the other end of the pipe is closed, or the process there is gone."""
     leave_signals_to_parent()
     _limit_memory()
     messages = _Messages()
@@ -242,10 +245,14 @@ def serve(descriptor: int) -> None:
     while True:
         try:
             request = pipe.recv_bytes()
-        except EOFError:
+        except (EOFError, ConnectionError):
             return
         messages.clear()
-        pipe.send_bytes(pickle.dumps((*_reply(request), messages.all)))
+        reply = pickle.dumps((*_reply(request), messages.all))
+        try:
+            pipe.send_bytes(reply)
+        except ConnectionError:
+            return
 
 
 def _reply(request: bytes) -> tuple[Literal["returned", "raised", "unknown", "no memory"], Any]:

@@ -17,7 +17,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
 
 from ...errors import LongslideError
 from ...prediction_columns import time_text
@@ -134,7 +133,7 @@ class UnknownError(Exception):
     """What a URL names is not served: 404."""
 
 
-def create_app(collection: Collection, token: str, slide_timeout: float, once: str = "") -> ASGIApp:
+def create_app(collection: Collection, token: str, slide_timeout: float, once: str = "") -> Guard:
     """The application.
 
     Args:
@@ -144,7 +143,7 @@ def create_app(collection: Collection, token: str, slide_timeout: float, once: s
         once: A path that leads to the first page, once.
 
     Returns:
-        It, as uvicorn runs it. The processes that read its slides end with it.
+        It, as uvicorn runs it. The processes that read its slides end with it, or when its `close` is called.
     """
     site = Site(collection, OpenSlides(slide_timeout))
     routes = [route for made_by in ROUTES for route in made_by(site)]

@@ -31,7 +31,7 @@ class Guard:
     Args:
         app: The application behind it.
         token: The first part of every path; without it there is nothing.
-        close: Called when the server ends.
+        close: Called when the server ends, and by whoever ends it sooner.
         once: A path that leads to the first page, once: for the command line of a browser, which others on this machine
             can read.
     """
@@ -39,7 +39,7 @@ class Guard:
     def __init__(self, app: ASGIApp, token: str, close: Callable[[], None], once: str = "") -> None:
         self._app = app
         self._token = token
-        self._close = close
+        self.close = close
         self._once = once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,6 +82,6 @@ class Guard:
             if message["type"] == "lifespan.startup":
                 await send({"type": "lifespan.startup.complete"})
             else:
-                self._close()
+                self.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return

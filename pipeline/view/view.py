@@ -1,11 +1,13 @@
 """The command `view`: a viewer of slides, features and predictions in the browser of this machine."""
 
+import logging
 import os
 import secrets
 import signal
 import socket
 import sys
 import threading
+import time
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +16,11 @@ from pathlib import Path
 from ...errors import LongslideError
 from ...ranges import checked
 from ..batch.ledger import make_output_folder
-from ..signals import Stopped
+from ..signals import Stopped, abandon
 from .collection import Collection, read_collection
+
+ENDING_SECONDS = 5
+"""Seconds for what was asked for and is being computed when a viewer is ended."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +106,12 @@ def _serve(collection: Collection, listening: socket.socket, slide_timeout: floa
 
     token, once = secrets.token_urlsafe(16), secrets.token_urlsafe(16)
     root = f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    config = uvicorn.Config(
-        create_app(collection, token, slide_timeout, once),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=2,
-    )
+    app = create_app(collection, token, slide_timeout, once)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     # In a thread of its own: the signals are the command line's.
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="viewer", daemon=True)
+    before = set(threading.enumerate())
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="viewer")
     thread.start()
     count = len(collection.slides)
     print(
@@ -124,6 +126,21 @@ def _serve(collection: Collection, listening: socket.socket, slide_timeout: floa
         if isinstance(end, Stopped) and end.number != signal.SIGINT:
             raise
     finally:
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of requests that are cut off
         server.should_exit = True
-        thread.join(5)
-        listening.close()
+        app.close()  # what waits for a slide is answered at once
+        try:
+            _join(thread, before)
+        finally:
+            listening.close()
+
+
+def _join(server: threading.Thread, before: set[threading.Thread]) -> None:
+    """Wait for the server and for the threads of its requests, which it does not wait for itself."""
+    until = time.monotonic() + ENDING_SECONDS
+    try:
+        server.join(ENDING_SECONDS)
+        for thread in set(threading.enumerate()) - before:
+            thread.join(max(0.0, until - time.monotonic()))
+    finally:
+        abandon(set(threading.enumerate()) - before)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import quote
 
@@ -54,11 +55,13 @@ def test_the_address_that_a_browser_is_started_with_works_once(serve: Serve, mad
     assert viewer.ask(ONCE, at=root)[0] == 404
 
 
-def test_it_listens_on_the_loopback_interface_alone(made: Results) -> None:
+def test_it_listens_on_the_loopback_interface_alone_and_ends_while_slides_are_read(made: Results) -> None:
     command = [sys.executable, "-m", "longslide.pipeline.cli", "view", str(made.results), "--no-browser"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    ) as job:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as job,
+        ExitStack() as open_connections,
+    ):
         assert job.stdout is not None
         address = next(line.strip() for line in job.stdout if "http://" in line)
         port = int(address.split(":")[2].split("/")[0])
@@ -66,8 +69,14 @@ def test_it_listens_on_the_loopback_interface_alone(made: Results) -> None:
         hosts = {one[1].split(":")[0] for one in listening if int(one[1].split(":")[1], 16) == port and one[3] == "0A"}
         assert hosts == {"0100007F"}
         assert Served(address, port).ask()[0] == 200
+        for x in range(24):
+            asking = open_connections.enter_context(socket.create_connection(("127.0.0.1", port)))
+            path = f"/{address.split('/')[3]}/api/slides/plain/region?x={x}&y=0&size=256&px=256"
+            asking.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        time.sleep(0.3)
         job.send_signal(2)
-        assert job.wait(10) == 0
+        assert job.communicate(timeout=20)[1] == ""
+    assert job.returncode == 0
 
 
 def test_one_slide_is_one_and_a_viewer_that_is_stopped_has_nothing_to_go_on_with(made: Results) -> None:
