@@ -84,10 +84,14 @@ class Tissue:
         pixel = self.downsample[0] * self.downsample[1] * (slide_mpp / 1000) ** 2
         return float(np.count_nonzero(mask) * pixel)
 
-    def to_geojson(self) -> str:
+    def to_geojson(self, name: str = "Tissue", colour: tuple[int, int, int] = (213, 94, 0)) -> str:
         """The contours as a GeoJSON FeatureCollection in level-0 pixels, one Polygon a region; QuPath opens it.
 
         Rings are closed and wound as RFC 7946 asks: outlines counterclockwise, holes clockwise (with y as given).
+
+        Args:
+            name: QuPath's class of the regions.
+            colour: RGB of that class.
         """
         features = []
         for polygon in self.contours:
@@ -95,7 +99,7 @@ class Tissue:
             for number, points in enumerate(polygon):
                 ring = points if (_signed_area(points) > 0) == (number == 0) else points[::-1]
                 rings.append(np.round([*ring, ring[0]], 2).tolist())
-            properties = {"objectType": "annotation", "classification": {"name": "Tissue", "color": [213, 94, 0]}}
+            properties = {"objectType": "annotation", "classification": {"name": name, "color": list(colour)}}
             features.append(
                 {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": rings}, "properties": properties}
             )

@@ -1,6 +1,5 @@
 """The attention map: a picture of which keys each query sees, made by asking the attention function itself."""
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +11,14 @@ import numpy as np
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from ...ranges import checked
+from ..report.figure_files import drawn
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ...data.features.features import Features
     from ...models.slide_encoder.attention_pattern import Pattern
     from .seen import Rule
 
-FORMATS = (".png", ".svg", ".pdf")
+FORMATS: dict[str, Literal["png", "svg", "pdf"]] = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 
 MOST_TOKENS = 2**20
 """More would take minutes and gigabytes to count."""
@@ -166,7 +164,13 @@ def attention_map(
         "learned": [f"its block of {block_size}, {chosen_blocks} chosen"],
     }[pattern]
     lengths = [length for length, _ in branches]
-    _save(draw_attention_map(seen, title, labels, lengths, causal, result.share, pairs), output)
+    write_whole(
+        output,
+        drawn(
+            draw_attention_map(seen, title, labels, lengths, causal, result.share, pairs),
+            FORMATS[output.suffix.lower()],
+        ),
+    )
     print(
         f"{output}: each head scores {result.share:.1%} of dense attention's query-key pairs; all heads together see "
         f"{'about ' * (seen.block > 1)}{result.seen:.1%} of them"
@@ -240,7 +244,7 @@ def _of_slide(
     number = len(features.coords) // 2 if place is None else _tile_at(path, features, place)
     x, y = features.coords[number].tolist()
     title = f"{features.slide_id}: which tiles the tile at {x:,}, {y:,} sees ({sight.name}, {sight.heads} heads)"
-    _save(draw_slide_map(features.cells, number, sight, title), output)
+    write_whole(output, drawn(draw_slide_map(features.cells, number, sight, title), FORMATS[output.suffix.lower()]))
     result = AttentionMap(output, sight.pairs / (sight.heads * sight.tokens**2), sight.share_seen(number))
     print(
         f"{output}: the tile at {x:,}, {y:,} sees {result.seen:.1%} of the {len(features.coords):,} tiles in one layer; "
@@ -266,16 +270,6 @@ def _tile_at(path: Path, features: "Features", tile: str) -> int:
             f"{path}: no tile holds the pixel {place[0]:,}, {place[1]:,}; the nearest begins at {x}, {y}"
         )
     return int(np.flatnonzero(inside)[distance[inside].argmin()])
-
-
-def _save(figure: "Figure", output: Path) -> None:
-    """Write a figure by its suffix; text stays text."""
-    import matplotlib
-
-    picture = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):
-        figure.savefig(picture, format=output.suffix[1:].lower())
-    write_whole(output, picture.getbuffer())
 
 
 def visible_keys(

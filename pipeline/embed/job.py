@@ -22,7 +22,7 @@ from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.readers import TileReaders
 from ...data.tiles.stream import TileStream
 from ...data.tissue.base import Tissue, settings_of
-from ...data.whole_file import remove_leftovers, write_picture
+from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError, printable
 from ..batch.claims import claim
 from ..batch.memory import Turn
@@ -32,7 +32,7 @@ from ..batch.result import SlideResult
 from ..batch.watched import WatchedProcesses
 from .layout import Tiling
 from .local_copies import LocalCopies
-from .qc import draw_qc
+from .qc import draw_qc, qc_files
 
 if TYPE_CHECKING:
     from ...models.slide_encoder.base import AnySlideEncoder
@@ -176,7 +176,7 @@ class EmbedJob:
                 if self.slide_encoder is None or existing.slide_embedding is not None:
                     return SlideResult.done(entry, existing, self.path(entry), "already complete")
                 return PreparedSlide(entry, None, resources.pop_all(), started)
-            for path in (self.path(entry), self._qc_path(entry)):
+            for path in (self.path(entry), *qc_files(self._qc_path(entry))):
                 remove_leftovers(path)
             tiled = self._tile(entry, turn, resources)
             if not len(tiled.stream):
@@ -300,7 +300,7 @@ class EmbedJob:
         embeddings, index = prepared.embedded
         blurred = int(np.count_nonzero(stream.blur > self.max_blur))
         if blurred or stream.bad_tiles:
-            write_picture(self._qc_path(entry), draw_qc(slide, tissue, grid, stream.blur, self.max_blur))
+            draw_qc(slide, tissue, grid, stream.blur, self.max_blur).save(self._qc_path(entry))
         if blurred and not len(index):
             why = f"all {blurred} readable tiles are more blurred than --max-blur {self.max_blur:g}"
             return replace(self._nothing_to_embed(entry, tiled, why), blurred_tiles=blurred)

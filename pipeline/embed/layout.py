@@ -13,7 +13,6 @@ from ...data.slides.slide_table import SlideEntry
 from ...data.tiles.grid import Grid, make_grid
 from ...data.tissue.base import Tissue, TissueSegmenter
 from ...data.tissue.mask import Mask
-from ...data.whole_file import write_picture
 from ...errors import LongslideError
 from ..batch.memory import Turn
 from ..batch.watched import WatchedProcesses, can_be_sent
@@ -166,7 +165,7 @@ def lay_out(entry: SlideEntry, tiling: Tiling, reader: type[SlideReader] | None,
     """
     with open_slide(entry.path, slide_mpp=entry.slide_mpp, slide_id=entry.slide_id, reader=reader) as slide:
         tissue, grid = tiling.on(slide, entry)
-        write_picture(picture, draw_qc(slide, tissue, grid))
+        draw_qc(slide, tissue, grid).save(picture)
         return Layout(tissue, grid, slide.unreadable_levels, slide.differing_levels)
 
 

@@ -1,5 +1,6 @@
 """Explanations of predictions: scores of a feature file's tiles, and their pictures, tables and GeoJSON."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,8 +170,8 @@ def write_explanation(
     thumbnail: np.ndarray | None,
     tissue: str | None = None,
 ) -> dict[str, Any]:
-    """Write `tiles.csv`, and, where the feature file has level-0 pixels, `tiles.geojson`; with the slide also `overlay.png`
-    and `gallery/`.
+    """Write `tiles.csv`, and, where the feature file has level-0 pixels, `tiles.geojson` with the tissue too; with the slide
+    also `overlay.png`, `.svg` and `.pdf`, and `gallery/`.
 
     Args:
         folder: Where to; it exists.
@@ -209,6 +210,7 @@ def write_explanation(
     collection = tiles_to_geojson(explanation.coords, size, scores)
     for values, title, colour in regions:
         collection += regions_to_geojson(explanation.coords, size, values, threshold, name=title, colour=colour)
+    collection += [] if tissue is None else json.loads(tissue).get("features", [])
     write_whole(folder / "tiles.geojson", to_geojson(collection).encode())
     if slide is None or thumbnail is None:
         return written
@@ -217,14 +219,17 @@ def write_explanation(
     overlay = draw_overlay(
         thumbnail,
         tile_raster(explanation.coords, size, shown, slide.bounds, (width, height)),
-        title=f"{explanation.slide_id}\n{prediction.text}   {explanation.method.replace('-', ' ')}",
+        title=f"{explanation.slide_id}\n{prediction.text}, scores by {explanation.method.replace('-', ' ')}",
         mm_per_px=slide.mpp.value / 1000 * slide.bounds[2] / width,
         limit=limit,
         ends=score_ends(name, explanation.signed),
+        unit=score_unit(explanation, name),
         signed=explanation.signed,
         tissue=[(ring - slide.bounds[:2]) * scale for ring in _rings(tissue)],
     )
-    write_picture(folder / "overlay.png", overlay)
+    write_picture(folder / "overlay.png", overlay.pixels())
+    write_whole(folder / "overlay.svg", overlay.svg())
+    write_whole(folder / "overlay.pdf", overlay.pdf())
     gallery = write_gallery(folder / "gallery", slide, explanation.coords, size, shown)
     return written | {"gallery": [asdict(tile) for tile in gallery]}
 
@@ -239,6 +244,13 @@ def _rings(tissue: str | None) -> list[np.ndarray]:
         for ring in (polygon.exterior, *polygon.interiors)
     ]
     return [np.asarray(ring.coords) for ring in rings]
+
+
+def score_unit(explanation: Explanation, name: str) -> str:
+    """What the scores of a column are measured in."""
+    if not explanation.signed:
+        return "attention weight"
+    return name if name in ("value", "risk") else "log-odds"
 
 
 def score_ends(name: str, signed: bool) -> tuple[str, str]:

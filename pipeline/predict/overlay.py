@@ -1,12 +1,20 @@
 """The overlay of a slide: its thumbnail, beside it a score for each tile in colour, a legend, a scale bar and a title."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from ..embed.qc import TEXT_COLOUR, draw_scale_bar
+from ...data.tissue.base import Tissue
+from ..report.slide_picture import (
+    TEXT_COLOUR,
+    Align,
+    Pen,
+    SlidePicture,
+    closed_rings,
+    fitted,
+    legend_rows,
+)
 
 SIGNED_MAP = "coolwarm"
 """Colour map of signed scores: blue, light grey, red. Its steps look alike (https://doi.org/10.1007/978-3-642-10520-3_9),
@@ -84,8 +92,10 @@ def tile_raster(
     return mean
 
 
-def paint_tiles(thumbnail: np.ndarray, raster: np.ndarray, limit: float, *, signed: bool) -> np.ndarray:
-    """Paint a raster of scores over a thumbnail.
+def score_layers(
+    thumbnail: np.ndarray, raster: np.ndarray, limit: float, *, signed: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """A raster of scores as colours to lay over a thumbnail.
 
     Args:
         thumbnail: `(h, w, 3)` uint8 RGB, `Slide.thumbnail`.
@@ -94,44 +104,27 @@ def paint_tiles(thumbnail: np.ndarray, raster: np.ndarray, limit: float, *, sign
         signed: Whether scores go from -limit to limit, or from 0.
 
     Returns:
-        `(h, w, 3)` uint8 RGB.
+        The thumbnail, grey where there are scores, `(h, w, 3)` uint8 RGB; and the colours, `(h, w, 4)` uint8 RGBA.
     """
     from matplotlib import colormaps
 
     covered = ~np.isnan(raster)
     share = raster[covered] / limit
-    colours = colormaps[SIGNED_MAP if signed else UNSIGNED_MAP](0.5 + share / 2 if signed else share)[:, :3] * 255
-    grey = cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY)[covered][:, None]
-    opacity = OPACITY[0] + (OPACITY[1] - OPACITY[0]) * np.abs(share).clip(0, 1)[:, None]
-    painted = thumbnail.copy()
-    painted[covered] = np.rint(opacity * colours + (1 - opacity) * grey).astype(np.uint8)
+    grey, colours = thumbnail.copy(), np.zeros((*raster.shape, 4), np.uint8)
+    grey[covered] = cv2.cvtColor(thumbnail, cv2.COLOR_RGB2GRAY)[covered][:, None]
+    map_of = colormaps[SIGNED_MAP if signed else UNSIGNED_MAP]
+    colours[covered, :3] = map_of(0.5 + share / 2 if signed else share, bytes=True)[:, :3]
+    opacity = OPACITY[0] + (OPACITY[1] - OPACITY[0]) * np.abs(share).clip(0, 1)
+    colours[covered, 3] = np.rint(255 * opacity)
+    return grey, colours
+
+
+def paint_tiles(thumbnail: np.ndarray, raster: np.ndarray, limit: float, *, signed: bool) -> np.ndarray:
+    """Paint a raster of scores over a thumbnail: both of `score_layers`, `(h, w, 3)` uint8 RGB."""
+    grey, colours = score_layers(thumbnail, raster, limit, signed=signed)
+    opacity = colours[..., 3:] / 255
+    painted: np.ndarray = np.rint(opacity * colours[..., :3] + (1 - opacity) * grey).astype(np.uint8)
     return painted
-
-
-def outline(
-    picture: np.ndarray, raster: np.ndarray, limit: float, tissue: Sequence[np.ndarray], *, signed: bool
-) -> np.ndarray:
-    """Draw the tissue's contours, and around the strongest tiles lines in the colours of the map's ends.
-
-    Args:
-        picture: `(h, w, 3)` uint8 RGB.
-        raster: `(h, w)` scores; NaN where there is no tile.
-        limit: Magnitude at which the colours end.
-        tissue: Rings `(n, 2)` of (x, y) in pixels of the picture.
-        signed: Whether scores below 0 are outlined too.
-
-    Returns:
-        `(h, w, 3)` uint8 RGB, another picture.
-    """
-    drawn = picture.copy()
-    width = max(1, round(max(drawn.shape[:2]) / CONTOUR_WIDTH))
-    rings = [np.rint(ring).astype(np.int32) for ring in tissue]
-    cv2.polylines(drawn, rings, isClosed=True, color=TEXT_COLOUR, thickness=width, lineType=cv2.LINE_AA)
-    for sign, colour in ((1, FOR_COLOUR), (-1, AGAINST_COLOUR))[: 1 + signed]:
-        strong = (np.nan_to_num(sign * raster) >= STRONG * limit).astype(np.uint8)
-        around, _ = cv2.findContours(strong, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(drawn, around, -1, colour, 2 * width)
-    return drawn
 
 
 def draw_overlay(
@@ -142,9 +135,10 @@ def draw_overlay(
     mm_per_px: float | None,
     limit: float,
     ends: tuple[str, str],
+    unit: str = "",
     signed: bool = True,
     tissue: Sequence[np.ndarray] = (),
-) -> Image.Image:
+) -> SlidePicture:
     """The thumbnail with outlines of tissue and of the strongest tiles, and beside it (below it, if it is wide) the painted
     one; above them a title, below them a scale bar and a legend.
 
@@ -155,67 +149,70 @@ def draw_overlay(
         mm_per_px: Millimetres per pixel of the thumbnail; None leaves the scale bar out.
         limit: Magnitude at which the colours end.
         ends: What the low and the high end of the colours mean.
+        unit: What a score is measured in.
         signed: Whether scores go from -limit to limit, or from 0.
-        tissue: Rings `(n, 2)` of the tissue's contours, (x, y) in pixels of the thumbnail.
+        tissue: Closed rings `(n, 2)` of the tissue's contours, (x, y) in pixels of the thumbnail.
 
     Returns:
-        An RGB picture, at least 480 pixels wide; the two are centred in it, unscaled.
+        A picture at least 480 pixels wide; the two are centred in it, unscaled.
     """
-    plain = outline(thumbnail, raster, limit, tissue, signed=signed)
-    painted = outline(
-        paint_tiles(thumbnail, raster, limit, signed=signed), np.full_like(raster, np.nan), limit, tissue, signed=signed
-    )
-    below_one_another = thumbnail.shape[1] > 1.5 * thumbnail.shape[0]
-    gap = np.full_like(thumbnail[:GAP] if below_one_another else thumbnail[:, :GAP], 255)
-    both = np.concatenate([plain, gap, painted], axis=0 if below_one_another else 1)
-    height, width = both.shape[:2]
-    canvas_width = max(width, 480)
-    size = max(12, round(canvas_width / 70))  # to be read where the picture is as wide as a page
-    title_font, lines = _fit(title, canvas_width - 2 * size, size)
+    height, width = thumbnail.shape[:2]
+    below_one_another = width > 1.5 * height
+    step = (0, height + GAP) if below_one_another else (width + GAP, 0)
+    canvas_width = max(width + step[0], 480)
+    size = max(13, round(canvas_width / 70))  # to be read where the picture is as wide as a page
+    line_width = max(1.0, max(height, width) / CONTOUR_WIDTH)
+    lines = title.split("\n")
+    legend = [(Pen(TEXT_COLOUR, line_width), "tissue")] if tissue else []
+    strong = list(_strong(raster, limit, line_width, ends, signed))
+    legend += [(pen, text) for pen, text, _ in strong]
+    room = canvas_width - 2 * size
     top = round((len(lines) * 1.35 + 0.8) * size)
-    bottom = round(5.2 * size)
-    canvas = Image.new("RGB", (canvas_width, top + height + bottom), "white")
-    draw = ImageDraw.Draw(canvas)
+    bottom = top + height + step[1]
+    picture = SlidePicture(canvas_width, bottom + round((5.6 + 1.6 * len(legend_rows(legend, room, size))) * size))
     for number, line in enumerate(lines):
-        draw.text((size, (0.5 + 1.35 * number) * size), line, fill=TEXT_COLOUR, font=title_font)
-    canvas.paste(Image.fromarray(both), ((canvas_width - width) // 2, top))
-    below = top + height + round(0.9 * size)
+        picture.text((size, (1.35 + 1.35 * number) * size), *fitted(line, room, size))
+    left = (canvas_width - width - step[0]) // 2
+    panels = [picture.image((left, top), thumbnail)]
+    grey, colours = score_layers(thumbnail, raster, limit, signed=signed)
+    panels.append(picture.image((left + step[0], top + step[1]), grey))
+    picture.image(panels[1].at, colours)
+    for panel in panels:
+        panel.draw(tissue, Pen(TEXT_COLOUR, line_width))
+    for pen, _, area in strong:
+        panels[0].draw(closed_rings(area), pen)
+    below = bottom + size
     if mm_per_px is not None:
-        draw_scale_bar(draw, (size, below + size), 0.3 * canvas_width, mm_per_px, size)
-    _draw_legend(canvas, below, size, limit, ends, signed)
-    return canvas
+        picture.scale_bar((size, below + size), 0.3 * canvas_width, mm_per_px, size)
+    _draw_colours(picture, below, size, limit, ends, unit, signed)
+    picture.legend((size, below + 4.4 * size), room, legend, size)
+    return picture
 
 
-def _fit(text: str, width: float, size: int) -> tuple[ImageFont.ImageFont | ImageFont.FreeTypeFont, Sequence[str]]:
-    """A font in which the longest line fits, as long as it can still be read; else the line is cut."""
-    lines = text.split("\n")
-    font = ImageFont.load_default(size)
-    while size > 9 and max(font.getlength(line) for line in lines) > width:
-        size -= 1
-        font = ImageFont.load_default(size)
-    for number, line in enumerate(lines):
-        while font.getlength(line) > width and len(line) > 4:
-            line = line.removesuffix("...")[:-1] + "..."
-        lines[number] = line
-    return font, lines
+def _strong(
+    raster: np.ndarray, limit: float, line_width: float, ends: tuple[str, str], signed: bool
+) -> Iterator[tuple[Pen, str, Tissue]]:
+    """The areas of the strongest tiles: how they are drawn, what they are, where they are."""
+    for sign, colour, end in ((1, FOR_COLOUR, ends[1]), (-1, AGAINST_COLOUR, ends[0]))[: 1 + signed]:
+        area = np.nan_to_num(sign * raster) >= STRONG * limit
+        if area.any():
+            bound = f"{sign * STRONG * limit:+.2g}" if signed else f"{STRONG * limit:.2g}"
+            text = f"{end}: {bound} or {'more' if sign > 0 else 'less'}"
+            yield Pen(colour, 2 * line_width, dashed=sign < 0), text, Tissue(area, (1, 1), "")
 
 
-def _draw_legend(canvas: Image.Image, top: int, size: int, limit: float, ends: tuple[str, str], signed: bool) -> None:
+def _draw_colours(
+    picture: SlidePicture, top: int, size: int, limit: float, ends: tuple[str, str], unit: str, signed: bool
+) -> None:
     """A bar of the colours as they look over a middle grey, its ends named and numbered, at the right."""
-    draw = ImageDraw.Draw(canvas)
-    bar = round(0.5 * canvas.width)
-    left = canvas.width - size - bar
-    values = np.linspace(-limit if signed else 0, limit, bar)
-    grey = np.full((size, bar, 3), 200, np.uint8)
-    painted = paint_tiles(grey, np.broadcast_to(values, (size, bar)), limit, signed=signed)
-    canvas.paste(Image.fromarray(painted), (left, top))
-    numbers = ImageFont.load_default(max(10, round(0.85 * size)))
-    below = top + round(1.25 * size)
+    bar = round(0.5 * picture.width)
+    left = picture.width - size - bar
+    values = np.broadcast_to(np.linspace(-limit if signed else 0, limit, bar), (size, bar))
+    picture.image((left, top), paint_tiles(np.full((size, bar, 3), 200, np.uint8), values, limit, signed=signed))
     low, middle, high = (f"{-limit:.2g}", "0", f"+{limit:.2g}") if signed else ("0", "", f"{limit:.2g}")
-    draw.text((left, below), low, fill=TEXT_COLOUR, font=numbers, anchor="la")
-    draw.text((left + bar / 2, below), middle, fill=TEXT_COLOUR, font=numbers, anchor="ma")
-    draw.text((left + bar, below), high, fill=TEXT_COLOUR, font=numbers, anchor="ra")
-    below += round(1.2 * size)
-    for text, x, anchor in ((ends[0], left, "la"), (ends[1], left + bar, "ra")):
-        font, [line] = _fit(text, 0.48 * bar, size)
-        draw.text((x, below), line, fill=TEXT_COLOUR, font=font, anchor=anchor)
+    places: tuple[tuple[float, Align], ...] = ((left, "left"), (left + bar / 2, "center"), (left + bar, "right"))
+    for (x, align), text in zip(places, (low, middle, high), strict=True):
+        picture.text((x, top + 2.1 * size), text, size, align)
+    for (x, align), text, room in zip(places, (ends[0], unit, ends[1]), (0.36, 0.26, 0.36), strict=True):
+        shown, smaller = fitted(text, room * bar, size)
+        picture.text((x, top + 3.4 * size), shown, smaller, align)

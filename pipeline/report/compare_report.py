@@ -14,6 +14,7 @@ from ...evaluation.classification import Classes
 from ...evaluation.evaluate import LOWER_IS_BETTER, PRIMARY_METRIC, headline_scope
 from ...evaluation.outcomes import read_outcomes
 from ...evaluation.scopes import select
+from ...plurals import count
 from ...task import Task
 from . import run_figures
 from .page import Cell, Page, Picture, Table
@@ -22,7 +23,6 @@ from .run_folder import Run
 from .run_tables import narrow_cell
 from .wording import (
     NO_PROOF,
-    count,
     interval,
     metric_name,
     number,

@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ...plurals import count
 from ...prediction_columns import survival_times, time_text
 from ...task import CLASSIFICATION
 from .run_folder import Run
-from .wording import count, held_out, intervals_text, metric_name, task_text
+from .wording import held_out, intervals_text, metric_name, task_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,7 +5,6 @@ the parts are the macros of `templates/macros.html`, the frame is `templates/pag
 """
 
 import base64
-import io
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...data.table import csv_of_frame
 from ...data.whole_file import write_whole
 from ...version import __version__
+from .figure_files import OUTLINES, drawn, write_vectors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,8 +170,7 @@ class Page:
 
 def figure_uri(figure: "Figure") -> str:
     """A matplotlib figure as a data URI of an SVG: sharp at any size and in print."""
-    # Text as outlines, so that it looks the same everywhere.
-    return "data:image/svg+xml;base64," + base64.b64encode(_drawn(figure, "svg", {"svg.fonttype": "path"})).decode()
+    return "data:image/svg+xml;base64," + base64.b64encode(drawn(figure, "svg", OUTLINES)).decode()
 
 
 def write_picture(path: Path, picture: Picture) -> None:
@@ -184,13 +183,8 @@ def write_picture(path: Path, picture: Picture) -> None:
     Raises:
         LongslideError: A file cannot be written.
     """
-    files = {
-        ".svg": _drawn(picture.figure, "svg", {"svg.fonttype": "none"}),
-        ".pdf": _drawn(picture.figure, "pdf", {"pdf.fonttype": 42}),
-        ".csv": csv_of_frame(picture.points),
-    }
-    for suffix, content in files.items():
-        write_whole(path.with_name(path.name + suffix), content, "folder")
+    write_vectors(path, picture.figure)
+    write_whole(path.with_name(f"{path.name}.csv"), csv_of_frame(picture.points), "folder")
 
 
 def _file_name(text: str, taken: Collection[str]) -> str:
@@ -200,14 +194,3 @@ def _file_name(text: str, taken: Collection[str]) -> str:
     while (found := name if number == 1 else f"{name}-{number}") in taken:
         number += 1
     return found
-
-
-def _drawn(figure: "Figure", kind: str, settings: dict[str, Any]) -> bytes:
-    import matplotlib
-
-    content = io.BytesIO()
-    # No date and no random ids: the same figure gives the same bytes.
-    metadata = {"Date": None} if kind == "svg" else {"CreationDate": None}
-    with matplotlib.rc_context({"svg.hashsalt": "longslide"} | settings):
-        figure.savefig(content, format=kind, metadata=metadata)
-    return content.getvalue()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ...data.table import read_rows
 from ...errors import LongslideError
+from ...plurals import count
 from ...prediction_columns import time_text
 from ...ranges import checked
 from ...task import Task
@@ -20,7 +21,7 @@ from ..batch.ledger import SUMMARY
 from ..predict.prediction import PREDICTIONS, Prediction, read_predictions
 from ..predict.slide_json import read_json
 from .page import Cell, Page, Table
-from .wording import count, number, probability, task_text
+from .wording import number, probability, task_text
 
 REPORT = "report.html"
 

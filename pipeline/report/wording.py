@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...plurals import count
 from ...task import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
@@ -87,11 +88,6 @@ def p_text(p: float) -> str:
     if not np.isfinite(p):
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def count(n: int, noun: str) -> str:
-    """`1 slide`, `2 slides`."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def seen_mark(seen: Mapping[str, Any] | None) -> str:

@@ -101,6 +101,13 @@ def test_each_slide_becomes_a_feature_file_a_picture_and_a_row(job: dict[str, An
         assert (np.diff(order) > 0).all(), "row by row"
         with Image.open(job["output"] / "qc" / f"{result.slide_id}.jpg") as picture:
             assert picture.width == 1536
+        figure = job["output"] / "qc" / "figures" / result.slide_id
+        assert f"{result.tiles} tiles</text>" in figure.with_suffix(".svg").read_text()
+        assert figure.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+        with figure.with_suffix(".csv").open() as table:
+            drawn = [(int(row["x"]), int(row["y"]), row["state"]) for row in csv.DictReader(table)]
+        assert drawn == [(x, y, "tile") for x, y in features.coords.tolist()]
+        assert json.loads(figure.with_suffix(".geojson").read_text()) == json.loads(features.tissue or "")
     rows = summary(job["output"])
     assert set(rows) == {"a", "b", "c"}
     assert {row["status"] for row in rows.values()} == {"done"}

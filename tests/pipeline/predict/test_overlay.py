@@ -18,7 +18,6 @@ from longslide.pipeline.predict.overlay import (
     SIGNED_MAP,
     UNSIGNED_MAP,
     draw_overlay,
-    outline,
     paint_tiles,
     score_limit,
     tile_raster,
@@ -129,7 +128,7 @@ def test_the_thumbnail_is_in_the_overlay_twice_unscaled_with_title_and_legend_ar
             mm_per_px=0.002,
             limit=1.0,
             ends=("against a class with a name as long as can be " * 3, "for it"),
-        )
+        ).pixels()
     )
     first = (picture[:, :, None] == thumbnail[0, 0]).all(-1)
     corners = [
@@ -152,15 +151,32 @@ def test_outlines_leave_the_stain_of_tissue_and_of_the_strongest_tiles_to_be_see
     raster = np.full((200, 300), np.nan)
     raster[40:160, 60:240] = 0.2
     raster[60:100, 80:120], raster[60:100, 160:200] = 1.0, -0.9
-    ring = np.array([[60, 40], [240, 40], [240, 160], [60, 160]])
-    drawn = outline(thumbnail, raster, 1.0, [ring], signed=True)
-    assert (drawn == thumbnail).all(-1).mean() > 0.95
-    assert (drawn[60, 80:119] == FOR_COLOUR).all()
-    assert (drawn[60, 160:199] == AGAINST_COLOUR).all()
-    assert (drawn[100, 60] < 60).all(), "the tissue's contour"
-    assert (thumbnail == (210, 150, 190)).all(), "another picture"
-    unsigned = outline(thumbnail, raster, 1.0, [], signed=False)
-    assert not (unsigned == AGAINST_COLOUR).all(-1).any()
+    ring = np.array([[60, 40], [240, 40], [240, 160], [60, 160], [60, 40]])
+
+    def drawn(tissue: list[np.ndarray], signed: bool = True) -> np.ndarray:
+        picture = draw_overlay(
+            thumbnail,
+            raster,
+            title="a",
+            mm_per_px=None,
+            limit=1.0,
+            ends=("against", "for"),
+            signed=signed,
+            tissue=tissue,
+        )
+        pixels = np.asarray(picture.pixels())
+        top = int((pixels == thumbnail[0, 0]).all(-1).any(1).argmax())
+        return pixels[top : top + 200, :300]
+
+    outlined = drawn([ring])
+    assert (outlined == thumbnail).all(-1).mean() > 0.95
+    near = lambda colour: np.abs(outlined.astype(int) - colour).max(-1) < 40  # noqa: E731
+    assert near(FOR_COLOUR)[59:62, 80:119].any(0).all()
+    around = near(AGAINST_COLOUR)[59:62, 160:199].any(0)
+    assert 0.4 < around.mean() < 0.9, "dashed: not colour alone tells it from the other"
+    assert (outlined[100, 60] < 60).all(), "the tissue's contour"
+    unsigned = drawn([], signed=False)
+    assert not (np.abs(unsigned.astype(int) - AGAINST_COLOUR).max(-1) < 40).any()
 
 
 def test_a_weak_score_hides_less_than_a_strong_one() -> None:

@@ -107,10 +107,13 @@ def test_from_slides_alone_to_prediction_picture_and_scores(home: Path, job: dic
         pictures = output / "slides" / slide_id
         with Image.open(pictures / "overlay.png") as overlay:
             assert overlay.width == 1024 + GAP + 1024
+        assert "log-odds</text>" in (pictures / "overlay.svg").read_text()
+        assert (pictures / "overlay.pdf").read_bytes().startswith(b"%PDF")
         scores = rows(pictures / "tiles.csv")
         assert [[int(tile["x"]), int(tile["y"])] for tile in scores] == features.coords.tolist()
-        tiles = [one for one in json.loads((pictures / "tiles.geojson").read_text())["features"]
-                 if one["properties"]["objectType"] == "tile"]  # fmt: skip
+        shapes = json.loads((pictures / "tiles.geojson").read_text())["features"]
+        assert any(one["properties"].get("classification", {}).get("name") == "Tissue" for one in shapes)
+        tiles = [one for one in shapes if one["properties"]["objectType"] == "tile"]
         assert [float(tile["score_tumour"]) for tile in scores] == [
             tile["properties"]["measurements"]["tumour"] for tile in tiles
         ]
