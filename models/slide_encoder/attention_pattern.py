@@ -129,17 +129,17 @@ def check_pattern(pattern: str, **settings: int) -> None:
     if pattern not in PATTERNS:
         raise LongslideError(f"attention pattern {pattern!r} is none of {', '.join(PATTERNS)}")
     for name, least in PATTERN_SETTINGS.items():
-        value = settings.get(name, 0)
+        value, words = settings.get(name, 0), name.replace("_", " ")
         if pattern not in least:
             if value:
                 owners = " or ".join(map(repr, least))
                 raise LongslideError(
-                    f"{name} {value} is for attention pattern {owners}, not {pattern!r}: leave it at 0"
+                    f"{words} {value} is for attention pattern {owners}, not {pattern!r}: leave it at 0"
                 )
         elif value < least[pattern]:
             article = "" if name.endswith("s") else "a "
             raise LongslideError(
-                f"attention pattern {pattern!r} needs {article}{name} of at least {least[pattern]}, not {value}"
+                f"attention pattern {pattern!r} needs {article}{words} of at least {least[pattern]}, not {value}"
             )
 
 

@@ -23,6 +23,13 @@ FORMATS: dict[str, Literal["png", "svg", "pdf"]] = {".png": "png", ".svg": "svg"
 MOST_TOKENS = 2**20
 """More would take minutes and gigabytes to count."""
 
+MORE_THAN_ALL = {
+    "dilated": "; a pair that several branches see is scored by each",
+    "random": "; a random key that is near or global too is scored twice",
+    "learned": "; the pairs of blocks, by which it chooses, count too",
+}
+"""Why a head may score more pairs than there are."""
+
 
 @dataclass(frozen=True)
 class AttentionMap:
@@ -125,6 +132,7 @@ def attention_map(
     if tile is not None or checkpoint is not None:
         name, what = ("tile", "tile of a slide") if tile is not None else ("checkpoint", "model that looks at a slide")
         raise LongslideError(f"--{name} is a {what}: give its feature file as --slide")
+    from ...models.slide_encoder.attention_pattern import check_pattern
     from .figure import MAX_BRANCHES, draw_attention_map
     from .seen import MOST_POINTS, dense_pairs, see_blocks, see_every_pair
 
@@ -137,6 +145,7 @@ def attention_map(
         raise LongslideError(
             f"--tokens {tokens} and --heads {heads}: a picture takes 1 to {MOST_TOKENS:,} tokens and a head or more"
         )
+    check_pattern(pattern, **settings)
     if tokens <= MOST_POINTS:
         seen = see_every_pair(visible_keys(tokens, heads, pattern, causal, branches=branches, **settings), causal)
     else:
@@ -154,14 +163,15 @@ def attention_map(
         "random": "Random attention (BigBird)" if window and global_tokens else "Random attention",
         "learned": "Learned sparsity, for random tokens",
     }
+    blocks = math.ceil(tokens / max(block_size, 1))
     title = names.get(pattern, f"{pattern.capitalize()} attention")
     labels = {
         "dilated": [f"segments of {length:,}, {_every(ratio)}" for length, ratio in branches],
         "dense": [_every(1)],
         "sliding-window": [f"within {window} tokens"],
         "strided": [_every(period or 1)],
-        "random": [_random_words(random_keys, window, global_tokens)],
-        "learned": [f"its block of {block_size}, {chosen_blocks} chosen"],
+        "random": [_random_words(min(random_keys, tokens), window, global_tokens)],
+        "learned": [f"its block of {block_size}, {min(chosen_blocks, blocks - 1)} of {blocks - 1} others chosen"],
     }[pattern]
     lengths = [length for length, _ in branches]
     write_whole(
@@ -173,7 +183,7 @@ def attention_map(
     )
     print(
         f"{output}: each head scores {result.share:.1%} of dense attention's query-key pairs; all heads together see "
-        f"{'about ' * (seen.block > 1)}{result.seen:.1%} of them"
+        f"{'about ' * (seen.block > 1)}{result.seen:.1%} of them{MORE_THAN_ALL[pattern] if result.share > 1 else ''}"
     )
     return result
 
@@ -186,11 +196,9 @@ def _rule(
     branches: Sequence[tuple[int, int]],
     settings: dict[str, int],
 ) -> "Rule":
-    """A pattern by its rule, its settings checked as the attention function does."""
-    from ...models.slide_encoder.attention_pattern import check_pattern
+    """A pattern by its rule."""
     from .seen import Chosen, Classes, Near
 
-    check_pattern(pattern, **settings)
     window = settings["window"]
     if pattern == "sliding-window":
         return Near(tokens, heads, window, causal)

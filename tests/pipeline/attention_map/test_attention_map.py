@@ -118,8 +118,8 @@ def test_every_pattern_can_be_drawn(settings: dict[str, object], tmp_path: Path)
         ({"pattern": "strided"}, "needs a period"),
         ({"pattern": "sparse"}, "'sparse' is none of"),
         ({"window": 4}, "window 4 is for attention pattern 'sliding-window' or 'random'"),
-        ({"pattern": "random"}, "needs random_keys of at least 1"),
-        ({"pattern": "learned", "block_size": 8}, "needs chosen_blocks of at least 1"),
+        ({"pattern": "random"}, "needs random keys of at least 1"),
+        ({"pattern": "learned", "block_size": 8}, "needs chosen blocks of at least 1"),
         ({"block_size": -8}, "--block-size -8 must be at least 0"),
     ],
 )
@@ -129,6 +129,17 @@ def test_a_configuration_that_does_not_fit_is_refused(
     with pytest.raises(LongslideError, match=message):
         attention_map(tmp_path / "map.png", **settings)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_more_blocks_than_there_are_see_all_and_the_work_of_choosing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"tokens": 64, "pattern": "learned", "block_size": 16}
+    all_three = attention_map(tmp_path / "three.svg", chosen_blocks=3, **options)  # type: ignore[arg-type]
+    more = attention_map(tmp_path / "more.svg", chosen_blocks=99, **options)  # type: ignore[arg-type]
+    assert (more.share, more.seen) == (all_three.share, 1) == (1 + 16 / 64**2, 1)
+    assert "the pairs of blocks, by which it chooses, count too" in capsys.readouterr().out
+    assert "its block of 16, 3 of 3 others chosen" in (tmp_path / "more.svg").read_text()
 
 
 @pytest.mark.slow
