@@ -1,6 +1,7 @@
 """Tables as spreadsheets, statistics programs and people write them."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from longslide.data.table import csv_of, csv_of_frame, decimal_points, find_column, read_table, typed
-from longslide.errors import LongslideError
+
+from .refusals import refused
 
 ROWS = [["slide_id", "Größe", "age"], ["007", "groß; sehr", "1.5"], ["1.0", 'a "b", c', ""], ["1e5", "é", "3"]]
 
@@ -21,11 +23,7 @@ def read(path: Path, content: bytes) -> pd.DataFrame:
     return read_table(path)
 
 
-def refusal(path: Path) -> str:
-    with pytest.raises(LongslideError) as caught:
-        read_table(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+refusal = partial(refused, read_table)
 
 
 def delimited(separator: str, rows: list[list[str]] = ROWS) -> str:

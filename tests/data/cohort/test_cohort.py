@@ -1,6 +1,7 @@
 """Tables of labels: what they may look like, what is listed, what is refused."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from longslide.data.cohort.cohort import Cohort, read_cohort
 from longslide.data.cohort.task_file import read_task_file
 from longslide.errors import LongslideError
 from longslide.task import Task
+
+from ..refusals import refused
 
 Write = Callable[..., Path]
 
@@ -27,12 +30,7 @@ def labelled(*labels: Any, **more: list[Any]) -> list[dict[str, Any]]:
     return pd.DataFrame(columns).to_dict("records")
 
 
-def refusal(*arguments: Any, **options: Any) -> str:
-    with pytest.raises(LongslideError) as caught:
-        read_cohort(*arguments, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+refusal = partial(refused, read_cohort)
 
 
 def names(cohort: Cohort) -> list[str]:

@@ -18,6 +18,8 @@ from longslide.data.features.statistics import distance
 from longslide.errors import LongslideError
 from longslide.pipeline.parser import OptionParser
 
+from ..refusals import refused
+
 Write = Callable[..., Any]
 
 
@@ -26,10 +28,7 @@ def data(table: Path, features: Path, **options: Any) -> BagDataModule:
 
 
 def refusal(module: BagDataModule) -> str:
-    with pytest.raises(LongslideError) as caught:
-        module.setup("fit")
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refused(module.setup, "fit")
 
 
 @pytest.fixture

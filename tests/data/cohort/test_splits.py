@@ -24,6 +24,8 @@ from longslide.models.classifier.objective import create_objective
 from longslide.models.classifier.selection import selection_metric
 from longslide.task import Task
 
+from ..refusals import refused
+
 Write = Callable[..., Path]
 
 
@@ -42,13 +44,6 @@ def binary(targets: Any, **more: Any) -> Cohort:
 
 def twice(values: Any) -> Any:
     return np.repeat(np.asarray(values), 2, axis=0)
-
-
-def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    with pytest.raises(LongslideError) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @given(
@@ -192,7 +187,7 @@ def test_sites_are_kept_apart() -> None:
         assert set(splits[f"fold_{fold}"]) == set(PARTS)
     check_splits(splits, cohort, keep_sites_apart=True)
     mixed = make_splits(cohort, folds=3)
-    assert "site site" in refusal(check_splits, mixed, cohort, keep_sites_apart=True)
+    assert "site site" in refused(check_splits, mixed, cohort, keep_sites_apart=True)
 
 
 def test_without_labels_patients_are_split_all_the_same() -> None:
@@ -202,21 +197,21 @@ def test_without_labels_patients_are_split_all_the_same() -> None:
 
 
 def test_what_cannot_be_split_is_refused() -> None:
-    assert "class 'yes' has 3 patients, fewer than the 5 folds need (5)" in refusal(
+    assert "class 'yes' has 3 patients, fewer than the 5 folds need (5)" in refused(
         make_splits, binary([1] * 3 + [0] * 30), folds=5
     )
-    one_split = refusal(make_splits, binary([1] * 2 + [0] * 30))
+    one_split = refused(make_splits, binary([1] * 2 + [0] * 30))
     assert "class 'yes' has 2 patients, fewer than the parts" in one_split
     assert "set --data.val_share or --data.test_share to 0" in one_split
-    assert "no column `site`" in refusal(make_splits, binary([0, 1] * 10), keep_sites_apart=True)
+    assert "no column `site`" in refused(make_splits, binary([0, 1] * 10), keep_sites_apart=True)
     two = binary([0, 1] * 10, site=["a", "b"] * 10)
-    assert "2 sites are fewer than" in refusal(make_splits, two, folds=3, keep_sites_apart=True)
+    assert "2 sites are fewer than" in refused(make_splits, two, folds=3, keep_sites_apart=True)
     moved = binary([0, 1] * 10, patients=[f"p{i // 2}" for i in range(20)], site=["a", "b"] * 10)
-    assert "patient p0 has slides from two sites" in refusal(make_splits, moved, folds=2, keep_sites_apart=True)
+    assert "patient p0 has slides from two sites" in refused(make_splits, moved, folds=2, keep_sites_apart=True)
     survival = Task("survival", ("t", "e"), times=(5,))
     rare = in_memory(survival, np.stack([np.arange(1, 31), np.arange(30) < 2], axis=1).astype(np.float32))
-    assert "2 patients have an event, fewer than the 5 folds need (5)" in refusal(make_splits, rare, folds=5)
-    assert "--data.folds must be at least 1" in refusal(make_splits, binary([0, 1]), folds=0)
+    assert "2 patients have an event, fewer than the 5 folds need (5)" in refused(make_splits, rare, folds=5)
+    assert "--data.folds must be at least 1" in refused(make_splits, binary([0, 1]), folds=0)
 
 
 def test_saved_splits_are_read_again(tmp_path: Path) -> None:
@@ -269,21 +264,21 @@ def test_bad_splits_are_refused(tmp_path: Path, rows: Write) -> None:
     ids = cohort.rows[["slide_id", "patient_id"]]
 
     def check(*parts: str) -> str:
-        return refusal(check_splits, ids.assign(fold_0=parts), cohort)
+        return refused(check_splits, ids.assign(fold_0=parts), cohort)
 
     assert "patient p is in test and train; move all" in check("train", "test", "train", "train")
     assert "fold_0 has 'learn'; it must be train, val, test" in check("learn", "learn", "train", "train")
     assert "no slides to train on" in check("val", "val", "test", "test")
     assert "no slide of class 'yes' is in the training part" in check("test", "test", "train", "test")
     alike = rows([{"slide_id": f"s{i}", "x": 1} for i in range(4)], "a.csv")
-    assert "no column fold_0" in refusal(read_splits, alike, cohort)
+    assert "no column fold_0" in refused(read_splits, alike, cohort)
     strange = rows([{"slide_id": f"t{i}", "fold_0": "train"} for i in range(4)], "b.csv")
-    assert "none of the cohort's slides is in it" in refusal(read_splits, strange, cohort)
+    assert "none of the cohort's slides is in it" in refused(read_splits, strange, cohort)
     double = rows([{"slide_id": "s0.svs", "fold_0": part} for part in ("train", "test")], "c.csv")
-    assert "s0 is there with different parts" in refusal(read_splits, double, cohort)
+    assert "s0 is there with different parts" in refused(read_splits, double, cohort)
     rows([{"slide_id": "s0"}], "folder/train_0.csv")
     rows([{"slide_id": "s0"}], "folder/test_0.csv")
-    assert "s0 is also in t" in refusal(read_splits, tmp_path / "folder", cohort)
+    assert "s0 is also in t" in refused(read_splits, tmp_path / "folder", cohort)
 
 
 @pytest.mark.parametrize(
@@ -304,11 +299,11 @@ def test_bad_splits_are_refused(tmp_path: Path, rows: Write) -> None:
 def test_a_validation_part_that_can_select_no_model_is_refused(task: Task, targets: Any, said: str) -> None:
     cohort = in_memory(task, targets)
     splits = cohort.rows.assign(fold_0="train", fold_1="val")
-    message = refusal(check_validation, splits, cohort)
+    message = refused(check_validation, splits, cohort)
     assert message.startswith(f"fold_1: the validation part {said}")
     assert "--data.val_share" in message
     assert "--monitor val_loss" in message
-    assert message == refusal(check_validation, splits, cohort, 1)
+    assert message == refused(check_validation, splits, cohort, 1)
     check_validation(splits, cohort, 0)
 
 

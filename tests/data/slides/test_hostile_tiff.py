@@ -96,6 +96,16 @@ def with_tag(path: Path, code: int, value: int) -> None:
     files.overwrite(path, offset + 2, struct.pack("<HII", 4, 1, value))
 
 
+def refused_without_memory(path: Path) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises((DeclinedError, LongslideError)):
+            TiledTiffReader(path)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     ("code", "value"), [(256, 4_000_000_000), (257, 4_000_000_000), (322, 60_000), (322, 2**31), (322, 0), (323, 0)]
 )
@@ -104,13 +114,7 @@ def test_declared_sizes_beyond_the_file_allocate_nothing(tmp_path: Path, kind: s
     path = tmp_path / kind
     KINDS[kind](path)
     with_tag(path, code, value)
-    tracemalloc.start()
-    try:
-        with pytest.raises((DeclinedError, LongslideError)):
-            TiledTiffReader(path)
-        assert tracemalloc.get_traced_memory()[1] < 50e6
-    finally:
-        tracemalloc.stop()
+    refused_without_memory(path)
 
 
 def test_a_declared_count_of_tiles_beyond_the_file_allocates_nothing(tmp_path: Path) -> None:
@@ -119,13 +123,7 @@ def test_a_declared_count_of_tiles_beyond_the_file_allocates_nothing(tmp_path: P
     with tifffile.TiffFile(path) as file:
         offset = file.pages.first.tags[324].offset
     files.overwrite(path, offset + 4, struct.pack("<I", 2**31))
-    tracemalloc.start()
-    try:
-        with pytest.raises((DeclinedError, LongslideError)):
-            TiledTiffReader(path)
-        assert tracemalloc.get_traced_memory()[1] < 50e6
-    finally:
-        tracemalloc.stop()
+    refused_without_memory(path)
 
 
 def test_directories_in_a_circle_end(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import h5py
 import numpy as np
 import openslide
 import pytest
-import tifffile
 from longslide.data.slides import image
 from longslide.data.slides import openslide as openslide_module
 from longslide.data.slides.slide import open_slide
 from longslide.data.synthetic import write_pyramid, write_synthetic_slide
 from longslide.errors import LongslideError
 from PIL import Image
+
+from .tiff_files import corrupt_native_tile
 
 WIDTH, HEIGHT = 1500, 1100
 
@@ -33,16 +34,6 @@ def slide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("slides") / "a.svs"
     write_pyramid(path, picture(), mpp=0.5)
     return path
-
-
-def corrupt_native_tile(path: Path, tile: int) -> None:
-    """Overwrite the compressed bytes of one native tile of level 0."""
-    with tifffile.TiffFile(path) as file:
-        page = file.pages.first
-        offset, count = page.dataoffsets[tile], page.databytecounts[tile]
-    with path.open("r+b") as raw:
-        raw.seek(offset)
-        raw.write(b"\xff" * count)
 
 
 def real_slide() -> Path:

@@ -152,6 +152,12 @@ def overwrite(path: Path, offset: int, content: bytes) -> None:
         raw.write(content)
 
 
+def corrupt_native_tile(path: Path, tile: int) -> None:
+    """Overwrite the compressed bytes of one native tile of level 0."""
+    offset, count = places(path)[tile]
+    overwrite(path, offset, b"\xff" * count)
+
+
 def without_bytes(path: Path, number: int, level: int = 0, *, place: bool = False) -> None:
     """Set the byte count of a native tile to zero, and its place unless Aperio's scanners are meant, which leave it."""
     with tifffile.TiffFile(path) as file:

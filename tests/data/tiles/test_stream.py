@@ -16,6 +16,8 @@ from longslide.data.tissue.base import Tissue
 from longslide.errors import LongslideError
 from PIL import Image
 
+from ..slides.tiff_files import corrupt_native_tile
+
 WIDTH, HEIGHT = 1300, 1100
 
 
@@ -38,15 +40,6 @@ def grid_of(slide: Slide, mpp: float = 0.5, tile_px: int = 100, overlap: int = 0
     return make_grid(
         slide, Tissue(mask, (100.0, 100.0), "squares"), tile_mpp=mpp, tile_px=tile_px, overlap=overlap, min_tissue=0.0
     )
-
-
-def corrupt_native_tile(path: Path, tile: int) -> None:
-    with tifffile.TiffFile(path) as file:
-        page = file.pages.first
-        offset, count = page.dataoffsets[tile], page.databytecounts[tile]
-    with path.open("r+b") as raw:
-        raw.seek(offset)
-        raw.write(b"\xff" * count)
 
 
 def reading_threads() -> list[str]:
