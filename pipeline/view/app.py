@@ -233,6 +233,7 @@ def slide_routes(site: Site) -> list[Route]:
                 "facts": content.facts,
                 "remarks": content.remarks,
                 "spread": None if slide.prediction is None else slide.prediction.spread,
+                "classifiers": None if slide.prediction is None else slide.prediction.classifiers,
                 "saves": site.regions.folder is not None,
             }
         )

@@ -135,8 +135,13 @@ class Cohort:
             return self.colours().components(name)
 
         names = tuple(f"cluster {number + 1}" for number in range(CLUSTERS))
-        yield Layer("clusters", "clusters", "embeddings", "categories", clusters, ends=names)
-        yield Layer("components", "principal components", "embeddings", "colours", components)
+        about = f"{CLUSTERS} groups of tiles with similar embeddings (k-means over all slides): a colour is one group."
+        yield Layer("clusters", "clusters", "embeddings", "categories", clusters, ends=names, about=about)
+        about = (
+            "Three principal components of the embeddings of all slides as red, green and blue: similar tiles have similar "
+            "colours, on each slide."
+        )
+        yield Layer("components", "principal components", "embeddings", "colours", components, about=about)
 
     def close(self) -> None:
         """Remove what was put elsewhere."""

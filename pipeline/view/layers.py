@@ -27,7 +27,8 @@ class Layer:
             Of numbers `(N,)` float32, NaN for none; of categories `(N,)` int32, -1 for none; of colours `(N, 3)` uint8.
         limit: Of numbers: where the colours end, `-limit` or 0 to `limit`.
         ends: What the lowest and the highest values mean; names of the categories.
-        unit: What a value is, for the tooltip.
+        unit: Of numbers: their unit.
+        about: What the values mean, in a sentence or two for the page.
     """
 
     key: str
@@ -38,10 +39,13 @@ class Layer:
     limit: float = 1.0
     ends: tuple[str, ...] = ()
     unit: str = ""
+    about: str = ""
 
     def description(self) -> dict[str, Any]:
         """All but the values, in plain types."""
-        return {name: getattr(self, name) for name in ("key", "title", "group", "kind", "limit", "ends", "unit")}
+        return {
+            name: getattr(self, name) for name in ("key", "title", "group", "kind", "limit", "ends", "unit", "about")
+        }
 
     def packed(self) -> bytes:
         """The values as the page reads them: little-endian float32, int32 or bytes."""
@@ -74,15 +78,37 @@ def scores_of_predict(content: SlideContent) -> Iterator[Layer]:
                 values,
                 score_limit(finite),
                 score_ends(name, signed),
-                "score" if signed else "attention",
+                *_meaning(scores.method, name),
             )
+
+
+def _meaning(method: str, name: str) -> tuple[str, str]:
+    """The unit of the scores of a method, and what they mean."""
+    if method == "attention":
+        return "", "The model's attention weight: where it looks, and not for or against which class."
+    unit, what = ("", f"the {name}") if name in ("value", "risk") else ("log-odds", f"the log-odds of {name}")
+    return unit, {
+        "integrated-gradients": f"How much each tile raises or lowers {what}, against a slide of mean training tiles "
+        "(integrated gradients). All tiles together make up the difference.",
+        "gradient-x-input": f"A quick estimate of how much each tile raises or lowers {what} (gradient x input); blind "
+        "where the model saturates.",
+        "occlusion": f"How much {what} would be lost if the tiles around each place were mean training tiles (occlusion).",
+    }.get(method, "")
 
 
 def blur_of_tiles(content: SlideContent) -> Iterator[Layer]:
     """How blurred each tile is."""
     if content.grid is not None and content.features is not None and content.features.blur is not None:
         yield Layer(
-            "blur", "blur", "quality", "unsigned", content.features.blur, 1.0, ("sharp", "blurred"), "blur (0 to 1)"
+            "blur",
+            "blur",
+            "quality",
+            "unsigned",
+            content.features.blur,
+            1.0,
+            ("sharp", "blurred"),
+            "",
+            "0: sharp, 1: blurred.",
         )
 
 

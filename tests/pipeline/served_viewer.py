@@ -112,9 +112,11 @@ def chromium() -> Iterator["Browser"]:
 
 
 @contextmanager
-def tab(browser: "Browser", width: int = 1280, height: int = 800, told: str | None = None) -> Iterator["Page"]:
+def tab(
+    browser: "Browser", width: int = 1280, height: int = 800, told: str | None = None, touch: bool = False
+) -> Iterator["Page"]:
     """A tab; what goes wrong in its pages, or is forbidden by their policy, fails the test, but for what is `told`."""
-    page = browser.new_page(viewport={"width": width, "height": height})
+    page = browser.new_page(viewport={"width": width, "height": height}, has_touch=touch)
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)

@@ -42,7 +42,7 @@ function row(slide) {
     line.append(element("b", { className: "bad", textContent: `${slide.status}: ${slide.reason}` }));
   }
   if (slide.target) {
-    const truth = slide.wrong === true ? `wrong: is ${slide.target}` : `is ${slide.target}`;
+    const truth = `${slide.wrong === true ? "wrong; " : ""}truth: ${slide.target}`;
     line.append(element("span", { className: slide.wrong === true ? "bad" : "good", textContent: truth }));
   }
   const facts = [

@@ -68,7 +68,7 @@ class Page extends EventTarget {
     const lines = [];
     const layer = this.layer;
     if (layer && (layer.kind === "signed" || layer.kind === "unsigned")) {
-      lines.push(`${layer.title}: ${number(layer.values[tile])}`);
+      lines.push(`${layer.title}: ${number(layer.values[tile])} ${layer.unit}`);
     } else if (layer && layer.kind === "categories") {
       lines.push(`${layer.title}: ${layer.ends[layer.values[tile]] ?? layer.values[tile]}`);
     }
@@ -135,6 +135,7 @@ function pointer(page) {
     const at = page.viewer.toSlide(event.clientX - box.left, event.clientY - box.top);
     return page.tiles.at(at.x, at.y);
   };
+  const pick = (tile) => page.dispatchEvent(new CustomEvent("pick", { detail: tile }));
   const hide = () => {
     tip.hidden = true;
     if (hovered.marks.length) {
@@ -169,7 +170,19 @@ function pointer(page) {
     if (!event.quick) return;
     const at = page.viewer.toSlide(event.position.x, event.position.y);
     const tile = page.tiles.at(at.x, at.y);
-    if (tile >= 0) page.dispatchEvent(new CustomEvent("pick", { detail: tile }));
+    if (tile < 0) return;
+    pick(tile);
+    if (event.pointerType === "touch") showTip(event.originalEvent, page.describe(tile)); // nothing hovers there
+  });
+  // The keyboard's click.
+  page.viewer.main.addHandler("canvas-key", ({ originalEvent }) => {
+    if (originalEvent.key !== "Enter") return;
+    const box = place.getBoundingClientRect();
+    const at = page.viewer.toSlide(box.width / 2, box.height / 2);
+    const tile = page.tiles.at(at.x, at.y);
+    if (tile < 0) return;
+    pick(tile);
+    showTip({ clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 }, page.describe(tile));
   });
 }
 
@@ -193,6 +206,7 @@ async function start() {
     page.grid = tiles ? page.overlay.add(gridPainter(tiles)) : null;
     toolbar(page.viewer, () => {
       page.overlay.shown = !page.overlay.shown;
+      byId("stage").classList.toggle("bare", !page.overlay.shown);
       page.overlay.draw();
       return page.overlay.shown;
     });
@@ -208,7 +222,12 @@ async function start() {
     if (!made) continue;
     const box = element("details", { open: made.open ?? true }, element("summary", { textContent: made.title }));
     box.append(made.content);
-    box.addEventListener("toggle", () => made.content.dispatchEvent(new Event(box.open ? "opened" : "closed")));
+    let asked = false; // not by the page itself as it begins
+    box.firstChild.addEventListener("click", () => (asked = true));
+    box.addEventListener("toggle", () => {
+      made.content.dispatchEvent(new Event(box.open ? "opened" : "closed"));
+      if (box.open && asked) box.scrollIntoView({ block: "nearest" });
+    });
     byId("panels").append(box);
   }
   window.page = page; // for the console

@@ -1,7 +1,7 @@
 // The deep zoom of a slide: OpenSeadragon, two of them side by side, the scale bar, the tools.
 
 import { slidePath } from "./api.js";
-import { byId, element } from "./dom.js";
+import { byId, element, number } from "./dom.js";
 
 const { OpenSeadragon } = window;
 const SVG = "http://www.w3.org/2000/svg";
@@ -39,7 +39,7 @@ function source(id, pixels) {
   };
 }
 
-function openSeadragon(place, id, pixels) {
+function openSeadragon(place, id, pixels, more = {}) {
   return OpenSeadragon({
     element: place,
     tileSources: source(id, pixels),
@@ -55,7 +55,8 @@ function openSeadragon(place, id, pixels) {
     gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: true, pinchRotate: true },
     gestureSettingsPen: { clickToZoom: false, dblClickToZoom: true },
     crossOriginPolicy: false,
-    imageLoaderLimit: 6,
+    imageLoaderLimit: 4, // of the six connections that a browser has: a slow slide leaves some to the rest of the page
+    ...more,
   });
 }
 
@@ -63,7 +64,10 @@ export class Viewer {
   constructor(id, pixels) {
     this.id = id;
     this.pixels = pixels;
-    this.main = openSeadragon(byId("main"), id, pixels);
+    this.main = openSeadragon(byId("main"), id, pixels, {
+      showNavigator: true, navigatorPosition: "TOP_RIGHT", navigatorSizeRatio: 0.16, navigatorAutoFade: false, navigatorRotate: true,
+    });
+    this.main.canvas.setAttribute("aria-label", "The slide: arrow keys move it, + and - zoom, Enter picks the tile in the middle");
     this.plain = null;
     this.leader = this.main;
     this.main.addHandler("update-viewport", () => this.#follow(this.main));
@@ -150,6 +154,7 @@ export class Viewer {
   // The plain slide beside the one with layers.
   setSideBySide(on) {
     if (on === this.sideBySide) return;
+    const seen = this.viewport.getBoundsNoRotate();
     byId("cross").hidden = true;
     byId("plain").hidden = !on;
     byId("stage").classList.toggle("double", on);
@@ -168,6 +173,8 @@ export class Viewer {
       this.plain.destroy();
       this.plain = null;
     }
+    // The same part of the slide, in whatever room there is now.
+    this.main.addOnceHandler("resize", () => requestAnimationFrame(() => this.viewport.fitBounds(seen, true)));
   }
 
   #follow(from, always = false) {
@@ -217,12 +224,14 @@ export function scaleBar(viewer, micronsPerPixel) {
   place.hidden = false;
   const bar = element("div");
   const label = element("span");
-  place.append(bar, label);
+  const magnification = element("small", { title: "Magnification, where 0.25 µm a pixel is 40×" });
+  place.append(bar, label, magnification);
   const draw = () => {
     const microns = micronsPerPixel / viewer.scale; // per pixel of the page
     const most = Math.min(160, byId("main").clientWidth / 4) * microns;
     const power = 10 ** Math.floor(Math.log10(most));
     const length = [5, 2, 1].map((step) => step * power).find((one) => one <= most * (1 + 1e-9));
+    magnification.textContent = `${number(10 / microns, 2)}×`;
     bar.style.width = `${length / microns}px`;
     label.textContent = length >= 1000 ? `${+(length / 1000).toPrecision(3)} mm` : `${+length.toPrecision(3)} µm`;
   };

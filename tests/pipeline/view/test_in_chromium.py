@@ -157,7 +157,9 @@ def test_side_by_side_turned_and_at_scale(browser: "Browser", serve: Serve, made
         length = page.locator("#scale span").inner_text()
         assert bar is not None
         microns = float(length.split()[0]) * (1000 if "mm" in length else 1)
-        assert bar["width"] / page.evaluate("page.viewer.scale") * 0.5 == pytest.approx(microns, rel=0.01)
+        scale = page.evaluate("page.viewer.scale")
+        assert bar["width"] / scale * 0.5 == pytest.approx(microns, rel=0.01)
+        assert float(page.locator("#scale small").inner_text().strip("×")) == pytest.approx(20 * scale, rel=0.06)
 
 
 def test_a_region_is_drawn_cut_saved_and_found_again(
@@ -192,6 +194,49 @@ def test_a_region_is_drawn_cut_saved_and_found_again(
         until(page, "window.page?.regionsPainter")
         page.locator("summary", has_text="Regions").click()
         page.locator("text=1 area, saved.").wait_for()
+
+
+def test_a_region_is_drawn_by_touch_and_two_fingers_move_the_slide(
+    browser: "Browser", serve: Serve, made: Results, tmp_path: Path
+) -> None:
+    viewer = serve(made.results, output=tmp_path)
+    with tab(browser, 400, touch=True) as page:
+        open_slide_page(page, viewer, "plain")
+        page.locator("summary", has_text="Regions").tap()
+        page.get_by_role("button", name="Draw").tap()
+        fingers = page.context.new_cdp_session(page)
+
+        def touch(kind: str, *places: tuple[float, float]) -> None:
+            points = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
+            fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+        def drawn() -> list[list[float]]:
+            found: list[list[float]] = page.evaluate("page.regions().features[0].geometry.coordinates[0]")
+            return found
+
+        touch("touchStart", place_of(page, 300, 300))  # freehand
+        for corner in ((600, 300), (600, 500), (300, 500)):
+            touch("touchMove", place_of(page, *corner))
+        touch("touchEnd")
+        page.locator("text=1 area, not saved yet.").wait_for()
+        assert sorted({round(x, -1) for x, _ in drawn()}) == [300, 600]
+        left, top = place_of(page, 500, 400)
+        before = page.evaluate("page.viewer.scale")
+        touch("touchStart", (left - 40, top))
+        touch("touchMove", (left - 30, top))
+        touch("touchStart", (left - 30, top), (left + 30, top))
+        touch("touchMove", (left - 60, top), (left + 60, top))
+        touch("touchEnd")
+        assert page.evaluate("page.viewer.scale") == pytest.approx(2 * before, rel=0.05)
+        assert place_of(page, 500, 400) == pytest.approx((left, top), abs=2), "it stays under the fingers"
+        page.get_by_role("button", name="Cut").tap()
+        for corner in ((420, 380), (480, 380), (480, 420)):
+            page.touchscreen.tap(*place_of(page, *corner))
+        page.get_by_role("button", name="Close outline").tap()
+        until(page, "page.regions().features[0].geometry.coordinates.length === 2")
+        page.get_by_role("button", name="Save").tap()
+        page.locator("text=To embed it").wait_for()
+        assert (tmp_path / "regions" / "plain.geojson").is_file()
 
 
 def test_what_is_drawn_is_not_lost_by_an_error_nor_called_saved_before_it_is(

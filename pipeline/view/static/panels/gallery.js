@@ -40,6 +40,7 @@ export function tileRow(page, tiles, caption) {
     const title = page.describe(tile).join("\n");
     const picture = element("img", { src: page.tilePicture(tile), alt: "", loading: "lazy", title });
     const button = element("button", { type: "button" }, picture, element("span", { textContent: caption(tile) }));
+    button.setAttribute("aria-label", `Go to ${page.describe(tile).join(", ")}`);
     button.addEventListener("click", () => page.fly(tile));
     row.append(button);
   }

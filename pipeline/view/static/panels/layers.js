@@ -1,7 +1,7 @@
 // Which layer is drawn over the slide, and how: opacity, colour map, range; tissue and grid.
 
 import { CATEGORY_COLOURS, SIGNED_MAPS, UNSIGNED_MAPS, rgb, table } from "../colours.js";
-import { element, number, say } from "../dom.js";
+import { byId, element, number, say } from "../dom.js";
 import { drawPicture } from "../overlay.js";
 
 const MOST_CATEGORIES = 40; // names in the legend
@@ -58,10 +58,11 @@ function layerControls(page) {
   const map = element("select");
   const low = element("input", { type: "number", step: "any" });
   const high = element("input", { type: "number", step: "any" });
-  const reset = element("button", { type: "button", textContent: "reset" });
+  const reset = element("button", { type: "button", textContent: "Reset" });
   const ramp = element("canvas", { className: "ramp", width: 256, height: 1 });
   const ends = element("div", { className: "ends" });
   const names = element("ul", { className: "categories" });
+  const about = element("p", { className: "soft" });
   const mapRow = element("label", { className: "row" }, "Colours ", map);
   const rangeRow = element("div", { className: "row range" }, element("label", {}, "From ", low), element("label", {}, "to ", high), reset);
   let picture = null;
@@ -69,7 +70,7 @@ function layerControls(page) {
   const painter = overlay.add({
     order: 10,
     draw(context) {
-      if (!picture) return;
+      if (!picture || page.covered) return;
       context.globalAlpha = opacity.input.value / 100;
       drawPicture(context, tiles, picture);
     },
@@ -109,6 +110,7 @@ function layerControls(page) {
     opacity.row.hidden = !layer;
     names.replaceChildren();
     ends.replaceChildren();
+    about.textContent = layer?.about ?? "";
     if (numbers) {
       const context = ramp.getContext("2d");
       const image = context.createImageData(256, 1);
@@ -118,6 +120,7 @@ function layerControls(page) {
       const [first, last] = layer.ends;
       ends.append(
         element("span", { textContent: `${number(Number(low.value))} ${first ?? ""}` }),
+        element("span", { textContent: layer.unit }),
         element("span", { textContent: `${last ?? ""} ${number(Number(high.value))}` }),
       );
     } else if (layer?.kind === "categories") {
@@ -127,6 +130,20 @@ function layerControls(page) {
         names.append(element("li", {}, colour, name));
       });
     }
+  };
+
+  // The same beside the scale bar, where it is seen on a phone and in a screenshot.
+  const mapLegend = () => {
+    const layer = page.layer;
+    const place = byId("legend");
+    place.hidden = !layer || (layer.kind !== "signed" && layer.kind !== "unsigned");
+    if (place.hidden) return;
+    const copy = element("canvas", { width: 256, height: 1 });
+    copy.getContext("2d").drawImage(ramp, 0, 0);
+    const shown = [low, high].map((one) => element("span", { textContent: number(Number(one.value)) }));
+    place.replaceChildren(
+      element("div", { textContent: [layer.title, layer.unit].filter(Boolean).join(", ") }), copy, element("div", { className: "ends" }, ...shown),
+    );
   };
 
   const resetRange = () => {
@@ -148,8 +165,7 @@ function layerControls(page) {
       }
       page.setLayer(layer);
       if (layer && layer.limit) resetRange();
-      legend();
-      paint();
+      redraw();
     } catch (error) {
       say(error.message);
     } finally {
@@ -159,6 +175,7 @@ function layerControls(page) {
 
   const redraw = () => {
     legend();
+    mapLegend();
     paint();
   };
   select.addEventListener("input", choose);
@@ -181,7 +198,7 @@ function layerControls(page) {
   choose();
   return [
     element("label", { className: "row" }, "Show ", select),
-    opacity.row, ramp, ends, names, mapRow, rangeRow, weak.row,
+    about, opacity.row, ramp, ends, names, mapRow, rangeRow, weak.row,
   ];
 }
 

@@ -11,7 +11,7 @@ export function predictionPanel(page) {
       const wrong = info.wrong === true;
       line.append(" ", element("span", {
         className: wrong ? "bad" : "good",
-        textContent: wrong ? `wrong: is ${info.target}` : `is ${info.target}`,
+        textContent: `${wrong ? "wrong; " : ""}truth: ${info.target}`,
       }));
     }
     content.append(line);
@@ -25,6 +25,9 @@ export function predictionPanel(page) {
         element("td", { className: "number", textContent: shown }));
     });
     content.append(element("table", { className: "scores" }, element("tbody", {}, ...rows)));
+    const spread = Object.keys(info.spread ?? {}).length > 0;
+    const what = shares ? "Probabilities" : "Predicted numbers";
+    if (spread) content.append(element("p", { className: "soft", textContent: `${what}: mean ± standard deviation of ${info.classifiers} models` }));
   } else if (info.status && info.status !== "done") {
     content.append(element("p", { className: "bad", textContent: `${info.status}: ${info.reason}` }));
   }

@@ -1,12 +1,15 @@
 // Regions to embed instead of the tissue that was found: drawn, added to, cut from, saved as GeoJSON.
-// A drag draws freehand; clicks set corners, and a double click or Enter closes the outline; Escape drops it.
+// A drag draws freehand; clicks set corners, and a double click or Enter closes the outline; Escape drops it. Two fingers move
+// the slide meanwhile.
 
 import { json, post, put, slidePath } from "../api.js";
 import { byId, element, say } from "../dom.js";
 import { tracePath } from "../overlay.js";
 
+const { OpenSeadragon } = window;
+
 const COLOUR = "#6a1b9a";
-const NEAR = 8; // pixels of the page: a click that near to the first corner closes the outline
+const NEAR = { mouse: 8, pen: 12, touch: 24 }; // pixels of the page: so near to the first corner, a click closes the outline
 const NOTHING = { type: "FeatureCollection", features: [] };
 
 export function regionsPanel(page) {
@@ -27,17 +30,21 @@ export function regionsPanel(page) {
   };
   const tools = { add: tool("add", "Draw", "Draw an area: drag, or click its corners"), remove: tool("remove", "Cut", "Cut an area away") };
   const fromTissue = button("Start from the tissue", () => change({ type: "FeatureCollection", features: tissueFeatures(page.info.tissue) }));
+  const close = button("Close outline", () => finish(), "Close the outline (Enter, a double click, or its first corner)");
   const undo = button("Undo", () => {
     state.regions = state.before.pop();
     show();
   });
   const clear = button("Clear", () => change(NOTHING));
   const save = button("Save", () => saveRegions());
+  const hint = element("p", { className: "soft", hidden: true, textContent: "Drag for freehand, or click corners. Wheel or two fingers move the slide." });
   const status = element("p", { className: "soft" });
+  status.setAttribute("role", "status");
   const content = element("div", { className: "panel" },
     element("p", { className: "soft", textContent: "What to embed instead of the tissue that was found. Draw an area, or correct the tissue." }),
-    element("div", { className: "buttons" }, tools.add, tools.remove, fromTissue, undo, clear, save), status);
+    element("div", { className: "buttons" }, tools.add, tools.remove, close, fromTissue, undo, clear, save), hint, status);
 
+  close.hidden = true;
   let outline = new Path2D();
   const painter = page.overlay.add({
     order: 25,
@@ -71,6 +78,7 @@ export function regionsPanel(page) {
     return [Math.round(place.x * 10) / 10, Math.round(place.y * 10) / 10];
   };
   let drag = null;
+  const fingers = new Map(); // pointer -> where it is
   for (const kind of ["pointerdown", "pointermove", "pointerup", "dblclick", "click"]) {
     surface.addEventListener(kind, (event) => event.stopPropagation());
   }
@@ -80,27 +88,46 @@ export function regionsPanel(page) {
     page.viewer.zoom(event.deltaY < 0 ? 1.25 : 0.8);
   }, { passive: false });
   surface.addEventListener("pointerdown", (event) => {
-    if (event.button !== 0 || state.busy || !event.isPrimary) return;
+    fingers.set(event.pointerId, [event.clientX, event.clientY]);
     surface.setPointerCapture(event.pointerId);
+    if (fingers.size > 1) {
+      if (drag) state.ring.length = drag.corners; // the first finger did not mean to draw
+      drag = null;
+      page.overlay.draw();
+      return;
+    }
+    if (event.button !== 0 || state.busy) return;
     drag = { x: event.clientX, y: event.clientY, moved: false, corners: state.ring.length };
     if (closes(event)) return;
     state.ring.push(at(event));
     page.overlay.draw();
   });
   surface.addEventListener("pointermove", (event) => {
-    if (!drag || !event.isPrimary) return;
+    if (fingers.size > 1) {
+      if (fingers.has(event.pointerId)) pinch(event);
+      return;
+    }
+    if (fingers.has(event.pointerId)) fingers.set(event.pointerId, [event.clientX, event.clientY]);
+    if (!drag) return;
     if (Math.hypot(event.clientX - drag.x, event.clientY - drag.y) < (drag.moved ? 2 : 5)) return;
     [drag.x, drag.y, drag.moved] = [event.clientX, event.clientY, true];
     state.ring.push(at(event));
     page.overlay.draw();
   });
   surface.addEventListener("pointerup", (event) => {
-    if (!drag || !event.isPrimary) return;
+    fingers.delete(event.pointerId);
+    if (!drag) return;
     const { moved, corners } = drag;
     drag = null;
     if ((moved && corners === 0) || (!moved && closes(event))) finish();
+    else showOutline();
   });
-  surface.addEventListener("pointercancel", () => drop());
+  surface.addEventListener("pointercancel", (event) => {
+    fingers.delete(event.pointerId);
+    if (drag) state.ring.length = drag.corners;
+    drag = null;
+    page.overlay.draw();
+  });
   surface.addEventListener("dblclick", () => finish());
   document.addEventListener("keydown", (event) => {
     if (!state.tool || event.target.closest?.("input, select, textarea")) return;
@@ -108,15 +135,39 @@ export function regionsPanel(page) {
     if (event.key === "Escape") state.ring.length ? drop() : choose(null);
   });
 
+  // Two fingers move the slide: it stays under both.
+  function pinch(event) {
+    const { viewport } = page.viewer;
+    const box = surface.getBoundingClientRect();
+    const point = ([x, y]) => new OpenSeadragon.Point(x - box.left, y - box.top);
+    const [first, second] = [...fingers.values()].map(point);
+    fingers.set(event.pointerId, [event.clientX, event.clientY]);
+    const [one, other] = [...fingers.values()].map(point);
+    const middle = (a, b) => a.plus(b).divide(2);
+    const moved = middle(first, second).minus(middle(one, other));
+    viewport.panBy(viewport.deltaPointsFromPixels(moved, true), true);
+    const factor = one.distanceTo(other) / Math.max(1, first.distanceTo(second));
+    viewport.zoomBy(factor, viewport.pointFromPixel(middle(one, other), true), true);
+    viewport.applyConstraints(true);
+    viewport.update(); // the other finger's event may come before the next frame
+    page.viewer.main.forceRedraw();
+  }
+
   function closes(event) {
     if (state.ring.length < 3) return false;
     const [x, y] = at(event);
-    return Math.hypot(x - state.ring[0][0], y - state.ring[0][1]) * page.viewer.scale < NEAR;
+    const distance = Math.hypot(x - state.ring[0][0], y - state.ring[0][1]) * page.viewer.scale;
+    return distance < (NEAR[event.pointerType] ?? NEAR.mouse);
   }
 
   function drop() {
     drag = null;
     state.ring = [];
+    showOutline();
+  }
+
+  function showOutline() {
+    close.hidden = state.ring.length < 3;
     page.overlay.draw();
   }
 
@@ -137,7 +188,8 @@ export function regionsPanel(page) {
   function choose(name) {
     state.tool = name;
     for (const [key, made] of Object.entries(tools)) made.setAttribute("aria-pressed", String(key === name));
-    surface.hidden = name === null;
+    surface.hidden = hint.hidden = name === null;
+    fingers.clear();
     byId("tip").hidden = true;
     drop();
   }
@@ -205,6 +257,7 @@ export function regionsPanel(page) {
   load();
   page.addEventListener("tissue", show);
   page.regionsPainter = painter;
+  page.regions = () => state.regions;
   return { title: "Regions", content, open: false };
 }
 

@@ -65,11 +65,14 @@ function picture(page, hit) {
   const parts = [shown, element("span", { textContent: cosine }), element("span", { className: "of", textContent: hit.slide })];
   if (hit.slide === page.id) {
     const button = element("button", { type: "button" }, ...parts);
+    button.setAttribute("aria-label", `Go to ${title.replaceAll("\n", ", ")}`);
     button.addEventListener("click", () => page.fly(hit.tile));
     return button;
   }
   const zoom = 200 / hit.size; // pixels of the page per level-0 pixel
   const [x, y] = [hit.x + hit.size / 2, hit.y + hit.size / 2].map(Math.round);
   const href = `slide.html?slide=${encodeURIComponent(hit.slide)}#x=${x}&y=${y}&zoom=${zoom.toPrecision(4)}&turn=0`;
-  return element("a", { className: "hit", href }, ...parts);
+  const link = element("a", { className: "hit", href }, ...parts);
+  link.setAttribute("aria-label", `Open ${title.replaceAll("\n", ", ")}`);
+  return link;
 }
