@@ -19,8 +19,8 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-EVIL = """<img src=x onerror='document.title="hacked"'>&"quoted"; drop #1?%"""
-"""A name that is HTML, JavaScript and a bad URL at once."""
+EVIL = """<img src=x onerror='document.title="hacked"'>&"quoted"; drop #1?% Größe 切片"""
+"""A name that is HTML, JavaScript, a bad URL and no ASCII at once."""
 
 TOKEN, ONCE = "a-token-of-the-tests", "a-path-that-works-once"
 

@@ -27,6 +27,13 @@ class Page extends EventTarget {
     this.layer = null; // { key, title, kind, limit, ends, unit, values } of the layer that is shown
     this.describers = []; // functions of a tile's number: further lines of the tooltip
     this.loaded = new Map();
+    this.covered = false; // whether something else is drawn in the layer's place
+  }
+
+  // Two washes of colour over each other say nothing: while a panel draws its own, the layer and its legend are hidden.
+  cover(on) {
+    this.covered = on;
+    byId("stage").classList.toggle("covered", on);
   }
 
   // The values of a layer, which are fetched once.

@@ -65,7 +65,8 @@ export class Viewer {
     this.id = id;
     this.pixels = pixels;
     this.main = openSeadragon(byId("main"), id, pixels, {
-      showNavigator: true, navigatorPosition: "TOP_RIGHT", navigatorSizeRatio: 0.16, navigatorAutoFade: false, navigatorRotate: true,
+      showNavigator: true, navigatorPosition: "TOP_RIGHT", navigatorWidth: "9rem", navigatorHeight: "7rem", navigatorAutoFade: false,
+      navigatorRotate: true,
     });
     this.main.canvas.setAttribute("aria-label", "The slide: arrow keys move it, + and - zoom, Enter picks the tile in the middle");
     this.plain = null;

@@ -228,10 +228,22 @@ def test_a_slide_that_vanished_is_said_and_the_viewer_goes_on(serve: Serve, made
 def test_a_slide_written_anew_shows_its_new_pixels(serve: Serve, made: Results, tmp_path: Path) -> None:
     path = Path(shutil.copy(made.slides / "plain.svs", tmp_path / "a.svs"))
     viewer = serve(path)
-    before = viewer.ask(api("a", "/thumbnail"))[1]
+    version = viewer.json(api("a"))["pixels"]["version"]
+    paths = {name: api("a", name) for name in ("/thumbnail", "/region?x=0&y=0&size=512&px=64")}
+    before = {name: viewer.ask(path) for name, path in paths.items()}
+    for name, path in paths.items():
+        _, _, headers = before[name]
+        assert headers["cache-control"] == "private, no-cache", "the browser asks whether it is still so"
+        assert viewer.ask(path, headers={"If-None-Match": headers["etag"]})[0] == 304
+        named = f"{path}{'&' if '?' in path else '?'}v={version}"
+        assert "max-age" in viewer.ask(named)[2]["cache-control"], "unless the address says of which version it is"
     shutil.copyfile(made.slides / f"{EVIL}.svs", tmp_path / "b.svs")
     (tmp_path / "b.svs").replace(path)
-    assert viewer.ask(api("a", "/thumbnail"))[1] != before
+    for name, path in paths.items():
+        status, picture, headers = viewer.ask(path, headers={"If-None-Match": before[name][2]["etag"]})
+        assert (status, headers["etag"] != before[name][2]["etag"]) == (200, True)
+        assert picture != before[name][1]
+        assert viewer.ask(f"{path}{'&' if '?' in path else '?'}v={version}")[2]["cache-control"] == "private, no-cache"
 
 
 def test_features_of_a_slide_that_is_away_show_their_grid(serve: Serve, made: Results, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ export function attentionPanel(page) {
       return mark < IN_SEGMENT ? colour : colour.map((part) => part + TINT * (255 - part));
     };
     const counts = new Map();
-    page.covered = true; // two washes of colour over each other say nothing
+    page.cover(true);
     painter.picture = page.tiles.picture((i, out) => {
       const mark = layers ? Math.max(seen[i], seen[i] < 0 ? -1 : 1) : seen[i];
       if (mark < 0) return;
@@ -145,7 +145,7 @@ export function attentionPanel(page) {
 
   const stop = () => {
     picked = -1;
-    page.covered = false;
+    page.cover(false);
     painter.picture = null;
     marks.marks = [];
     line.textContent = "";

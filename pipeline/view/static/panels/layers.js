@@ -120,7 +120,6 @@ function layerControls(page) {
       const [first, last] = layer.ends;
       ends.append(
         element("span", { textContent: `${number(Number(low.value))} ${first ?? ""}` }),
-        element("span", { textContent: layer.unit }),
         element("span", { textContent: `${last ?? ""} ${number(Number(high.value))}` }),
       );
     } else if (layer?.kind === "categories") {
@@ -132,7 +131,7 @@ function layerControls(page) {
     }
   };
 
-  // The same beside the scale bar, where it is seen on a phone and in a screenshot.
+  // The same over the slide, where it is seen on a phone and in a screenshot.
   const mapLegend = () => {
     const layer = page.layer;
     const place = byId("legend");
