@@ -230,20 +230,20 @@ def test_a_slide_written_anew_shows_its_new_pixels(serve: Serve, made: Results, 
     viewer = serve(path)
     version = viewer.json(api("a"))["pixels"]["version"]
     paths = {name: api("a", name) for name in ("/thumbnail", "/region?x=0&y=0&size=512&px=64")}
-    before = {name: viewer.ask(path) for name, path in paths.items()}
-    for name, path in paths.items():
+    before = {name: viewer.ask(at) for name, at in paths.items()}
+    for name, at in paths.items():
         _, _, headers = before[name]
         assert headers["cache-control"] == "private, no-cache", "the browser asks whether it is still so"
-        assert viewer.ask(path, headers={"If-None-Match": headers["etag"]})[0] == 304
-        named = f"{path}{'&' if '?' in path else '?'}v={version}"
+        assert viewer.ask(at, headers={"If-None-Match": headers["etag"]})[0] == 304
+        named = f"{at}{'&' if '?' in at else '?'}v={version}"
         assert "max-age" in viewer.ask(named)[2]["cache-control"], "unless the address says of which version it is"
     shutil.copyfile(made.slides / f"{EVIL}.svs", tmp_path / "b.svs")
     (tmp_path / "b.svs").replace(path)
-    for name, path in paths.items():
-        status, picture, headers = viewer.ask(path, headers={"If-None-Match": before[name][2]["etag"]})
+    for name, at in paths.items():
+        status, picture, headers = viewer.ask(at, headers={"If-None-Match": before[name][2]["etag"]})
         assert (status, headers["etag"] != before[name][2]["etag"]) == (200, True)
         assert picture != before[name][1]
-        assert viewer.ask(f"{path}{'&' if '?' in path else '?'}v={version}")[2]["cache-control"] == "private, no-cache"
+        assert viewer.ask(f"{at}{'&' if '?' in at else '?'}v={version}")[2]["cache-control"] == "private, no-cache"
 
 
 def test_features_of_a_slide_that_is_away_show_their_grid(serve: Serve, made: Results, tmp_path: Path) -> None:
