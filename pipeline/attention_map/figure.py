@@ -141,7 +141,9 @@ def _draw_heads(figure: Any, seen: Seen, groups: list[list[int]], rows: int, seg
     grid = figure.subplots(rows, 4, squeeze=False)
     for axes, group in zip(grid.flat, shown, strict=False):
         name = f"heads {group[0]} to {group[-1]}" if len(group) > 1 else f"head {group[0]}"
-        _draw_matrix(axes, seen, seen.heads[:, group[0]], name, marked=0 in group, labelled=axes in grid[:, 0])
+        _draw_matrix(
+            axes, seen, seen.heads[:, group[0]], name, seen.stretch, marked=0 in group, labelled=axes in grid[:, 0]
+        )
     for axes in grid.flat[len(shown) :]:
         axes.set_visible(False)
     text = "2   Each head: a row is a query, a column a key. "
@@ -149,6 +151,8 @@ def _draw_heads(figure: Any, seen: Seen, groups: list[list[int]], rows: int, seg
         text += "Heads start at other offsets: each keeps tokens others skip."
     else:
         text += "Each has keys of its own."
+    if seen.stretch is not None:
+        text += f" Here of tokens {seen.stretch:,} to {seen.stretch + seen.heads.shape[2] - 1:,}."
     if len(groups) > len(shown):
         text += f"  ({len(shown)} of {len(groups)} kinds of heads shown)"
     figure.suptitle(text, x=0.012, ha="left", fontsize=11.5, color=INK)
@@ -167,7 +171,7 @@ def _draw_together(
     heads, tokens = seen.heads.shape[1], seen.tokens
     matrix, side = figure.subfigures(1, 2, width_ratios=[6.4, 6.6])
     axes = matrix.subplots()
-    _draw_matrix(axes, seen, seen.together, "", marked=True, labelled=True)
+    _draw_matrix(axes, seen, seen.together, "", None, marked=True, labelled=True)
     title = "All heads together" if number > 2 or seen.block > 1 else "Every head: a row is a query, a column a key"
     if len(labels) > 1:
         title += ": dense nearby, sparser farther away"
@@ -219,15 +223,18 @@ def _draw_together(
         growth.spines[side_name].set_visible(False)
 
 
-def _draw_matrix(axes: Axes, seen: Seen, shares: np.ndarray, title: str, *, marked: bool, labelled: bool) -> None:
-    """A matrix of shares, the query to explain by marked at its edge."""
-    tokens = seen.tokens
-    extent = (-0.5, shares.shape[2] * seen.block - 0.5, shares.shape[1] * seen.block - 0.5, -0.5)
-    axes.imshow(_picture(shares), extent=extent, interpolation="antialiased")
+def _draw_matrix(
+    axes: Axes, seen: Seen, shares: np.ndarray, title: str, stretch: int | None, *, marked: bool, labelled: bool
+) -> None:
+    """A matrix of shares, of all tokens or of a stretch of them, the query to explain by marked at its edge."""
+    first, block, tokens = (0, seen.block, seen.tokens) if stretch is None else (stretch, 1, shares.shape[1])
+    left, right = first - 0.5, first + tokens - 0.5
+    last = first + shares.shape[1] * block - 0.5
+    axes.imshow(_picture(shares), extent=(left, last, last, left), interpolation="antialiased")
     if marked:
-        axes.plot(tokens * 1.012 - 0.5, seen.query, marker="<", color=INK, markersize=6, clip_on=False)
-    axes.set_xlim(-0.5, tokens - 0.5)
-    axes.set_ylim(tokens - 0.5, -0.5)
+        axes.plot(right + 0.012 * tokens, seen.query, marker="<", color=INK, markersize=6, clip_on=False)
+    axes.set_xlim(left, right)
+    axes.set_ylim(right, left)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axis in (axes.xaxis, axes.yaxis):

@@ -11,6 +11,10 @@ MOST_POINTS = 256
 """Tokens that are drawn one by one. More would be smaller than the picture's pixels, and regular patterns moire: a point is
 then a block of queries and keys."""
 
+WINDOW = 64
+"""Tokens of the stretch in which heads are drawn where points are blocks: heads that keep other tokens of each block look alike
+in blocks."""
+
 SAMPLE = 256
 """Queries of a long sequence whose keys are counted, for the share that all heads see together."""
 
@@ -29,7 +33,8 @@ class Seen:
         tokens: Tokens of the sequence.
         block: Tokens of a point; 1 for a short sequence.
         heads: `(branches, heads, P, P)` float32 share of a point's pairs, of queries (third) and keys (last), that a branch
-            shows.
+            shows; or each pair of a stretch of `WINDOW` tokens.
+        stretch: The first token of that stretch; None where `heads` shows the whole sequence.
         together: `(branches, P, P)` float32, the same for what some head is shown.
         kept: `(branches, L)` bool, the tokens that take part, for head 0.
         query: The query to explain by.
@@ -41,6 +46,7 @@ class Seen:
     tokens: int
     block: int
     heads: np.ndarray
+    stretch: int | None
     together: np.ndarray
     kept: np.ndarray
     query: int
@@ -79,6 +85,7 @@ def see_every_pair(seen: np.ndarray, causal: bool) -> Seen:
         tokens=tokens,
         block=1,
         heads=seen.astype(np.float32),
+        stretch=None,
         together=np.asarray(seen.any(1), np.float32),
         kept=kept,
         query=query,
@@ -108,21 +115,27 @@ def see_blocks(rule: Rule, causal: bool, period: int = 1) -> Seen:
     counts = np.stack(
         [np.stack([rule.counts(branch, head, block) for head in range(rule.heads)]) for branch in branches]
     )
+    pairs = counts.sum((1, 2, 3))
     together = np.stack([rule.counts(branch, None, block) for branch in branches])
     kept = np.stack([_kept(rule, branch) for branch in branches])
     query = _telling_query(kept)
+    heads, stretch = (counts / area).astype(np.float32), None
+    if isinstance(rule, Classes):
+        stretch = max(0, min(query // WINDOW * WINDOW, tokens - WINDOW))
+        heads = rule.stretch(stretch, min(WINDOW, tokens)).astype(np.float32)
     sample = np.unique(np.linspace(0, tokens - 1, SAMPLE).astype(np.int64)).tolist()
     found = sum(np.any([rule.row(branch, None, one) for branch in branches], axis=0).sum() for one in sample)
     among = sum(one + 1 if causal else tokens for one in sample)
     return Seen(
         tokens=tokens,
         block=block,
-        heads=(counts / area).astype(np.float32),
+        heads=heads,
+        stretch=stretch,
         together=(together / area).astype(np.float32),
         kept=kept,
         query=query,
         keys=np.stack([rule.row(branch, 0, query) for branch in branches]),
-        pairs=counts.sum((1, 2, 3)),
+        pairs=pairs,
         share=float(found / among),
     )
 
@@ -191,6 +204,16 @@ class Classes:
         if self._causal:
             seen[query + 1 :] = False
         return seen
+
+    def stretch(self, first: int, tokens: int) -> np.ndarray:
+        """`(branches, heads, tokens, tokens)` bool, the pairs within a stretch of the sequence."""
+        within = slice(first, first + tokens)
+        seen = np.zeros((self.branches, self.heads, tokens, tokens), bool)
+        for branch in range(self.branches):
+            of = {offset: self.classes(branch, offset)[within] for offset in set(self._offsets(branch))}
+            for head, offset in enumerate(self._offsets(branch)):
+                seen[branch, head] = (of[offset][:, None] == of[offset]) & (of[offset] >= 0)
+        return np.tril(seen) if self._causal else seen
 
     def _offsets(self, branch: int) -> list[int]:
         ratio = self._segments[branch][1] if self._segments else 1

@@ -77,13 +77,16 @@ def test_what_is_drawn_of_a_long_sequence_adds_up(causal: bool) -> None:
     exact = see_every_pair(visible_keys(tokens, heads, "dilated", causal, branches=branches), causal)
     seen = see_blocks(Classes(tokens, heads, branches, causal), causal, 4)
     assert (seen.block, exact.block) == (4, 1)
-    assert seen.heads.shape == (3, 4, 250, 250)
+    first = seen.stretch
+    assert (first, seen.heads.shape) == (seen.query // 64 * 64, (3, 4, 64, 64))
+    assert (seen.heads == exact.heads[:, :, first : first + 64, first : first + 64]).all(), "every pair of a stretch"
+    assert len({seen.heads[:, head].tobytes() for head in range(heads)}) == heads, "heads that differ do not look alike"
     assert seen.pairs.tolist() == exact.pairs.tolist()
     assert seen.pairs.tolist() == scored_pairs(tokens, heads, "dilated", causal, branches=branches)
     assert seen.share == pytest.approx(exact.share, abs=0.02), "counted for some of the queries"
     assert (seen.kept == exact.kept).all()
-    inner = seen.heads[1, 0, 10:20, 10:20]  # within one segment, above and below the diagonal
-    assert np.unique(inner[np.tril_indices(10, -1)]).tolist() == [0.25], "blocks hold whole periods: no moire"
+    inner = seen.together[1, 10:20, 10:20]  # within one segment, above and below the diagonal
+    assert np.unique(inner[np.tril_indices(10, -1)]).tolist() == [0.5], "blocks hold whole periods: no moire"
     assert dense_pairs(tokens, causal) == sum(scored_pairs(tokens, 1, "dense", causal))
 
 
