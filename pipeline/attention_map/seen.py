@@ -12,7 +12,7 @@ MOST_POINTS = 256
 then a block of queries and keys."""
 
 WINDOW = 64
-"""Tokens of the stretch in which heads are drawn where points are blocks, in which heads that keep other tokens look alike."""
+"""Tokens of the stretch in which heads are drawn where a point is a block, in which all heads look alike."""
 
 SAMPLE = 256
 """Queries of a long sequence whose keys are counted, for the share that all heads see together."""
