@@ -24,3 +24,18 @@ def printable(text: str) -> str:
 def is_printable(text: str) -> bool:
     """Whether `printable` leaves a text of one line as it is."""
     return "\n" not in text and _UNPRINTABLE.search(text) is None
+
+
+def refuse_newer(path: object, schema: int, known: int) -> None:
+    """Refuse a file of a later version of its layout.
+
+    Args:
+        path: The file.
+        schema: The version that it says.
+        known: The latest one that is known here.
+
+    Raises:
+        LongslideError: It is later.
+    """
+    if schema > known:
+        raise LongslideError(f"{path}: written by a newer Longslide (schema {schema}); update Longslide")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LongslideError
+from ..errors import LongslideError, refuse_newer
 
 SCHEMA = 1
 """Version of what Longslide's own checkpoints hold under `longslide`."""
@@ -123,8 +123,7 @@ def read_description(file: Path) -> dict[str, Any] | None:
     description = content.get("longslide") if isinstance(content, dict) else None
     if not isinstance(description, dict) or "schema" not in description or "state_dict" not in content:
         return None
-    if description["schema"] > SCHEMA:
-        raise LongslideError(f"{file}: written by a newer Longslide (schema {description['schema']}); update Longslide")
+    refuse_newer(file, description["schema"], SCHEMA)
     return description | {"state_dict": content["state_dict"]}
 
 

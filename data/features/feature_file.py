@@ -8,8 +8,8 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ...errors import LongslideError
-from ...version import __version__
+from ...errors import LongslideError, refuse_newer
+from ...version import SOFTWARE
 from ..regular_file import check_regular
 from ..whole_file import write_whole
 from .features import Features
@@ -75,7 +75,7 @@ def _fill(file: h5py.File, features: Features) -> None:
         attributes(embedding.attrs, _SLIDE)
     attributes(file.attrs, _FILE)
     file.attrs["schema"] = SCHEMA
-    file.attrs["software"] = f"longslide {__version__}"
+    file.attrs["software"] = SOFTWARE
     file.attrs["created"] = datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -158,8 +158,7 @@ def _read_longslide(path: Path, file: h5py.File, features: np.ndarray, coords: n
     def plain(value: Any) -> Any:
         return value.item() if isinstance(value, np.generic) else value
 
-    if file.attrs["schema"] > SCHEMA:
-        raise LongslideError(f"{path}: written by a newer Longslide (schema {file.attrs['schema']}); update Longslide")
+    refuse_newer(path, file.attrs["schema"], SCHEMA)
     content: dict[str, Any] = {}
     embedding = file.get("slide_embedding")
     groups = [(file.attrs, _FILE), (file["features"].attrs, _FEATURES), (file["coords"].attrs, _COORDS)]

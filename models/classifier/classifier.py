@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import LongslideError
 from ...task import CLASSIFICATION, Task
-from ...version import __version__
+from ...version import SOFTWARE
 from ..aggregators.base import Aggregator, create_aggregator
 from ..checkpoint_file import SCHEMA
 from .bag_weights import BagWeightedModule
@@ -199,7 +199,7 @@ class SlideClassifier(BagWeightedModule):
         return {
             "schema": SCHEMA,
             "kind": "classifier",
-            "software": f"longslide {__version__}",
+            "software": SOFTWARE,
             "task": self.task.to_dict(),
             "aggregator": {
                 "name": self.aggregator.name,

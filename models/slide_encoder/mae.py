@@ -16,7 +16,7 @@ from torch.nn.functional import layer_norm
 from torchmetrics import MeanMetric
 
 from ...errors import LongslideError
-from ...version import __version__
+from ...version import SOFTWARE
 from ..aggregators.base import create_aggregator, split_bags
 from ..aggregators.slide_encoder import SlideEncoderAggregator
 from ..checkpoint_file import SCHEMA
@@ -176,7 +176,7 @@ class MaskedAutoencoder(BagWeightedModule):
         return {
             "schema": SCHEMA,
             "kind": "mae",
-            "software": f"longslide {__version__}",
+            "software": SOFTWARE,
             "slide_encoder": asdict(self.encoder.spec),
             "preprocessing": dict(self.facts.preprocessing),
             "mask_ratio": self.mask_ratio,

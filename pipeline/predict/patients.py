@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import LongslideError
-from ...version import __version__
+from ...version import SOFTWARE
 from .prediction import Prediction, with_numbers
 from .slide_json import SCHEMA, read_json, write_json
 
@@ -91,7 +91,7 @@ class PatientJob:
                 )
             record[patient_id] = patients[patient_id].to_dict() | {"slides": sources}
         if record:
-            facts = {"schema": SCHEMA, "software": f"longslide {__version__}"}
+            facts = {"schema": SCHEMA, "software": SOFTWARE}
             write_json(self.output / PATIENTS, facts | {"patients": record})
         return patients
 

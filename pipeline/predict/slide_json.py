@@ -11,9 +11,9 @@ from ...data.features.features import Features
 from ...data.slides.identity import SlideIdentity
 from ...data.slides.slide_table import SlideEntry
 from ...data.whole_file import write_whole
-from ...errors import LongslideError
+from ...errors import LongslideError, refuse_newer
 from ...task import Task
-from ...version import __version__
+from ...version import SOFTWARE
 from ..batch.result import SlideResult
 from .prediction import Prediction
 
@@ -64,7 +64,7 @@ def slide_json(
         "features": result.features,
         "explanation": explanation,
         "schema": SCHEMA,
-        "software": f"longslide {__version__}",
+        "software": SOFTWARE,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -129,8 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or "schema" not in content:
         raise LongslideError(f"{path}: not the prediction of a slide; delete it, or choose another --output")
-    if content["schema"] > SCHEMA:
-        raise LongslideError(f"{path}: written by a newer Longslide (schema {content['schema']}); update Longslide")
+    refuse_newer(path, content["schema"], SCHEMA)
     if "level0_mpp" in content.get("quality", {}):  # its name in earlier versions
         content["quality"]["slide_mpp"] = content["quality"].pop("level0_mpp")
     return content
