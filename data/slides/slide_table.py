@@ -110,10 +110,12 @@ def find_slides(
 
 
 def _id_of(name: Path, id_from: IdFrom) -> str:
-    """The id of a slide from its path without suffix; what of it cannot be printed is spelt as in a URL: `%0A`, `%E9`."""
+    """The id of a slide from its path without suffix; what of it cannot be printed, or be in any file name, is spelt as in a
+    URL: `%0A`, `%E9`, `%5C`.
+    """
     parts = [name.name] if id_from == "name" else [part for part in name.parts if part not in (name.anchor, "..")]
     return "".join(
-        letter if is_printable(letter) else "".join(f"%{byte:02X}" for byte in os.fsencode(letter))
+        letter if is_printable(letter) and letter != "\\" else "".join(f"%{byte:02X}" for byte in os.fsencode(letter))
         for letter in "__".join(parts)
     )
 
@@ -202,7 +204,10 @@ def _distinct(entries: list[SlideEntry]) -> list[SlideEntry]:
             )
         first[entry.slide_id.casefold()] = _of_both(other, entry)
     if len(first) < len(entries):
-        logger.warning("%d slides are given twice; each counts once", len(entries) - len(first))
+        twice = len(entries) - len(first)
+        logger.warning(
+            "%s; each counts once", "one slide is given twice" if twice == 1 else f"{twice} slides are given twice"
+        )
     return list(first.values())
 
 

@@ -74,7 +74,7 @@ def report(results: str | Path | Sequence[str | Path], embed_mb: float = EMBED_M
         _report(Path(folder), embed_mb) for folder in ([results] if isinstance(results, str | Path) else results)
     ]
     for one in written:
-        print(f"{one.path}: {one.slides} slides, {one.failed} failed; pictures are {one.pictures} the page")
+        print(f"{one.path}: {count(one.slides, 'slide')}, {one.failed} failed; pictures are {one.pictures} the page")
     return written
 
 

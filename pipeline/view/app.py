@@ -362,6 +362,8 @@ def _listed(slide: ViewedSlide) -> dict[str, Any]:
         "scores": scores,
         "target": slide.target,
         "wrong": slide.wrong,
+        "error": slide.error,
+        "event": slide.event,
         "certainty": certainty,
         "uncertain": certainty is not None and certainty < UNCERTAIN_BELOW,
         "seen": bool(prediction and prediction.seen),

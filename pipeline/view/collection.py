@@ -12,7 +12,8 @@ from typing import Any, assert_never
 from ...data.cohort.labels import class_of, truth_of
 from ...data.slides.base import without_suffix
 from ...data.slides.folder import looked_at
-from ...data.slides.slide_table import find_slides, slide_ids
+from ...data.slides.slide import open_slide
+from ...data.slides.slide_table import IdFrom, SlideEntry, find_slides, slide_ids
 from ...data.table import SLIDE_COLUMNS, find_column, is_table, plain_name, read_records, read_table, typed
 from ...errors import LongslideError
 from ...prediction_columns import PredictionColumns
@@ -98,6 +99,24 @@ class ViewedSlide:
         return self.decided != ("" if self.target == NO_LABEL else self.target)
 
     @property
+    def error(self) -> float | None:
+        """How far a value is from what is true; None for other tasks, and where nobody says."""
+        one = self.prediction
+        if one is None or one.value is None or not self.target:
+            return None
+        try:
+            return abs(one.value - float(self.target))
+        except ValueError:
+            return None
+
+    @property
+    def event(self) -> bool | None:
+        """Whether what a risk is of has happened; None for other tasks, and where nobody says."""
+        if self.prediction is None or self.prediction.risk is None or not self.target:
+            return None
+        return self.target.endswith(EVENT)
+
+    @property
     def certainty(self) -> float | None:
         """Probability of what was decided, for several labels the lowest; None for values and risks."""
         probability = self.prediction.probability if self.prediction else None
@@ -107,6 +126,9 @@ class ViewedSlide:
             return probability[self.prediction.predicted]
         return min(max(value, 1 - value) for value in probability.values())
 
+
+EVENT = ", event"
+"""How the target of a survival task ends where it is no time of censoring."""
 
 NO_LABEL = "no label"
 """The target of a slide that has none of several labels."""
@@ -131,7 +153,7 @@ class Collection:
     models: list[Model] = field(default_factory=list)
 
 
-def read_collection(inputs: Sequence[str | Path], output: Path | None = None) -> Collection:
+def read_collection(inputs: Sequence[str | Path], output: Path | None = None, id_from: IdFrom = "name") -> Collection:
     """Find out what there is to see; no slide or feature file is opened.
 
     Args:
@@ -139,6 +161,7 @@ def read_collection(inputs: Sequence[str | Path], output: Path | None = None) ->
             tables of slides or slide ids, whose columns with the names of the labels say what is true. What they say of a
             slide is joined.
         output: Folder for what is drawn. Default: the first output folder of `predict` or `embed`.
+        id_from: What ids of slide files are made of, as `embed` takes it.
 
     Returns:
         The collection.
@@ -146,10 +169,11 @@ def read_collection(inputs: Sequence[str | Path], output: Path | None = None) ->
     Raises:
         LongslideError: There is nothing there, it cannot be read, or it is of a newer Longslide.
     """
-    reading = _Reading()
+    reading = _Reading(id_from)
     paths = [Path(item) for item in inputs]
     for path in paths:
         reading.add(path)
+    reading.add_slides()
     reading.add_targets()
     if not reading.slides:
         raise LongslideError(f"{paths[0]}: no slides, features or results there")
@@ -161,11 +185,13 @@ def read_collection(inputs: Sequence[str | Path], output: Path | None = None) ->
 class _Reading:
     """What was found so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, id_from: IdFrom = "name") -> None:
+        self.id_from = id_from
         self.slides: dict[str, ViewedSlide] = {}
         self.task: Task | None = None
         self.folders: list[Path] = []
         self.tables: list[Path] = []
+        self.files: list[Path] = []  # and folders of slides
         self.models: list[Model] = []
 
     def slide(self, slide_id: str) -> ViewedSlide:
@@ -195,7 +221,19 @@ class _Reading:
             self.tables.append(path)
             if find_column(read_table(path), SLIDE_COLUMNS) is None:  # of labels, by the ids of slides that others name
                 return
-        for entry in find_slides(path, ask=False):
+            self._add_entries(find_slides(path, ask=False, id_from=self.id_from))
+            return
+        if path.is_file() and path.suffix.lower() not in looked_at():
+            open_slide(path).close()  # whatever its name, if it can be
+        self.files.append(path)
+
+    def add_slides(self) -> None:
+        """The slide files and folders of slides; together, for ids from paths depend on how many there are."""
+        if self.files:
+            self._add_entries(find_slides(self.files, ask=False, id_from=self.id_from))
+
+    def _add_entries(self, entries: Iterable[SlideEntry]) -> None:
+        for entry in entries:
             slide = self.slide(entry.slide_id)
             slide.paths.insert(0, entry.path)
             slide.slide_mpp = slide.slide_mpp or entry.slide_mpp
@@ -236,16 +274,9 @@ class _Reading:
             beside = folder / "features" / f"{row['slide_id']}.h5"
             if predicts:
                 slide.features += [beside, Path(row["features"])] if row.get("features") else [beside]
-        first = next((slide for slide in self.slides.values() if folder in slide.results), None)
-        if first is not None:
-            path = folder / f"{first.slide_id}.json"
-            try:
-                task = Task.from_dict(read_json(path)["task"])
-            except (KeyError, TypeError) as error:
-                raise LongslideError(
-                    f"{path}: does not say what was predicted ({error!r}); predict it again"
-                ) from error
-            self._add_predictions(folder, task)
+        predicted = [slide.slide_id for slide in self.slides.values() if folder in slide.results]
+        if predicted:
+            self._add_predictions(folder, _task_of(folder, predicted))
 
     def _add_run(self, folder: Path) -> None:
         """A run folder: its predictions of the test part, else of the validation part."""
@@ -299,7 +330,7 @@ class _Reading:
             return
         for table in self.tables:
             frame = read_table(table)
-            ids = slide_ids(frame)
+            ids = slide_ids(frame, self.id_from)
             columns = [find_column(frame, (plain_name(name),)) or name for name in self.task.label]
             if ids is None or not set(columns) <= set(frame):
                 logger.warning(
@@ -328,6 +359,28 @@ def fold_of(checkpoint: Path) -> int | None:
     """The fold whose checkpoint it is by its folder; None of a single model."""
     kind, _, number = checkpoint.parent.name.partition("_")
     return int(number) if kind == "fold" and number.isdecimal() else None
+
+
+def _task_of(folder: Path, slide_ids: Sequence[str]) -> Task:
+    """What was predicted, by the first slide whose JSON says it; those before are named.
+
+    Raises:
+        LongslideError: None says it: what is wrong with the first.
+    """
+    errors: list[LongslideError] = []
+    for slide_id in slide_ids:
+        path = folder / f"{slide_id}.json"
+        try:
+            task = Task.from_dict(read_json(path)["task"])
+        except LongslideError as error:
+            errors.append(error)
+        except (KeyError, TypeError) as error:
+            errors.append(LongslideError(f"{path}: does not say what was predicted ({error!r}); predict it again"))
+        else:
+            for said in errors:
+                logger.warning("%s", said)
+            return task
+    raise errors[0]
 
 
 def _summary_of(folder: Path) -> list[dict[str, str]]:
@@ -362,7 +415,7 @@ def _target(cells: Sequence[Any], task: Task) -> str:
             there = [name for name, cell in zip(task.classes, cells, strict=True) if _is_true(cell)]
             return ", ".join(there) or NO_LABEL
         case "survival":
-            return f"{cells[0]}, {'event' if _is_true(cells[1]) else 'censored'}"
+            return f"{cells[0]}{EVENT if _is_true(cells[1]) else ', censored'}"
         case "binary" | "multiclass" | "ordinal":
             return class_of(str(cells[0]))
         case "regression":

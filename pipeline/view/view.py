@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...data.slides.slide_table import IdFrom
 from ...errors import LongslideError
 from ...ranges import checked
 from ..batch.ledger import make_output_folder
@@ -46,6 +47,7 @@ def view(
     output: str | Path | None = None,
     no_browser: bool = False,
     slide_timeout: float = 120.0,
+    id_from: IdFrom = "name",
 ) -> ViewResult:
     """Show slides, features and predictions in the browser, from this machine to this machine alone; Ctrl-C ends it.
 
@@ -59,6 +61,7 @@ def view(
         no_browser: Only print the address.
         slide_timeout: Seconds that opening a slide or drawing a picture may take; then the page says so, and the viewer goes
             on.
+        id_from: What ids of slide files are made of, as `embed` takes it: `path` where folders have slides of the same name.
 
     Returns:
         How many slides were shown.
@@ -74,7 +77,7 @@ def view(
     if output is not None:
         make_output_folder(Path(output))
     given = [inputs] if isinstance(inputs, str | Path) else inputs
-    collection = read_collection(given, None if output is None else Path(output))
+    collection = read_collection(given, None if output is None else Path(output), id_from)
     listening = _listen(port)
     _serve(collection, listening, slide_timeout, opens_browser=not no_browser)
     return ViewResult(len(collection.slides))
@@ -110,17 +113,18 @@ def _serve(collection: Collection, listening: socket.socket, slide_timeout: floa
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     # In a thread of its own: the signals are the command line's.
-    before = set(threading.enumerate())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="viewer")
-    thread.start()
-    count = len(collection.slides)
-    print(
-        f"{count:,} slide{'' if count == 1 else 's'} at\n\n  {root}{token}/\n\nfor this machine alone; Ctrl-C ends it",
-        flush=True,
-    )
-    if opens_browser and (sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        webbrowser.open(root + once)
+    before = set(threading.enumerate())
     try:
+        thread.start()
+        count = len(collection.slides)
+        print(
+            f"{count:,} slide{'' if count == 1 else 's'} at\n\n  {root}{token}/\n\nfor this machine alone; Ctrl-C ends it",
+            flush=True,
+        )
+        has_browser = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        if opens_browser and has_browser:
+            webbrowser.open(root + once)
         thread.join()
     except KeyboardInterrupt as end:  # Ctrl-C is how a viewer ends
         if isinstance(end, Stopped) and end.number != signal.SIGINT:

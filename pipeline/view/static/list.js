@@ -27,6 +27,13 @@ function orders(task) {
     const compare = (a, b) => (b.scores[name] ?? -Infinity) - (a.scores[name] ?? -Infinity);
     found.push({ key: `score ${name}`, title: `${name}, highest first`, compare });
   }
+  if (state.slides.some((slide) => slide.error !== null)) {
+    found.push({ key: "error", title: "largest error first", compare: (a, b) => (b.error ?? -1) - (a.error ?? -1) });
+  }
+  if (state.slides.some((slide) => slide.event)) {
+    const compare = (a, b) => (b.event === true) - (a.event === true) || a.scores.risk - b.scores.risk;
+    found.push({ key: "missed", title: "events of the lowest risk first", compare });
+  }
   return task ? found : found.filter((order) => order.key !== "certainty");
 }
 
@@ -42,8 +49,10 @@ function row(slide) {
     line.append(element("b", { className: "bad", textContent: `${slide.status}: ${slide.reason}` }));
   }
   if (slide.target) {
-    const truth = `${slide.wrong === true ? "wrong; " : ""}truth: ${slide.target}`;
-    line.append(element("span", { className: slide.wrong === true ? "bad" : "good", textContent: truth }));
+    const off = slide.error === null ? "" : `, off by ${number(slide.error)}`;
+    const truth = `${slide.wrong === true ? "wrong; " : ""}truth: ${slide.target}${off}`;
+    const mark = { true: "bad", false: "good" }[slide.wrong] ?? "soft";
+    line.append(element("span", { className: mark, textContent: truth }));
   }
   const facts = [
     slide.patient,

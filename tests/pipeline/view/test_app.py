@@ -276,6 +276,20 @@ def test_results_of_a_newer_version_are_one_line(
     assert "written by a newer Longslide (schema 99)" in line
 
 
+def test_one_slide_whose_json_cannot_be_read_takes_no_other_along(
+    serve: Serve, made: Results, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(made.results, tmp_path / "results")
+    first = json.loads((made.results / f"{EVIL}.json").read_text())["slide_id"]
+    (tmp_path / "results" / f"{first}.json").write_text('{"task": ')
+    viewer = serve(tmp_path / "results")
+    listed = {slide["id"]: slide["prediction"] for slide in viewer.json("api/collection")["slides"]}
+    assert listed[first], "the table has it"
+    assert listed["plain"]
+    assert f"{first}.json" in caplog.text
+    assert any(f"{first}.json" in remark for remark in viewer.json(api(first))["remarks"])
+
+
 def test_predictions_of_other_columns_are_one_line(
     made: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,8 @@ from longslide import LongslideError, write_synthetic_slide
 from longslide.data.features.feature_file import write_features
 from longslide.data.features.features import Features
 from longslide.data.table import csv_of
-from longslide.pipeline.view.collection import NO_LABEL, _Reading, read_collection
+from longslide.pipeline.predict.prediction import Prediction
+from longslide.pipeline.view.collection import NO_LABEL, ViewedSlide, _Reading, _target, read_collection
 from longslide.prediction_columns import PredictionColumns
 from longslide.task import Task
 
@@ -104,3 +105,39 @@ def test_a_slide_has_the_model_of_the_fold_that_predicted_it(tmp_path: Path) -> 
     [model] = collection.slides["a"].models
     assert (model.name, model.checkpoint) == ("mine, fold 2", run / "fold_2" / "best.ckpt")
     assert collection.slides["b"].models[0].name == "mine, fold 1"
+
+
+def test_slides_of_one_name_have_ids_from_their_paths(tmp_path: Path) -> None:
+    for name in ("site_a", "site_b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.svs").touch()
+    with pytest.raises(LongslideError, match="or give --id-from path"):
+        read_collection([tmp_path])
+    assert list(read_collection([tmp_path], id_from="path").slides) == ["site_a__1", "site_b__1"]
+    both = read_collection([tmp_path / "site_b", tmp_path / "site_a"], id_from="path")
+    assert sorted(both.slides) == ["site_a__1", "site_b__1"], "as embed names them"
+
+
+def test_a_file_name_with_a_backslash_stops_no_viewer(tmp_path: Path) -> None:
+    for name in ("a.svs", "b\\c.svs"):
+        (tmp_path / name).touch()
+    assert list(read_collection([tmp_path]).slides) == ["a", "b%5Cc"]
+
+
+def test_what_is_no_slide_is_refused_in_a_line_whatever_its_suffix(tmp_path: Path) -> None:
+    (tmp_path / "best.ckpt").write_bytes(b"PK\3\4 no slide")
+    write_synthetic_slide(tmp_path / "a.svs", size=(256, 256)).rename(tmp_path / "a.slide")
+    assert list(read_collection([tmp_path / "a.slide"]).slides) == ["a"]
+    with pytest.raises(LongslideError, match=r"best\.ckpt: not a slide"):
+        read_collection([tmp_path / "a.slide", tmp_path / "best.ckpt"])
+
+
+def test_how_far_a_value_is_off_and_which_risks_had_an_event() -> None:
+    value = ViewedSlide("a", prediction=Prediction("slide", "a", value=2.5), target="4")
+    assert value.error == 1.5
+    assert value.event is None
+    risk = Prediction("slide", "a", risk=0.3)
+    for cells, event in ((("12", "1"), True), (("12", "0"), False)):
+        slide = ViewedSlide("a", prediction=risk, target=_target(cells, SURVIVAL))
+        assert (slide.event, slide.error) == (event, None)
+    assert ViewedSlide("a", prediction=risk).event is None
