@@ -265,25 +265,31 @@ class BagDataModule(lightning.LightningDataModule):
 
     @property
     def class_weights(self) -> Tensor | None:
-        """Weights that even out the classes of the training bags.
+        """Weights that even out the classes of the training bags, as they are drawn.
 
         `(C,)` float32 n / (C * n_c) for binary, multiclass and ordinal; `(C,)` negatives / positives of each label for
-        multilabel; None for other tasks.
+        multilabel; None for other tasks. Where `balance` draws the classes equally often, nothing is left to even out.
         """
         task = self.task
         match task.kind:
             case "binary" | "multiclass" | "ordinal":
-                targets = self.training_targets
-                counts = np.bincount(targets, minlength=len(task.classes))
-                return torch.from_numpy((len(targets) / (len(task.classes) * counts)).astype(np.float32))
+                shares = np.bincount(self.training_targets, self._draws, minlength=len(task.classes))
+                return torch.from_numpy((1 / (len(task.classes) * shares)).astype(np.float32))
             case "multilabel":
                 targets = self.training_targets
-                positives, negatives = (targets == 1).sum(0), (targets == 0).sum(0)
+                positives, negatives = self._draws @ (targets == 1), self._draws @ (targets == 0)
                 return torch.from_numpy((negatives / positives).astype(np.float32))
             case "regression" | "survival":
                 return None
             case _:
                 assert_never(task.kind)
+
+    @property
+    def _draws(self) -> np.ndarray:
+        """`(n,)` share of the draws that each training bag has."""
+        strata = self._stratum() if self.options.balance else np.zeros(len(self.bags("train")), np.int64)
+        _, number, counts = np.unique(strata, return_inverse=True, return_counts=True)
+        return np.asarray(1 / (len(counts) * counts[number]))
 
     @property
     def training_targets(self) -> np.ndarray:
@@ -297,8 +303,11 @@ class BagDataModule(lightning.LightningDataModule):
         if self.cohort.task is not None and self.cohort.task.kind == "survival" and not self.options.times:
             times = ", ".join(f"{time:g}" for time in self.task.times)
             notes.append(f"fold {self.fold} reports survival at the times {times} (--data.times for others)")
-        if self.cohort.mixed_patients:
-            notes.append(f"{len(self.cohort.mixed_patients)} patients have slides with different labels")
+        if mixed := self.cohort.mixed_patients:
+            notes.append(
+                f"{len(mixed)} patients have slides with different labels ({listed(mixed)}): where they are tested, metrics "
+                "are of slides, not of patients"
+            )
         if self.truncated["bags"]:
             notes.append(
                 f"{self.truncated['bags']} training bags have more than {self.max_tiles} tiles: "

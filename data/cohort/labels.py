@@ -105,6 +105,11 @@ class LabelReader:
         cells = cells.map(lambda cell: self.renamed.get(cell, cell), na_action="ignore")
         has_label = cells.notna().to_numpy()
         present = list(cells[has_label & self.has_features].unique())
+        if not self.classes and (alike := _spelt_alike(present)):
+            raise LongslideError(
+                f"{self.source}: column {name!r} has {' and '.join(map(repr, alike))}, which may be one class; spell them "
+                "alike if they are, or else name all classes with --data.classes"
+            )
         classes = self.classes or tuple(_in_order(present))
         if kind == "ordinal" and not self.classes and not all(_is_number(value) for value in classes):
             raise LongslideError(
@@ -220,6 +225,14 @@ def _in_order(values: Iterable[str]) -> list[str]:
         return word, [(0, float(part), "") if _is_number(part) else (1, 0.0, part) for part in parts]
 
     return sorted(values, key=key)
+
+
+def _spelt_alike(values: Iterable[str]) -> list[str]:
+    """The first values that differ in case, blanks or underscores alone."""
+    groups: dict[str, list[str]] = {}
+    for value in values:
+        groups.setdefault(re.sub(r"[\s_]+", " ", value.casefold()), []).append(value)
+    return next((group for group in groups.values() if len(group) > 1), [])
 
 
 def _is_number(text: str) -> bool:

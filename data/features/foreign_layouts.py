@@ -49,6 +49,7 @@ def read_foreign(
         step = _most_common_step(path, coords)
     width, height = attributes.get("level0_width"), attributes.get("level0_height")
     encoder = name.partition("/")[2] if several else file[name].attrs.get("encoder")
+    magnification = float(attributes.get("target_magnification", 0))  # nominal in files of TRIDENT: 20 is 0.5 um/px
     found = Features(
         slide_id=path.stem,
         features=features,
@@ -57,8 +58,9 @@ def read_foreign(
         tile_size_level0=tile_size,
         tile_px=tile_px,
         overlap=_whole(overlap),
+        tile_mpp=10 / magnification if magnification > 0 else None,
         level0_size=(int(width), int(height)) if width is not None and height is not None else None,
-        encoder=None if encoder is None else str(encoder),
+        encoder=None if encoder in (None, "None") else str(encoder),  # TRIDENT writes None as text
         layout=layout,
     )
     return _row_by_row(found)
@@ -125,6 +127,8 @@ def _whole(value: Any) -> int | None:
 
 
 def _integral(path: Path, coords: np.ndarray) -> np.ndarray:
+    if coords.dtype == np.float16 and np.abs(coords).max(initial=0) > 2048:
+        raise LongslideError(f"{path}: `coords` are float16, which rounds pixels beyond 2,048; write them as integers")
     whole: np.ndarray = np.rint(coords)
     if not np.isfinite(coords).all() or np.abs(coords - whole).max(initial=0) > 1e-6:
         raise LongslideError(f"{path}: `coords` are not whole level-0 pixels")

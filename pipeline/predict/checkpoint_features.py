@@ -139,6 +139,11 @@ class FeatureMaker:
             raise MadeOtherwiseError(path, ways, REMEDY)
         return made_with.remarks(self.preprocessing)
 
+    @property
+    def _unknown_weights(self) -> bool:
+        """Whether neither the training features nor the user say which weights are meant: a name alone is another tool's."""
+        return self.preprocessing.tile_weights is None and self.tile_encoder is None and self.tile_checkpoint is None
+
     def load_encoders(self) -> None:
         """Load what makes features.
 
@@ -186,9 +191,10 @@ class FeatureMaker:
             made.overlap,
             asked.tile_encoder or made.tile_encoder,
         )
-        if tile_mpp is None or tile_px is None or overlap is None or name is None:
+        if tile_mpp is None or tile_px is None or overlap is None or name is None or self._unknown_weights:
             wanted = {"tile_encoder": name, "tile_mpp": tile_mpp, "tile_px": tile_px, "overlap": overlap}
             unknown = [setting for setting, value in wanted.items() if value is None]
+            unknown += ["tile_weights"] if self._unknown_weights else []
             raise LongslideError(
                 f"the checkpoint does not say the {', '.join(unknown)} of its training features, which another tool made: "
                 "make those of the new slides with it too, and give their folder with --features"

@@ -85,9 +85,18 @@ def predict_held_out(fold: HeldOut, folds: Sequence[HeldOut], record: TrainingRu
             others = f" of all folds that fold {number} does not test" if len(folds) > 1 else ""
             record.facts.setdefault("calibration", {})[f"fold {number}"] = calibrated + others
     store_calibration(fold.checkpoint, classifier)
+    mixed = set(fold.data.cohort.mixed_patients)
+    # In all folds or in none: a mean over folds must not lose the patients of one.
+    of_patients = not any(mixed.intersection(one.patients(part)) for one in folds for part in one.outputs)
     return [
         prediction_rows(
-            classifier, outputs, fold.data.bags(part), fold=number, part=part, seen=_yes if part == "val" else _no
+            classifier,
+            outputs,
+            fold.data.bags(part),
+            fold=number,
+            part=part,
+            seen=_yes if part == "val" else _no,
+            of_patients=of_patients,
         )
         for part, outputs in fold.outputs.items()
     ]

@@ -118,11 +118,11 @@ def prediction_rows(
     fold: int,
     part: str,
     seen: Callable[[str, str], bool | None],
+    of_patients: bool = True,
 ) -> pd.DataFrame:
     """Rows of `predictions.csv`.
 
-    A bag of one slide gives a row of level `slide`. Rows of level `patient` are the means of a patient's bags; there are
-    none where slides of one patient have different targets.
+    A bag of one slide gives a row of level `slide`. Rows of level `patient` are the means of a patient's bags.
 
     Args:
         classifier: The calibrated classifier.
@@ -131,6 +131,7 @@ def prediction_rows(
         fold: The fold.
         part: `val` or `test`.
         seen: Whether a patient and slide were in the training or validation part; the slide is empty for a patient.
+        of_patients: Whether there are rows of level `patient`: not where slides of one patient have different targets.
     """
     task = classifier.task
     columns = PredictionColumns(task)
@@ -144,7 +145,7 @@ def prediction_rows(
     levels = []
     if all(len(bag.slide_ids) == 1 for bag in of_rows):
         levels.append(table.assign(level="slide", slide_id=[bag.slide_ids[0] for bag in of_rows]))
-    if (patients[list(target)].nunique() <= 1).to_numpy().all():
+    if of_patients:
         means = patients[list(values)].mean()
         firsts = patients[["fold", "part", *target]].first()
         levels.append(firsts.join(means).reset_index().assign(level="patient", slide_id=""))

@@ -335,4 +335,5 @@ def predict_test_part(
     context = trainer.precision_plugin.forward_context()
     device = trainer.strategy.root_device
     outputs = run_classifier(classifier, data.in_order("test", device), device, context)
-    return prediction_rows(classifier, outputs, data.bags("test"), fold=0, part="test", seen=seen.mark)
+    bags, whole = data.bags("test"), not data.cohort.mixed_patients
+    return prediction_rows(classifier, outputs, bags, fold=0, part="test", seen=seen.mark, of_patients=whole)

@@ -104,6 +104,11 @@ def test_cells_that_say_nothing_are_empty_but_an_id_may_be_na(tmp_path: Path) ->
     assert list(read_table(tmp_path / "t.csv", {""})["label"]) == ["x", "NA", "None"]
 
 
+def test_what_the_gdc_tcga_and_sas_write_for_nothing_is_nothing(tmp_path: Path) -> None:
+    frame = read(tmp_path / "t.csv", b"slide_id,stage\na,'--\nb,[Not Available]\nc,.\nd,II\n")
+    assert list(frame["stage"].notna()) == [False, False, False, True]
+
+
 def test_the_line_that_tells_excel_the_separator_is_heeded(tmp_path: Path) -> None:
     assert list(read(tmp_path / "t.csv", b"sep=|\r\nslide_id|age\r\na|1,5\r\n")) == ["slide_id", "age"]
 

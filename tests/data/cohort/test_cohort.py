@@ -103,6 +103,11 @@ def test_a_class_may_be_called_none_if_it_is_named(features: Path, rows: Write) 
     assert names(read_cohort(table, features, task="binary", classes=["None", "mild"])) == ["None", "mild", "None"]
 
 
+def test_classes_that_differ_in_case_alone_are_two_if_they_are_named(features: Path, rows: Write) -> None:
+    table = rows(labelled("t1a", "T1A", "t1a"))
+    assert names(read_cohort(table, features, task="binary", classes=["t1a", "T1A"])) == ["t1a", "T1A", "t1a"]
+
+
 def test_truth_values_are_classes_false_first(features: Path, rows: Write) -> None:
     cohort = read_cohort(rows(labelled(True, False, True), "t.parquet"), features, task="binary")
     assert cohort.task is not None
@@ -276,6 +281,7 @@ def test_a_column_that_is_not_there_is_answered_with_those_that_look_like_it(fea
         ("binary", ["x", "x", None], "has only one class (x)"),
         ("multiclass", ["x", "x"], "has only one class (x)"),
         ("binary", ["x", "y", "z"], "has 3 classes (x, y, z), a binary task has two"),
+        ("multiclass", ["Luminal A", "luminal_a", "basal"], "has 'Luminal A' and 'luminal_a', which may be one class"),
         ("regression", [1, 1], "has only 1 among the slides"),
         ("regression", [1, "soft"], "'label' of b is 'soft', not a finite number"),
         ("regression", [1, "inf"], "'label' of b is 'inf', not a finite number"),

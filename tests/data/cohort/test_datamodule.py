@@ -82,6 +82,15 @@ def test_weights_and_statistics_are_those_of_the_training_part(two_classes: tupl
     np.testing.assert_allclose(weights.numpy() * np.bincount(targets), [len(targets) / 2] * 2, rtol=1e-6)
 
 
+def test_classes_that_are_drawn_equally_often_are_not_weighted_once_more(cohort: Write) -> None:
+    table, features = cohort(24, a=lambda p: int(p % 4 == 0), b=lambda p: p % 2)
+    module = data(table, features, task="binary", label="a", balance=True)
+    np.testing.assert_allclose(module.class_weights, [1, 1], rtol=1e-6)
+    module = data(table, features, task="multilabel", label=["a", "b"], balance=True)
+    # Drawn are, each in a third: neither, b alone, a alone.
+    np.testing.assert_allclose(module.class_weights, [2, 2], rtol=1e-6)
+
+
 def test_weights_of_several_labels_count_what_is_known(cohort: Write) -> None:
     table, features = cohort(24, a=lambda p: p % 3 == 0 if p != 1 else None, b=lambda p: p % 2)
     module = data(table, features, task="multilabel", label=["a", "b"])
@@ -292,7 +301,8 @@ def test_patients_with_different_labels_cannot_be_one_bag(slide: Write, rows: Wr
             )
     module = data(rows(table), tmp_path / "features", bags="patient")
     assert "1 patients have slides with different labels (3)" in refusal(module)
-    assert any("different labels" in note for note in data(rows(table), tmp_path / "features").notes)
+    notes = data(rows(table), tmp_path / "features").notes
+    assert any("different labels (3): where they are tested, metrics are of slides" in note for note in notes)
 
 
 def test_numbers_out_of_range_are_refused() -> None:

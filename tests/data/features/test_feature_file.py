@@ -159,7 +159,14 @@ def test_trident_of_a_40x_slide_keeps_its_grid(tmp_path: Path) -> None:
     read = read_features(path)
     assert (read.layout, read.encoder, read.tile_px, read.tile_size_level0) == ("trident", "uni_v1", 256, 512)
     assert read.level0_size == (9000, 7000)
+    assert read.tile_mpp == 0.5, "20x, so that files of 10x are not mixed in"
     np.testing.assert_array_equal(read.cells, CELLS)
+
+
+def test_an_encoder_that_trident_has_no_name_for_is_not_known(tmp_path: Path) -> None:
+    datasets = {"features": np.ones((20, 6), np.float32), "coords": grid()}
+    attributes = {"features": {"encoder": "None"}, "coords": {"patch_size": 256, "patch_size_level0": 512}}
+    assert read_features(write(tmp_path / "a.h5", datasets, attributes)).encoder is None
 
 
 def test_trident_with_overlap_has_the_step_between_tiles(tmp_path: Path) -> None:
@@ -266,6 +273,7 @@ def test_trident_skips_the_first_overlap(tmp_path: Path) -> None:
         ({"features": np.zeros((2, 2)), "coords": np.array([[0.5, 0], [256, 0]])}, "not whole level-0 pixels"),
         ({"features": np.zeros((2, 2)), "coords": np.array([[np.nan, 0], [256, 0]])}, "not whole level-0 pixels"),
         ({"features": np.zeros((2, 2)), "coords": np.array([[0, 0], [256, 300]])}, "does not say its tile size"),
+        ({"features": np.zeros((2, 2)), "coords": np.array([[0, 0], [4096, 0]], np.float16)}, "are float16, which rounds"),
         ({"feats": np.zeros((3, 2)), "coords": np.array([[0.0, 0], [256, 0], [512, 0]])}, "extract it again"),
         ({"feats": np.zeros((2, 2)), "coords": np.array([[0.0, 0], [np.nan, 0]])}, "extract it again"),
     ],

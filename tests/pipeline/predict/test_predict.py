@@ -655,6 +655,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line_before_any_slide_is_touche
         ({"tile_encoder": "kaiko-vits8", "tile_weights": "hf:x sha256:0123"}, {}, "--tile-checkpoint"),
         ({"tile_weights": "x sha256:0123"}, {"tile_checkpoint": "random"}, "trained on features of x sha256:0123"),
         ({"tile_encoder": None, "tile_px": None}, {}, "does not say the tile_encoder, tile_px"),
+        ({"tile_encoder": "virchow2", "tile_weights": None}, {}, "does not say the tile_weights"),
     ],
 )
 def test_a_tile_encoder_that_cannot_be_had_is_one_line_before_any_slide_is_touched(

@@ -489,6 +489,20 @@ def test_crossval_predicts_every_patient_once_by_a_model_that_has_not_seen_it(
     assert "pooled" in set(pd.read_csv(tmp_path / "cv" / "metrics.csv")["scope"])
 
 
+def test_a_patient_with_two_labels_makes_all_folds_be_measured_by_slides(tmp_path: Path, capsys) -> None:
+    """The fold of such a patient had no rows of patients: the mean over folds was of the others, without a word."""
+    options = write_cohort(tmp_path, 24, slides_a_patient=2)
+    table = pd.read_csv(tmp_path / "cohort.csv")
+    table.loc[0, "label"] = "positive"
+    table.to_csv(tmp_path / "cohort.csv", index=False)
+    words = ["--config", "mean", "--data.task", "binary", "--folds", "2", "--monitor", "val_loss"]
+    assert main(["crossval", *words, *options, *quick(tmp_path / "cv"), "--trainer.max_epochs", "1"]) == 0
+    assert set(pd.read_csv(tmp_path / "cv" / "predictions.csv")["level"]) == {"slide"}
+    metrics = pd.read_csv(tmp_path / "cv" / "metrics.csv").query("scope == 'mean' and metric == 'auroc'")
+    assert metrics[["level", "n"]].values.tolist() == [["slide", 24]]
+    assert "1 patients have slides with different labels (p0): where they are tested" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
