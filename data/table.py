@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".xlsx")
 """Files that are taken for tables, whatever the case of the suffix."""
 
-MISSING = frozenset({"", "NA", "na", "N/A", "n/a", "#N/A", "NaN", "nan", "null", "NULL", "None", "<NA>", "NaT", ".", "--"}) | {
-    f"[{word}]" for word in ("Not Available", "Not Applicable", "Not Evaluated", "Unknown", "Discrepancy")
-}
+_NOTHING = ["NA", "na", "N/A", "n/a", "#N/A", "NaN", "nan", "null", "NULL", "None", "<NA>", "NaT", ".", "--"]
+_NOTHING_OF_TCGA = ("[Not Available]", "[Not Applicable]", "[Not Evaluated]", "[Unknown]", "[Discrepancy]")
+
+MISSING = frozenset(("", *_NOTHING, *_NOTHING_OF_TCGA))
 """Cells that say that there is nothing here, also in the words of SAS and Stata (`.`), the GDC (`--`) and TCGA's files (in
 brackets). In columns that name slides only an empty cell does: an id may be `NA`."""
 

@@ -16,7 +16,7 @@ from ..aggregators.base import Aggregator, create_aggregator
 from ..checkpoint_file import SCHEMA
 from .bag_weights import BagWeightedModule
 from .cases import CaseRecord
-from .objective import Cox, create_objective
+from .objective import Binary, Cox, Multilabel, create_objective
 from .optimisation import configure
 from .options import ClassifierOptions
 from .selection import BagOutputs, class_of, selection_metric
@@ -54,7 +54,7 @@ class SlideClassifier(BagWeightedModule):
         learning_rate: The highest learning rate, of steps that see 8 bags.
         temperature: What the logits of a classification are divided by, fitted on validation bags; None for none.
         intercept: What is added to the log-odds of `binary` then.
-        thresholds: Threshold of the probability, by class name (the second one of `binary`) or label; None for 0.5. Of
+        thresholds: Threshold of the probability, by class name (the second one of `binary`) or label; 0.5 of others. Of
             survival the median `risk` of validation, above which a patient counts as of high risk.
         training_features: Statistics of the training features, as a checkpoint holds them.
         fold: The fold it was trained on.
@@ -106,6 +106,26 @@ class SlideClassifier(BagWeightedModule):
     def task(self) -> Task:
         """The task."""
         return self.facts.task
+
+    @property
+    def loss_thresholds(self) -> dict[str, float]:
+        """The share that positives have in the training loss: 0.5 with balanced class weights.
+
+        For `binary` by the name of the second class, for `multilabel` by label. There a calibrated model has the highest
+        sensitivity + specificity.
+        """
+        balanced, names = self.facts.balanced_weights, self.task.classes
+        match self.objective:
+            case Binary():
+                negative, positive = (self.objective.class_weights / torch.tensor(balanced or (1.0, 1.0))).tolist()
+                return {names[1]: positive / (negative + positive)}
+            case Multilabel():
+                weights = self.objective.positive_weights.tolist()
+                of_negatives = balanced or (1.0,) * len(names)  # negatives for each positive
+                each = zip(names, weights, of_negatives, strict=True)
+                return {name: positive / (positive + negative) for name, positive, negative in each}
+            case _:
+                return {}
 
     def forward(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor) -> Tensor:
         """The raw outputs of bags, differentiable in `tile_features`.

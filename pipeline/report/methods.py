@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ...evaluation.calibration import FEWEST_CALIBRATED
 from ...plurals import count
 from ...prediction_columns import survival_times, time_text
 from ...task import CLASSIFICATION
@@ -209,15 +210,19 @@ def _output(run: Run) -> list[str]:
     if not _trained(run):
         return []
     sentences = []
-    validation = run.predictions[run.predictions["part"] == "val"]
-    both = run.task.kind == "multilabel" or (run.task.kind == "binary" and validation["target"].nunique() == 2)
-    if len(validation) and both:
-        sentences.append(
-            "The decision threshold maximised sensitivity + specificity in the validation part."
-            if run.task.kind == "binary"
-            else "The decision threshold of each label maximised sensitivity + specificity in the validation part."
-        )
-    elif run.task.kind in CLASSIFICATION and run.task.kind != "binary":
+    if run.task.kind in ("binary", "multilabel"):
+        validation = run.predictions[run.predictions["part"] == "val"]
+        of_folds = validation.groupby("fold")["patient_id"].nunique()
+        of_label = " of each label" if run.task.kind == "multilabel" else ""
+        chosen = f"The decision threshold{of_label} maximised sensitivity + specificity in the validation part"
+        settled = f"the decision threshold{of_label} was the share of positives in the training loss"
+        if not len(of_folds) or of_folds.max() < FEWEST_CALIBRATED:
+            sentences.append(f"{settled[0].upper()}{settled[1:]}.")
+        elif run.task.kind == "binary" and of_folds.min() >= FEWEST_CALIBRATED:
+            sentences.append(f"{chosen}.")
+        else:
+            sentences.append(f"{chosen}; of fewer than {FEWEST_CALIBRATED} validation patients, {settled}.")
+    elif run.task.kind in CLASSIFICATION:
         sentences.append(
             "The highest class reached with a probability above one half was predicted."
             if run.task.kind == "ordinal"

@@ -68,9 +68,9 @@ def run_best_model(training: Training) -> dict[Part, Outputs]:
 def predict_held_out(fold: HeldOut, folds: Sequence[HeldOut], record: TrainingRun | None = None) -> list[pd.DataFrame]:
     """Calibrate the model of a fold, and make the rows of `predictions.csv` of its validation and test part.
 
-    Thresholds are of the fold's own validation part; temperature and intercept, of which a small part tells little, of the
-    validation parts of all folds, without the patients that this fold tests (`benchmarks/crossval_calibration.py`). They
-    go into the checkpoint, and what was done into `run.json`.
+    Thresholds are of the fold's own validation part if it is large enough, else of the loss; temperature and intercept, of
+    which a small part tells little, of the validation parts of all folds, without the patients that this fold tests
+    (`benchmarks/crossval_calibration.py`). They go into the checkpoint, and what was done into `run.json`.
 
     Args:
         fold: The fold.
@@ -80,10 +80,12 @@ def predict_held_out(fold: HeldOut, folds: Sequence[HeldOut], record: TrainingRu
     classifier, number = load_classifier(fold.checkpoint), fold.data.fold
     if "val" in fold.outputs:
         pooled, patients = _untested(fold, folds)
-        calibrated = calibrate(classifier, fold.outputs["val"], pooled, patients)
+        calibrated = calibrate(classifier, fold.outputs["val"], fold.patients("val"), pooled, patients)
         if calibrated and record is not None:
             others = f" of all folds that fold {number} does not test" if len(folds) > 1 else ""
             record.facts.setdefault("calibration", {})[f"fold {number}"] = calibrated + others
+    else:
+        classifier.thresholds = classifier.loss_thresholds
     store_calibration(fold.checkpoint, classifier)
     mixed = set(fold.data.cohort.mixed_patients)
     # In all folds or in none: a mean over folds must not lose the patients of one.

@@ -62,14 +62,19 @@ def run_classifier(
     return Outputs(raw, target, index)
 
 
-def calibrate(classifier: SlideClassifier, validation: Outputs, pooled: Outputs, patients: int) -> str:
+def calibrate(
+    classifier: SlideClassifier, validation: Outputs, validated: np.ndarray, pooled: Outputs, patients: int
+) -> str:
     """Fit thresholds (of survival the median risk) and, where there are enough patients, the calibration on validation bags.
 
-    Thresholds are fitted before temperature and intercept and carried along: no decision about a bag changes.
+    Thresholds are fitted before temperature and intercept and carried along: no decision about a bag changes. Of fewer than
+    `FEWEST_CALIBRATED` validation patients they are those of the loss (`SlideClassifier.loss_thresholds`), which are better
+    then (`benchmarks/thresholds.py`).
 
     Args:
         classifier: The classifier, which keeps them.
         validation: Its outputs for the validation bags, for the thresholds.
+        validated: `(N,)` the patient of each of these.
         pooled: Outputs for temperature and intercept: these, or more of models that are trained alike.
         patients: How many patients they are of.
 
@@ -79,21 +84,22 @@ def calibrate(classifier: SlideClassifier, validation: Outputs, pooled: Outputs,
     classifier.temperature, classifier.intercept = None, 0.0
     raw = validation.raw.double()
     task, target = classifier.task, validation.target.numpy()
+    thresholds = classifier.loss_thresholds
     if task.kind == "survival":
         risk = classifier.predict(raw)["risk"]
         classifier.thresholds = {"risk": float(risk.quantile(0.5))}
     if task.kind == "multilabel":
         probability = classifier.predict(raw)["probability"].numpy()
-        classifier.thresholds = {}
         for i, name in enumerate(task.classes):
             known = ~np.isnan(target[:, i])
-            if known.any():
-                classifier.thresholds[name] = float(best_threshold(target[known, i] == 1, probability[known, i]))
+            if len(np.unique(validated[known])) >= FEWEST_CALIBRATED:
+                thresholds[name] = best_threshold(target[known, i] == 1, probability[known, i])
+        classifier.thresholds = thresholds
     if task.kind not in CLASSIFICATION:
         return ""
-    threshold = 0.5
-    if task.kind == "binary":
-        threshold = best_threshold(target == 1, classifier.predict(raw)["probability"].numpy()[:, 1])
+    if task.kind == "binary" and len(np.unique(validated)) >= FEWEST_CALIBRATED:
+        positive = classifier.predict(raw)["probability"].numpy()[:, 1]
+        thresholds = {task.classes[1]: best_threshold(target == 1, positive)}
 
     def probability_by(calibration: Calibration) -> np.ndarray:
         return np.asarray(classifier.objective.predict(pooled.raw.double(), *calibration)["probability"].numpy())
@@ -103,7 +109,9 @@ def calibrate(classifier: SlideClassifier, validation: Outputs, pooled: Outputs,
     if found is not None:
         classifier.temperature, classifier.intercept = found
     if task.kind == "binary":
-        classifier.thresholds = {task.classes[1]: float(expit(logit(threshold) / temperature + intercept))}
+        classifier.thresholds = {
+            name: float(expit(logit(threshold) / temperature + intercept)) for name, threshold in thresholds.items()
+        }
     if found is None:
         return f"none: {patients} validation patients, fewer than {FEWEST_CALIBRATED}"
     shift = f" and intercept {intercept:+.2f}" if intercept else ""

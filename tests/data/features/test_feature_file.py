@@ -273,7 +273,10 @@ def test_trident_skips_the_first_overlap(tmp_path: Path) -> None:
         ({"features": np.zeros((2, 2)), "coords": np.array([[0.5, 0], [256, 0]])}, "not whole level-0 pixels"),
         ({"features": np.zeros((2, 2)), "coords": np.array([[np.nan, 0], [256, 0]])}, "not whole level-0 pixels"),
         ({"features": np.zeros((2, 2)), "coords": np.array([[0, 0], [256, 300]])}, "does not say its tile size"),
-        ({"features": np.zeros((2, 2)), "coords": np.array([[0, 0], [4096, 0]], np.float16)}, "are float16, which rounds"),
+        (
+            {"features": np.zeros((2, 2)), "coords": np.array([[0, 0], [4096, 0]], np.float16)},
+            "are float16, which rounds",
+        ),
         ({"feats": np.zeros((3, 2)), "coords": np.array([[0.0, 0], [256, 0], [512, 0]])}, "extract it again"),
         ({"feats": np.zeros((2, 2)), "coords": np.array([[0.0, 0], [np.nan, 0]])}, "extract it again"),
     ],

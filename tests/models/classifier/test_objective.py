@@ -66,6 +66,19 @@ def test_of_weights_that_are_given_only_the_ratio_matters() -> None:
         torch.testing.assert_close(given.objective.class_weights, torch.tensor(balanced))
 
 
+def test_the_threshold_of_the_loss_is_the_share_of_positives_in_it() -> None:
+    facts = TrainingFacts(BINARY, 8, (0.625, 2.5))  # 80 and 20 of 100 bags
+    several = TrainingFacts(Task("multilabel", ("a", "b"), ("a", "b")), 8, (4.0, 0.25))  # 20 and 80 of 100
+    for weights, binary, labels in (
+        ("none", 0.2, (0.2, 0.8)),
+        ("balanced", 0.5, (0.5, 0.5)),
+        ([1, 3], 3 / 7, (0.2, 12 / 13)),
+    ):
+        options = ClassifierOptions(aggregator="mean", class_weights=weights)
+        assert SlideClassifier(facts, options).loss_thresholds == {BINARY.classes[1]: pytest.approx(binary)}
+        assert tuple(SlideClassifier(several, options).loss_thresholds.values()) == pytest.approx(labels)
+
+
 def test_a_temperature_divides_the_logit() -> None:
     outputs = randn(5, 1)
     probability = create_objective(BINARY).predict(outputs, 2.0)["probability"]
