@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import LongslideError, is_printable, printable
@@ -128,8 +128,13 @@ def slide_ids(frame: "pd.DataFrame", id_from: IdFrom = "name") -> "pd.Series[Any
     given, slide = find_column(frame, ID_COLUMNS), find_column(frame, SLIDE_COLUMNS)
     if slide is None:
         return None if given is None else frame[given]
-    stems = frame[slide].map(lambda path: _id_of(without_suffix(Path(path)), id_from), na_action="ignore")
+    stems = frame[slide].map(lambda path: _id_of(without_suffix(_path(path)), id_from), na_action="ignore")
     return stems if given is None else frame[given].where(frame[given].notna(), stems)
+
+
+def _path(cell: str) -> Path:
+    r"""A path as it is written here; one that was written on Windows, `C:\data\a.svs`, has its parts here too."""
+    return Path(cell if "/" in cell else PureWindowsPath(cell).as_posix())
 
 
 def id_of_name(name: str, known: Collection[str]) -> str:

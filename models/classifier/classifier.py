@@ -107,23 +107,25 @@ class SlideClassifier(BagWeightedModule):
         """The task."""
         return self.facts.task
 
-    @property
-    def loss_thresholds(self) -> dict[str, float]:
+    def loss_thresholds(self, balanced: Sequence[float]) -> dict[str, float]:
         """The share that positives have in the training loss: 0.5 with balanced class weights.
 
-        For `binary` by the name of the second class, for `multilabel` by label. There a calibrated model has the highest
-        sensitivity + specificity.
+        There a calibrated model has the highest sensitivity + specificity.
+
+        Args:
+            balanced: The weights that would even out the training bags, as `TrainingFacts.balanced_weights` has them.
+
+        Returns:
+            For `binary` by the name of the second class, for `multilabel` by label; nothing for other tasks.
         """
-        balanced, names = self.facts.balanced_weights, self.task.classes
+        names = self.task.classes
         match self.objective:
             case Binary():
-                negative, positive = (self.objective.class_weights / torch.tensor(balanced or (1.0, 1.0))).tolist()
+                negative, positive = (self.objective.class_weights / torch.tensor(balanced)).tolist()
                 return {names[1]: positive / (negative + positive)}
             case Multilabel():
-                weights = self.objective.positive_weights.tolist()
-                of_negatives = balanced or (1.0,) * len(names)  # negatives for each positive
-                each = zip(names, weights, of_negatives, strict=True)
-                return {name: positive / (positive + negative) for name, positive, negative in each}
+                each = zip(names, self.objective.positive_weights.tolist(), balanced, strict=True)
+                return {name: weight / (weight + negatives) for name, weight, negatives in each}
             case _:
                 return {}
 

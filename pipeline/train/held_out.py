@@ -78,14 +78,16 @@ def predict_held_out(fold: HeldOut, folds: Sequence[HeldOut], record: TrainingRu
         record: The run.
     """
     classifier, number = load_classifier(fold.checkpoint), fold.data.fold
+    weights = fold.data.class_weights
+    thresholds = {} if weights is None else classifier.loss_thresholds(weights.tolist())
     if "val" in fold.outputs:
         pooled, patients = _untested(fold, folds)
-        calibrated = calibrate(classifier, fold.outputs["val"], fold.patients("val"), pooled, patients)
+        calibrated = calibrate(classifier, fold.outputs["val"], fold.patients("val"), pooled, patients, thresholds)
         if calibrated and record is not None:
             others = f" of all folds that fold {number} does not test" if len(folds) > 1 else ""
             record.facts.setdefault("calibration", {})[f"fold {number}"] = calibrated + others
     else:
-        classifier.thresholds = classifier.loss_thresholds
+        classifier.thresholds = thresholds or None
     store_calibration(fold.checkpoint, classifier)
     mixed = set(fold.data.cohort.mixed_patients)
     # In all folds or in none: a mean over folds must not lose the patients of one.

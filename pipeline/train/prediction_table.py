@@ -63,7 +63,12 @@ def run_classifier(
 
 
 def calibrate(
-    classifier: SlideClassifier, validation: Outputs, validated: np.ndarray, pooled: Outputs, patients: int
+    classifier: SlideClassifier,
+    validation: Outputs,
+    validated: np.ndarray,
+    pooled: Outputs,
+    patients: int,
+    thresholds: dict[str, float],
 ) -> str:
     """Fit thresholds (of survival the median risk) and, where there are enough patients, the calibration on validation bags.
 
@@ -77,6 +82,7 @@ def calibrate(
         validated: `(N,)` the patient of each of these.
         pooled: Outputs for temperature and intercept: these, or more of models that are trained alike.
         patients: How many patients they are of.
+        thresholds: Those of the loss.
 
     Returns:
         What was done about the probabilities, in a sentence; nothing for tasks without.
@@ -84,7 +90,7 @@ def calibrate(
     classifier.temperature, classifier.intercept = None, 0.0
     raw = validation.raw.double()
     task, target = classifier.task, validation.target.numpy()
-    thresholds = classifier.loss_thresholds
+    thresholds = dict(thresholds)
     if task.kind == "survival":
         risk = classifier.predict(raw)["risk"]
         classifier.thresholds = {"risk": float(risk.quantile(0.5))}

@@ -393,6 +393,8 @@ def test_the_same_table_in_any_form_is_the_same_cohort(kind: str, tmp_path: Path
 def test_a_table_of_slide_paths_that_embed_takes_has_their_ids_here_too(features: Path, rows: Write) -> None:
     table = rows([{"slide": "slides/a.svs", "label": 0}, {"slide": "/elsewhere/b.unusual", "label": 1}])
     assert list(read_cohort(table, features, task="binary").rows["slide_id"]) == ["a", "b"]
+    table = rows([{"slide": r"C:\slides\a.svs", "label": 0}, {"slide": r"site 1\b.svs", "label": 1}])
+    assert list(read_cohort(table, features, task="binary").rows["slide_id"]) == ["a", "b"], "written on Windows"
     table = rows([{"slide": "x/a.svs", "slide_id": "c", "label": 0}, {"slide": "b.svs", "slide_id": None, "label": 1}])
     assert list(read_cohort(table, features, task="binary").rows["slide_id"]) == ["c", "b"]
 

@@ -75,8 +75,11 @@ def test_the_threshold_of_the_loss_is_the_share_of_positives_in_it() -> None:
         ([1, 3], 3 / 7, (0.2, 12 / 13)),
     ):
         options = ClassifierOptions(aggregator="mean", class_weights=weights)
-        assert SlideClassifier(facts, options).loss_thresholds == {BINARY.classes[1]: pytest.approx(binary)}
-        assert tuple(SlideClassifier(several, options).loss_thresholds.values()) == pytest.approx(labels)
+        assert SlideClassifier(facts, options).loss_thresholds(facts.balanced_weights) == {
+            BINARY.classes[1]: pytest.approx(binary)
+        }
+        of_labels = SlideClassifier(several, options).loss_thresholds(several.balanced_weights)
+        assert tuple(of_labels.values()) == pytest.approx(labels)
 
 
 def test_a_temperature_divides_the_logit() -> None:
