@@ -142,7 +142,8 @@ class FeatureMaker:
     @property
     def _unknown_weights(self) -> bool:
         """Whether neither the training features nor the user say which weights are meant: a name alone is another tool's."""
-        return self.preprocessing.tile_weights is None and self.tile_encoder is None and self.tile_checkpoint is None
+        given = self.options.tile_encoder, self.options.tile_checkpoint
+        return self.preprocessing.tile_weights is None and given == (None, None)
 
     def load_encoders(self) -> None:
         """Load what makes features.
