@@ -67,7 +67,7 @@ def demo(output: str | Path = "longslide-demo", device: str = "auto", patients: 
     console.rule("Train")
     runs = [output / "runs" / model for model in MODELS]
     data = DataOptions(features, table, "binary", max_tokens=64, val_share=0.3, workers=0)
-    trainer = {"max_epochs": 8, "enable_progress_bar": False, **trainer_device}
+    trainer = {"max_epochs": 8, **trainer_device}
     for (name, aggregator), run in zip(MODELS.items(), runs, strict=True):
         if (run / "metrics.csv").exists():
             continue

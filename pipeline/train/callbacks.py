@@ -93,10 +93,12 @@ class EpochLines(Callback):
 
     Args:
         name: What is trained.
+        metric: What `val_metric` is.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, metric: str) -> None:
         self.name = name
+        self._words = {"val_metric": f"val_metric ({metric})"}
         self._line = ""
         self._began = self._said = 0.0
         self._first_step = 0
@@ -108,7 +110,9 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
         """Say how the epoch was."""
         now, metrics = time.monotonic(), trainer.callback_metrics
-        values = [f"{name} {float(metrics[name]):.3g}" for name in HISTORY_COLUMNS if name in metrics]
+        values = [
+            f"{self._words.get(name, name)} {float(metrics[name]):.3g}" for name in HISTORY_COLUMNS if name in metrics
+        ]
         best = next(callback for callback in trainer.callbacks if isinstance(callback, BestCheckpoint))  # type: ignore[attr-defined]
         if best.monitor is not None and best.monitor in metrics:
             # Its own turn comes after this one.

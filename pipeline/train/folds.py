@@ -1,5 +1,7 @@
 """Training of several folds: one after the other in this process, or each by a worker on a device of its own."""
 
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +15,7 @@ from ...data.cohort.cohort import Cohort
 from ...data.cohort.splits import Part
 from ...data.table import read_table, typed
 from ...errors import LongslideError
+from ..batch.progress import duration
 from ..batch.tasks import TaskFeed, TaskRun
 from ..batch.workers import Worker
 from ..report.run_folder import Run
@@ -166,12 +169,26 @@ def train_folds(
     """
     if not jobs:
         return
+    to_train = sum(not job.trained for job in jobs)
+    done, began = 0, time.monotonic()
+
+    def ended(number: int, fold: TrainedFold) -> None:
+        """Say how long the other folds take, which the lines of the epochs know nothing of."""
+        nonlocal done
+        on_trained(number, fold)
+        done += not jobs[number].trained
+        if not jobs[number].trained and done < to_train:
+            taken = time.monotonic() - began
+            left = duration(taken / done * (to_train - done))
+            line = f"{jobs[number].name} is trained, {done} of {to_train} in {duration(taken)}, about {left} left"
+            print(line, file=sys.stderr, flush=True)
+
     if workers:
         work = partial(_train_for, tuple(jobs), data.cohort, data.inner_folds)
-        TaskRun(workers, work, [f"{job.folder}: {job.name}" for job in jobs], on_trained).run()
+        TaskRun(workers, work, [f"{job.folder}: {job.name}" for job in jobs], ended).run()
         return
     for number, job in enumerate(jobs):
-        on_trained(number, _train(job, data))
+        ended(number, _train(job, data))
 
 
 def _train_for(

@@ -29,6 +29,7 @@ from ...models.classifier.cases import CaseRecord
 from ...models.classifier.checkpoint import load_classifier
 from ...models.classifier.classifier import SlideClassifier, TrainingFacts
 from ...models.classifier.options import ClassifierOptions
+from ...models.classifier.selection import SELECTION_METRIC
 from ...models.slide_encoder.mae import MaskedAutoencoder, UnlabelledFacts
 from ..log_file import event
 from ..parser import one_line
@@ -165,7 +166,8 @@ def build(
         plugins = [*plugins, WholeFileCheckpoints()]
     if (beside or not sys.stdout.isatty()) and options.get("enable_progress_bar") is None:
         options["enable_progress_bar"] = False
-        callbacks.append(EpochLines(name))
+        metric = SELECTION_METRIC[model.task.kind] if isinstance(model, SlideClassifier) else ""
+        callbacks.append(EpochLines(name, metric))
     limited = is_limited(options)
     try:
         trainer = Trainer(**options | ({} if limited else {"max_epochs": 1}), callbacks=callbacks, plugins=plugins)

@@ -82,6 +82,7 @@ def test_outside_a_terminal_lines_say_how_training_goes(cohort: tuple[Path, list
     lines = [line for line in done.stderr.splitlines() if line.startswith("fold 0, epoch ")]
     assert 2 <= len(lines) <= len(history), "the first, the last, and those more than a second apart"
     assert lines[0].startswith(f"fold 0, epoch 1 of 3: train_loss {history['train_loss'][0]:.3g}, val_loss ")
+    assert f"val_metric (AUROC) {history['val_metric'][0]:.3g}, best val_loss" in lines[0]
     assert " steps/s, at most " in lines[0]
     assert lines[0].endswith(" left")
     assert lines[-1].startswith("fold 0, epoch 3 of 3: ")
@@ -469,11 +470,14 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(cohort: tuple[Path
 
 
 def test_crossval_predicts_every_patient_once_by_a_model_that_has_not_seen_it(
-    cohort: tuple[Path, list[str]], tmp_path: Path
+    cohort: tuple[Path, list[str]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--config", "mean", "--data.task", "ordinal", "--data.label", "grade", "--model.aggregator.width", "16"]
     words += ["--data.classes", "[low, middle, high]", "--folds", "3", "--trainer.max_epochs", "2"]
     assert main(["crossval", *words, *cohort[1], *quick(tmp_path / "cv")]) == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if " is trained, " in line]
+    assert [line.partition(" in ")[0] for line in lines] == ["fold 0 is trained, 1 of 3", "fold 1 is trained, 2 of 3"]
+    assert all(line.endswith(" left") for line in lines)
     predictions = pd.read_csv(tmp_path / "cv" / "predictions.csv")
     test = predictions[(predictions["part"] == "test") & (predictions["level"] == "patient")]
     assert sorted(test["patient_id"]) == sorted({f"p{i}" for i in range(40)})
