@@ -189,14 +189,18 @@ class Cohort:
 
 
 def cohort_routes(site: "Site") -> list[Route]:
-    """Tiles like one of a slide; or how far the index is that finds them."""
+    """Tiles like one of a slide; or how far the index is that finds them, which is made before anybody clicks."""
 
     def similar(request: Request) -> Response:
         content = site.content(site.slide(request))
         other_slides = request.query_params.get("other_slides") == "1"
         return JSONResponse(site.cohort.similar(content, request.path_params["tile"], HITS, other_slides, WAIT))
 
-    return [Route("/api/slides/{slide_id}/similar/{tile:int}", similar)]
+    def gather(request: Request) -> Response:
+        index = site.cohort.index(WAIT)
+        return JSONResponse({"making": site.cohort.progress} if index is None else {"tiles": len(index)})
+
+    return [Route("/api/index", gather), Route("/api/slides/{slide_id}/similar/{tile:int}", similar)]
 
 
 def _file_of(content: SlideContent) -> Path:

@@ -36,6 +36,7 @@ class _State:
 
     facts: SlideFacts | None = None
     reading: int = 0
+    home: "_Process | None" = None
     crashes: int = 0
     refused: str = ""
     failed: dict[tuple[object, ...], str] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class _State:
 class _Process:
     watched: WatchedProcess
     files: list[SlideFile] = field(default_factory=list)
+    reading: SlideFile | None = None
 
 
 class OpenSlides:
@@ -103,7 +105,9 @@ class OpenSlides:
         Raises:
             LongslideError: The slide cannot be opened, or its reader crashes or hangs.
         """
-        return self._picture(file, pictures.tile, level, column, row)
+        return self._picture(
+            file, pictures.tile, level, column, row, at_home=pictures.is_of_overview(self.facts(file), level)
+        )
 
     def region(self, file: SlideFile, x: int, y: int, size: int, px: int) -> bytes:
         """A square of a slide as JPEG, as `pictures.region` draws it.
@@ -137,7 +141,7 @@ class OpenSlides:
                     state.refused, state.crashes = "", 0
                     state.failed.clear()
 
-    def _picture(self, file: SlideFile, draw: Callable[..., T], *args: Any) -> T:
+    def _picture(self, file: SlideFile, draw: Callable[..., T], *args: Any, at_home: bool = False) -> T:
         file = _as_it_is(file)
         key = (file, draw.__name__, *args)
         with self._changed:
@@ -146,7 +150,7 @@ class OpenSlides:
                 return known  # type: ignore[return-value]
         if self._state(file).facts is None:
             self._facts(file)
-        drawn = self._call(file, draw, *args)
+        drawn = self._call(file, draw, *args, at_home=at_home)
         if isinstance(drawn, bytes):
             with self._changed:
                 self._picture_bytes += len(drawn) - len(self._pictures.get(key, b""))
@@ -168,19 +172,24 @@ class OpenSlides:
                 self._states[file] = _State()
             return self._states[file]
 
-    def _call(self, file: SlideFile, function: Callable[..., T], *args: Any) -> T:
-        """Call a function of `pictures` in a process, one that has the slide open if one is free."""
+    def _call(self, file: SlideFile, function: Callable[..., T], *args: Any, at_home: bool = False) -> T:
+        """Call a function of `pictures` in a process, one that has the slide open if one is free.
+
+        Args:
+            file: The slide as it is now.
+            function: The function.
+            *args: Its arguments but the slide.
+            at_home: Whether it needs the overview, which one process makes.
+        """
         state, key = self._state(file), (function.__name__, *args)
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or state.refused or (self._free and state.reading < state.most_reading)
-            )
-            if self._closed:
-                raise LongslideError(f"{file.path}: the viewer was ended")
-            if refused := state.refused or state.failed.get(key):
-                raise LongslideError(refused)
-            process = next((one for one in self._free if file in one.files), self._free[-1])
+            while (process := self._free_process(file, state, at_home)) is None:
+                self._refuse(file, state, key)
+                self._changed.wait()
+            self._refuse(file, state, key)
             self._free.remove(process)
+            process.reading = file
+            state.home = state.home or process
             state.reading += 1
         try:
             answer: T = process.watched.call(file.path, function, file, *args)
@@ -198,8 +207,25 @@ class OpenSlides:
         finally:
             with self._changed:
                 state.reading -= 1
+                process.reading = None
                 self._free.append(process)
                 self._changed.notify_all()
+
+    def _refuse(self, file: SlideFile, state: _State, key: tuple[object, ...]) -> None:
+        if self._closed:
+            raise LongslideError(f"{file.path}: the viewer was ended")
+        if refused := state.refused or state.failed.get(key):
+            raise LongslideError(refused)
+
+    def _free_process(self, file: SlideFile, state: _State, at_home: bool) -> _Process | None:
+        if not self._free or state.reading >= state.most_reading:
+            return None
+        if at_home and state.home is not None:
+            if state.home in self._free:
+                return state.home
+            if state.home.reading == file:
+                return None
+        return next((one for one in self._free if file in one.files), self._free[-1])
 
 
 def _as_it_is(file: SlideFile) -> SlideFile:

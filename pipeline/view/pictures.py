@@ -154,6 +154,17 @@ def finest_level(dimensions: tuple[int, int]) -> int:
     return max(1, max(dimensions) - 1).bit_length()
 
 
+def is_of_overview(facts: SlideFacts, level: int) -> bool:
+    """Whether tiles of a level of the deep zoom are cut from the overview."""
+    return level <= finest_level(facts.dimensions) and _is_coarse(
+        facts.bounds, 2 ** (finest_level(facts.dimensions) - level)
+    )
+
+
+def _is_coarse(bounds: tuple[int, int, int, int], downsample: float) -> bool:
+    return downsample > max(bounds[2:]) / OVERVIEW_PX
+
+
 def _opened(file: SlideFile) -> _Open:
     if file not in _open_slides:
         for other in [other for other in _open_slides if other.path == file.path]:  # written anew since
@@ -186,7 +197,7 @@ def _tile(one: _Open, level: int, column: int, row: int) -> bytes | None:
 def _pixels(one: _Open, x: int, y: int, downsample: float, width: int, height: int) -> np.ndarray:
     """`(height, width, 3)` pixels from (x, y) of level 0 on, each of `downsample` level-0 pixels."""
     slide = one.slide
-    if downsample > max(slide.bounds[2:]) / OVERVIEW_PX:
+    if _is_coarse(slide.bounds, downsample):
         return _of_overview(one, x, y, downsample, width, height)
     level = max(
         (level for level in slide.trusted_levels if slide.level_downsamples[level] <= downsample * 1.01), default=0

@@ -11,6 +11,7 @@ export function similarPanel(page) {
   const content = element("div", { className: "panel", id: "similar" });
   const others = element("input", { type: "checkbox" });
   const line = element("p", { className: "soft", textContent: "Click a tile of the slide." });
+  line.setAttribute("role", "status");
   const hits = element("div", { className: "gallery three" });
   content.append(element("label", { className: "chip" }, others, "other slides only"), line, hits);
   const marks = page.overlay.add(marksPainter(page.tiles, 31));
@@ -36,8 +37,7 @@ export function similarPanel(page) {
     try {
       let answer = await json(slidePath(page.id, query));
       while (answer.making && asked === tile) {
-        const [done, of] = answer.making;
-        line.textContent = `Gathering the embeddings of all slides, once: ${done} of ${of || "…"}`;
+        tellProgress(answer.making);
         await new Promise((resolve) => setTimeout(resolve, AGAIN));
         answer = await json(slidePath(page.id, query));
       }
@@ -47,9 +47,26 @@ export function similarPanel(page) {
     }
   };
 
+  // Gather the embeddings before the first click.
+  const prepare = async () => {
+    try {
+      let answer = await json("api/index");
+      while (answer.making && asked < 0 && open()) {
+        tellProgress(answer.making);
+        await new Promise((resolve) => setTimeout(resolve, AGAIN));
+        answer = await json("api/index");
+      }
+      if (asked < 0) line.textContent = "Click a tile of the slide.";
+    } catch (error) {
+      if (asked < 0) line.textContent = error.message;
+    }
+  };
+
+  const tellProgress = ([done, of]) => (line.textContent = `Gathering the embeddings of all slides, once: ${done} of ${of || "…"}`);
   const open = () => content.parentElement?.open;
   page.addEventListener("pick", (event) => open() && find(event.detail));
   others.addEventListener("input", () => asked >= 0 && find(asked));
+  content.addEventListener("opened", () => asked < 0 && prepare());
   content.addEventListener("closed", () => {
     marks.marks = [];
     page.overlay.draw();
