@@ -179,9 +179,9 @@ def test_a_region_is_drawn_cut_saved_and_found_again(
         for corner in ((400, 300), (400, 400), (300, 400)):
             page.mouse.move(*place_of(page, *corner), steps=4)
         page.mouse.up()
-        until(page, "page.regionsPainter && document.body.innerText.includes('1 area, not saved yet.')")
+        until(page, "page.regions().features[0]?.geometry.coordinates.length === 2")
         page.reload()
-        until(page, "window.page?.regionsPainter")
+        until(page, "window.page?.regions")
         page.locator("summary", has_text="Regions").click()
         page.locator("text=1 area, not saved yet.").wait_for()  # what was drawn survives a reload
         page.get_by_role("button", name="Save").click()
@@ -191,7 +191,7 @@ def test_a_region_is_drawn_cut_saved_and_found_again(
         assert sorted({round(x, -1) for x, _ in outline}) == [200, 600]
         assert {round(x, -1) for x, _ in hole} >= {300, 400}
         page.reload()
-        until(page, "window.page?.regionsPainter")
+        until(page, "window.page?.regions")
         page.locator("summary", has_text="Regions").click()
         page.locator("text=1 area, saved.").wait_for()
 

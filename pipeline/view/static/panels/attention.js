@@ -69,7 +69,8 @@ export function attentionPanel(page) {
         model.value = "gigapath";
         await choose();
         const why = trained.length ? refusals.join("\n") : "No model of yours is known here: give its run folder or results to the viewer too.";
-        whose.replaceChildren(`${whose.textContent} It is not the model of this prediction. ${why}`);
+        const other = page.info.prediction === null ? "" : " It is not the model of this prediction.";
+        whose.replaceChildren(`${whose.textContent}${other} ${why}`);
       }
     })().catch((error) => {
       prepared = null; // the next click asks again

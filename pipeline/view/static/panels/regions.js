@@ -46,7 +46,7 @@ export function regionsPanel(page) {
 
   close.hidden = true;
   let outline = new Path2D();
-  const painter = page.overlay.add({
+  page.overlay.add({
     order: 25,
     always: true,
     draw(context, scale) {
@@ -256,7 +256,6 @@ export function regionsPanel(page) {
   }
   load();
   page.addEventListener("tissue", show);
-  page.regionsPainter = painter;
   page.regions = () => state.regions;
   return { title: "Regions", content, open: false };
 }
