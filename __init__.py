@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .models.slide_encoder.longnet import LongNet as LongNet
     from .models.slide_encoder.mae_options import DecoderOptions as DecoderOptions
     from .models.slide_encoder.mae_options import PretrainingOptions as PretrainingOptions
+    from .models.slide_encoder.published import PublishedSlideEncoder as PublishedSlideEncoder
     from .models.slide_encoder.sequence_parallel import SequenceParallelStrategy as SequenceParallelStrategy
     from .models.slide_encoder.spec import list_slide_encoders as list_slide_encoders
     from .models.tile_encoder.encoder import TileEncoder as TileEncoder
@@ -52,8 +53,14 @@ if TYPE_CHECKING:
     from .pipeline.batch.result import SlideResult as SlideResult
     from .pipeline.demo import demo as demo
     from .pipeline.doctor.doctor import doctor as doctor
+    from .pipeline.doctor.label_check import LabelCheck as LabelCheck
+    from .pipeline.doctor.machine_check import DiskCheck as DiskCheck
+    from .pipeline.doctor.machine_check import EncoderCheck as EncoderCheck
+    from .pipeline.doctor.slide_check import SlideCheck as SlideCheck
     from .pipeline.embed.embed import embed as embed
+    from .pipeline.export.export import ExportedFeatures as ExportedFeatures
     from .pipeline.export.export import export as export
+    from .pipeline.export.slide_encoder import ExportedEncoder as ExportedEncoder
     from .pipeline.merge import merge as merge
     from .pipeline.predict.explain import Explanation as Explanation
     from .pipeline.predict.explain import explain as explain
@@ -72,6 +79,7 @@ if TYPE_CHECKING:
     from .pipeline.train.pretrain import pretrain as pretrain
     from .pipeline.train.sweep import sweep as sweep
     from .pipeline.train.test import test as test
+    from .pipeline.view.view import ViewResult as ViewResult
     from .pipeline.view.view import view as view
     from .registry import register as register
     from .task import Task as Task
@@ -109,6 +117,7 @@ _HOME = {
     "LongNet": ".models.slide_encoder.longnet",
     "DecoderOptions": ".models.slide_encoder.mae_options",
     "PretrainingOptions": ".models.slide_encoder.mae_options",
+    "PublishedSlideEncoder": ".models.slide_encoder.published",
     "SequenceParallelStrategy": ".models.slide_encoder.sequence_parallel",
     "list_slide_encoders": ".models.slide_encoder.spec",
     "TileEncoder": ".models.tile_encoder.encoder",
@@ -120,8 +129,14 @@ _HOME = {
     "SlideResult": ".pipeline.batch.result",
     "demo": ".pipeline.demo",
     "doctor": ".pipeline.doctor.doctor",
+    "LabelCheck": ".pipeline.doctor.label_check",
+    "DiskCheck": ".pipeline.doctor.machine_check",
+    "EncoderCheck": ".pipeline.doctor.machine_check",
+    "SlideCheck": ".pipeline.doctor.slide_check",
     "embed": ".pipeline.embed.embed",
+    "ExportedFeatures": ".pipeline.export.export",
     "export": ".pipeline.export.export",
+    "ExportedEncoder": ".pipeline.export.slide_encoder",
     "merge": ".pipeline.merge",
     "Explanation": ".pipeline.predict.explain",
     "explain": ".pipeline.predict.explain",
@@ -140,6 +155,7 @@ _HOME = {
     "PretrainedEncoder": ".pipeline.train.pretrain",
     "pretrain": ".pipeline.train.pretrain",
     "test": ".pipeline.train.test",
+    "ViewResult": ".pipeline.view.view",
     "view": ".pipeline.view.view",
     "register": ".registry",
     "Task": ".task",

@@ -1,6 +1,7 @@
 """The package as a newcomer meets it."""
 
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -41,6 +42,13 @@ def test_every_argument_of_a_public_function_is_explained(name: str) -> None:
     function = getattr(longslide, name)
     explained = {one.arg_name.lstrip("*") for one in docstring_parser.parse(inspect.getdoc(function) or "").params}
     assert explained == set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_a_public_function_gives_is_public(name: str) -> None:
+    given = str(inspect.signature(getattr(longslide, name)).return_annotation)
+    own = {word for word in re.findall(r"[\w.]+", given) if word.startswith("longslide.") or word[0].isupper()}
+    assert {word.rpartition(".")[2] for word in own - {"None"}} <= set(longslide.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -14,7 +14,7 @@ from ...ranges import checked
 from ..batch.ledger import make_output_folder
 from ..embed.slide_embedding import find_feature_files
 from .layouts import WRITERS, Target
-from .slide_encoder import Exported, export_slide_encoder
+from .slide_encoder import ExportedEncoder, export_slide_encoder
 from .spatial import SPATIAL_WRITERS, Thumbnail, read_scores, read_thumbnail
 
 
@@ -47,7 +47,7 @@ def export(
     to: Target | None = None,
     encoder: str | None = None,
     scores: str | Path | None = None,
-) -> "list[Exported] | list[ExportedFeatures]":
+) -> "list[ExportedEncoder] | list[ExportedFeatures]":
     """Write a trained slide encoder in the layout in which they are published, or feature files in that of another tool.
 
     A slide encoder is `{"model": state_dict}`; beside it goes a YAML file of its size, so that `embed` takes the two with

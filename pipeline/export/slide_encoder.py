@@ -10,7 +10,7 @@ from ...errors import LongslideError
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedEncoder:
     """What `export` wrote of a checkpoint.
 
     Attributes:
@@ -27,7 +27,7 @@ class Exported:
         return True
 
 
-def export_slide_encoder(checkpoint: Path, output: Path, name: str | None = None) -> Exported:
+def export_slide_encoder(checkpoint: Path, output: Path, name: str | None = None) -> ExportedEncoder:
     """Write the slide encoder of a checkpoint in the published layout, `{"model": state_dict}`.
 
     Beside it goes a YAML file of its size, so that `embed` takes the two with --slide-encoder and --slide-checkpoint.
@@ -71,7 +71,7 @@ def export_slide_encoder(checkpoint: Path, output: Path, name: str | None = None
     spec = replace(encoder.spec, name=name, hub_id=None, hub_file=None, layers=len(encoder.layers), dropout=0.0)
     stream = io.BytesIO()
     torch.save({"model": state}, stream)
-    exported = Exported(output, output.with_suffix(".yaml"))
+    exported = ExportedEncoder(output, output.with_suffix(".yaml"))
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(exported.weights, stream.getbuffer(), "--output")
     content = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(spec).items()}

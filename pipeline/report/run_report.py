@@ -78,7 +78,7 @@ def write_run_report(run: Path) -> Path:
     page = Page(read.name, _description(read))
     page.warning(seen_warning(read.facts.get("seen")))
     page.facts(_facts(read, here, rows, noun))
-    _add_metrics(page, read, metrics, here, rows, outcomes, level, noun)
+    _add_metrics(page, read, metrics, here, outcomes, level, noun)
     page.heading("Curves")
     pictures, notes = _pictures(read, rows, outcomes, level, noun)
     page.pictures(pictures)
@@ -114,7 +114,6 @@ def _add_metrics(
     run: Run,
     metrics: "pd.DataFrame",
     here: "pd.DataFrame",
-    rows: "pd.DataFrame",
     outcomes: Outcomes,
     level: str,
     noun: str,
