@@ -38,6 +38,9 @@ FEATURE_SUFFIXES = (".h5", ".hdf5")
 WITHOUT_PRECISION = "float16"
 """Precision of the slide encoder on a GPU where the feature file states none: that of GigaPath's own code."""
 
+AS_WIDE = 1.2
+"""Ratio of two tiles' widths in microns up to which nothing is remarked: 224 and 256 px, 448 and 512."""
+
 
 def embed_features(
     inputs: str | Path | Sequence[str | Path],
@@ -199,6 +202,31 @@ def _same_name(one: str, other: str) -> bool:
     return _OTHER_NAMES.get(plain[0], plain[0]) == _OTHER_NAMES.get(plain[1], plain[1])
 
 
+def unlike_recommended(features: Features, tile_encoder: str = "") -> str:
+    """A remark on tiles that cover more or less than their tile encoder is meant for; empty where nothing is to be said.
+
+    Args:
+        features: The tile embeddings; what their file does not say is not remarked.
+        tile_encoder: The tile encoder that they are taken for, where the file does not say it.
+    """
+    from ...models.tile_encoder.spec import list_tile_encoders, load_tile_encoder_spec
+
+    said = features.encoder or tile_encoder
+    name = next((name for name in list_tile_encoders() if _same_name(said, name)), None)
+    if name is None or features.tile_px is None or features.tile_mpp is None:
+        return ""
+    spec = load_tile_encoder_spec(name)
+    if spec.tile_mpp is None:
+        return ""
+    ratio = features.tile_px * features.tile_mpp / (spec.tile_px * spec.tile_mpp)
+    if 1 / AS_WIDE <= ratio <= AS_WIDE:
+        return ""
+    return (
+        f"tiles of {features.tile_px} px at {features.tile_mpp:.3g} um/px (recommended for {name}: {spec.tile_px} px at "
+        f"{spec.tile_mpp:g} um/px)"
+    )
+
+
 @dataclass(frozen=True)
 class ReadTiles:
     """Tile embeddings that are claimed and wait for the slide encoder; `resources` frees them."""
@@ -297,13 +325,15 @@ class SlideEmbeddingJob:
         entry, features = prepared.entry, prepared.features
         progress.slide_started(entry.slide_id, len(features.features))
         made = embed_slide(self.slide_encoder, features, self.device, self._precision(features))
-        reason = ""
         if features.layout != "longslide":
             made = replace(made, layout="longslide", settings={**features.settings, "made_from": features.layout})
+        remarks = [unlike_recommended(features, self.reads.tile_encoder)]
         if features.encoder is None and self.reads.tile_encoder:
-            reason = f"the feature file does not say its tile encoder; taken for {self.reads.tile_encoder}"
+            remarks.append(f"the feature file does not say its tile encoder; taken for {self.reads.tile_encoder}")
         write_features(self.path(entry), made)
-        return SlideResult.done(entry, made, self.path(entry), reason, time.monotonic() - prepared.started)
+        return SlideResult.done(
+            entry, made, self.path(entry), "; ".join(filter(None, remarks)), time.monotonic() - prepared.started
+        )
 
     def stop(self) -> None:
         """Nothing to end: a feature file is read at once."""
