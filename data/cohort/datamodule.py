@@ -315,6 +315,12 @@ class BagDataModule(lightning.LightningDataModule):
             )
         if self.options.only_part is None and self.inner_fold is None:
             notes += self._notes_of_fold()
+        if self.options.only_part == "test":
+            found = self.counts()[-1]
+            absent = [name for name, slides in found.get("classes", {}).items() if not slides]
+            lack = f"slide of class {listed(absent)}" if absent else "event" if found.get("events") == 0 else ""
+            if lack:
+                notes.append(f"{self.options.table} has no {lack}: metrics that need one are not defined")
         return notes
 
     def _memory(self) -> str:

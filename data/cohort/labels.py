@@ -118,9 +118,10 @@ class LabelReader:
             )
         strange = cells[has_label & ~cells.isin(classes).to_numpy()]
         if len(strange):
+            remedy = "add it with --data.classes" if self.all_classes else "spell the classes as in training"
             raise LongslideError(
                 f"{self.source}: column {name!r} has {strange.iloc[0]!r} in {int((strange == strange.iloc[0]).sum())} rows, "
-                f"not one of the classes {', '.join(classes)}; add it with --data.classes, or empty those cells"
+                f"not one of the classes {', '.join(classes)}; {remedy}, or empty those cells"
             )
         if kind == "binary" and len(classes) > 2:
             raise LongslideError(

@@ -335,6 +335,8 @@ def test_classes_and_table_must_fit(features: Path, rows: Write) -> None:
     # An external cohort need not have them all.
     external = read_cohort(table, features, task="multiclass", classes=["x", "y", "z"], all_classes=False)
     assert external.task is not None
+    options = {"task": "binary", "classes": ["x", "z"], "all_classes": False}
+    assert "spell the classes as in training, or empty those cells" in refusal(table, features, **options)
     assert external.task.classes == ("x", "y", "z")
 
 

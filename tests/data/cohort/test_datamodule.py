@@ -138,6 +138,7 @@ def test_a_whole_cohort_can_be_tested_or_trained_on(cohort: Write) -> None:
     module = data(table, features, classes=["a", "b"], splits="test")
     module.setup("test")
     assert len(module.bags("test")) == 6
+    assert any("has no slide of class b: metrics that need one are not defined" in note for note in module.notes)
     assert module.val_dataloader() == []
     unlabelled = BagDataModule(DataOptions(features, splits="train", workers=0))
     batch = next(iter(unlabelled.train_dataloader()))
