@@ -126,7 +126,7 @@ class LabelReader:
         if kind == "binary" and len(classes) > 2:
             raise LongslideError(
                 f"{self.source}: column {name!r} has {len(classes)} classes ({listed(classes, 6)}), a binary task has two; "
-                "use --data.task multiclass"
+                "use --data.task multiclass, or empty the cells that say nothing"
             )
         absent = [value for value in classes if value not in present]
         if len(classes) < 2 or (self.all_classes and len(absent) == len(classes) - 1):
