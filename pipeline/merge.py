@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LongslideError
+from ..plurals import count
 from .batch.ledger import SUMMARY, read_summary, record
 from .batch.result import BUSY, SlideResult, counted
 from .batch.shards import SHARDS, summary_of
@@ -46,7 +47,8 @@ def merge(output: str | Path) -> list[SlideResult]:
     if missing:
         which = ", ".join(map(str, sorted(set(missing.values()))))
         raise LongslideError(
-            f"{output}: {len(missing)} slides are not done: {_named(list(missing))}; run shard {which} again"
+            f"{output}: {count(len(missing), 'slide is', 'slides are')} not done: {_named(list(missing))}; "
+            f"run shard {which} again"
         )
     record(output, *results)
     if (output / "qc").is_dir():

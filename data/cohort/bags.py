@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ...bag_lengths import with_lengths
 from ...errors import LongslideError
+from ...plurals import count
 from ..features.cache import FeatureCache, SlideTiles
 from ..table import listed
 from .augmentation import Augmentation
@@ -63,7 +64,8 @@ def make_bags(cohort: Cohort, rows: np.ndarray, tiles: np.ndarray, unit: Literal
         mixed = cohort.mixed_patients
         if mixed:
             raise LongslideError(
-                f"{len(mixed)} patients have slides with different labels ({listed(mixed)}); use --data.bags slide, or give "
+                f"{count(len(mixed), 'patient has', 'patients have')} slides with different labels "
+                f"({listed(mixed)}); use --data.bags slide, or give "
                 "each patient one label"
             )
         together: dict[str, list[int]] = {}

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ...errors import LongslideError
+from ...plurals import count
 from ...task import CLASSIFICATION, Task, TaskKind
 from ..patients import patient_column, probable_twins
 from ..slides.slide_table import id_of_name, slide_ids
@@ -153,7 +154,7 @@ def read_cohort(
     splits = _split_columns(frame) if splits is None else splits.assign(**own)
     has_features = ids.isin(there).to_numpy()
     if not has_features.any():
-        there_is_none = f"{source}: none of its {len(frame)} slides "
+        there_is_none = f"{source}: none of its {count(len(frame), 'slide')} "
         if not isinstance(features, Path):
             raise LongslideError(
                 f"{there_is_none}is among those given; its slide_id must be theirs, such as {min(there)}"
@@ -170,9 +171,12 @@ def read_cohort(
     without_features = tuple(ids[~has_features])
     without_label = tuple(ids[has_features & ~has_label]) + tuple(sorted(set(there) - set(ids)))
     if without_features:
-        notes.append(f"{len(without_features)} slides of {source} have no {what}: {listed(without_features)}")
+        notes.append(
+            f"{count(len(without_features), 'slide')} of {source} "
+            f"{'has' if len(without_features) == 1 else 'have'} no {what}: {listed(without_features)}"
+        )
     if without_label:
-        notes.append(f"{len(without_label)} {what}s have no label: {listed(without_label)}")
+        notes.append(f"{count(len(without_label), f'{what} has', f'{what}s have')} no label: {listed(without_label)}")
     if problem is not None:
         notes += _choices(problem, settled=bool(names))
     rows = frame[keep].reset_index(drop=True)
@@ -244,7 +248,8 @@ def _with_ids(
     twice = ids[ids.duplicated()]
     if len(twice):
         raise LongslideError(
-            f"{source}: {twice.nunique()} slides are in the table more than once ({listed(list(twice.unique()))}); "
+            f"{source}: {count(twice.nunique(), 'slide is', 'slides are')} in the table more than once "
+            f"({listed(list(twice.unique()))}); "
             "leave one row per slide"
         )
     column = patient_column(source, frame, chosen, option="--data.patient-column", others=labels)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ...errors import LongslideError
+from ...plurals import count
 from ...task import CLASSIFICATION, Task
 from ..features.cache import FeatureCache
 from ..features.statistics import FeatureStatistics
@@ -234,7 +235,9 @@ class BagDataModule(lightning.LightningDataModule):
     def _rows(self) -> dict[str, np.ndarray]:
         name = f"fold_{self.fold}"
         if name not in self.splits.columns:
-            raise LongslideError(f"--data.fold {self.fold}: the splits have {self.fold_count} folds, numbered from 0")
+            raise LongslideError(
+                f"--data.fold {self.fold}: the splits have {count(self.fold_count, 'fold')}, numbered from 0"
+            )
         parts = self.splits[name].to_numpy()
         if self.inner_fold is not None:
             parts = self.inner_splits(self.fold)[f"fold_{self.inner_fold}"].to_numpy()
@@ -305,13 +308,14 @@ class BagDataModule(lightning.LightningDataModule):
             notes.append(f"fold {self.fold} reports survival at the times {times} (--data.times for others)")
         if mixed := self.cohort.mixed_patients:
             notes.append(
-                f"{len(mixed)} patients have slides with different labels ({listed(mixed)}): where they are tested, metrics "
-                "are of slides, not of patients"
+                f"{count(len(mixed), 'patient has', 'patients have')} slides with different labels ({listed(mixed)}): where they "
+                "are tested, metrics are of slides, not of patients"
             )
         if self.truncated["bags"]:
             notes.append(
-                f"{self.truncated['bags']} training bags have more than {self.max_tiles} tiles: "
-                f"{self.truncated['tiles']:,} tiles are left out in each epoch (--data.max_tiles)"
+                f"{count(self.truncated['bags'], 'training bag has', 'training bags have')} more than "
+                f"{self.max_tiles} tiles: "
+                f"{count(self.truncated['tiles'], 'tile is', 'tiles are')} left out in each epoch (--data.max_tiles)"
             )
         if self.options.only_part is None and self.inner_fold is None:
             notes += self._notes_of_fold()
@@ -327,9 +331,10 @@ class BagDataModule(lightning.LightningDataModule):
         """How many of the features are read once, and how many in every epoch."""
         slides, kept, size = len(self.cohort.files), len(self.cache), f"{self.cache.nbytes / 1e9:.2g} GB"
         if kept == slides:
-            return f"features of {slides} slides, {size}, are kept in memory"
+            return f"features of {count(slides, 'slide')}, {size}, are kept in memory"
         return (
-            f"features of {kept} of {slides} slides, {size}, are kept in memory; the others are read anew in every epoch "
+            f"features of {kept} of {count(slides, 'slide')}, {size}, are kept in memory; the others are "
+            "read anew in every epoch "
             "(--data.cache-gb)"
         )
 

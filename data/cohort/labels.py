@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ...errors import LongslideError
+from ...plurals import count
 from ...task import Task, TaskKind
 from ..table import listed, require_columns
 
@@ -120,7 +121,8 @@ class LabelReader:
         if len(strange):
             remedy = "add it with --data.classes" if self.all_classes else "spell the classes as in training"
             raise LongslideError(
-                f"{self.source}: column {name!r} has {strange.iloc[0]!r} in {int((strange == strange.iloc[0]).sum())} rows, "
+                f"{self.source}: column {name!r} has {strange.iloc[0]!r} in "
+                f"{count(int((strange == strange.iloc[0]).sum()), 'row')}, "
                 f"not one of the classes {', '.join(classes)}; {remedy}, or empty those cells"
             )
         if kind == "binary" and len(classes) > 2:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ...errors import LongslideError
+from ...plurals import count
 from ...task import Task
 from ..slides.slide_table import id_of_name
 from ..table import ID_COLUMNS, SLIDE_COLUMNS, csv_of_frame, find_column, listed, read_table
@@ -69,7 +70,11 @@ def read_splits(path: Path, cohort: Cohort, patients: str | None = None) -> tupl
         raise LongslideError(
             f"{path}: none of the cohort's slides is in it (the first is {missing[0]}); make new splits"
         )
-    notes = [f"{len(missing)} slides are not in {path} and are not used: {listed(missing)}"] if missing else []
+    notes = (
+        [f"{count(len(missing), 'slide is', 'slides are')} not in {path} and not used: {listed(missing)}"]
+        if missing
+        else []
+    )
     return result, notes
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from ...errors import LongslideError
+from ...plurals import count
 from ...task import CLASSIFICATION
 from ..table import listed
 from .cohort import Cohort
@@ -179,18 +180,23 @@ class _Patients:
         fewer = "use fewer folds" if folds > 1 else "set --data.val_share or --data.test_share to 0"
         task = self.cohort.task
         if task is not None and task.kind in (*CLASSIFICATION, "multilabel"):
-            for name, count in zip(task.classes, self.labels.sum(0), strict=True):
-                if count < parts:
+            for name, number in zip(task.classes, self.labels.sum(0).tolist(), strict=True):
+                if number < parts:
                     raise LongslideError(
-                        f"class {name!r} has {count} patients, fewer than {wanted} need ({parts}); {fewer}, or "
+                        f"class {name!r} has {count(int(number), 'patient')}, fewer than {wanted} need "
+                        f"({parts}); {fewer}, or "
                         "join it with another class"
                     )
         if task is not None and task.kind == "survival":
             events = int(self.labels[:, _QUANTILES:].any(1).sum())
             if events < parts:
-                raise LongslideError(f"{events} patients have an event, fewer than {wanted} need ({parts}); {fewer}")
+                raise LongslideError(
+                    f"{count(events, 'patient has', 'patients have')} an event, fewer than {wanted} need ({parts}); {fewer}"
+                )
         if len(self.ids) < parts:
-            raise LongslideError(f"{len(self.ids)} patients are fewer than {wanted} need ({parts}); {fewer}")
+            raise LongslideError(
+                f"{count(len(self.ids), 'patient is', 'patients are')} fewer than {wanted} need ({parts}); {fewer}"
+            )
         if self.site is not None and self.site.max() + 1 < parts:
             raise LongslideError(
                 f"{self.site.max() + 1} sites are fewer than {wanted} need ({parts}); {fewer}, or drop "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ...errors import LongslideError
+from ...plurals import count
 from ..slides.identity import SlideIdentity
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Features:
         tiles, width = self.features.shape
         made = "" if self.encoder is None else f", {self.encoder}"
         slide = "" if self.slide_embedding is None else f", slide embedding of {len(self.slide_embedding)}"
-        return f"Features({self.slide_id!r}, {tiles:,} tiles x {width}{made}{slide})"
+        return f"Features({self.slide_id!r}, {count(tiles, 'tile')} x {width}{made}{slide})"
 
     def to_pandas(self) -> "pd.DataFrame":
         """One row per tile: `x`, `y` (as `coords`), `column`, `row` (the cell), `blur`, `feature_0`, `feature_1`, ..."""

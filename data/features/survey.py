@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ...errors import LongslideError
+from ...plurals import count
 from ..table import listed
 from .cache import FeatureCache
 from .feature_file import read_features
@@ -93,7 +94,9 @@ def survey_features(
             if np.isfinite(features).all():  # sums of large float16 numbers
                 raise LongslideError(f"{path}: embeddings too large to average; embed the slide again in float32")
             bad = int((~np.isfinite(features)).any(1).sum())
-            raise LongslideError(f"{path}: {bad} tiles have NaN or infinite features; embed the slide again")
+            raise LongslideError(
+                f"{path}: {count(bad, 'tile has', 'tiles have')} NaN or infinite features; embed the slide again"
+            )
         return SlideMoments(len(features), mean, features.var(0, dtype=np.float32), digest=feature_digest(features))
 
     order = range(len(files)) if order is None else order

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ...errors import LongslideError
+from ...plurals import count
 from ..whole_file import remove_leftovers, whole_file, write_whole
 from .feature_file import read_features
 from .features import Features
@@ -168,7 +169,7 @@ class TileIndex:
         return len(self.coords)
 
     def __repr__(self) -> str:
-        return f"TileIndex({len(self.files):,} slides, {len(self):,} tiles x {self.embeddings.shape[1]})"
+        return f"TileIndex({count(len(self.files), 'slide')}, {count(len(self), 'tile')} x {self.embeddings.shape[1]})"
 
     def rows(self, slide_id: str) -> slice:
         """Which rows of the matrix a slide's tiles are.
@@ -199,7 +200,7 @@ class TileIndex:
         """
         own = self.rows(slide_id)
         if not 0 <= tile < own.stop - own.start:
-            raise LongslideError(f"{slide_id}: has no tile {tile}, but {own.stop - own.start:,} tiles")
+            raise LongslideError(f"{slide_id}: has no tile {tile}, but {count(own.stop - own.start, 'tile')}")
         row = own.start + tile
         without = own if other_slides else slice(row, row + 1)
         found = self.nearest(self.embeddings[row].double().numpy(), n, without=without)
@@ -293,7 +294,10 @@ def _make(files: Sequence[Path], matrix: Path, table: Path, progress: Callable[[
             for part in _parts(features.features):
                 sound = np.isfinite(part).all(1)
                 if not sound.all():
-                    logger.warning(f"{path}: {(~sound).sum()} tiles have NaN or infinite features: like no other tile")
+                    logger.warning(
+                        f"{path}: {count(int((~sound).sum()), 'tile has', 'tiles have')} NaN or infinite "
+                        "features: like no other tile"
+                    )
                     part = np.where(sound[:, None], part, 0)
                 norms.append(np.linalg.norm(part.astype(np.float32), axis=1))
                 file.write(np.ascontiguousarray(part, dtype).data)

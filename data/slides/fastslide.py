@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import LongslideError
+from ...plurals import count
 from .base import DeclinedError, SlideReader, inside_of
 from .parts import missing_part
 
@@ -42,7 +43,7 @@ class FastSlideReader(SlideReader):
             raise LongslideError(f"{path}: fastslide cannot open it ({_reason(error)}); copy it again") from error
         slide = self._slide
         if slide.dtype != "uint8" or slide.num_channels not in (3, 4):
-            what = f"{slide.num_channels} channels of {slide.dtype}"
+            what = f"{count(slide.num_channels, 'channel')} of {slide.dtype}"
             slide.close()
             raise LongslideError(f"{path}: {what}, not 8-bit RGB brightfield; convert it to that")
         if max(slide.z_count, slide.t_count) > 1:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import LongslideError
+from ...plurals import count
 from .base import DeclinedError, SlideReader, inside_of
 
 MICRONS = {"nanometer": 1e-3, "micrometer": 1.0, "millimeter": 1e3, "centimeter": 1e4, "meter": 1e6}
@@ -50,7 +51,7 @@ class OmeZarrReader(SlideReader):
             raise LongslideError(f"{path}: a broken OME-Zarr ({reason}); copy it again") from error
         first = shapes[0]
         if first.get("c") != 3 or self._levels[0].dtype != np.uint8:
-            what = f"{first.get('c', 1)} channels of {self._levels[0].dtype}"
+            what = f"{count(first.get('c', 1), 'channel')} of {self._levels[0].dtype}"
             raise LongslideError(f"{path}: {what}, not 8-bit RGB brightfield; convert it to that")
         if first.get("z", 1) * first.get("t", 1) > 1:
             planes = first.get("z", 1) * first.get("t", 1)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tifffile
 
+from ...plurals import count
+
 CODECS = {34712: "JPEG 2000", 50001: "WebP", 50002: "JPEG XL", 52546: "JPEG XL", 34887: "LERC"}
 """Compressions of TIFF files that OpenSlide does not read, by their numbers."""
 
@@ -104,7 +106,7 @@ def _facts(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> TiffFacts:
     if isinstance(bits, tuple):
         bits = max(bits)
     if bits > 8:
-        what = f"{page.samplesperpixel} channel{'s' * (page.samplesperpixel > 1)} of {bits} bits"
+        what = f"{count(page.samplesperpixel, 'channel')} of {bits} bits"
         read = "; RGB of 16 bits is read where the file says which value is white" if bits == 16 else ""
         return TiffFacts(f"{what}, not 8-bit RGB brightfield{read}; scale and {_CONVERT}", mpp)
     if page.samplesperpixel > 1 and int(page.planarconfig) == 2:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from ...errors import LongslideError
+from ...plurals import count
 from ..slides.slide import Slide
 from .grid import Grid
 from .pool import TilePool
@@ -168,7 +169,8 @@ class TileStream:
         if len(self.bad_tiles) > self.max_bad_tiles:
             first = ", ".join(map(str, self.bad_tiles[:3]))
             raise LongslideError(
-                f"{self.slide.path}: {len(self.bad_tiles)} unreadable tiles (first at {first}, level-0 pixels), more "
+                f"{self.slide.path}: {count(len(self.bad_tiles), 'unreadable tile')} (first at {first}, "
+                "level-0 pixels), more "
                 f"than --max-bad-tiles {self.max_bad_tiles}; copy the slide again, or allow more"
             )
 

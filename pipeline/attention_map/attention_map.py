@@ -10,6 +10,7 @@ import numpy as np
 
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
+from ...plurals import count
 from ...ranges import checked
 from ..report.figure_files import drawn
 
@@ -168,7 +169,7 @@ def attention_map(
     labels = {
         "dilated": [f"segments of {length:,}, {_every(ratio)}" for length, ratio in branches],
         "dense": [_every(1)],
-        "sliding-window": [f"within {window} tokens"],
+        "sliding-window": [f"within {count(window, 'token')}"],
         "strided": [_every(period or 1)],
         "random": [_random_words(min(random_keys, tokens), window, global_tokens)],
         "learned": [f"its block of {block_size}, {min(chosen_blocks, blocks - 1)} of {blocks - 1} others chosen"],
@@ -251,12 +252,15 @@ def _of_slide(
         )
     number = len(features.coords) // 2 if place is None else _tile_at(path, features, place)
     x, y = features.coords[number].tolist()
-    title = f"{features.slide_id}: which tiles the tile at {x:,}, {y:,} sees ({sight.name}, {sight.heads} heads)"
+    title = (
+        f"{features.slide_id}: which tiles the tile at {x:,}, {y:,} sees ({sight.name}, {count(sight.heads, 'head')})"
+    )
     write_whole(output, drawn(draw_slide_map(features.cells, number, sight, title), FORMATS[output.suffix.lower()]))
     result = AttentionMap(output, sight.pairs / (sight.heads * sight.tokens**2), sight.share_seen(number))
     print(
         f"{output}: the tile at {x:,}, {y:,} sees {result.seen:.1%} of the {len(features.coords):,} tiles in one layer; "
         f"each head scores {result.share:.1%} of dense attention's query-key pairs"
+        f"{MORE_THAN_ALL.get(sight.pattern, '') if result.share > 1 else ''}"
     )
     return result
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from ...plurals import count
 from .seen import Seen, dense_pairs
 
 MAX_HEADS_SHOWN = 16
@@ -54,7 +55,7 @@ def draw_attention_map(
     head, top, *middle, bottom = strips
     title = f"{pattern}: which keys each query sees"
     head.text(0.5, 0.66, title, fontsize=16, fontweight="bold", color=INK, ha="center", va="center")
-    facts = f"{tokens:,} tokens, {heads} head{'s' * (heads > 1)}, " + (
+    facts = f"{count(tokens, 'token')}, {count(heads, 'head')}, " + (
         "causal: no query sees a later key" if causal else "not causal: queries see later keys too"
     )
     if seen.block > 1:

@@ -28,6 +28,7 @@ class Sight:
 
     Attributes:
         name: Name of the slide encoder, and its pattern if that is not dilated attention.
+        pattern: The attention pattern.
         tokens: Tokens of the slide, the class token first.
         heads: Attention heads.
         layers: Layers.
@@ -38,6 +39,7 @@ class Sight:
     """
 
     name: str
+    pattern: str
     tokens: int
     heads: int
     layers: int
@@ -130,6 +132,7 @@ def sight_of_spec(
     settings: Any = spec.pattern_settings
     return Sight(
         name=spec.name if dilated else f"{spec.name}, {spec.pattern}",
+        pattern=spec.pattern,
         tokens=tokens,
         heads=heads,
         layers=spec.layers,

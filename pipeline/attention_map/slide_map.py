@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ...plurals import count
 from .figure import COLOURS, INK, MAX_HEADS_SHOWN, NOTHING
 from .sight import CLS_TOKENS, Sight, layers_to_reach
 
@@ -58,7 +59,8 @@ def draw_slide_map(cells: np.ndarray, tile: int, sight: Sight, title: str) -> Fi
 
     def draw(axes: Axes, colour_of: np.ndarray, name: str) -> None:
         axes.imshow(canvas(colour_of), interpolation="none")
-        axes.plot(*places[tile], "o", markersize=8, markerfacecolor="none", markeredgecolor=INK, markeredgewidth=1.6)
+        for colour, width in (("white", 4.0), (INK, 1.6)):  # to be seen on every colour
+            axes.plot(*places[tile], "o", markersize=8, mfc="none", markeredgecolor=colour, markeredgewidth=width)
         axes.set_title(name, fontsize=9, color=INK)
         axes.set_axis_off()
 
@@ -102,9 +104,11 @@ def draw_slide_map(cells: np.ndarray, tile: int, sight: Sight, title: str) -> Fi
     for layer in steps:  # the last colour is that of all further layers too
         colour_of[(reached >= layer - (layer == 1)) & (reached <= layers)] = to_rgb(LAYER_COLOURS[layer - 1])
     draw(
-        deep, colour_of, f"what reaches the tile within {layers} layers: {(reached <= layers).mean():.1%} of the tiles"
+        deep,
+        colour_of,
+        f"what reaches the tile within {count(layers, 'layer')}: {(reached <= layers).mean():.1%} of the tiles",
     )
-    labels = [f"after {layer} layer{'s' * (layer > 1)}: {(reached <= layer).mean():.1%}" for layer in steps]
+    labels = [f"after {count(layer, 'layer')}: {(reached <= layer).mean():.1%}" for layer in steps]
     patches = [Patch(color=LAYER_COLOURS[number], label=label) for number, label in enumerate(labels)]
     deep.legend(handles=patches, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
     return figure

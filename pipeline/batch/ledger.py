@@ -12,6 +12,7 @@ from typing import Self
 from ...data.table import csv_of, decimal_point, read_rows
 from ...data.whole_file import remove_leftovers, write_whole
 from ...errors import LongslideError
+from ...plurals import count
 from .claims import ClaimedError, lock_folder, waited_claim
 from .result import BUSY, SlideResult
 
@@ -105,7 +106,7 @@ class Summary:
             if last or not self._in_vain:
                 self._note(str(error))
             if last:
-                missing = f"{len(results)} slides are missing in {self._output / self._name}"
+                missing = f"{count(len(results), 'slide is', 'slides are')} missing in {self._output / self._name}"
                 self._note(f"{missing}; the same command adds them")
             self._in_vain = True
             return False

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from ...plurals import count
 from ..log_file import event
 from .result import SlideResult
 
@@ -117,7 +118,7 @@ class JobProgress:
         if now - self._said < MINUTE:
             return
         rate = (self._done - self._done_before) / (now - self._said)
-        line = f"[{self._ended}/{self._total}] {self._done:,} tiles, {rate:,.0f} tiles/s {remark}".rstrip()
+        line = f"[{self._ended}/{self._total}] {count(self._done, 'tile')}, {rate:,.0f} tiles/s {remark}".rstrip()
         left = (now - self._began) * (self._total - self._ended) / self._ended if self._ended else None
         if left is not None:
             line += f", about {duration(left)} left"
@@ -134,7 +135,7 @@ class JobProgress:
         style = STYLES[result.status]
         line = f"[{style}]{result.status:7}[/] {escape(result.slide_id)}"
         if result.tiles is not None:
-            line += f"  {result.tiles:,} tiles"
+            line += f"  {count(result.tiles, 'tile')}"
             if result.seconds:
                 line += f" in {result.seconds:.1f} s ({result.tiles / result.seconds:,.0f}/s)"
         if result.took and result.seconds:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import LongslideError
+from ...plurals import count
 from ...task import CLASSIFICATION, TaskKind
 
 if TYPE_CHECKING:
@@ -80,10 +81,12 @@ class LabelCheck:
 
         def counts(groups: Mapping[str, tuple[int, int]]) -> str:
             return ", ".join(
-                f"{name}: {slides} slides of {patients} patients" for name, (slides, patients) in groups.items()
+                f"{name}: {count(slides, 'slide')} of {count(patients, 'patient')}"
+                for name, (slides, patients) in groups.items()
             )
 
-        lines = [("labels", f"{self.slides} slides of {self.patients} patients in {self.table}, taken for {self.task}")]
+        whole = f"{count(self.slides, 'slide')} of {count(self.patients, 'patient')}"
+        lines = [("labels", f"{whole} in {self.table}, taken for {self.task}")]
         if self.classes:
             lines.append(("classes", counts(self.classes)))
         if self.sites:
@@ -93,9 +96,9 @@ class LabelCheck:
             splits += f"; with sites kept apart {_splits_in_words(self.folds_with_sites_apart)}"
         lines.append(("splits", splits))
         if self.without_label:
-            lines.append(("no label", f"{len(self.without_label)} slides: {', '.join(self.without_label)}"))
+            lines.append(("no label", f"{count(len(self.without_label), 'slide')}: {', '.join(self.without_label)}"))
         if self.without_slide:
-            lines.append(("no slide", f"{len(self.without_slide)} rows: {', '.join(self.without_slide)}"))
+            lines.append(("no slide", f"{count(len(self.without_slide), 'row')}: {', '.join(self.without_slide)}"))
         return lines + [("", note) for note in self.notes]
 
 

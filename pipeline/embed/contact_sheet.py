@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ...data.table import decimal_point, read_rows
+from ...plurals import count
 from ..batch.ledger import SUMMARY
 
 MAX_PICTURES = 400
@@ -70,7 +71,7 @@ def oddities(rows: Sequence[dict[str, str]]) -> list[Oddity]:
     for i, row in enumerate(rows):
         reasons = [(abs(values[i]), said[name](i)) for name, values in deviations.items() if abs(values[i]) >= REMARKED]
         if bad := int(row.get("bad_tiles") or 0):
-            reasons.append((REMARKED, f"{bad:,} unreadable tiles"))
+            reasons.append((REMARKED, count(bad, "unreadable tile")))
         if row["status"] != "done":
             reasons.append((math.inf, f"{row['status']}: {row['reason']}"))
         elif remark := row["reason"].removeprefix("already complete").strip("; "):

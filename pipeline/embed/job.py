@@ -24,6 +24,7 @@ from ...data.tiles.stream import TileStream
 from ...data.tissue.base import Tissue, settings_of
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError, printable
+from ...plurals import count
 from ..batch.claims import claim
 from ..batch.memory import Turn
 from ..batch.progress import Progress
@@ -306,7 +307,7 @@ class EmbedJob:
             return replace(self._nothing_to_embed(entry, tiled, why), blurred_tiles=blurred)
         if not len(index):
             raise LongslideError(
-                f"{entry.path}: none of the {len(grid.coords)} tiles can be read; copy the slide again"
+                f"{entry.path}: none of its {count(len(grid.coords), 'tile')} can be read; copy the slide again"
             )
         made_with = self.preprocessing(entry)
         settings = {

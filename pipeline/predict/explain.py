@@ -223,7 +223,7 @@ def write_explanation(
         mm_per_px=slide.mpp.value / 1000 * slide.bounds[2] / width,
         limit=limit,
         ends=score_ends(name, explanation.signed),
-        unit=score_unit(explanation, name),
+        unit=score_unit(name, explanation.method),
         signed=explanation.signed,
         tissue=[(ring - slide.bounds[:2]) * scale for ring in _rings(tissue)],
     )
@@ -246,9 +246,9 @@ def _rings(tissue: str | None) -> list[np.ndarray]:
     return [np.asarray(ring.coords) for ring in rings]
 
 
-def score_unit(explanation: Explanation, name: str) -> str:
+def score_unit(name: str, method: str) -> str:
     """What the scores of a column are measured in."""
-    if not explanation.signed:
+    if method == "attention":
         return "attention weight"
     return name if name in ("value", "risk") else "log-odds"
 

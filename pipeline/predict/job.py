@@ -11,6 +11,7 @@ from typing import Any
 from ...data.slides.slide_table import SlideEntry
 from ...data.whole_file import remove_leftovers
 from ...errors import LongslideError
+from ...plurals import count
 from ..batch.batch import run_batch
 from ..batch.claims import claim
 from ..batch.devices import Feed
@@ -118,7 +119,8 @@ class PredictJob:
         notes = []
         if left := set(other) - {entry.slide_id for entry in entries}:
             notes.append(
-                f"{len(left)} slides there were predicted by other checkpoints: {PREDICTIONS} leaves them out until "
+                f"{count(len(left), 'slide there was', 'slides there were')} predicted by other "
+                f"checkpoints: {PREDICTIONS} leaves them out until "
                 "they are predicted again"
             )
         self._known = self.patients.known(there)

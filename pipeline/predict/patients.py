@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import LongslideError
+from ...plurals import count
 from ...version import SOFTWARE
 from .prediction import Prediction, with_numbers
 from .slide_json import SCHEMA, read_json, write_json
@@ -103,7 +104,10 @@ class PatientJob:
         predictions = {slide_id: Prediction.from_dict(content) for slide_id, content in done.items()}
         warnings = [f"{slide_id}: {warning}" for slide_id, one in predictions.items() for warning in one.warnings]
         if len(done) < slides:
-            warnings.append(f"{slides - len(done)} of {slides} slides have no prediction")
+            warnings.append(
+                f"{slides - len(done)} of {count(slides, 'slide')} "
+                f"{'has' if slides - len(done) == 1 else 'have'} no prediction"
+            )
         if len(done) == 1:
             [alone] = predictions.values()
             return replace(alone, level="patient", slide_id="", patient_id=patient_id, warnings=tuple(warnings))

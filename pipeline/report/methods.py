@@ -172,7 +172,10 @@ def _model(run: Run, options: dict[str, Any]) -> list[str]:
         )
     several = len(run.facts.get("steps") or []) > 1
     for course in run.facts.get("steps") or []:
-        text = f"An epoch had {course['steps_per_epoch']} optimiser steps over {course['bags']} training bags"
+        text = (
+            f"An epoch had {count(course['steps_per_epoch'], 'optimiser step')} over "
+            f"{count(course['bags'], 'training bag')}"
+        )
         if run.history is not None and len(run.history):
             passed = run.history.loc[run.history["fold"] == course["fold"], "epoch"].nunique()
             text += f"; training ended after {count(passed, 'epoch')}"

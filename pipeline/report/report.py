@@ -18,6 +18,7 @@ from ...prediction_columns import time_text
 from ...ranges import checked
 from ...task import Task
 from ..batch.ledger import SUMMARY
+from ..predict.explain import score_unit
 from ..predict.prediction import PREDICTIONS, Prediction, read_predictions
 from ..predict.slide_json import read_json
 from .page import Cell, Page, Table
@@ -250,6 +251,7 @@ class _Row:
                 for tile in explanation.get("gallery", ())
             ],
             "explanation": explanation,
+            "unit": score_unit(explanation["shows"], explanation["method"]) if explanation else "",
             "quality": _quality(self.content),
             "path": self.slide,
         }

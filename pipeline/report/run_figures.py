@@ -23,6 +23,9 @@ Curve = tuple["np.ndarray", "np.ndarray"]
 
 # Okabe & Ito: distinguishable with any colour vision.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b", "#b8a800")
+# What differs in colour differs in its dashes too; the first line is whole.
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
+
 SMALLEST_BIN = 5
 """Rows that a point of a calibration curve rests on at least."""
 
@@ -38,9 +41,9 @@ def roc(curves: Mapping[str, Curve], thin: Mapping[str, Curve]) -> Drawing:
         false, true, threshold = roc_curve(target, score)
         axes.plot(false, true, color="#9fb3c4", linewidth=0.8)
         points.append(_points(name, false_positive_rate=false, true_positive_rate=true, threshold=threshold))
-    for colour, (name, (target, score)) in zip(_colours(len(curves)), curves.items(), strict=True):
+    for colour, dash, (name, (target, score)) in zip(*_styles(len(curves)), curves.items(), strict=True):
         false, true, threshold = roc_curve(target, score)
-        axes.plot(false, true, color=colour, label=name)
+        axes.plot(false, true, color=colour, linestyle=dash, label=name)
         points.append(_points(name, false_positive_rate=false, true_positive_rate=true, threshold=threshold))
     return _legend(figure, axes, curves, "lower right"), pd.concat(points)
 
@@ -49,12 +52,12 @@ def precision_recall(curves: Mapping[str, Curve]) -> Drawing:
     """Precision-recall curves by name, with the prevalence as a dotted line of the same colour."""
     figure, axes = _square("Recall (sensitivity)", "Precision (positive predictive value)")
     points = []
-    for colour, (name, (target, score)) in zip(_colours(len(curves)), curves.items(), strict=True):
+    for colour, dash, (name, (target, score)) in zip(*_styles(len(curves)), curves.items(), strict=True):
         precision, recall, threshold = precision_recall_curve(target, score)
         ends = np.append(threshold, np.inf)
         points.append(_points(name, recall=recall, precision=precision, threshold=ends, prevalence=target.mean()))
         axes.axhline(target.mean(), color=colour, linewidth=0.8, linestyle=(0, (1, 2)))
-        axes.plot(recall, precision, color=colour, label=name, drawstyle="steps-post")
+        axes.plot(recall, precision, color=colour, linestyle=dash, label=name, drawstyle="steps-post")
     return _legend(figure, axes, curves, "lower left"), pd.concat(points)
 
 
@@ -69,11 +72,11 @@ def calibration(curves: Mapping[str, Curve], xlabel: str, ylabel: str) -> Drawin
     figure, axes = _square(xlabel, ylabel)
     axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8, linestyle=(0, (4, 3)))
     points = []
-    for colour, (name, (correct, confidence)) in zip(_colours(len(curves)), curves.items(), strict=True):
+    for colour, dash, (name, (correct, confidence)) in zip(*_styles(len(curves)), curves.items(), strict=True):
         bins = calibration_curve(confidence, correct.astype(np.float64))
         confidences, observed, sizes = np.array([b for b in bins if b.n >= SMALLEST_BIN] or bins).T
         points.append(_points(name, predicted=confidences, observed=observed, n=sizes.astype(np.int64)))
-        axes.plot(confidences, observed, color=colour, linewidth=1.2, label=name)
+        axes.plot(confidences, observed, color=colour, linestyle=dash, linewidth=1.2, label=name)
         axes.scatter(confidences, observed, s=12 + 160 * sizes / sizes.sum(), color=colour, alpha=0.85, linewidth=0)
     return _legend(figure, axes, curves, "upper left"), pd.concat(points)
 
@@ -124,13 +127,15 @@ def survival_curves(groups: Mapping[str, Curve], unit: str) -> Drawing:
     figure, axes = _axes(unit, "Survival", height=3.9 + 0.16 * len(groups))
     last = max(time.max() for _, time in groups.values())
     points = []
-    for colour, (name, (event, time)) in zip(_colours(len(groups)), groups.items(), strict=True):
+    for colour, dash, (name, (event, time)) in zip(*_styles(len(groups)), groups.items(), strict=True):
         curve = kaplan_meier(time, event.astype(bool))
         at_risk = (time[:, None] >= curve.time).sum(0)
         points.append(
             _points(name, time=curve.time, survival=curve.survival, low=curve.low, high=curve.high, at_risk=at_risk)
         )
-        axes.step(curve.time, curve.survival, where="post", color=colour, label=f"{name} (n = {len(time)})")
+        axes.step(
+            curve.time, curve.survival, where="post", color=colour, linestyle=dash, label=f"{name} (n = {len(time)})"
+        )
         axes.fill_between(curve.time, curve.low, curve.high, step="post", color=colour, alpha=0.12, linewidth=0)
         at = curve.survival[np.searchsorted(curve.time, curve.censored, side="right") - 1]
         axes.plot(curve.censored, at, "|", color=colour, markersize=5, markeredgewidth=0.8)
@@ -138,7 +143,7 @@ def survival_curves(groups: Mapping[str, Curve], unit: str) -> Drawing:
     axes.set_ylim(0, 1.02)
     ticks = [tick for tick in MaxNLocator(5).tick_values(0, last) if 0 <= tick <= last]
     axes.set_xticks(ticks)
-    for line, (colour, (_, time)) in enumerate(zip(_colours(len(groups)), [*groups.values()], strict=True)):
+    for line, (colour, (_, time)) in enumerate(zip(_styles(len(groups))[0], [*groups.values()], strict=True)):
         for tick in ticks:
             position = (tick / last, -0.2 - 0.055 * line)
             axes.text(
@@ -164,15 +169,15 @@ def learning_curve(history: "pd.DataFrame", columns: Mapping[str, str], ylabel: 
         ylabel: What they are.
     """
     figure, axes = _axes("Epoch", ylabel)
-    for colour, (column, name) in zip(_colours(len(columns)), columns.items(), strict=True):
+    for colour, dash, (column, name) in zip(*_styles(len(columns)), columns.items(), strict=True):
         known = history.dropna(subset=[column])
         folds = [rows.groupby("epoch")[column].mean() for _, rows in known.groupby("fold")]
         if len(folds) > 1:
             for fold in folds:
-                axes.plot(fold.index, fold.to_numpy(), color=colour, linewidth=0.7, alpha=0.4)
+                axes.plot(fold.index, fold.to_numpy(), color=colour, linestyle=dash, linewidth=0.7, alpha=0.4)
         mean = known.groupby("epoch")[column].mean()
         single = "o" if len(mean) == 1 else ""
-        axes.plot(mean.index, mean.to_numpy(), color=colour, label=name, marker=single)
+        axes.plot(mean.index, mean.to_numpy(), color=colour, linestyle=dash, label=name, marker=single)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.legend(frameon=False)
     return figure, history[["fold", "epoch", *columns]]
@@ -226,8 +231,10 @@ def _square(xlabel: str, ylabel: str) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def _colours(count: int) -> list[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+def _styles(count: int) -> tuple[list[str], list[Any]]:
+    """Colours and dashes of so many lines."""
+    numbers = range(count)
+    return [COLOURS[n % len(COLOURS)] for n in numbers], [DASHES[n % len(DASHES)] for n in numbers]
 
 
 def _legend(

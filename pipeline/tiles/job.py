@@ -20,6 +20,7 @@ from ...data.tiles.stream import TileStream
 from ...data.tissue.base import Tissue, settings_of
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
+from ...plurals import count
 from ..batch.claims import claim
 from ..batch.memory import Turn
 from ..batch.progress import Progress
@@ -186,7 +187,9 @@ class TilesJob:
                     written.append([x, y])
                 progress.tiles_done(len(batch.tiles))
             if not written:
-                return self._no_tiles(entry, f"none of its {len(grid.coords)} tiles is sharp enough (--max-blur)")
+                return self._no_tiles(
+                    entry, f"none of its {count(len(grid.coords), 'tile')} is sharp enough (--max-blur)"
+                )
             self.index(entry).unlink(missing_ok=True)  # it says that the files are complete
             names = files.finish()
         found = {

@@ -16,6 +16,7 @@ from ...evaluation.calibration import FEWEST_CALIBRATED, Calibration, best_thres
 from ...models.aggregators.slide_encoder import use_cuda_graphs
 from ...models.classifier.classifier import SlideClassifier
 from ...models.classifier.selection import class_of
+from ...plurals import count
 from ...prediction_columns import SEEN, PredictionColumns
 from ...task import CLASSIFICATION
 from ..seen import seen_word
@@ -119,9 +120,9 @@ def calibrate(
             name: float(expit(logit(threshold) / temperature + intercept)) for name, threshold in thresholds.items()
         }
     if found is None:
-        return f"none: {patients} validation patients, fewer than {FEWEST_CALIBRATED}"
+        return f"none: {count(patients, 'validation patient')}, fewer than {FEWEST_CALIBRATED}"
     shift = f" and intercept {intercept:+.2f}" if intercept else ""
-    return f"temperature {temperature:.2f}{shift} from {patients} validation patients"
+    return f"temperature {temperature:.2f}{shift} from {count(patients, 'validation patient')}"
 
 
 def prediction_rows(

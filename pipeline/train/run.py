@@ -17,6 +17,7 @@ import yaml
 from ...data.table import csv_of_frame, read_table, typed
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
+from ...plurals import count
 from ...prediction_columns import SEEN
 from ...task import Task
 from ...version import __version__
@@ -307,7 +308,7 @@ def print_metrics(run: Run) -> None:
     for row in rows.itertuples():
         ends = f" (95% {row.low:.3f} to {row.high:.3f})" if isinstance(row.method, str) and row.method else ""
         over = ", mean over folds" if scope == "mean" else ""
-        print(f"{row.metric:>20} {row.value:.3f}{ends}, {row.n} {run.noun(level)}s{over}")
+        print(f"{row.metric:>20} {row.value:.3f}{ends}, {count(int(str(row.n)), run.noun(level))}{over}")
         facts = {"scope": scope, "metric": row.metric, "value": row.value, "low": row.low, "high": row.high, "n": row.n}
         event("metric", f"{row.metric} {row.value:.3f}{ends}{over}", facts | {"unit": level})
     if warning := seen_warning(run.facts.get("seen")):

@@ -9,6 +9,7 @@ from lightning import Trainer
 
 from ...data.cohort.datamodule import BagDataModule, replicas
 from ...errors import LongslideError
+from ...plurals import count
 
 FEW_STEPS = 10
 """Steps per epoch below which the user is warned: an epoch is then hardly a step on the way."""
@@ -41,9 +42,10 @@ class Steps:
 
     def __str__(self) -> str:
         each = self.bags / self.per_epoch
-        text = f"{self.bags} training bags, {self.per_epoch} steps per epoch of {each:.3g} bags each"
+        steps = count(self.per_epoch, "step")
+        text = f"{count(self.bags, 'training bag')}, {steps} per epoch of {each:.3g} bag{'s' * (each != 1)} each"
         if self.epochs is not None:
-            text += f", at most {self.epochs} epochs ({self.per_epoch * self.epochs:,} steps)"
+            text += f", at most {count(self.epochs, 'epoch')} ({count(self.per_epoch * self.epochs, 'step')})"
         return text
 
     @property
@@ -52,7 +54,8 @@ class Steps:
         if self.per_epoch >= FEW_STEPS:
             return None
         return (
-            f"only {self.per_epoch} optimiser steps per epoch: a checkpoint is chosen among few, far apart; a lower "
+            f"only {count(self.per_epoch, 'optimiser step')} per epoch: a checkpoint is chosen among few, "
+            "far apart; a lower "
             "--data.bags-per-step makes more of them"
         )
 

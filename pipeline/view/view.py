@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ...data.slides.slide_table import IdFrom
 from ...errors import LongslideError
+from ...plurals import count
 from ...ranges import checked
 from ..batch.ledger import make_output_folder
 from ..signals import Stopped, abandon
@@ -117,9 +118,8 @@ def _serve(collection: Collection, listening: socket.socket, slide_timeout: floa
     before = set(threading.enumerate())
     try:
         thread.start()
-        count = len(collection.slides)
         print(
-            f"{count:,} slide{'' if count == 1 else 's'} at\n\n  {root}{token}/\n\nfor this machine alone; Ctrl-C ends it",
+            f"{count(len(collection.slides), 'slide')} at\n\n  {root}{token}/\n\nfor this machine alone; Ctrl-C ends it",
             flush=True,
         )
         has_browser = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")

@@ -301,7 +301,7 @@ def test_patients_with_different_labels_cannot_be_one_bag(slide: Write, rows: Wr
                 }
             )
     module = data(rows(table), tmp_path / "features", bags="patient")
-    assert "1 patients have slides with different labels (3)" in refusal(module)
+    assert "1 patient has slides with different labels (3)" in refusal(module)
     notes = data(rows(table), tmp_path / "features").notes
     assert any("different labels (3): where they are tested, metrics are of slides" in note for note in notes)
 

@@ -89,7 +89,7 @@ def test_embeddings_that_are_no_numbers_are_like_no_tile(tmp_path: Path, caplog:
     embeddings[4, 2] = np.nan
     write_slide(tmp_path, "a", embeddings)
     found = TileIndex.open(tmp_path).similar("a", 0)
-    assert "1 tiles have NaN" in caplog.text
+    assert "1 tile has NaN" in caplog.text
     assert next(one.similarity for one in found if one.tile == 4) == 0
     assert len(found) == 8
 
@@ -132,7 +132,7 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
         TileIndex.open(tmp_path)
     cohort(tmp_path, np.float16)
     index = TileIndex.open(tmp_path)
-    with pytest.raises(LongslideError, match="s1: has no tile 1, but 1 tiles"):
+    with pytest.raises(LongslideError, match="s1: has no tile 1, but 1 tile"):
         index.similar("s1", 1)
     with pytest.raises(LongslideError, match="s7: no tiles of this slide"):
         index.similar("s7", 0)

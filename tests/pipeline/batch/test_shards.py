@@ -147,7 +147,7 @@ def test_a_slide_that_another_process_has_is_not_done(tmp_path: Path) -> None:
     write_shard(tmp_path, 1, ["a"], of=1, done=[])
     busy = SlideResult("a", "a.svs", "skipped", "another process is working on it (process 1 on host)")
     record(tmp_path, busy, name="shards/1-of-1.csv")
-    with pytest.raises(LongslideError, match="1 slides are not done: a; run shard 1 again"):
+    with pytest.raises(LongslideError, match="1 slide is not done: a; run shard 1 again"):
         merge(tmp_path)
 
 

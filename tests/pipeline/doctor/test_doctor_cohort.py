@@ -83,7 +83,7 @@ def test_labels_are_counted_by_class_site_and_patient_and_nobody_is_left_out_sil
     assert labels.without_slide == tuple(f"gone{n}" for n in range(5))
     assert labels.folds == 0
     assert labels.twins == (("a__2", "b__2"),)
-    assert "class 'basal' has 1 patients" in labels.problem
+    assert "class 'basal' has 1 patient," in labels.problem
     printed = capsys.readouterr().out
     for words in ("gone0, gone1, gone2, gone3, gone4", "b__3, b__4", "luminal: 3 slides of 2 patients"):
         assert words in printed
