@@ -308,8 +308,8 @@ class BagDataModule(lightning.LightningDataModule):
             notes.append(f"fold {self.fold} reports survival at the times {times} (--data.times for others)")
         if mixed := self.cohort.mixed_patients:
             notes.append(
-                f"{count(len(mixed), 'patient has', 'patients have')} slides with different labels ({listed(mixed)}): where they "
-                "are tested, metrics are of slides, not of patients"
+                f"{count(len(mixed), 'patient has', 'patients have')} slides with different labels ({listed(mixed)}): where "
+                "they are tested, metrics are of slides, not of patients"
             )
         if self.truncated["bags"]:
             notes.append(
