@@ -1,6 +1,5 @@
 """Tasks of which each takes a worker for long, such as the training of a fold: a task to a process at a time."""
 
-import logging
 import pickle
 import sys
 import time
@@ -10,7 +9,6 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from ...errors import LongslideError
-from ..log_file import EVENTS
 from .dispatch import MOST_DEATHS
 from .workers import Work, Worker, WorkerRun
 
@@ -27,7 +25,6 @@ class TaskFeed:
 
     def __init__(self, pipe: "Connection[Any, Any]") -> None:
         self._pipe = pipe
-        EVENTS.addHandler(_Forward(pipe))
 
     def __iter__(self) -> Iterator[int]:
         while True:
@@ -43,17 +40,6 @@ class TaskFeed:
     def ended(self, number: int, result: object) -> None:
         """A task has ended; tensors travel as plain bytes, not as shared memory."""
         self._pipe.send(("ended", number, pickle.dumps(result)))
-
-
-class _Forward(logging.Handler):
-    """Tells the `TaskRun` of events, for the log file that its process has."""
-
-    def __init__(self, pipe: "Connection[Any, Any]") -> None:
-        super().__init__()
-        self._pipe = pipe
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._pipe.send(("event", record.levelno, record.getMessage(), getattr(record, "fields", {})))
 
 
 class TaskRun(WorkerRun):
@@ -130,11 +116,6 @@ class TaskRun(WorkerRun):
             self._left.append(number)
         else:
             self._given_up.append(number)
-
-    def told(self, what: str, *details: Any) -> None:
-        """An event, which is logged here."""
-        level, message, fields = details
-        EVENTS.log(level, "%s", message, extra={"fields": fields})
 
     def note(self, text: str) -> None:
         """Write a line on standard error."""

@@ -1,5 +1,6 @@
 """Processes that come for work, one on each device of this machine or a cluster; those that die are started again."""
 
+import logging
 import os
 import pickle
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from ...data.child_process import start_child
 from ...data.tiles.readers import usable_cores
 from ...errors import LongslideError
 from ...registry import adopt, registered
+from ..log_file import EVENTS
 from ..signals import ending_signals
 
 MOST_RESTARTS = 3
@@ -151,7 +154,8 @@ class WorkerRun(ABC):
 
     Args:
         workers: The workers.
-        work: What each process runs. It sends `("next",)`, `("ended", ...)`, `("note", text)`, and what else `told` knows.
+        work: What each process runs. It sends `("next",)`, `("ended", ...)`, `("note", text)`, and what else `told` knows;
+            what is logged there is logged by this process too.
     """
 
     GIVEN_ON: str
@@ -280,8 +284,18 @@ class WorkerRun(ABC):
                     if details[0] not in self._noted:
                         self._noted.add(details[0])
                         self.note(details[0])
+                elif what == "logged":
+                    self._log(*details)
                 elif what != "next":
                     self.told(what, *details)
+
+    def _log(self, name: str, level: int, message: str, fields: dict[str, Any] | None) -> None:
+        """Log what a process has logged; what the library says, once for all processes."""
+        if fields is None:
+            if message in self._noted:
+                return
+            self._noted.add(message)
+        logging.getLogger(name).log(level, "%s", message, extra=None if fields is None else {"fields": fields})
 
     def _over(self) -> bool:
         return self.done() or self._stopped or self._refused is not None or self._failed is not None
@@ -306,7 +320,12 @@ def serve(descriptor: int, *cores: int) -> None:
         os.sched_setaffinity(0, cores)
     for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal or a cluster sends it to all: the job ends this one
         signal.signal(number, signal.SIG_IGN)
-    pipe: Connection[Any, Any] = Connection(descriptor)
+    pipe = _SharedPipe(descriptor)
+    forward = _Forward(pipe)
+    library = logging.getLogger(__name__.partition(".")[0])
+    library.setLevel(logging.INFO)
+    for logger in (library, EVENTS):
+        logger.addHandler(forward)
     try:
         with ending_signals():
             device, request = pipe.recv()
@@ -320,3 +339,31 @@ def serve(descriptor: int, *cores: int) -> None:
         pipe.send(("over",))
     except (KeyboardInterrupt, EOFError, OSError):  # the job is over, or was stopped
         return
+
+
+class _SharedPipe(Connection):
+    """A pipe into which several threads write."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor)
+        self._sending = threading.Lock()
+
+    def send(self, obj: Any) -> None:
+        """Send a message whole."""
+        with self._sending:
+            super().send(obj)
+
+
+class _Forward(logging.Handler):
+    """Tells the `WorkerRun` what is logged, for the terminal and the log file that its process has."""
+
+    def __init__(self, pipe: "Connection[Any, Any]") -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send it; what is logged after the job is over is lost."""
+        with suppress(OSError):
+            self._pipe.send(
+                ("logged", record.name, record.levelno, record.getMessage(), getattr(record, "fields", None))
+            )

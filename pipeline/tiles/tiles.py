@@ -15,11 +15,13 @@ from ..batch.rerun import refuse_mistaken_rerun
 from ..batch.result import SlideResult, counted
 from ..batch.watched import WatchedProcesses
 from ..embed.choices import resolve_tiling
+from ..log_file import logged
 from .job import TilesJob
 from .picture_files import Layout
 
 
 @checked
+@logged
 def tiles(
     slides: str | Path | Sequence[str | Path],
     output: str | Path,
@@ -40,6 +42,7 @@ def tiles(
     slide_timeout: float = 600.0,
     threads: int | None = None,
     overwrite: bool = False,
+    log_file: str | Path | None = None,
 ) -> list[SlideResult]:
     """Write tiles as PNG: the tiles on tissue, as `embed` chooses them, or those of feature files that exist.
 
@@ -68,6 +71,7 @@ def tiles(
         slide_timeout: Seconds that opening a slide and finding its tissue may take, as `embed` takes it.
         threads: Threads that read and compress tiles. Default: one on each core.
         overwrite: Replace pictures that were made with other settings.
+        log_file: Append what happens to this file as JSON lines: one for each slide, minute and note.
 
     Returns:
         One result per slide, in the order of the input.

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pickle
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from classifier_files import ENCODER, write_classifier
 from longslide import DataOptions, LongslideError, embed, fit, predict, write_synthetic_slide
+from longslide.pipeline.batch.tasks import TaskRun
 from longslide.pipeline.cli import main
 from longslide.pipeline.log_file import EVENTS, event, log_to
 from training_cohort import quick, write_cohort
@@ -141,6 +143,41 @@ def test_ctrl_c_is_a_warning_that_names_the_signal(tmp_path: Path) -> None:
         "time": "", "level": "warning", "message": "longslide embed was stopped", "event": "end", "command": "embed",
         "seconds": 0, "signal": "SIGINT",
     }  # fmt: skip
+
+
+class Process:
+    """A worker that says what it has been given to say."""
+
+    name = "cpu"
+
+    def __init__(self, *says: tuple[Any, ...]) -> None:
+        self.says = list(says)
+
+    def start(self, *_: object) -> bool:
+        return True
+
+    def recv(self) -> tuple[Any, ...]:
+        return self.says.pop(0)
+
+    def send(self, answer: object) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+def test_what_other_processes_log_is_in_the_log_file_what_the_library_says_once(tmp_path: Path) -> None:
+    def logged(fields: dict[str, Any] | None) -> tuple[Any, ...]:
+        return ("logged", "longslide.data.slides" if fields is None else "longslide.events", 30, "damaged", fields)
+
+    epoch, ended = logged({"event": "epoch", "fold": 0}), ("ended", 0, pickle.dumps(None))
+    workers: Any = [Process(logged(None), ("next",), epoch, ended, logged(None), ("over",))]
+    with log_to(tmp_path / "log.jsonl", "crossval"):
+        TaskRun(workers, print, ["fold 0"], lambda number, result: None).run()  # type: ignore[arg-type]
+    records = read(tmp_path / "log.jsonl")[1:-1]
+    assert sorted(record.get("event", "library") for record in records) == ["epoch", "library"]
+    assert [record["fold"] for record in of(records, "epoch")] == [0]
+    assert {(record["level"], record["message"]) for record in records} == {("warning", "damaged")}
 
 
 def test_a_log_file_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
