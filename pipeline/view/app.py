@@ -183,7 +183,10 @@ def collection_routes(site: Site) -> list[Route]:
                 "title": site.collection.title,
                 "version": __version__,
                 "task": None if task is None else {"kind": task.kind, "classes": task.classes, "text": task_text(task)},
-                "slides": [_listed(slide) for slide in site.collection.slides.values()],
+                "slides": [
+                    _listed(slide) | {"draft": slide.slide_id in site.regions.drafts}
+                    for slide in site.collection.slides.values()
+                ],
             }
         )
 
@@ -287,7 +290,12 @@ def region_routes(site: Site) -> list[Route]:
 
     def read(request: Request) -> Response:
         slide = site.slide(request)
-        return JSONResponse({"regions": site.regions.read(slide.slide_id), "path": _shown(site.regions.folder)})
+        known, draft = site.regions.read(slide.slide_id), site.regions.drafts.get(slide.slide_id)
+        return JSONResponse({"regions": known, "draft": draft, "path": _shown(site.regions.folder)})
+
+    async def keep(request: Request) -> Response:
+        slide, sent = site.slide(request), await _sent(request)
+        return JSONResponse({"lasts": await run_in_threadpool(site.regions.keep_draft, slide.slide_id, sent)})
 
     async def write(request: Request) -> Response:
         slide, sent = site.slide(request), await _sent(request)
@@ -311,6 +319,7 @@ def region_routes(site: Site) -> list[Route]:
         Route(path, read, methods=["GET"]),
         Route(path, write, methods=["PUT"]),
         Route(path, change, methods=["POST"]),
+        Route(path + "/draft", keep, methods=["PUT"]),
     ]
 
 

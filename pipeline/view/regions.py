@@ -1,7 +1,9 @@
 """Regions drawn in the viewer: GeoJSON that `embed` takes as tissue masks, and the slide table that names them."""
 
 import json
+import logging
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +15,11 @@ from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from .content import SlideContent
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "regions"
 TABLE = "slides.csv"
+DRAFTS = ".drafts"
 COLUMNS = ("slide", "slide_id", "slide_mpp", "patient_id", "tissue_mask")
 
 MOST_POINTS = 500_000
@@ -31,6 +36,48 @@ class Regions:
     def __init__(self, output: Path | None) -> None:
         self.folder = None if output is None else output.absolute() / FOLDER
         self._writing = threading.Lock()
+        self._drafts: dict[str, Any] = {}
+        for path in () if self.folder is None else self.folder.glob(f"{DRAFTS}/*.json"):
+            try:
+                self._drafts[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError, RecursionError) as error:
+                logger.warning("%s: what was drawn and not saved cannot be read (%s)", path, error)
+
+    @property
+    def drafts(self) -> Mapping[str, Any]:
+        """What is drawn and not saved, by slide: an object as the page sent it."""
+        return self._drafts
+
+    def keep_draft(self, slide_id: str, draft: Any) -> bool:
+        """Keep what is drawn and not saved yet, or forget it.
+
+        Args:
+            slide_id: The slide.
+            draft: A JSON object: `regions`, the open outline (`ring`) and what it is for (`change`); None for nothing.
+
+        Returns:
+            Whether it is kept when the viewer ends: there is a folder for it that may be written to.
+
+        Raises:
+            LongslideError: It is no such object.
+        """
+        if draft is None:
+            self._drafts.pop(slide_id, None)
+        elif isinstance(draft, dict) and set(draft) == {"regions", "ring", "change"}:
+            self._drafts[slide_id] = draft
+        else:
+            raise LongslideError(f"{slide_id}: a draft has `regions`, `ring` and `change`")
+        if self.folder is None:
+            return False
+        path = self.folder / DRAFTS / f"{slide_id}.json"
+        try:
+            if draft is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_whole(path, json.dumps(draft).encode())
+        except (OSError, LongslideError):
+            return False
+        return True
 
     def read(self, slide_id: str) -> dict[str, Any] | None:
         """The regions of a slide as GeoJSON; None if nothing was saved.

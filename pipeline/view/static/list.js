@@ -2,6 +2,7 @@
 
 import { json, slidePath } from "./api.js";
 import { byId, element, notesOn, number, say } from "./dom.js";
+import { remember, remembered } from "./memory.js";
 
 const PAGE = 60;
 
@@ -60,6 +61,7 @@ function row(slide) {
     slide.tissue_mm2 !== null ? `${number(slide.tissue_mm2)}\u00a0mm²` : "",
   ].filter(Boolean);
   const notes = notesOn(slide);
+  if (slide.draft) notes.unshift("regions drawn, not saved yet");
   if (slide.seen) notes.unshift("seen in training: this is no test");
   const link = element(
     "a",
@@ -100,23 +102,7 @@ function show() {
   // A reload, and a return from a slide, find the list as it was; the slide's page goes on in its order.
   const kept = { words: byId("search").value, sort: order.key, filters: chosen.map((filter) => filter.key) };
   remember("list", kept);
-  remember("order", state.shown.map((slide) => slide.id));
-}
-
-function remember(key, value) {
-  try {
-    sessionStorage.setItem(location.pathname.split("/")[1] + key, JSON.stringify(value));
-  } catch {
-    // storage that is full or forbidden: the list begins anew
-  }
-}
-
-function remembered() {
-  try {
-    return JSON.parse(sessionStorage.getItem(location.pathname.split("/")[1] + "list")) ?? {};
-  } catch {
-    return {};
-  }
+  remember("order", { ids: state.shown.map((slide) => slide.id) });
 }
 
 async function start() {
@@ -126,7 +112,7 @@ async function start() {
   byId("task").textContent = collection.task ? collection.task.text : "";
   state.slides = collection.slides;
   state.orders = orders(collection.task);
-  const kept = remembered();
+  const kept = remembered("list");
   byId("sort").append(...state.orders.map((one) => element("option", { value: one.key, textContent: one.title })));
   if (state.orders.some((one) => one.key === kept.sort)) byId("sort").value = kept.sort;
   byId("search").value = kept.words ?? "";

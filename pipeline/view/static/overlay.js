@@ -108,10 +108,10 @@ export function drawPicture(context, tiles, picture) {
 }
 
 // Outlines of single tiles: the one under the pointer, those of a gallery.
-export function marksPainter(tiles, order = 30) {
+export function marksPainter(tiles, order = 30, always = true) {
   return {
     order,
-    always: true,
+    always, // also where layers are off
     marks: [], // { tile, colour, width }
     draw(context, scale) {
       for (const { tile, colour = "#000", width = 2 } of this.marks) {

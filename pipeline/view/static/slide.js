@@ -2,6 +2,7 @@
 
 import { bytes, json, slidePath } from "./api.js";
 import { byId, element, number, say } from "./dom.js";
+import { remembered } from "./memory.js";
 import { Overlay, gridPainter, marksPainter, tissuePainter } from "./overlay.js";
 import { attentionPanel } from "./panels/attention.js";
 import { factsPanel } from "./panels/facts.js";
@@ -88,12 +89,7 @@ class Page extends EventTarget {
 function header(id) {
   document.title = `${id} – Longslide`;
   byId("title").textContent = id;
-  let order = [];
-  try {
-    order = JSON.parse(sessionStorage.getItem(location.pathname.split("/")[1] + "order")) ?? [];
-  } catch {
-    // no list was seen before
-  }
+  const order = remembered("order").ids ?? [];
   const place = order.indexOf(id);
   if (place < 0) return;
   for (const [step, sign, title] of [[-1, "‹", "Previous slide"], [1, "›", "Next slide"]]) {
@@ -152,19 +148,20 @@ function pointer(page) {
   };
   place.addEventListener("pointermove", (event) => {
     const tile = page.viewer.main.isOpen() ? under(event) : -1;
-    if (tile < 0 || (event.buttons && event.pointerType === "mouse")) {
+    if (tile < 0 || event.buttons) {
       hide();
       return;
     }
+    show(event, tile);
+  });
+  place.addEventListener("pointerleave", (event) => event.pointerType !== "touch" && hide()); // a finger leaves what it tapped
+  const show = (event, tile) => {
     if (hovered.marks[0]?.tile !== tile) {
       hovered.marks = [{ tile, width: 1.5 }];
       page.overlay.draw();
       page.dispatchEvent(new CustomEvent("hover", { detail: tile }));
     }
-    showTip(event, page.describe(tile));
-  });
-  place.addEventListener("pointerleave", hide);
-  const showTip = (event, lines) => {
+    const lines = page.describe(tile);
     const stage = byId("stage").getBoundingClientRect();
     tip.replaceChildren(...lines.map((line) => element("div", { textContent: line })));
     tip.hidden = false;
@@ -177,9 +174,10 @@ function pointer(page) {
     if (!event.quick) return;
     const at = page.viewer.toSlide(event.position.x, event.position.y);
     const tile = page.tiles.at(at.x, at.y);
-    if (tile < 0) return;
-    pick(tile);
-    if (event.pointerType === "touch") showTip(event.originalEvent, page.describe(tile)); // nothing hovers there
+    const touched = event.originalEvent.pointerType === "touch"; // nothing hovers there
+    if (tile >= 0) pick(tile);
+    if (touched && tile >= 0) show(event.originalEvent, tile);
+    else if (touched) hide();
   });
   // The keyboard's click.
   page.viewer.main.addHandler("canvas-key", ({ originalEvent }) => {
@@ -189,7 +187,7 @@ function pointer(page) {
     const tile = page.tiles.at(at.x, at.y);
     if (tile < 0) return;
     pick(tile);
-    showTip({ clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 }, page.describe(tile));
+    show({ clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 }, tile);
   });
 }
 

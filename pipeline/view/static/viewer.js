@@ -4,6 +4,7 @@ import { slidePath } from "./api.js";
 import { byId, element, number } from "./dom.js";
 
 const { OpenSeadragon } = window;
+const TURN = 30; // degrees
 const SVG = "http://www.w3.org/2000/svg";
 
 const ICONS = {
@@ -155,7 +156,8 @@ export class Viewer {
   // The plain slide beside the one with layers.
   setSideBySide(on) {
     if (on === this.sideBySide) return;
-    const seen = this.viewport.getBoundsNoRotate();
+    const [size, centre] = [this.viewport.getContainerSize(), this.viewport.getCenter()];
+    const scale = this.viewport.viewportToImageZoom(this.viewport.getZoom());
     byId("cross").hidden = true;
     byId("plain").hidden = !on;
     byId("stage").classList.toggle("double", on);
@@ -174,8 +176,12 @@ export class Viewer {
       this.plain.destroy();
       this.plain = null;
     }
-    // The same part of the slide, in whatever room there is now.
-    this.main.addOnceHandler("resize", () => requestAnimationFrame(() => this.viewport.fitBounds(seen, true)));
+    // All that was seen is still seen beside the other; alone again, the view is as large as before.
+    this.main.addOnceHandler("resize", ({ newContainerSize }) => requestAnimationFrame(() => {
+      const ratio = (on ? Math.min : Math.max)(newContainerSize.x / size.x, newContainerSize.y / size.y);
+      this.viewport.zoomTo(this.viewport.imageToViewportZoom(scale * ratio), null, true);
+      this.viewport.panTo(centre, true);
+    }));
   }
 
   #follow(from, always = false) {
@@ -203,8 +209,8 @@ export function toolbar(viewer, toggleLayers) {
   button("in", "Zoom in (+)", () => viewer.zoom(1.6));
   button("out", "Zoom out (-)", () => viewer.zoom(1 / 1.6));
   button("home", "Whole slide (0)", () => viewer.home());
-  button("left", "Turn left (Shift+R)", () => viewer.rotate(-30));
-  button("right", "Turn right (R)", () => viewer.rotate(30));
+  button("left", "Turn left (Shift+R)", () => viewer.rotate(-TURN));
+  button("right", "Turn right (R)", () => viewer.rotate(TURN));
   const layers = button("layers", "Layers on and off (L)", () => press(layers, toggleLayers()), true);
   const side = button("side", "Plain slide beside it (B)", () => {
     viewer.setSideBySide(!viewer.sideBySide);
@@ -212,9 +218,20 @@ export function toolbar(viewer, toggleLayers) {
   }, false);
   const press = (made, on) => made.setAttribute("aria-pressed", on);
   document.addEventListener("keydown", (event) => {
-    if (event.target.closest?.("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.key === "l" || event.key === "L") layers.click();
-    if (event.key === "b" || event.key === "B") side.click();
+    const written = event.target.closest?.("textarea, input:not([type=checkbox], [type=range])");
+    if (written || event.ctrlKey || event.metaKey || event.altKey) return;
+    const act = {
+      "+": () => viewer.zoom(1.6), "=": () => viewer.zoom(1.6), "-": () => viewer.zoom(1 / 1.6), 0: () => viewer.home(),
+      r: () => viewer.rotate(TURN), R: () => viewer.rotate(-TURN),
+      l: () => layers.click(), b: () => side.click(),
+    }[event.shiftKey ? event.key : event.key.toLowerCase()];
+    if (!act) return;
+    event.preventDefault(); // a select would look for a name with this letter
+    act();
+  });
+  // Of OpenSeadragon's own keys, which work where the slide was clicked, the arrows alone.
+  viewer.main.addHandler("canvas-key", (event) => {
+    event.preventDefaultAction ||= !event.originalEvent.key.startsWith("Arrow");
   });
 }
 

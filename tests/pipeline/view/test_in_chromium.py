@@ -59,6 +59,11 @@ def colour_over(page: "Page", x: float, y: float) -> list[int]:
     return found
 
 
+DRAWN = (
+    "page.overlay.context.getImageData(0, 0, page.overlay.canvas.width, page.overlay.canvas.height).data.some(Boolean)"
+)
+
+
 def scores(made: Results, slide_id: str, column: str) -> list[tuple[int, int, float]]:
     with (made.results / "slides" / slide_id / "tiles.csv").open(newline="") as file:
         return [(int(row["x"]), int(row["y"]), float(row[column])) for row in csv.DictReader(file)]
@@ -103,7 +108,7 @@ def test_layers_scores_and_the_gallery_of_a_slide(browser: "Browser", serve: Ser
         red, _, blue, alpha = colour_over(page, x, y)
         assert alpha == pytest.approx(0.55 * 255, abs=3)
         assert red > blue, "what speaks for it is red"
-        page.get_by_label("Opacity").fill("100")
+        page.get_by_label("Opacity").first.fill("100")
         assert colour_over(page, x, y)[3] == 255
 
         page.mouse.move(*place_of(page, x, y))
@@ -125,16 +130,67 @@ def test_layers_scores_and_the_gallery_of_a_slide(browser: "Browser", serve: Ser
         page.get_by_label("Layer", exact=True).select_option(label="attention")
         until(page, "page.layer?.title === 'attention'")
         assert "little attention" in page.locator("#panels .ends").inner_text()
-        page.get_by_label("Layers on and off (L)").click()
+        page.keyboard.press("l")  # the select that was used does not keep the key
         assert colour_over(page, x, y)[3] == 0
-        page.keyboard.press("l")
+        assert not page.evaluate(DRAWN), "the plain slide, without outlines"
+        page.get_by_label("Layers on and off (L)").click()
         assert colour_over(page, x, y)[3] > 0
+        page.get_by_label("tile grid").check()
+        page.goto(f"{viewer.address}slide.html?slide={quote(EVIL, safe='')}")
+        until(page, "window.page?.layer?.title === 'attention'")
+        assert page.get_by_label("Opacity").first.input_value() == "100", "the next slide is drawn as this one was"
+        assert page.get_by_label("tile grid").is_checked()
+
+
+def test_keys_work_from_the_beginning(browser: "Browser", serve: Serve, made: Results) -> None:
+    viewer = serve(made.features)
+    with tab(browser) as page:
+        open_slide_page(page, viewer, "plain")
+        turned, scale = "page.viewer.viewport.getRotation()", "page.viewer.viewport.getZoom()"
+        whole = page.evaluate(scale)
+        for key, degrees in (("r", 30), ("Shift+R", 0), ("Shift+R", -30)):
+            page.keyboard.press(key)
+            assert page.evaluate(turned) % 360 == degrees % 360
+        page.get_by_label("tile grid").check()  # the focus is on it now
+        page.keyboard.press("+")
+        assert page.evaluate(scale) == pytest.approx(1.6 * whole)
+        page.mouse.click(*place_of(page, 500, 400))  # and now on the slide
+        page.keyboard.press("-")
+        assert page.evaluate(scale) == pytest.approx(whole), "once, not once more by OpenSeadragon"
+        page.keyboard.press("r")
+        page.keyboard.press("0")
+        assert page.evaluate(turned) == 0
+        page.keyboard.press("b")
+        until(page, "page.viewer.plain?.isOpen()")
+
+
+def test_a_tap_shows_the_score_of_a_tile_and_nothing_lies_on_the_slide(
+    browser: "Browser", serve: Serve, made: Results
+) -> None:
+    viewer = serve(made.results)
+    with tab(browser, 400, touch=True) as page:
+        open_slide_page(page, viewer, "plain")
+        x, y = (page.evaluate(f"page.tiles.coords[{part}] + page.tiles.size / 2") for part in (0, 1))
+        page.touchscreen.tap(*place_of(page, x, y))
+        page.wait_for_timeout(300)
+        assert re.search(r": -?\d", page.locator("#tip").inner_text())
+        main, tools = page.locator("#main").bounding_box(), page.locator("#toolbar").bounding_box()
+        assert main is not None
+        assert tools is not None
+        assert main["y"] + main["height"] <= tools["y"]
 
 
 def test_side_by_side_turned_and_at_scale(browser: "Browser", serve: Serve, made: Results) -> None:
     viewer = serve(made.results)
     with tab(browser) as page:
         open_slide_page(page, viewer, "plain")
+        bounds = "(({ x, width }) => [x, x + width])(page.viewer.viewport.getBounds())"
+        alone = page.evaluate(bounds)
+        page.get_by_label("Plain slide beside it (B)").click()
+        until(page, "page.viewer.plain?.world.getItemAt(0)?.getFullyLoaded()")
+        assert page.evaluate(bounds) == pytest.approx(alone, abs=0.01), "nothing is cut off"
+        page.get_by_label("Plain slide beside it (B)").click()
+        until(page, f"Math.abs({bounds}[0] - {alone[0]}) < 0.01")
         page.get_by_label("Plain slide beside it (B)").click()
         until(page, "page.viewer.plain?.world.getItemAt(0)?.getFullyLoaded()")
         page.get_by_label("Turn right (R)").click()
@@ -180,10 +236,19 @@ def test_a_region_is_drawn_cut_saved_and_found_again(
             page.mouse.move(*place_of(page, *corner), steps=4)
         page.mouse.up()
         until(page, "page.regions().features[0]?.geometry.coordinates.length === 2")
-        page.reload()
-        until(page, "window.page?.regions")
-        page.locator("summary", has_text="Regions").click()
-        page.locator("text=1 area, not saved yet.").wait_for()  # what was drawn survives a reload
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="Draw").click()
+        for corner in ((650, 650), (700, 650), (700, 700)):
+            page.mouse.click(*place_of(page, *corner))
+        until(page, "page.draftIsKept()")
+    viewer = serve(made.results, output=tmp_path)  # the tab is closed and the viewer ended
+    assert [one["id"] for one in viewer.json("api/collection")["slides"] if one["draft"]] == ["plain"]
+    with tab(browser) as page:
+        open_slide_page(page, viewer, "plain")
+        page.locator("text=1 area, not saved yet.").wait_for()
+        page.keyboard.press("Enter")
+        page.locator("text=2 areas, not saved yet.").wait_for()
+        page.get_by_role("button", name="Undo").click()
         page.get_by_role("button", name="Save").click()
         page.locator("text=To embed it").wait_for()
         saved: dict[str, Any] = json.loads((tmp_path / "regions" / "plain.geojson").read_text())
@@ -194,6 +259,8 @@ def test_a_region_is_drawn_cut_saved_and_found_again(
         until(page, "window.page?.regions")
         page.locator("summary", has_text="Regions").click()
         page.locator("text=1 area, saved.").wait_for()
+        until(page, "page.draftIsKept()")
+    assert not list((tmp_path / "regions" / ".drafts").iterdir())
 
 
 def test_a_region_is_drawn_by_touch_and_two_fingers_move_the_slide(

@@ -4,6 +4,7 @@ import { bytes, json, slidePath } from "../api.js";
 import { CATEGORY_COLOURS, rgb } from "../colours.js";
 import { element } from "../dom.js";
 import { drawPicture, marksPainter } from "../overlay.js";
+import { slider } from "./layers.js";
 
 const IN_SEGMENT = 64; // as in attention.py
 const LAYER_COLOURS = ["#08306b", "#2171b5", "#6baed6", "#c6dbef"]; // after 1, 2, 3 layers, and more
@@ -18,20 +19,21 @@ export function attentionPanel(page) {
   const line = element("p");
   line.setAttribute("role", "status");
   const legend = element("ul", { className: "categories one" });
+  const opacity = slider("Opacity", 0, 100, 70);
   const clear = element("button", { type: "button", textContent: "Clear", hidden: true });
   content.append(
     element("p", { className: "soft", textContent: "Click a tile: in colour are the tiles that it can take information from. Tiles are read row by row, so a segment is a band of rows." }),
     element("label", { className: "row" }, "Model ", model),
     whose,
     element("label", { className: "row" }, "Show ", show),
-    line, legend, clear,
+    line, legend, opacity.row, clear,
   );
   const painter = page.overlay.add({
     order: 12,
     picture: null,
     draw(context) {
       if (!this.picture) return;
-      context.globalAlpha = 0.7;
+      context.globalAlpha = opacity.input.value / 100;
       drawPicture(context, page.tiles, this.picture);
     },
   });
@@ -179,6 +181,7 @@ export function attentionPanel(page) {
     }
   });
   show.addEventListener("input", draw);
+  opacity.input.addEventListener("input", () => page.overlay.draw());
   clear.addEventListener("click", stop);
   return { title: "What a tile sees (LongNet)", content, open: false };
 }

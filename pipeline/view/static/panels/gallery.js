@@ -8,7 +8,7 @@ const TILES = 8;
 export function galleryPanel(page) {
   if (!page.tiles || !page.viewer || !page.info.layers.length) return null;
   const content = element("div", { className: "panel" });
-  const marks = page.overlay.add(marksPainter(page.tiles));
+  const marks = page.overlay.add(marksPainter(page.tiles, 30, false));
   const fill = () => {
     content.replaceChildren();
     marks.marks = [];

@@ -2,9 +2,15 @@
 
 import { CATEGORY_COLOURS, SIGNED_MAPS, UNSIGNED_MAPS, rgb, table } from "../colours.js";
 import { byId, element, number, say } from "../dom.js";
+import { remember, remembered } from "../memory.js";
 import { drawPicture } from "../overlay.js";
 
 const MOST_CATEGORIES = 40; // names in the legend
+
+// What was chosen, for the next slide and after a reload: { shown, opacity, weak, maps, ranges, switches }.
+const kept = remembered("layers");
+const keep = (changes) => remember("layers", Object.assign(kept, changes));
+const nameOf = ({ group, title }) => `${group}: ${title}`; // keys differ between slides
 
 export function layersPanel(page) {
   if (!page.viewer) return null;
@@ -12,9 +18,11 @@ export function layersPanel(page) {
   const content = element("div", { className: "panel" });
   const switches = element("div", { className: "switches" });
   const toggle = (title, painter) => {
+    painter.on = kept.switches?.[title] ?? painter.on;
     const box = element("input", { type: "checkbox", checked: painter.on });
     box.addEventListener("input", () => {
       painter.on = box.checked;
+      keep({ switches: { ...kept.switches, [title]: box.checked } });
       overlay.draw();
     });
     switches.append(element("label", { className: "chip" }, box, title));
@@ -53,8 +61,8 @@ function layerControls(page) {
     }
     select.append(box);
   }
-  const opacity = slider("Opacity", 0, 100, 55);
-  const weak = slider("Hide weaker than", 0, 100, 0);
+  const opacity = slider("Opacity", 0, 100, kept.opacity ?? 55);
+  const weak = slider("Hide weaker than", 0, 100, kept.weak ?? 0);
   const map = element("select");
   const low = element("input", { type: "number", step: "any" });
   const high = element("input", { type: "number", step: "any" });
@@ -161,9 +169,13 @@ function layerControls(page) {
       if (map.dataset.kind !== layer?.kind) {
         map.replaceChildren(...maps.map((name) => element("option", { value: name, textContent: name })));
         map.dataset.kind = layer?.kind;
+        if (maps.includes(kept.maps?.[layer?.kind])) map.value = kept.maps[layer.kind];
       }
       page.setLayer(layer);
-      if (layer && layer.limit) resetRange();
+      if (layer && layer.limit) {
+        resetRange();
+        [low.value, high.value] = kept.ranges?.[nameOf(layer)] ?? [low.value, high.value];
+      }
       redraw();
     } catch (error) {
       say(error.message);
@@ -177,18 +189,39 @@ function layerControls(page) {
     mapLegend();
     paint();
   };
-  select.addEventListener("input", choose);
-  opacity.input.addEventListener("input", () => overlay.draw());
-  weak.input.addEventListener("input", paint);
-  for (const part of [map, low, high]) part.addEventListener("input", redraw);
+  select.addEventListener("input", () => {
+    const chosen = info.layers.find((layer) => layer.key === select.value);
+    keep({ shown: chosen ? nameOf(chosen) : "" });
+    choose();
+  });
+  opacity.input.addEventListener("input", () => {
+    keep({ opacity: opacity.input.value });
+    overlay.draw();
+  });
+  weak.input.addEventListener("input", () => {
+    keep({ weak: weak.input.value });
+    paint();
+  });
+  map.addEventListener("input", () => {
+    keep({ maps: { ...kept.maps, [page.layer.kind]: map.value } });
+    redraw();
+  });
+  for (const part of [low, high]) {
+    part.addEventListener("input", () => {
+      keep({ ranges: { ...kept.ranges, [nameOf(page.layer)]: [low.value, high.value] } });
+      redraw();
+    });
+  }
   reset.addEventListener("click", () => {
     resetRange();
     weak.input.value = 0;
     weak.show();
+    keep({ weak: 0, ranges: { ...kept.ranges, [nameOf(page.layer)]: undefined } });
     redraw();
   });
   const first = info.layers.find((layer) => !["quality", "embeddings"].includes(layer.group));
-  if (first) select.value = first.key;
+  const before = info.layers.find((layer) => nameOf(layer) === kept.shown) ?? (kept.shown === "" ? null : first);
+  if (before) select.value = before.key;
   page.chooseLayer = (key) => {
     select.value = key;
     return choose();

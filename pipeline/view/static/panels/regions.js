@@ -14,9 +14,8 @@ const NOTHING = { type: "FeatureCollection", features: [] };
 
 export function regionsPanel(page) {
   if (!page.viewer) return null;
-  const state = { regions: NOTHING, saved: NOTHING, before: [], tool: null, ring: [], busy: false };
+  const state = { regions: NOTHING, saved: NOTHING, before: [], tool: null, ring: [], busy: false, loaded: false };
   const path = slidePath(page.id, "/regions");
-  const draft = `${location.pathname.split("/")[1]}draft ${page.id}`;
 
   const button = (text, act, title) => {
     const made = element("button", { type: "button", textContent: text, title });
@@ -169,6 +168,7 @@ export function regionsPanel(page) {
   function showOutline() {
     close.hidden = state.ring.length < 3;
     page.overlay.draw();
+    keepDraft();
   }
 
   async function finish() {
@@ -230,33 +230,62 @@ export function regionsPanel(page) {
     status.textContent = !page.info.saves
       ? "Start the viewer with --output FOLDER to save regions."
       : `${count ? `${count} ${count === 1 ? "area" : "areas"}` : "Nothing drawn"}${changed ? ", not saved yet." : count ? ", saved." : "."}`;
-    try {
-      if (changed) sessionStorage.setItem(draft, JSON.stringify(state.regions));
-      else sessionStorage.removeItem(draft);
-    } catch {
-      // too much for the storage: a reload then begins with what was saved
-    }
     page.overlay.draw();
+    keepDraft();
   }
 
+  // What is not saved yet is with the server, for a tab that is closed and a viewer that is ended.
+  const draft = { kept: "null", sending: false, lasts: true };
+
+  const unsaved = () => {
+    const { regions, saved, ring, tool: change } = state;
+    const some = ring.length || JSON.stringify(regions) !== JSON.stringify(saved);
+    return JSON.stringify(some ? { regions, ring, change } : null);
+  };
+
+  async function keepDraft() {
+    if (draft.sending || !state.loaded) return;
+    draft.sending = true;
+    while (unsaved() !== draft.kept) {
+      const sent = unsaved();
+      try {
+        draft.lasts = (await put(`${path}/draft`, JSON.parse(sent))).lasts;
+      } catch {
+        draft.lasts = false;
+      }
+      draft.kept = sent;
+    }
+    draft.sending = false;
+  }
+
+  window.addEventListener("beforeunload", (event) => {
+    if (state.loaded && (!page.draftIsKept() || (draft.kept !== "null" && !draft.lasts))) event.preventDefault();
+  });
+
   async function load() {
+    let found = null;
     try {
-      state.regions = state.saved = (await json(path)).regions ?? NOTHING;
+      const known = await json(path);
+      state.regions = state.saved = known.regions ?? NOTHING;
+      found = known.draft;
     } catch (error) {
       say(error.message);
     }
-    try {
-      // What a reload would have lost.
-      const kept = JSON.parse(sessionStorage.getItem(draft));
-      if (kept) change(kept);
-    } catch {
-      // no draft
+    if (found) {
+      draft.kept = JSON.stringify(found);
+      change(found.regions);
+      choose(found.change);
+      state.ring = found.ring;
+      content.parentElement.open = true;
     }
+    state.loaded = true;
     show();
+    showOutline();
   }
   load();
   page.addEventListener("tissue", show);
   page.regions = () => state.regions;
+  page.draftIsKept = () => state.loaded && unsaved() === draft.kept;
   return { title: "Regions", content, open: false };
 }
 
