@@ -44,6 +44,7 @@ class SlideEncoder(nn.Module):
         "encoder.layers.{i}.self_attn.q_proj": "layers.{i}.qkv[0]",
         "encoder.layers.{i}.self_attn.k_proj": "layers.{i}.qkv[1]",
         "encoder.layers.{i}.self_attn.v_proj": "layers.{i}.qkv[2]",
+        "encoder.layers.{i}.self_attn.gate": "layers.{i}.gate",  # of the pattern `learned`: published ones have none
         "encoder.layers.{i}.self_attn.inner_attn_ln": "layers.{i}.attention_inner_norm",
         "encoder.layers.{i}.self_attn.out_proj": "layers.{i}.attention_out",
         "encoder.layers.{i}.final_layer_norm": "layers.{i}.ffn_norm",
@@ -369,13 +370,13 @@ def create_slide_encoder(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed: that would also seed the GPUs
             return SlideEncoder(spec, pool, f"random seed={seed}").eval()
+    misfit = f"does not fit slide encoder {spec.name!r}"
     if spec.pattern == "learned":
-        raise LongslideError(
-            f"slide encoder {spec.name!r} with attention pattern 'learned' has gates that published weights lack: train it "
-            "from scratch, with the checkpoint `random`"
-        )
+        misfit += " with attention pattern 'learned', whose gates published weights lack: train it from scratch"
+        if checkpoint is None:
+            raise LongslideError(f"the published checkpoint {misfit}, with the checkpoint `random`")
     file, source = weights_file(spec, checkpoint)
     with torch.device("meta"):
         encoder = SlideEncoder(spec, pool, f"{source} {digest(file)}")
-    load_published(encoder, file, f"{source}: does not fit slide encoder {spec.name!r}")
+    load_published(encoder, file, f"{source}: {misfit}")
     return encoder.float().eval()

@@ -1,9 +1,12 @@
 """Learned sparsity: the blocks chosen, the output against a dense masked reference, and that training moves the choice."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from longslide import LongslideError, create_slide_encoder
 from longslide.models.slide_encoder.attention_pattern import attention
+from longslide.models.slide_encoder.checkpoint import to_published
 from longslide.models.slide_encoder.learned_attention import choose_blocks
 from torch import Tensor, nn
 
@@ -156,9 +159,20 @@ def test_training_and_inference_choose_and_answer_alike() -> None:
         torch.testing.assert_close(encoder.eval()(tiles, cells), trained, rtol=0, atol=0)
 
 
-def test_published_weights_which_have_no_gates_are_refused_for_it() -> None:
-    with pytest.raises(LongslideError, match="'learned' has gates that published weights lack: train it from scratch"):
-        create_slide_encoder("gigapath", checkpoint="a.pth", pattern="learned", block_size=64, chosen_blocks=4)
+def test_published_weights_which_have_no_gates_are_refused_for_it(tmp_path: Path) -> None:
+    settings = {"layers": 1, "width": 64, "ffn_width": 64, "tile_dim": 8}
+    torch.save(
+        {"model": to_published(create_slide_encoder("gigapath", checkpoint="random", **settings))}, tmp_path / "a.pth"
+    )
+    lacks = "'learned', whose gates published weights lack: train it from scratch"
+    for checkpoint, words in (
+        (None, lacks),
+        (tmp_path / "a.pth", f"{lacks}; missing: encoder.layers.0.self_attn.gate"),
+    ):
+        with pytest.raises(LongslideError, match=words):
+            create_slide_encoder(
+                "gigapath", checkpoint=checkpoint, pattern="learned", block_size=64, chosen_blocks=4, **settings
+            )
 
 
 def test_a_gate_for_another_pattern_or_of_another_shape_is_refused() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from longslide import explain, read_features
+from longslide import create_slide_encoder, explain, export, read_features
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.pipeline.attention_map.attention_map import attention_map
 from longslide.pipeline.attention_map.sight import sight_of_model
@@ -96,6 +96,20 @@ def test_features_are_embedded_by_an_encoder_of_the_pattern(
     embeddings = [read_features(path).slide_embedding for path in sorted((tmp_path / "out").glob("*.h5"))]
     assert len(embeddings) > 10
     assert all(embedding is not None and np.isfinite(embedding).all() for embedding in embeddings)
+
+
+@pytest.mark.slow
+def test_an_exported_encoder_says_what_the_trained_one_says(
+    trained: tuple[str, Path, list[str]], tmp_path: Path
+) -> None:
+    _, folder, _ = trained
+    export(checkpoint=folder / "run" / "best.ckpt", output=tmp_path / "mine.pth")
+    exported = create_slide_encoder(tmp_path / "mine.yaml", checkpoint=tmp_path / "mine.pth")
+    features = read_features(next((folder / "features").glob("*.h5")))
+    tiles = torch.from_numpy(features.features)[None].float(), torch.from_numpy(features.cells)[None]
+    with torch.inference_mode():
+        encoder = load_classifier(folder / "run" / "best.ckpt").aggregator.encoder
+        assert torch.equal(exported(*tiles), encoder(*tiles))
 
 
 @pytest.mark.slow
