@@ -36,12 +36,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 SMALL: dict[str, dict[str, object]] = {
     "dense": {},
     "sliding-window": {"window": 8},
-    "sliding-window, 8 times the keys": {"window": 64},
+    "sliding-window, half the slide": {"window": 128},
     "strided": {"period": 16},
     "random": {"random_keys": 15},
     "random+window+global": {"random_keys": 7, "window": 4, "global_tokens": 1},
     "learned": {"block_size": 8, "chosen_blocks": 1},
-    "dilated": {"segment_lengths": (6, 24, 257), "dilated_ratios": (1, 2, 8)},
+    "dilated": {"segment_lengths": (4, 257), "dilated_ratios": (1, 4)},
+    "dilated, ratio above heads": {"segment_lengths": (6, 24, 257), "dilated_ratios": (1, 2, 8)},
+    "dilated, one dense branch": {"segment_lengths": (257,), "dilated_ratios": (1,)},
     "mean": {},
     "abmil": {},
 }

@@ -65,6 +65,32 @@ def test_learned_attention_and_its_gradients_are_those_of_a_dense_masked_softmax
         torch.testing.assert_close(actual, wanted)
 
 
+def test_where_each_block_is_among_its_own_best_it_is_video_sparse_attention() -> None:
+    """VSA sees the best of all blocks, of which the own may be none: here it always is."""
+    torch.manual_seed(0)
+    size, blocks, best = 16, 12, 4
+    theme = 3 * torch.randn(2, blocks, 3, 8, dtype=torch.float64).repeat_interleave(size, 1)
+    k, v = theme + torch.randn_like(theme), torch.randn_like(theme)
+    leaves = [(k + torch.randn_like(k)).requires_grad_(), k.requires_grad_(), v.requires_grad_()]
+    gate = torch.rand(2, blocks * size, 3, dtype=torch.float64, requires_grad=True)
+    means = [x.transpose(1, 2).unflatten(2, (blocks, size)).mean(3) for x in leaves]
+    scores = means[0] @ means[1].mT / 8**0.5
+    seen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(best).indices, True)
+    assert seen.diagonal(dim1=-2, dim2=-1).all()
+    logits = torch.einsum("bihd,bjhd->bhij", leaves[0], leaves[1]) / 8**0.5
+    of_tokens = seen.repeat_interleave(size, -1).repeat_interleave(size, -2)
+    fine = logits.masked_fill(~of_tokens, -torch.inf).softmax(-1) @ v.transpose(1, 2)
+    coarse = (scores.softmax(-1) @ means[2]).repeat_interleave(size, 2)
+    expected = fine.transpose(1, 2) + gate[..., None] * coarse.transpose(1, 2)
+    found = attention(*leaves, "learned", block_size=size, chosen_blocks=best - 1, gate=gate)
+    torch.testing.assert_close(found, expected)
+    direction = torch.randn_like(found)
+    for one, other in zip(
+        *(torch.autograd.grad(output, [*leaves, gate], direction) for output in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
 def test_packed_sequences_with_gates_give_what_they_give_one_at_a_time() -> None:
     lengths = [40, 1, 150, 9]
     q, k, v = (torch.randn(200, 3, 4, dtype=torch.float64) for _ in range(3))
