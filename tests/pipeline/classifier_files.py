@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from longslide.data.features.cache import FeatureCache
+from longslide.data.features.feature_file import read_features
 from longslide.data.features.statistics import FeatureStatistics
 from longslide.data.features.survey import survey_features
 from longslide.models.aggregators.registry import AggregatorChoice
+from longslide.models.classifier.checkpoint import load_classifier
 from longslide.models.classifier.classifier import SlideClassifier, TrainingFacts
 from longslide.models.classifier.options import ClassifierOptions
 from longslide.task import Task
@@ -59,3 +62,13 @@ def write_classifier(
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": classifier.state_dict(), "longslide": classifier.describe()}, path)
     return classifier
+
+
+def expected_probability(home: Path, slide_id: str, checkpoint: str = "best.ckpt") -> np.ndarray:
+    """What a classifier says of a feature file, without `predict`."""
+    features = read_features(home / "features" / f"{slide_id}.h5")
+    classifier = load_classifier(home / checkpoint)
+    one_bag = torch.tensor([0, len(features.coords)], dtype=torch.int32)
+    with torch.no_grad():
+        outputs = classifier(torch.from_numpy(features.features), torch.from_numpy(features.cells), one_bag)
+        return classifier.predict(outputs)["probability"][0].numpy()

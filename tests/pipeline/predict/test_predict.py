@@ -1,6 +1,5 @@
 """Prediction of new slides, end to end on real files."""
 
-import csv
 import dataclasses
 import json
 import os
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classifier_files import BINARY, ENCODER, write_classifier
+from classifier_files import BINARY, expected_probability, write_classifier
+from csv_rows import rows
 from longslide import (
     LongslideError,
     __version__,
@@ -23,58 +23,13 @@ from longslide import (
     open_slide,
     predict,
     read_features,
-    write_synthetic_slide,
 )
-from longslide.data.features.feature_file import write_features
 from longslide.pipeline.batch.claims import claim
 from longslide.pipeline.cli import main
 from longslide.pipeline.predict.overlay import GAP
-from longslide.pipeline.report.report import report
 from longslide.task import Task
 from PIL import Image
 from training_cohort import quick, write_cohort
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`slides/` a, b, c; their `features/`; the tile encoder `tiny.yaml`; a classifier `best.ckpt`."""
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "tiny.yaml").write_text(ENCODER)
-    (folder / "slides").mkdir()
-    for seed, name in enumerate(("a.svs", "b.svs", "c.tif")):
-        write_synthetic_slide(folder / "slides" / name, size=(1024, 768), seed=seed)
-    embed([folder / "slides"], folder / "features", str(folder / "tiny.yaml"), tile_checkpoint="random", device="cpu")
-    write_classifier(folder / "best.ckpt", folder / "features")
-    return folder
-
-
-@pytest.fixture
-def job(home: Path, tmp_path: Path) -> dict[str, Any]:
-    """Arguments of a prediction from existing features."""
-    return {
-        "slides": [home / "slides"],
-        "checkpoint": str(home / "best.ckpt"),
-        "output": tmp_path / "results",
-        "features": home / "features",
-        "device": "cpu",
-        "threads": 2,
-    }
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def expected_probability(home: Path, slide_id: str, checkpoint: str = "best.ckpt") -> np.ndarray:
-    from longslide.models.classifier.checkpoint import load_classifier
-
-    features = read_features(home / "features" / f"{slide_id}.h5")
-    classifier = load_classifier(home / checkpoint)
-    one_bag = torch.tensor([0, len(features.coords)], dtype=torch.int32)
-    with torch.no_grad():
-        outputs = classifier(torch.from_numpy(features.features), torch.from_numpy(features.cells), one_bag)
-        return classifier.predict(outputs)["probability"][0].numpy()
 
 
 @pytest.mark.slow
@@ -198,172 +153,6 @@ def test_folds_are_averaged_and_their_spread_is_told(home: Path, job: dict[str, 
         predict(**job | {"checkpoint": [str(run), str(tmp_path / "other.ckpt")]})
 
 
-def test_a_patient_is_the_mean_of_the_slides(home: Path, job: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "broken.svs").write_text("not a slide")
-    table = tmp_path / "table.csv"
-    table.write_text(
-        "slide,patient_id\n"
-        + "".join(
-            f"{home}/slides/{name},{patient}\n" for name, patient in (("a.svs", "p1"), ("b.svs", "p1"), ("c.tif", "p2"))
-        )
-        + f"{tmp_path}/broken.svs,p2\n{tmp_path}/broken.svs,p3\n".replace("broken.svs,p3", "gone.svs,p3")
-    )
-    (tmp_path / "gone.svs").write_text("not a slide either")
-    predictions = predict(**job | {"slides": [table], "tile_encoder": str(home / "tiny.yaml")})
-    assert [one.level for one in predictions] == ["slide"] * 5 + ["patient"] * 3
-    slides, (p1, p2, p3) = {one.slide_id: one for one in predictions[:5]}, predictions[5:]
-    assert (p1.patient_id, p2.patient_id, p3.patient_id) == ("p1", "p2", "p3")
-    mean = (slides["a"].probability["tumour"] + slides["b"].probability["tumour"]) / 2
-    assert p1.probability["tumour"] == pytest.approx(mean, rel=1e-6)
-    assert p2.probability == slides["c"].probability
-    assert any("1 of 2 slides" in warning for warning in p2.warnings)
-    assert p3.status == "failed"
-    table_rows = rows(job["output"] / "predictions.csv")
-    assert [(row["level"], row["patient_id"], row["slide_id"]) for row in table_rows] == [
-        ("slide", "p1", "a"), ("slide", "p1", "b"), ("slide", "p2", "c"), ("patient", "p1", ""), ("patient", "p2", ""),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("column", "options"), [("Case_ID", {}), ("subject", {"patient_column": "subject"})])
-def test_patients_are_predicted_whatever_their_column_is_called(
-    home: Path, job: dict[str, Any], tmp_path: Path, column: str, options: dict[str, str]
-) -> None:
-    table = tmp_path / "table.csv"
-    table.write_text(f"slide;{column}\n{home}/slides/a.svs;p1\n", encoding="utf-8-sig")
-    assert [one.patient_id for one in predict(**job | {"slides": [table]} | options)] == ["p1", "p1"]
-    if options:
-        with pytest.raises(LongslideError, match="is the column subject the patient"):
-            predict(**job | {"slides": [table]})
-
-
-def slide_table(path: Path, home: Path, **patients: str) -> Path:
-    """A table of slides of `home`, `a="p1"` for the slide a of the patient p1."""
-    files = {file.stem: file for file in (home / "slides").iterdir()}
-    path.write_text("slide,patient_id\n" + "".join(f"{files[name]},{patient}\n" for name, patient in patients.items()))
-    return path
-
-
-def table_rows(job: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """The rows of `predictions.csv`: slides by slide, patients by patient."""
-    return {row["slide_id"] or row["patient_id"]: row for row in rows(job["output"] / "predictions.csv")}
-
-
-@pytest.mark.parametrize("unit", ["slide", "patient"])
-def test_slides_that_come_later_join_those_of_the_folder_and_their_patients(
-    home: Path, job: dict[str, Any], tmp_path: Path, unit: str
-) -> None:
-    content = torch.load(home / "best.ckpt", weights_only=True)
-    content["longslide"]["bag_unit"] = unit
-    torch.save(content, tmp_path / "unit.ckpt")
-    job |= {"checkpoint": str(tmp_path / "unit.ckpt")}
-    every = slide_table(tmp_path / "every.csv", home, a="p1", b="p2", c="p1")
-    predict(**job | {"slides": [every], "output": tmp_path / "at-once"})
-    at_once = table_rows(job | {"output": tmp_path / "at-once"})
-    assert list(at_once) == ["a", "b", "c", "p1", "p2"]
-
-    predict(**job | {"slides": [slide_table(tmp_path / "first.csv", home, a="p1", b="p2")]})
-    first = table_rows(job)
-    found = predict(**job | {"slides": [slide_table(tmp_path / "second.csv", home, c="p1")]})
-    assert [(one.slide_id, one.patient_id) for one in found] == [("c", "p1"), ("", "p1")], "what was asked about"
-    assert table_rows(job) == at_once, "as if all had been predicted in one run"
-    assert first["p1"] != at_once["p1"]
-    assert {row["slide_id"] for row in rows(job["output"] / "summary.csv")} == {"a", "b", "c"}
-
-
-def test_a_second_run_on_some_slides_without_their_table_keeps_all_rows(
-    home: Path, job: dict[str, Any], tmp_path: Path
-) -> None:
-    predict(**job | {"slides": [slide_table(tmp_path / "table.csv", home, a="p1", b="p1", c="p2")]})
-    before = (job["output"] / "predictions.csv").read_text()
-    for options in ({}, {"overwrite": True}):
-        found = predict(**job | {"slides": [home / "slides" / "b.svs"]}, **options)
-        assert [one.patient_id for one in found] == ["p1", "p1"], "the folder knows whose slide it is"
-        assert (job["output"] / "predictions.csv").read_text() == before
-
-
-def test_a_slide_that_is_predicted_anew_changes_its_row_and_its_patient_alone(
-    home: Path, job: dict[str, Any], tmp_path: Path
-) -> None:
-    job |= {"features": tmp_path / "features"}
-    shutil.copytree(home / "features", job["features"])
-    predict(**job | {"slides": [slide_table(tmp_path / "table.csv", home, a="p1", b="p1", c="p2")]})
-    before = table_rows(job)
-    features = read_features(home / "features" / "a.h5")
-    write_features(job["features"] / "a.h5", dataclasses.replace(features, features=features.features[::-1] * 0.5))
-    *_, p1 = predict(**job | {"slides": [home / "slides" / "a.svs"]}, overwrite=True)
-    after = table_rows(job)
-    assert {name for name in after if after[name] != before[name]} == {"a", "p1"}
-    probabilities = [float(after[name]["probability_tumour"]) for name in ("a", "b")]
-    assert p1.probability is not None
-    assert p1.probability["tumour"] == pytest.approx(np.mean(probabilities), rel=1e-6)
-    (job["features"] / "b.h5").rename(tmp_path / "b.h5")
-    predict(**job | {"slides": [home / "slides" / "c.tif"]}, overwrite=True)
-    assert table_rows(job) == after, "a patient whose slides have not changed is not predicted anew"
-
-
-def test_a_patient_of_whose_slides_the_features_are_gone_fails_and_is_tried_again(
-    home: Path, job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    job |= {"features": tmp_path / "features"}
-    shutil.copytree(home / "features", job["features"])
-    predict(**job | {"slides": [slide_table(tmp_path / "table.csv", home, a="p1", c="p2")]})
-    (job["features"] / "a.h5").rename(tmp_path / "a.h5")
-    for _ in range(2):
-        *_, p1 = predict(**job | {"slides": [slide_table(tmp_path / "more.csv", home, b="p1")]})
-        assert (p1.patient_id, p1.status) == ("p1", "failed")
-        assert "failed patient p1: " in capsys.readouterr().out
-        assert list(table_rows(job)) == ["a", "b", "c", "p2"]
-    *_, lost = predict(**job | {"slides": [home / "slides" / "c.tif"]})
-    assert (lost.patient_id, lost.status) == ("p1", "failed"), "no row vanishes without a word"
-    (tmp_path / "a.h5").rename(job["features"] / "a.h5")
-    predict(**job | {"slides": [home / "slides" / "c.tif"]})
-    assert list(table_rows(job)) == ["a", "b", "c", "p1", "p2"]
-
-
-def test_a_slide_without_a_prediction_stays_a_slide_of_its_patient(
-    home: Path, job: dict[str, Any], tmp_path: Path
-) -> None:
-    job |= {"tile_encoder": str(home / "tiny.yaml")}
-    (tmp_path / "broken.svs").write_text("not a slide")
-    table = slide_table(tmp_path / "table.csv", home, a="p1", b="p2")
-    table.write_text(table.read_text() + f"{tmp_path}/broken.svs,p1\n")
-    predict(**job | {"slides": [table]})
-    assert "1 of 2 slides" in table_rows(job)["p1"]["warnings"]
-    predict(**job | {"slides": [slide_table(tmp_path / "more.csv", home, c="p1")]})
-    assert "1 of 3 slides" in table_rows(job)["p1"]["warnings"]
-    assert table_rows(job)["p2"]["warnings"] == ""
-
-
-def test_the_table_of_the_last_run_says_whose_a_slide_is(home: Path, job: dict[str, Any], tmp_path: Path) -> None:
-    predict(**job | {"slides": [home / "slides" / "a.svs"]})
-    assert list(table_rows(job)) == ["a"]
-    for patient in ("p1", "p9"):
-        predict(**job | {"slides": [slide_table(tmp_path / "table.csv", home, a=patient)]})
-        found = table_rows(job)
-        assert list(found) == ["a", patient]
-        assert found["a"]["patient_id"] == patient
-    assert json.loads((job["output"] / "a.json").read_text())["patient_id"] == "p9"
-
-
-def test_rows_of_other_checkpoints_are_left_out_and_that_is_said(
-    home: Path, job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    job |= {"slides": [slide_table(tmp_path / "table.csv", home, a="p1", b="p1", c="p2")]}
-    predict(**job)
-    write_classifier(tmp_path / "newer.ckpt", home / "features", seed=5)
-    newer = job | {"checkpoint": str(tmp_path / "newer.ckpt")}
-    capsys.readouterr()
-    predict(**newer | {"slides": [home / "slides" / "a.svs"]}, overwrite=True)
-    assert "2 slides there were predicted by other checkpoints" in capsys.readouterr().err
-    found = table_rows(job)
-    assert list(found) == ["a", "p1"]
-    assert found["p1"]["probability_tumour"] == found["a"]["probability_tumour"]
-    assert "1 of 2 slides have no prediction" in found["p1"]["warnings"]
-    predict(**newer, overwrite=True)
-    assert list(table_rows(job)) == ["a", "b", "c", "p1", "p2"]
-    assert "of 2 slides" not in table_rows(job)["p1"]["warnings"]
-
-
 @pytest.mark.parametrize(
     ("task", "there"),
     [
@@ -397,141 +186,6 @@ def test_every_task_has_its_columns_and_an_overlay(
         assert row["survival_12"] == ""
     assert (job["output"] / "slides" / "a" / "overlay.png").stat().st_size > 10_000
     assert predict(**job) == [one], "as it was written"
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"tile_mpp": 1.0}, "tile_mpp 0.5 instead of 1.0"),
-        ({"tile_encoder": "uni"}, "tile_encoder tiny instead of uni"),
-        ({"tile_weights": "random seed=7"}, "tile_weights random seed=0 instead of random seed=7"),
-        ({"tile_px": 256}, "tile_px 64 instead of 256"),
-        ({"overlap": 16}, "overlap 0 instead of 16"),
-    ],
-)
-def test_features_unlike_those_of_training_are_refused(
-    home: Path, job: dict[str, Any], tmp_path: Path, change: dict[str, Any], named: str
-) -> None:
-    write_classifier(tmp_path / "other.ckpt", home / "features", **change)
-    with pytest.raises(LongslideError) as caught:
-        predict(**job | {"checkpoint": str(tmp_path / "other.ckpt")})
-    assert f"all 3 existing results of these slides were made otherwise ({named})" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-    assert not list(job["output"].glob("*.json"))
-    assert not (job["output"] / "summary.csv").exists()
-    with pytest.raises(LongslideError, match=f"not like those of training.*{named}"):
-        explain(home / "features" / "a.h5", tmp_path / "other.ckpt")
-
-
-def test_weights_are_the_same_by_their_digest_wherever_the_file_was(
-    home: Path, job: dict[str, Any], tmp_path: Path
-) -> None:
-    folder = tmp_path / "features"
-    folder.mkdir()
-    features = read_features(home / "features" / "a.h5")
-    write_features(folder / "a.h5", dataclasses.replace(features, weights="/data/model.safetensors sha256:0123"))
-    job |= {"features": folder, "slides": [home / "slides" / "a.svs"]}
-    for trained, status in (
-        ("hf:org/model@abc sha256:0123", "done"),
-        ("/data/model.safetensors sha256:9876", "failed"),
-    ):
-        write_classifier(tmp_path / "other.ckpt", home / "features", tile_weights=trained)
-        options = {"checkpoint": str(tmp_path / "other.ckpt"), "output": tmp_path / status}
-        if status == "failed":
-            with pytest.raises(LongslideError, match="tile_weights"):
-                predict(**job | options)
-            continue
-        [one] = predict(**job | options)
-        assert one.status == status, one.reason
-
-
-def test_another_slide_of_the_same_file_name_gets_nothing_of_the_first(
-    home: Path, job: dict[str, Any], tmp_path: Path
-) -> None:
-    job = {name: value for name, value in job.items() if name != "features"} | {"tile_encoder": str(home / "tiny.yaml")}
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    write_synthetic_slide(elsewhere / "a.svs", size=(1024, 768), seed=77)
-    (tmp_path / "first.csv").write_text(f"slide,patient_id\n{home / 'slides' / 'a.svs'},p\n")
-    (tmp_path / "both.csv").write_text(f"slide,patient_id\n{elsewhere / 'a.svs'},p\n{home / 'slides' / 'b.svs'},q\n")
-    predict(**job | {"slides": [tmp_path / "first.csv"]})
-    tables = {name: (job["output"] / name).read_bytes() for name in ("predictions.csv", "summary.csv", "a.json")}
-    with pytest.raises(LongslideError, match=r"a\.json: made otherwise \(made of another slide"):
-        predict(**job | {"slides": [elsewhere / "a.svs"]})
-    assert tables == {name: (job["output"] / name).read_bytes() for name in tables}
-    # Its features are not taken either, when the prediction is gone.
-    (job["output"] / "a.json").unlink()
-    with pytest.raises(LongslideError, match=r"a\.h5: made otherwise \(made of another slide"):
-        predict(**job | {"slides": [elsewhere / "a.svs"]})
-    # Beside a slide that is new it fails alone, and its patient gets no prediction of the first slide's.
-    (job["output"] / "a.json").write_bytes(tables["a.json"])
-    slides = [tmp_path / "both.csv", home / "slides" / "c.tif"]
-    predict(**job | {"slides": [home / "slides" / "b.svs"]})
-    results = predict(**job | {"slides": slides})
-    status = {one.slide_id or one.patient_id: one.status for one in results}
-    assert status == {"a": "failed", "b": "done", "c": "done", "p": "failed", "q": "done"}
-    assert {row["slide_id"] for row in rows(job["output"] / "predictions.csv")} == {"b", "c", ""}
-    report([job["output"]])
-    page = (job["output"] / "report.html").read_text()
-    assert 'id="slide-b"' in page
-    assert 'id="slide-a"' not in page
-
-
-def test_a_given_mpp_far_off_the_files_own_is_a_warning(home: Path, job: dict[str, Any], tmp_path: Path) -> None:
-    options = {"features": tmp_path / "features", "tile_encoder": str(home / "tiny.yaml")}
-    job |= {"slides": [home / "slides" / "a.svs"], "slide_mpp": 0.4} | options
-    [one] = predict(**job)
-    assert "slide_mpp 0.4 was given, the file says 0.5" in one.warnings
-
-
-def test_classifiers_of_different_features_are_no_ensemble(home: Path, job: dict[str, Any], tmp_path: Path) -> None:
-    for fold, weights in enumerate(("/one/uni.pth sha256:0123", "/other/uni.pth sha256:0123")):
-        write_classifier(tmp_path / "run" / f"fold_{fold}" / "best.ckpt", home / "features", tile_weights=weights)
-    moved = tmp_path / "features"
-    shutil.copytree(home / "features", moved)
-    for path in moved.glob("*.h5"):
-        write_features(path, dataclasses.replace(read_features(path), weights="/third/uni.pth sha256:0123"))
-    job |= {"checkpoint": str(tmp_path / "run"), "features": moved}
-    assert {one.status for one in predict(**job)} == {"done"}, "weights are the same by their digest"
-    write_classifier(tmp_path / "run" / "fold_2" / "best.ckpt", home / "features", tile_weights=weights, overlap=32)
-    with pytest.raises(LongslideError, match=r"overlap is 0 in .*fold_0.* and 32 in .*fold_2.*one cross-validation"):
-        predict(**job | {"output": tmp_path / "other"})
-
-
-def test_a_slide_unlike_those_of_training_is_predicted_with_a_warning(
-    home: Path, job: dict[str, Any], tmp_path: Path
-) -> None:
-    features = read_features(home / "features" / "a.h5")
-    folder = tmp_path / "features"
-    folder.mkdir()
-    write_features(folder / "a.h5", dataclasses.replace(features, slide_mpp=0.25))
-    other = read_features(home / "features" / "b.h5")
-    write_features(folder / "b.h5", dataclasses.replace(other, features=other.features + 9))
-    shutil.copy(home / "features" / "c.h5", folder / "c.h5")
-    mpp, embedding, neither = predict(**job | {"features": folder})
-    assert [one.status for one in (mpp, embedding, neither)] == ["done"] * 3
-    assert mpp.warnings == ("scanned at 0.25 um/px, training slides at 0.5",)
-    assert "times as far from training" in embedding.warnings[0]
-    assert neither.warnings == ()
-    assert rows(job["output"] / "predictions.csv")[0]["warnings"] == mpp.warnings[0]
-
-
-def test_features_of_another_tool_are_used_and_what_they_do_not_say_is_told(
-    home: Path, job: dict[str, Any], tmp_path: Path
-) -> None:
-    import h5py
-
-    folder = tmp_path / "features"
-    folder.mkdir()
-    ours = read_features(home / "features" / "a.h5")
-    with h5py.File(folder / "a.h5", "w") as file:
-        file["features"] = ours.features
-        file["coords"] = ours.coords
-    [one] = predict(**job | {"features": folder, "slides": [home / "slides" / "a.svs"]}, explain="occlusion")
-    assert one.status == "done", one.reason
-    assert "does not say its tile_encoder, tile_weights, tile_mpp, tile_px, overlap" in one.warnings[0]
-    assert one.probability is not None
-    np.testing.assert_allclose(list(one.probability.values()), expected_probability(home, "a"), rtol=1e-6)
 
 
 @pytest.mark.slow
@@ -645,70 +299,6 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line_before_any_slide_is_touche
     assert len(str(caught.value).splitlines()) == 1
     assert not list(job["output"].glob("*.json"))
     assert not (tmp_path / "was-run").exists()
-
-
-@pytest.mark.parametrize(
-    ("preprocessing", "options", "named"),
-    [
-        ({}, {}, "No tile encoder 'tiny'"),
-        ({}, {}, "--tile-encoder"),
-        ({"tile_encoder": "kaiko-vits8", "tile_weights": "hf:x sha256:0123"}, {}, "--tile-checkpoint"),
-        ({"tile_weights": "x sha256:0123"}, {"tile_checkpoint": "random"}, "trained on features of x sha256:0123"),
-        ({"tile_encoder": None, "tile_px": None}, {}, "does not say the tile_encoder, tile_px"),
-        ({"tile_encoder": "virchow2", "tile_weights": None}, {}, "does not say the tile_weights"),
-    ],
-)
-def test_a_tile_encoder_that_cannot_be_had_is_one_line_before_any_slide_is_touched(
-    home: Path,
-    job: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    preprocessing: dict[str, Any],
-    options: dict[str, str],
-    named: str,
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    write_classifier(tmp_path / "other.ckpt", home / "features", **preprocessing)
-    if "tile_checkpoint" in options:
-        options = options | {"tile_encoder": str(home / "tiny.yaml")}
-    with pytest.raises(LongslideError) as caught:
-        predict(**job | {"checkpoint": str(tmp_path / "other.ckpt"), "features": tmp_path / "none"} | options)
-    assert named in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-    assert not list(job["output"].glob("*.json"))
-
-
-SEGMENTER = """
-from pathlib import Path
-from longslide.data.tissue.optical_density import OpticalDensity
-from longslide.errors import LongslideError
-
-class Learned(OpticalDensity):
-    def check(self) -> None:
-        if not Path(__file__).with_name("weights.pth").exists():
-            raise LongslideError("weights.pth: no such checkpoint")
-"""
-
-
-def test_missing_weights_of_the_segmenter_are_one_line_before_any_slide_is_touched(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "learned_segmenter.py").write_text(SEGMENTER)
-    (tmp_path / "weights.pth").touch()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    from learned_segmenter import Learned  # type: ignore[import-not-found]
-
-    tiny = str(home / "tiny.yaml")
-    embed([home / "slides"], tmp_path / "features", tiny, "random", tissue=Learned(), device="cpu")
-    write_classifier(tmp_path / "best.ckpt", tmp_path / "features")
-    job = {"checkpoint": tmp_path / "best.ckpt", "output": tmp_path / "out", "tile_encoder": tiny, "device": "cpu"}
-    (tmp_path / "weights.pth").rename(tmp_path / "elsewhere.pth")
-    with pytest.raises(LongslideError, match=r"weights\.pth: no such checkpoint"):
-        predict([home / "slides"], **job)
-    assert not (tmp_path / "out" / "summary.csv").exists()
-    (tmp_path / "elsewhere.pth").rename(tmp_path / "weights.pth")
-    assert {one.status for one in predict([home / "slides"], **job)} == {"done"}
 
 
 def test_explain_gives_the_scores_that_predict_writes(home: Path, job: dict[str, Any]) -> None:

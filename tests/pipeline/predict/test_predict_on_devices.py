@@ -1,11 +1,11 @@
 """Prediction with a process on each of several devices: features, explanations and patients as of one process."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
 import pytest
 from classifier_files import ENCODER, write_classifier
+from csv_rows import rows
 from longslide import LongslideError, embed, predict, write_synthetic_slide
 
 
@@ -24,11 +24,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def job(home: Path) -> dict[str, Any]:
     return {"checkpoint": home / "best.ckpt", "tile_encoder": home / "tiny.yaml", "explain": "occlusion"}
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_two_devices_give_what_one_gives(home: Path, tmp_path: Path) -> None:
