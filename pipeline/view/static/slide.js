@@ -179,6 +179,7 @@ function pointer(page) {
     if (touched && tile >= 0) show(event.originalEvent, tile);
     else if (touched) hide();
   });
+  for (const event of ["zoom", "resize"]) page.viewer.main.addHandler(event, hide); // another tile is there now
   // The keyboard's click.
   page.viewer.main.addHandler("canvas-key", ({ originalEvent }) => {
     if (originalEvent.key !== "Enter") return;

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
+from classifier_files import ENCODER
+from longslide import embed
 from served_viewer import EVIL, Results, Served, tab, until
 
 if TYPE_CHECKING:
@@ -368,14 +370,20 @@ def test_no_page_is_wider_than_its_window(browser: "Browser", serve: Serve, made
         assert box["height"] >= 300
 
 
-def test_a_real_slide_alone_shows_its_pixels(browser: "Browser", serve: Serve) -> None:
+def test_a_real_slide_is_looked_at_from_the_list_to_a_saved_region(
+    browser: "Browser", serve: Serve, tmp_path: Path
+) -> None:
     folder = os.environ.get("LONGSLIDE_TEST_SLIDES")
     if not folder:
         pytest.skip("LONGSLIDE_TEST_SLIDES, the folder with CMU-1-Small-Region.svs, is not set")
-    viewer = serve(Path(folder) / "CMU-1-Small-Region.svs")
+    slide = Path(folder) / "CMU-1-Small-Region.svs"
+    (tmp_path / "tiny.yaml").write_text(ENCODER)
+    embed([slide], tmp_path / "features", str(tmp_path / "tiny.yaml"), tile_checkpoint="random", device="cpu")
+    (tmp_path / "bare.svs").symlink_to(slide)
+    viewer = serve(tmp_path / "features", tmp_path / "bare.svs")
     with tab(browser) as page:
         page.goto(viewer.address)
-        page.locator(".slides a").click()
+        page.locator(".slides a", has_text="bare").click()
         until(page, "window.page?.viewer?.main.world.getItemAt(0)?.getFullyLoaded()")
         assert page.locator("#message").is_hidden()
         colours = page.evaluate(
@@ -388,6 +396,46 @@ def test_a_real_slide_alone_shows_its_pixels(browser: "Browser", serve: Serve) -
         page.get_by_role("button", name="Find the tissue").click()
         page.get_by_label("tissue").wait_for()
         assert page.evaluate("page.info.tissue.length") >= 1
+
+        open_slide_page(page, viewer, "CMU-1-Small-Region")
+        page.get_by_label("tissue").uncheck()
+        page.get_by_label("Layer", exact=True).select_option(label="blur")
+        until(page, "page.layer?.title === 'blur'")
+        page.get_by_label("Opacity").first.fill("100")
+        values = page.evaluate("[...page.layer.values]")
+        tile = min(range(len(values)), key=lambda one: values[one])
+        x, y = page.evaluate(f"[0, 1].map((part) => page.tiles.coords[2 * {tile} + part] + page.tiles.size / 2)")
+        end_of_map = """[...document.querySelector("#panels .ramp").getContext("2d").getImageData(255, 0, 1, 1).data]"""
+        found = []
+        for name in page.get_by_label("Colours").locator("option").all_text_contents():
+            page.get_by_label("Colours").select_option(label=name)
+            page.get_by_label("From").fill("0")
+            page.get_by_label("to", exact=True).fill(str(values[tile] / 2))
+            found.append(colour_over(page, x, y))
+            assert found[-1] == page.evaluate(end_of_map)
+        assert len({tuple(colour) for colour in found}) == len(found) > 1, "each map has its colours"
+        page.get_by_label("to", exact=True).fill(str(10 * max(values)))
+        assert colour_over(page, x, y) != found[-1]
+        page.get_by_label("Hide weaker than").fill("50")
+        assert colour_over(page, x, y)[3] == 0
+        page.get_by_label("Layer", exact=True).select_option(label="principal components")
+        until(page, "page.layer?.kind === 'colours'")
+        assert colour_over(page, x, y)[:3] == page.evaluate(f"[...page.layer.values.slice(3 * {tile}, 3 * {tile} + 3)]")
+
+        page.get_by_label("Layer", exact=True).select_option(label="none")
+        until(page, "page.layer === null")
+        assert not page.evaluate(DRAWN)
+        page.get_by_label("tile grid").check()
+        assert page.evaluate(DRAWN)
+        before, scale = place_of(page, x, y), page.evaluate("page.viewer.scale")
+        page.mouse.move(*before)
+        page.mouse.wheel(0, -300)
+        until(page, f"page.viewer.scale > 1.2 * {scale}")
+        page.wait_for_timeout(900)
+        assert place_of(page, x, y) == pytest.approx(before, abs=2), "what is under the wheel stays there"
         page.locator("summary", has_text="Regions").click()
         page.get_by_role("button", name="Start from the tissue").click()
-        page.locator("text=Start the viewer with --output FOLDER to save regions.").wait_for()
+        page.get_by_role("button", name="Save").click()
+        page.locator("text=To embed it").wait_for()
+    saved = json.loads((tmp_path / "features" / "regions" / "CMU-1-Small-Region.geojson").read_text())
+    assert saved["features"]
