@@ -125,7 +125,8 @@ def write_contact_sheet(output: Path) -> Path | None:
     page.note(
         "Odd is what lies three robust standard deviations or more from the cohort's median in tissue area (its logarithm),",
         "in median blur, or in the share left out as ink or artefact or as too blurred; what has a remark or unreadable",
-        "tiles; and, first of all, what was not embedded.",
+        "tiles; and, first of all, what was not embedded. The pictures are in figures/ too, as SVG and PDF, and what they",
+        "show as CSV and GeoJSON.",
         "" if len(rows) <= MAX_PICTURES else f"The {MAX_PICTURES} oddest are shown; all are in {SUMMARY}.",
     )
     page.style("contact_sheet.css")

@@ -189,11 +189,11 @@ def _pictures_note(done: "Sequence[_Row]", inside: bool) -> str:
     if inside:
         return (
             f"Thumbnails ({THUMBNAIL_PX} px), overlays (up to {OVERLAY_PX} px) and gallery tiles ({TILE_PX} px) are in this "
-            "page; the originals, at full size, are in the folder slides/ beside it."
+            "page; the originals, at full size, are in the folder slides/ beside it, overlays also as SVG and PDF."
         )
     return (
         f"Thumbnails ({THUMBNAIL_PX} px) are in this page. Overlays and galleries, too many for one page, are in the folder "
-        "slides/ beside it, and are shown from there: keep the two together."
+        "slides/ beside it, overlays also as SVG and PDF, and are shown from there: keep the two together."
     )
 
 
