@@ -8,6 +8,9 @@ import pandas as pd
 from longslide.data.features.feature_file import write_features
 from longslide.data.features.features import Features
 
+BINARY = ["--config", "abmil", "--data.task", "binary", "--trainer.max_epochs", "3", "--model.aggregator.width", "32"]
+"""Words of a short training."""
+
 
 def write_cohort(
     folder: Path,
