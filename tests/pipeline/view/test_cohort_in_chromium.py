@@ -115,7 +115,8 @@ def test_a_click_shows_what_the_tile_sees(browser: "Browser", serve: Serve, made
         assert whose.startswith("Shown: gigapath, as published (dilated attention, 12 layers, 16 heads)."), whose
         assert "No model of yours is known here" in whose
         assert legend.all_text_contents() == [f"segments of 1,024, every tile: {tiles}"], "a slide of one segment"
-        assert colour_of(page, 3)[:3] == [0, 114, 178]
+        page.locator("#attention").get_by_label("Opacity").fill("100")
+        assert colour_of(page, 3) == [0, 114, 178, 255]
         page.locator("#attention select").nth(1).select_option("branch-1")
         until(page, "document.querySelectorAll('#attention .categories li').length === 2")
         assert colour_of(page, 3) == colour_of(page, 1), "two tokens apart"

@@ -322,8 +322,14 @@ def test_what_is_drawn_is_not_lost_by_an_error_nor_called_saved_before_it_is(
             page.mouse.click(*place_of(page, *corner))
         page.locator("#message", has_text="no such luck").wait_for()
         page.unroute("**/regions")
+        asks = """(() => { const leaving = new Event("beforeunload", { cancelable: true });
+            window.dispatchEvent(leaving); return leaving.defaultPrevented; })()"""
+        until(page, f"!{asks}")  # the open outline is kept
+        page.route("**/draft", lambda route: route.fulfill(status=422, json={"error": "disk full"}))
         page.keyboard.press("Enter")
         page.locator("text=1 area, not saved yet.").wait_for()
+        assert page.evaluate(asks), "what is kept nowhere is not left without a question"
+        page.unroute("**/draft")
         page.route("**/regions", lambda route: held.append(route))
         save = page.get_by_role("button", name="Save")
         save.click()

@@ -19,7 +19,7 @@ export function attentionPanel(page) {
   const line = element("p");
   line.setAttribute("role", "status");
   const legend = element("ul", { className: "categories one" });
-  const opacity = slider("Opacity", 0, 100, 70);
+  const opacity = slider("Opacity", 0, 100, 55);
   const clear = element("button", { type: "button", textContent: "Clear", hidden: true });
   content.append(
     element("p", { className: "soft", textContent: "Click a tile: in colour are the tiles that it can take information from. Tiles are read row by row, so a segment is a band of rows." }),
