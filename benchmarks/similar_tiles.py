@@ -7,6 +7,7 @@ feature files, makes the index, and searches it. Some of the results are held ag
 """
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -78,9 +79,10 @@ def main() -> None:
             if number < CHECKED:
                 check(index, row, [one.similarity for one in found])
         print(
-            f"{torch.get_num_threads()} threads, {len(seconds)} searches: median {np.median(seconds):.3f} s, slowest "
-            f"{max(seconds):.3f} s, {np.median(of_cores):.3f} s of a core; {CHECKED} of them equal to the float64 cosines "
-            f"of all tiles; last cosines {found[0].similarity:.3f} to {found[-1].similarity:.3f}"
+            f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}, {len(seconds)} searches: median "
+            f"{np.median(seconds):.3f} s, slowest {max(seconds):.3f} s, {np.median(of_cores):.3f} s of a core; {CHECKED} of "
+            "them equal to the float64 cosines of all tiles; last cosines "
+            f"{found[0].similarity:.3f} to {found[-1].similarity:.3f}"
         )
 
 
