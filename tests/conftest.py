@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # The tensors of the tests are tiny: threads would only get in each other's way, and a forked process would wait for ever for
 # those of its parent.
@@ -33,7 +34,24 @@ SLOW = (
 dozen, and kernels in Triton's interpreter."""
 
 
+def is_slow(path: Path) -> bool:
+    return (path.relative_to(Path(__file__).parent).as_posix() + "/" * path.is_dir()).startswith(SLOW)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """What is left out is not imported either."""
+    return (config.option.markexpr == "not slow" and is_slow(collection_path)) or None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SLOW):
+        if is_slow(item.path):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: not is_slow(item.path))  # so that several processes end at about the same time
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """The tests of a file go to one process, so that what they share is made once."""
+    config.option.loadscopereorder = False
+    return LoadScopeScheduling(config, log)

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from classifier_files import write_classifier
+from commands import longslide
 from longslide import (
     AggregatorChoice,
     LongslideError,
@@ -72,13 +73,7 @@ def command_with(option: str) -> list[str]:
 
 def run(words: list[str], outside: Path) -> subprocess.CompletedProcess[str]:
     paths = [str(outside), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, "-m", "longslide.pipeline.cli", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )
+    return longslide(*words, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
 
 
 @pytest.mark.slow

@@ -112,6 +112,8 @@ class Page:
             shown = [(figure_uri(picture.figure), picture.alt, picture.caption.strip()) for picture in pictures]
             self._parts.append(self._macros.figures(shown))
             self._pictures += pictures
+            for picture in pictures:
+                picture.figure.set_layout_engine(None)  # it is laid out: its files are only drawn
 
     @contextmanager
     def details(self, summary: str) -> Iterator[None]:

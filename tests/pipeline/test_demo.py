@@ -1,11 +1,10 @@
 """The demo does the whole job, and says what is random about it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from commands import longslide
 from longslide import LongslideError, read_features
 from longslide.pipeline.demo import demo
 from served_viewer import chromium, serving, tab, until
@@ -14,8 +13,7 @@ from served_viewer import chromium, serving, tab, until
 @pytest.mark.slow
 def test_the_demo_embeds_trains_and_predicts_and_can_be_run_again(tmp_path: Path) -> None:
     words = ["demo", "--output", str(tmp_path / "demo"), "--device", "cpu", "--patients", "12"]
-    command = [sys.executable, "-m", "longslide.pipeline.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = longslide(*words)
     assert done.returncode == 0, done.stderr
     assert "random weights" in done.stdout
     assert "12 done, 0 failed, 0 skipped" in done.stdout
@@ -50,7 +48,7 @@ def test_the_demo_embeds_trains_and_predicts_and_can_be_run_again(tmp_path: Path
         until(page, "window.page?.layer?.title === 'solid'")
         assert "solid 0." in page.locator("#panels").inner_text()
 
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = longslide(*words)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("already complete") == 13
     assert "fold 0" not in again.stdout

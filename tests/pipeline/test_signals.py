@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from classifier_files import ENCODER, write_classifier
+from commands import Command
 from longslide import embed, write_synthetic_slide
 from longslide.pipeline import signals
 from longslide.pipeline.signals import Stopped, ending_signals, ending_soon
@@ -70,31 +71,24 @@ def ended(
     afterwards: Callable[[], None] = lambda: None,
 ) -> tuple[int, str, list[int]]:
     """Send a signal to a command alone when its standard error has a text; its status, last line, processes left."""
-    environment = os.environ | {"TMPDIR": str(temporary)}
-    with subprocess.Popen(
-        words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    ) as command:
-        assert command.stderr is not None
-        before = []
-        for line in command.stderr:
-            before.append(line)
-            if when in line:
-                break
-        time.sleep(0.5)
+    with Command(words, env=os.environ | {"TMPDIR": str(temporary)}) as command:
+        command.wait_for(when)
+        time.sleep(0.2)
         children = descendants(command.pid)
         command.send_signal(number)
         afterwards()
-        error = command.communicate(timeout=120)[1]
+        _, said = command.communicate(timeout=120)
     deadline = time.monotonic() + 15
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return command.returncode, (error.strip() or "".join(before)).splitlines()[-1], [c for c in children if alive(c)]
+    assert command.returncode is not None
+    return command.returncode, said.splitlines()[-1], [c for c in children if alive(c)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", ["embed", "predict"])
 def test_a_signal_ends_a_batch_in_one_line(command: str, number: signal.Signals, home: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "longslide", command, str(home / "slides"), "--device", "cpu"]
+    words = [command, str(home / "slides"), "--device", "cpu"]
     words += ["--tile-encoder", str(home / "tiny.yaml")]
     if command == "embed":
         words += ["--output", str(tmp_path / "out"), "--tile-checkpoint", "random"]
@@ -137,7 +131,7 @@ def test_usr1_finishes_what_is_in_hand_and_leaves_the_rest_to_the_next_run(
 ) -> None:
     (tmp_path / "waiting.py").write_text(WAITING)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    words = [sys.executable, "-m", "longslide", "embed", str(home / "slides"), "--output", str(tmp_path / "out")]
+    words = ["embed", str(home / "slides"), "--output", str(tmp_path / "out")]
     words += ["--tile-encoder", str(home / "tiny.yaml"), "--tile-checkpoint", "random", *devices]
     words += ["--reader", "waiting:Waiting", "--threads", "1", "--batch-size", "4"]
     signalled = (tmp_path / "signalled").touch
@@ -169,17 +163,7 @@ def test_usr1_ends_a_job_whose_slides_take_too_long(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_training_leaves_no_worker(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "longslide",
-        "fit",
-        "--config",
-        "abmil",
-        "--data.task",
-        "binary",
-        *write_cohort(tmp_path),
-    ]
+    words = ["fit", "--config", "abmil", "--data.task", "binary", *write_cohort(tmp_path)]
     words += [*quick(tmp_path / "run"), "--trainer.max_epochs", "100000", "--patience", "100000", "--data.workers", "2"]
     words += ["--trainer.callbacks", "[{class_path: says.Says}]"]
     (tmp_path / "says.py").write_text(SAYS)

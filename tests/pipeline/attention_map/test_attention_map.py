@@ -1,12 +1,12 @@
 """The attention map shows what the attention function does, and counts its work."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import longslide
 from longslide import LongslideError, dilated_attention
 from longslide.pipeline.attention_map.attention_map import attention_map, scored_pairs, visible_keys
 from longslide.pipeline.attention_map.figure import COLOURS
@@ -14,8 +14,7 @@ from PIL import Image
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "longslide.pipeline.cli", "attention-map", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return longslide("attention-map", *words)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -3,8 +3,6 @@
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from classifier_files import ENCODER, write_classifier
+from commands import longslide
 from longslide import LongslideError, embed, predict, read_features, write_synthetic_slide
 from longslide.pipeline.batch import ray_cluster, workers
 from longslide.pipeline.batch.ray_cluster import _Node, _RayWorker, _Requests, ray_workers, refuse_other_nodes
@@ -307,13 +306,13 @@ def test_auto_of_a_head_that_died_is_one_line_at_once(tmp_path: Path, monkeypatc
 
 def test_without_ray_or_a_cluster_the_command_says_so(home: Path, tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ModuleNotFoundError('No module named ray', name='ray')")
-    words = [sys.executable, "-m", "longslide", "embed", str(home / "slides"), "--output", str(tmp_path / "out")]
+    words = ["embed", str(home / "slides"), "--output", str(tmp_path / "out")]
     words += ["--tile-encoder", str(home / "tiny.yaml"), "--tile-checkpoint", "random", "--ray", "auto"]
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    ended = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    ended = longslide(*words, env=os.environ | {"PYTHONPATH": paths})
     assert ended.returncode == 2
     assert ended.stderr == "longslide embed: --ray needs the package ray: pip install 'longslide[cluster]'\n"
-    ended = subprocess.run([*words, "--device", "cpu"], capture_output=True, text=True)
+    ended = longslide(*words, "--device", "cpu")
     assert ended.returncode == 2
     assert ended.stderr == "longslide embed: --device and --ray: give one, each is in place of the other\n"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from classifier_files import ENCODER, write_classifier
+from commands import longslide
 from longslide import LongslideError, embed, predict, write_synthetic_slide
 from longslide.data.slides.slide_table import SlideEntry
 from longslide.pipeline.batch.ledger import record
@@ -154,9 +155,7 @@ def test_a_slide_that_another_process_has_is_not_done(tmp_path: Path) -> None:
 def test_failed_slides_are_merged_and_count(tmp_path: Path) -> None:
     write_shard(tmp_path, 1, ["a", "b"], of=1, done=["a"])
     record(tmp_path, SlideResult("b", "b.svs", "failed", "broken"), name="shards/1-of-1.csv")
-    ended = subprocess.run(
-        [sys.executable, "-m", "longslide", "merge", "--output", str(tmp_path)], capture_output=True, text=True
-    )
+    ended = longslide("merge", "--output", tmp_path)
     assert ended.returncode == 1
     assert "1 done, 1 failed, 0 skipped" in ended.stdout
     assert rows(tmp_path / "summary.csv")["a"]["seconds"] == "1.5"
@@ -187,14 +186,14 @@ def test_a_clock_that_is_ahead_does_not_let_a_second_job_in(tmp_path: Path, monk
 
 
 def test_embed_is_refused_in_a_folder_where_another_is_at_work_with_other_settings(home: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "longslide", "embed", str(home / "slides"), "--output", str(tmp_path)]
+    words = ["embed", str(home / "slides"), "--output", str(tmp_path)]
     words += ["--tile-encoder", str(home / "tiny.yaml"), "--tile-checkpoint", "random", "--tile-px", "128"]
     with one_job(tmp_path, {"tile_px": 64}):
-        ended = subprocess.run([*words, "--device", "cpu"], capture_output=True, text=True)
+        ended = longslide(*words, "--device", "cpu")
         assert ended.returncode == 2
         assert "at work there with other settings (tile_px 64 instead of 128; process " in ended.stderr
         assert not list(tmp_path.glob("*.h5"))
-    assert subprocess.run([*words, "--device", "cpu"]).returncode == 0
+    assert longslide(*words, "--device", "cpu").returncode == 0
 
 
 def test_a_job_whose_process_was_killed_stops_no_other(tmp_path: Path) -> None:

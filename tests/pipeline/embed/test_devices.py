@@ -4,8 +4,6 @@ import csv
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from classifier_files import ENCODER
+from commands import Command, longslide
 from longslide import LongslideError, embed, read_features, write_synthetic_slide
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -34,7 +33,7 @@ def job(slides: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def command(job: dict[str, Any], output: Path, *more: str) -> list[str]:
-    words = [sys.executable, "-m", "longslide", "embed", str(job["slides"]), "--output", str(output)]
+    words = ["embed", str(job["slides"]), "--output", str(output)]
     for name in ("tile_encoder", "tile_checkpoint", "precision"):
         words += [f"--{name.replace('_', '-')}", str(job[name])]
     return [*words, "--devices", "cpu,cpu", *more]
@@ -66,7 +65,7 @@ def processes_of(pid: int) -> list[int]:
     return found
 
 
-def wait_for_two_processes(running: "subprocess.Popen[str]") -> None:
+def wait_for_two_processes(running: Command) -> None:
     deadline = time.monotonic() + 120
     while len(processes_of(running.pid)) < 2 and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -80,14 +79,12 @@ def wait_for_the_first_slide(output: Path) -> None:
 
 @needs_proc
 def test_a_process_that_is_killed_loses_nothing(job: dict[str, Any], tmp_path: Path) -> None:
-    running = subprocess.Popen(
-        command(job, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    running = Command(command(job, tmp_path / "out"))
     wait_for_two_processes(running)
     victim = processes_of(running.pid)[0]
     wait_for_the_first_slide(tmp_path / "out")
     os.kill(victim, signal.SIGKILL)
-    text, _ = running.communicate(timeout=240)
+    text = "".join(running.communicate(timeout=240))
     assert running.returncode == 0, text
     assert "4 done, 0 failed, 0 skipped" in text
     assert "its process has died (SIGKILL); its slides are given to others" in text
@@ -119,10 +116,8 @@ def test_a_slide_that_takes_two_processes_down_fails_by_name_and_the_others_are_
 ) -> None:
     (tmp_path / "crashing.py").write_text(CRASHING)
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    ended = subprocess.run(
-        command(job, tmp_path / "out", "--reader", "crashing:Crashing", "--threads", "2"),
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=300,
-    )  # fmt: skip
+    words = command(job, tmp_path / "out", "--reader", "crashing:Crashing", "--threads", "2")
+    ended = longslide(*words, env={**os.environ, "PYTHONPATH": paths})
     assert ended.returncode == 1, ended.stdout + ended.stderr
     with (tmp_path / "out" / "summary.csv").open(newline="") as file:
         rows = {row["slide_id"]: row for row in csv.DictReader(file)}
@@ -132,14 +127,12 @@ def test_a_slide_that_takes_two_processes_down_fails_by_name_and_the_others_are_
 
 @needs_proc
 def test_a_signal_ends_all_processes_and_the_next_run_goes_on(job: dict[str, Any], tmp_path: Path) -> None:
-    running = subprocess.Popen(
-        command(job, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    running = Command(command(job, tmp_path / "out"))
     wait_for_two_processes(running)
     workers = processes_of(running.pid)
     wait_for_the_first_slide(tmp_path / "out")
     running.send_signal(signal.SIGTERM)
-    text, _ = running.communicate(timeout=60)
+    text = "".join(running.communicate(timeout=60))
     assert running.returncode == 143, text
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     embed(output=tmp_path / "out", device="cpu", **job)

@@ -6,8 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ import pytest
 import tifffile
 import torch
 from classifier_files import ENCODER
+from commands import Command, longslide
 from longslide import LongslideError, embed, open_slide, read_features, write_synthetic_slide
 from longslide.data.tissue.optical_density import OpticalDensity
 from longslide.models.slide_encoder.encoder import SlideEncoder
@@ -56,7 +55,7 @@ def job(encoder: Path, slides: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def command(job: dict[str, Any], *more: str) -> list[str]:
-    words = [sys.executable, "-m", "longslide.pipeline.cli", "embed", *map(str, job["slides"])]
+    words = ["embed", *map(str, job["slides"])]
     for name, value in job.items():
         if name != "slides":
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -167,7 +166,7 @@ def test_one_bad_slide_never_ends_the_job(job: dict[str, Any], slides: Path, tmp
     write_synthetic_slide(bad / "no-mpp.tif", size=(1536, 1024), mpp=None)
     write_synthetic_slide(bad / "small.svs", size=(40, 40))
     Image.new("RGB", (900, 700), "white").save(bad / "blank.png", dpi=(50_800, 50_800))
-    done = subprocess.run(command(job | {"slides": [bad, bad / "blank.png", slides]}), capture_output=True, text=True)
+    done = longslide(*command(job | {"slides": [bad, bad / "blank.png", slides]}))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     rows = summary(job["output"])
@@ -191,7 +190,7 @@ def test_killed_in_the_middle_and_run_again_gives_what_an_undisturbed_run_gives(
     undisturbed = tmp_path / "undisturbed"
     embed(**job | {"output": undisturbed})
 
-    process = subprocess.Popen(command(job, "--batch-size", "1", "--threads", "1"), stderr=subprocess.DEVNULL)
+    process = Command(command(job, "--batch-size", "1", "--threads", "1"))
     while not (job["output"] / "a.h5").exists():
         assert process.poll() is None, "the job ended before its first slide was there"
         time.sleep(0.002)
@@ -211,9 +210,7 @@ def test_killed_in_the_middle_and_run_again_gives_what_an_undisturbed_run_gives(
 
 @pytest.mark.slow
 def test_ctrl_c_ends_with_one_line_and_the_next_run_goes_on(job: dict[str, Any]) -> None:
-    process = subprocess.Popen(
-        command(job, "--batch-size", "1", "--threads", "1"), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = Command(command(job, "--batch-size", "1", "--threads", "1"))
     while not (job["output"] / "a.h5").exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
@@ -382,7 +379,7 @@ def test_a_slide_copied_again_after_damage_is_another_slide(job: dict[str, Any],
 def test_a_mistaken_rerun_is_one_refusal_with_status_2_and_the_summary_stays(job: dict[str, Any], slides: Path) -> None:
     embed(**job)
     before = (job["output"] / "summary.csv").read_bytes()
-    said = subprocess.run(command(job, "--tile-mpp", "1.0"), capture_output=True, text=True, check=False)
+    said = longslide(*command(job, "--tile-mpp", "1.0"))
     assert said.returncode == 2
     assert said.stderr.splitlines()[-1] == (
         f"longslide embed: {job['output']}: all 3 existing results of these slides were made otherwise (tile_mpp 0.5 "
@@ -459,7 +456,7 @@ def test_a_slide_encoder_that_runs_out_of_memory_does_not_cost_the_tile_embeddin
 def test_two_processes_on_one_folder_share_the_work(job: dict[str, Any], tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     embed(**job | {"output": alone})
-    processes = [subprocess.Popen(command(job), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [Command(command(job)) for _ in range(2)]
     for process in processes:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors

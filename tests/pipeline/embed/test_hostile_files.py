@@ -4,8 +4,6 @@ import csv
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from classifier_files import ENCODER
+from commands import Command, longslide
 from longslide import Slide, Tissue, embed, open_slide, read_features, write_synthetic_slide
 from longslide.errors import LongslideError
 from longslide.pipeline.cli import main
@@ -103,13 +102,13 @@ def test_a_library_that_crashes_hangs_or_takes_all_memory_fails_one_slide_each(
     folder.mkdir()
     for name in ("a", "crash", "hang", "memory", "z"):
         shutil.copy(slide, folder / f"{name}.svs")
-    words = [sys.executable, "-m", "longslide", command, str(folder), "--reader", "fragile.Fragile", "--device", "cpu"]
+    words = [command, str(folder), "--reader", "fragile.Fragile", "--device", "cpu"]
     words += ["--slide-timeout", "8", "--output", str(tmp_path / "out"), "--tissue", tissue]
     if command == "embed":
         words += ["--tile-encoder", str(encoder), "--tile-checkpoint", "random"]
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     began = time.monotonic()
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": path})
+    ended = longslide(*words, env=os.environ | {"PYTHONPATH": path})
     assert ended.returncode == 1, ended.stderr
     assert time.monotonic() - began < 120
     said = ended.stdout + ended.stderr
@@ -170,15 +169,12 @@ def test_a_segmenter_of_this_process_that_never_ends_fails_its_slide_alone_and_i
 def test_ctrl_c_while_a_slide_is_opened_for_ever_ends_at_once(encoder: Path, slide: Path, tmp_path: Path) -> None:
     (tmp_path / "fragile.py").write_text(PLUGIN)
     shutil.copy(slide, tmp_path / "hang.svs")
-    words = [sys.executable, "-m", "longslide", "embed", str(tmp_path / "hang.svs"), "--reader", "fragile.Fragile"]
+    words = ["embed", str(tmp_path / "hang.svs"), "--reader", "fragile.Fragile"]
     words += ["--output", str(tmp_path / "out"), "--tile-encoder", str(encoder), "--tile-checkpoint", "random"]
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
     environment = os.environ | {"PYTHONPATH": path}
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if "tiles of" in line:
-                break
+    with Command(words, env=environment) as process:
+        process.wait_for("tiles of")
         time.sleep(2)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=30)[1]

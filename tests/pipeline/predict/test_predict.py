@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from classifier_files import BINARY, expected_probability, write_classifier
+from commands import longslide
 from csv_rows import rows
 from longslide import (
     LongslideError,
@@ -36,9 +35,9 @@ from training_cohort import quick, write_cohort
 def test_from_slides_alone_to_prediction_picture_and_scores(home: Path, job: dict[str, Any]) -> None:
     del job["features"]
     output = job["output"]
-    command = [sys.executable, "-m", "longslide.pipeline.cli", "predict", str(home / "slides"), "--device", "cpu"]
+    command = ["predict", str(home / "slides"), "--device", "cpu"]
     command += ["--checkpoint", job["checkpoint"], "--output", str(output), "--tile-encoder", str(home / "tiny.yaml")]
-    done = subprocess.run([*command, "--explain", "integrated-gradients"], capture_output=True, text=True)
+    done = longslide(*command, "--explain", "integrated-gradients")
     assert done.returncode == 0, done.stderr
     assert "3 done, 0 failed, 0 skipped" in done.stdout
     table = rows(output / "predictions.csv")

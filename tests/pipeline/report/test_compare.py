@@ -3,12 +3,12 @@
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from commands import longslide
 from longslide.errors import LongslideError
 from longslide.pipeline.report.compare import compare
 from longslide.pipeline.report.run_folder import read_run
@@ -17,8 +17,7 @@ WriteRun = Callable[..., Path]
 
 
 def run_cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "longslide.pipeline.cli", "compare", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return longslide("compare", *words)
 
 
 @pytest.fixture(scope="module")

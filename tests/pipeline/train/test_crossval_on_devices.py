@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from commands import Command, longslide
 from longslide.pipeline.batch.claims import lock_folder, take
 from longslide.pipeline.cli import main
 from training_cohort import write_cohort
@@ -36,17 +37,9 @@ def words(cohort: Path, run: Path, *more: str) -> list[str]:
     ]
 
 
-def started(words: list[str], **environment: str) -> "subprocess.Popen[str]":
-    # One thread: on a CPU the last bits of a sum depend on how many add it up.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-m", "longslide", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
 def ended(words: list[str], **environment: str) -> tuple[int, str]:
-    process = started(words, **environment)
-    text = process.communicate(timeout=500)[0]
-    return process.returncode, text
+    done = longslide(*words, env=os.environ | environment)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -118,50 +111,38 @@ def test_two_processes_give_the_run_of_one(cohort: Path, alone: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_signal_ends_all_processes_and_the_same_command_goes_on(cohort: Path, alone: Path, tmp_path: Path) -> None:
-    command = words(cohort, tmp_path / "run", "--devices", "cpu,cpu")
-    process = started(command)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("fold 1, epoch"):
-            break
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=120)[0]  # until nobody has its standard error
+def test_folds_go_on_after_a_signal_and_after_processes_that_died(cohort: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    mishap, environment = with_mishap(tmp_path, "node")  # fold 1 waits in its second epoch
+    command = words(cohort, run, "--devices", "cpu,cpu", *mishap)
+    with Command(command, env=os.environ | environment) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "in-hand").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        text = "".join(process.communicate(timeout=120))
     assert process.returncode == 143, text
     assert text.strip().splitlines()[-1] == "longslide crossval: stopped; the same command goes on from here"
-    status, text = ended(command)
-    assert status == 0, text
-    assert (tmp_path / "run" / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
+    assert not Path(f"/proc/{(tmp_path / 'in-hand').read_text()}").exists(), "no process is left"
+    (tmp_path / "node").unlink()
 
-
-@pytest.mark.slow
-def test_a_fold_whose_process_dies_is_begun_again(cohort: Path, alone: Path, tmp_path: Path) -> None:
-    mishap, environment = with_mishap(tmp_path, "once")
-    status, text = ended(words(cohort, tmp_path / "run", "--devices", "cpu,cpu", *mishap), **environment)
-    assert status == 0, text
-    assert "its process has died (status 7); what it was at work on is begun again" in text
-    assert f"going on from {tmp_path}/run/fold_1/last.ckpt" in text, "the epoch before is not trained again"
-    assert (tmp_path / "run" / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
-
-
-@pytest.mark.slow
-def test_a_fold_that_takes_two_processes_down_fails_by_name_and_the_others_are_kept(
-    cohort: Path, alone: Path, tmp_path: Path
-) -> None:
-    mishap, environment = with_mishap(tmp_path, "always")
-    command = words(cohort, tmp_path / "run", "--devices", "cpu,cpu", *mishap)
+    # Fold 1 takes its process down, and the next one too: it fails by name, and the others are kept.
+    (tmp_path / "always").touch()
     status, text = ended(command, **environment)
     assert status == 2, text
     last = text.strip().splitlines()[-1]
-    assert last.startswith(
-        f"longslide crossval: {tmp_path}/run/fold_1: fold 1: 2 processes died with it (status 7, status 7)"
-    )
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["trained_folds"] == [0, 2]
+    assert last.startswith(f"longslide crossval: {run}/fold_1: fold 1: 2 processes died with it (status 7, status 7)")
+    assert json.loads((run / "run.json").read_text())["trained_folds"] == [0, 2]
     (tmp_path / "always").unlink()
+
+    # It takes one process down: the next one ends it.
+    (tmp_path / "once").touch()
     status, text = ended(command, **environment)
     assert status == 0, text
+    assert "its process has died (status 7); what it was at work on is begun again" in text
+    assert f"going on from {run}/fold_1/last.ckpt" in text, "the epoch before is not trained again"
     assert "fold 0, epoch" not in text, "what was trained is not trained again"
-    assert (tmp_path / "run" / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
+    assert (run / "predictions.csv").read_bytes() == (alone / "predictions.csv").read_bytes()
 
 
 def test_where_to_train_is_said_once_and_a_device_that_is_not_there_is_one_line(

@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from commands import Command, longslide
 from longslide.data.features.feature_file import read_features, write_features
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.pipeline.cli import main
@@ -31,11 +30,6 @@ def finished(cohort: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFa
     words = ["--trainer.max_epochs", "12", "--model.optimiser.learning_rate", "0.003", "--data.test_share", "0.3"]
     assert main(["fit", *BINARY, *cohort[1], *quick(run), *words]) == 0
     return run
-
-
-def cli(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "longslide.pipeline.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -64,7 +58,7 @@ def test_a_run_leaves_what_comparison_report_and_inference_need(finished: Path) 
 
 @pytest.mark.slow
 def test_outside_a_terminal_lines_say_how_training_goes(cohort: tuple[Path, list[str]], tmp_path: Path) -> None:
-    done = cli("fit", *BINARY, *cohort[1], "--run", tmp_path / "run", "--trainer.accelerator", "cpu")
+    done = longslide("fit", *BINARY, *cohort[1], "--run", tmp_path / "run", "--trainer.accelerator", "cpu")
     assert done.returncode == 0, done.stderr
     history = pd.read_csv(tmp_path / "run" / "history.csv")
     lines = [line for line in done.stderr.splitlines() if line.startswith("fold 0, epoch ")]
@@ -188,8 +182,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_keeps_the_one_before_and_goes
 ) -> None:
     run = tmp_path / "run"
     words = ["fit", *BINARY, *cohort[1], *quick(run)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL
+    assert Command(words, code=KILLED).wait() == -signal.SIGKILL
     assert list(run.glob(".*.tmp")), "what it was writing"
     torch.load(run / "last.ckpt", weights_only=True)
     assert main(words) == 0
@@ -203,10 +196,11 @@ def test_a_full_disk_ends_training_in_one_line_and_keeps_the_checkpoint_before(
     run = tmp_path / "run"
     words = ["fit", *BINARY, *cohort[1], *quick(run)]
     script = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "raise OSError(28, 'No space left on device')")
-    ended = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=300)
+    ended = Command(words, code=script)
+    error = ended.communicate()[1]
     assert ended.returncode == 2
-    assert "the disk is full" in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
+    assert "the disk is full" in error.splitlines()[-1]
+    assert "Traceback" not in error
     assert not list(run.glob(".*.tmp"))
     torch.load(run / "last.ckpt", weights_only=True)
     assert main(words) == 0
@@ -238,7 +232,7 @@ def test_a_run_is_repeated_by_its_own_configuration(finished: Path, tmp_path: Pa
 def test_fit_then_test_on_another_cohort_from_the_command_line(finished: Path, tmp_path: Path) -> None:
     options = write_cohort(tmp_path / "external", 18, seed=5, site="x-")
     words = ["--checkpoint", finished / "best.ckpt", "--run", tmp_path / "run"]
-    result = cli("test", *words, *options)
+    result = longslide("test", *words, *options)
     assert result.returncode == 0, result.stderr
     assert "auroc" in result.stdout
     predictions = pd.read_csv(tmp_path / "run" / "predictions.csv")
@@ -445,8 +439,7 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(cohort: tuple[Path
         "--patience",
         "10000",
     ]
-    command = [sys.executable, "-m", "longslide.pipeline.cli", *words]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with Command(words) as process:
         deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "last.ckpt").is_file() and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -1,8 +1,7 @@
 """`longslide sweep`: a grid nested in a cross-validation, whose choice of a fold knows nothing of its test patients."""
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from commands import Command, longslide
 from longslide import DataOptions, LongslideError, sweep
 from longslide.data.cohort.datamodule import BagDataModule
 from longslide.pipeline.cli import main
@@ -141,17 +141,14 @@ def test_without_inner_folds_the_model_of_the_chosen_trial_is_that_of_the_fold(c
 def test_a_sweep_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(
     finished: Path, cohort: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "longslide", *words(cohort, tmp_path / "run", *GRID)]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert running.stderr is not None
-    for line in running.stderr:
-        if line.startswith("trial 2, fold 0"):
-            break
+    command = words(cohort, tmp_path / "run", *GRID)
+    running = Command(command)
+    running.wait_for("trial 2, fold 0")
     running.kill()
-    running.communicate()
+    running.wait()
     known = pd.read_csv(tmp_path / "run" / "trials.csv")
     assert 0 < len(known) < 16
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = longslide(*command)
     assert done.returncode == 0, done.stderr
     assert "trial 0, fold 0" not in done.stderr, "what was trained is not trained again"
     for name in ("trials.csv", "predictions.csv", "metrics.csv"):
@@ -175,7 +172,7 @@ def test_a_sweep_on_two_devices_and_on_a_ray_cluster_is_that_of_one_process(coho
             if place:
                 at = command.index("--trainer.accelerator")
                 del command[at : at + 2]
-            done = subprocess.run([sys.executable, "-m", "longslide", *command], capture_output=True, text=True)
+            done = longslide(*command)
             assert done.returncode == 0, done.stderr
             for file in ("trials.csv", "predictions.csv", "metrics.csv"):
                 assert (tmp_path / name / file).read_bytes() == (tmp_path / "one" / file).read_bytes(), (name, file)
@@ -242,15 +239,8 @@ def test_without_ray_one_line_says_what_to_install(cohort: Path, tmp_path: Path)
     (tmp_path / "ray.py").write_text("raise ModuleNotFoundError('No module named ray', name='ray')")
     command = words(cohort, tmp_path / "run", "--grid.epochs", "2,3", "--ray", "auto")
     del command[command.index("--trainer.accelerator") : command.index("--trainer.accelerator") + 2]
-    import os
-
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    ended = subprocess.run(
-        [sys.executable, "-m", "longslide", *command],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": paths},
-    )
+    ended = longslide(*command, env=os.environ | {"PYTHONPATH": paths})
     assert ended.returncode == 2
     last = ended.stderr.strip().splitlines()[-1]
     assert last == "longslide sweep: --ray needs the package ray: pip install 'longslide[cluster]'"
