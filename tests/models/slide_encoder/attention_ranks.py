@@ -81,7 +81,7 @@ def main(rank: int, folder: Path, ranks: int, backend: str) -> None:
             )
             own = qkv[rows].to(device).requires_grad_()
             runs = []
-            for _ in range(2 if gpus or number == 0 or backend == "gather" else 1):
+            for _ in range(2 if gpus or (number == 0 and dtype == dtypes[0]) or backend == "gather" else 1):
                 output = parallel_dilated_self_attention(
                     own, widths, ratios, own_ends.to(device), shards, causal, backend=backend
                 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from classifier_files import ENCODER
 from longslide import embed, read_features
 from longslide.data.synthetic import write_synthetic_slide
 
@@ -13,6 +14,15 @@ from longslide.data.synthetic import write_synthetic_slide
 @pytest.mark.parametrize("tile_mpp", [0.5, 0.7, 2.0])
 def test_both_readers_give_the_same_features(tmp_path: Path, tile_mpp: float) -> None:
     (tmp_path / "slides").mkdir()
+    sees_every_pixel = {
+        "img_size: 32, depth: 2": "img_size: 224, depth: 1",
+        "resize: 32": "resize: 224",
+        "crop: 32": "crop: 224",
+    }
+    encoder = ENCODER
+    for small, large in sees_every_pixel.items():
+        encoder = encoder.replace(small, large)
+    (tmp_path / "encoder.yaml").write_text(encoder)
     write_synthetic_slide(
         tmp_path / "slides" / "drawn.svs", size=(2051, 1533), mpp=0.5
     )  # levels of 2.0003 and the like
@@ -22,7 +32,7 @@ def test_both_readers_give_the_same_features(tmp_path: Path, tile_mpp: float) ->
         embed(
             [tmp_path / "slides"],
             tmp_path / reader,
-            "vit_tiny_patch16_224",
+            tmp_path / "encoder.yaml",
             "random",
             tile_mpp=tile_mpp,
             tile_px=224,
