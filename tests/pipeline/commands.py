@@ -25,6 +25,7 @@ _SERVER.set_forkserver_preload(
         "longslide.pipeline.embed.tile_embedding",
         "longslide.pipeline.predict.predict",
         "longslide.pipeline.train.fit",
+        "longslide.pipeline.train.training",
         "longslide.pipeline.train.sweep",
         "longslide.models.classifier.ensemble",
         "longslide.models.explain.classifier",
