@@ -107,7 +107,7 @@ class Command:
         file = self._files[which].fileno()
         return os.pread(file, os.fstat(file).st_size, 0).decode().replace("\r\n", "\n")
 
-    def wait_for(self, text: str, timeout: float = 120) -> None:
+    def wait_for(self, text: str, timeout: float = 400) -> None:
         """Wait until it has said this, or has ended."""
         deadline = time.monotonic() + timeout
         while text not in self.said(0) + self.said(1) and self.poll() is None and time.monotonic() < deadline:

@@ -98,6 +98,11 @@ def with_mishap(folder: Path, kind: str) -> tuple[list[str], dict[str, str]]:
     return ["--trainer.callbacks", "[{class_path: mishaps.Mishap}]"], {"PYTHONPATH": path}
 
 
+def process_in_hand(folder: Path) -> int:
+    """That which trains fold 1, once it waits in its second epoch; 0 before."""
+    return int((folder / "in-hand").read_text() or 0) if (folder / "in-hand").exists() else 0
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_run_of_one(cohort: Path, alone: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
@@ -116,14 +121,15 @@ def test_folds_go_on_after_a_signal_and_after_processes_that_died(cohort: Path, 
     mishap, environment = with_mishap(tmp_path, "node")  # fold 1 waits in its second epoch
     command = words(cohort, run, "--devices", "cpu,cpu", *mishap)
     with Command(command, env=os.environ | environment) as process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "in-hand").exists() and process.poll() is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + 400
+        while not (trainer := process_in_hand(tmp_path)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         text = "".join(process.communicate(timeout=120))
     assert process.returncode == 143, text
     assert text.strip().splitlines()[-1] == "longslide crossval: stopped; the same command goes on from here"
-    assert not Path(f"/proc/{(tmp_path / 'in-hand').read_text()}").exists(), "no process is left"
+    assert trainer, text
+    assert not Path(f"/proc/{trainer}").exists(), "no process is left"
     (tmp_path / "node").unlink()
 
     # Fold 1 takes its process down, and the next one too: it fails by name, and the others are kept.
@@ -217,9 +223,8 @@ def cluster() -> Iterator[Any]:
 
 
 def kill_the_node_that_trains(cluster: Any, folder: Path) -> None:
-    while not (folder / "in-hand").exists() or not (folder / "in-hand").read_text():
+    while not (trainer := process_in_hand(folder)):
         time.sleep(0.1)
-    trainer = int((folder / "in-hand").read_text())
     raylet = parent_of(parent_of(trainer))  # the actor's process is in between
     [node] = [node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.pid == raylet]
     cluster.remove_node(node, allow_graceful=False)
