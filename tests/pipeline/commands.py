@@ -37,7 +37,7 @@ _SERVER.set_forkserver_preload(
 def longslide(*words: str | Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     command = Command(words, env=env)
-    out, error = command.communicate(timeout=500)
+    out, error = command.communicate(timeout=1800)
     assert command.returncode is not None
     return subprocess.CompletedProcess(list(map(str, words)), command.returncode, out, error)
 
