@@ -3,9 +3,9 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 # The tensors of the tests are tiny: threads would only get in each other's way, and a forked process would wait for ever for
 # those of its parent.
@@ -51,7 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Any:
     """The tests of a file go to one process, so that what they share is made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
     config.option.loadscopereorder = False
     return LoadScopeScheduling(config, log)
