@@ -321,10 +321,8 @@ def serve(descriptor: int, *cores: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):  # a terminal or a cluster sends it to all: the job ends this one
         signal.signal(number, signal.SIG_IGN)
     pipe = _SharedPipe(descriptor)
-    forward = _Forward(pipe)
-    library = logging.getLogger(__name__.partition(".")[0])
-    library.setLevel(logging.INFO)
-    for logger in (library, EVENTS):
+    forward = _Forward(pipe)  # of the library warnings alone: what else it says, the job's own process has said
+    for logger in (logging.getLogger(__name__.partition(".")[0]), EVENTS):
         logger.addHandler(forward)
     try:
         with ending_signals():
