@@ -95,7 +95,7 @@ def command_parser(command: str, *, typed_trainer: bool = False) -> OptionParser
     )
     names = inspect.signature(function).parameters
     added = set(POSITIONAL) & set(names)
-    parser.usage = " ".join(["%(prog)s", *(f"{name} [{name} ...]" for name in sorted(added)), "[options]"])
+    parser.usage = " ".join(["%(prog)s", *(_usage(name, names[name]) for name in sorted(added)), "[options]"])
     text = "YAML file with any of these options as keys."
     if command in TRAINING:
         from .train.settings import list_recipes
@@ -126,6 +126,11 @@ def command_parser(command: str, *, typed_trainer: bool = False) -> OptionParser
     parser.add_function_arguments(function, as_group=False, skip=set(added))
     accept_plugin_names(parser)
     return parser
+
+
+def _usage(name: str, parameter: inspect.Parameter) -> str:
+    required = parameter.default is inspect.Parameter.empty
+    return f"{name} [{name} ...]" if required else f"[{name} ...]"
 
 
 def _config_action(command: str) -> type[ActionConfigFile]:
@@ -204,8 +209,9 @@ def parse(command: str, words: Sequence[str]) -> dict[str, Any]:
     options: dict[str, Any] = dict(vars(parser.instantiate(parsed)))
     del options["config"]
     options.pop("help_trainer", None)
-    for name in set(POSITIONAL) & set(inspect.signature(command_function(command)).parameters):
-        if not options.get(name):
+    parameters = inspect.signature(command_function(command)).parameters
+    for name in set(POSITIONAL) & set(parameters):
+        if not options.get(name) and parameters[name].default is inspect.Parameter.empty:
             parser.error(f"needs {name}: {POSITIONAL[name]}")
     if options.get("trainer"):
         options["data"].read_cohort()  # a mistake there is found before Lightning is imported

@@ -63,8 +63,12 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def command_with(option: str) -> list[str]:
     """The words of the page's command with this option, with a small encoder of random weights."""
-    line = next(line for line in PAGE.splitlines() if line.startswith("longslide ") and option in line)
-    words = shlex.split(line)[1:]
+    lines = PAGE.replace("\\\n", " ").splitlines()
+    line = next(line for line in lines if line.startswith("longslide ") and option in line)
+    here = {"external.csv": "cohort.csv", "external_features/": "features/"}
+    words = [here.get(word, word) for word in shlex.split(line)[1:]]
+    if "--output" in words:
+        words[words.index("--output") + 1] = "features/"
     if "kaiko-vits8" in words:
         words[words.index("kaiko-vits8")] = ENCODER[0]
         words += ["--tile-checkpoint", ENCODER[1]]

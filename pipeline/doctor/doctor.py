@@ -40,7 +40,7 @@ DIM_WITHOUT_ENCODER = 1536
 
 @checked
 def doctor(
-    slides: str | Path | Sequence[str | Path],
+    slides: str | Path | Sequence[str | Path] = (),
     tile_encoder: TileEncoderChoice | None = None,
     tile_checkpoint: str | Path | None = None,
     slide_encoder: SlideEncoderChoice | None = None,
@@ -68,7 +68,8 @@ def doctor(
     """Open every slide, find its tissue, read some tiles, and look at the labels, the weights, the GPU and the disk.
 
     Args:
-        slides: Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`.
+        slides: Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`. May be left out
+            where a table of labels is given: then that alone is looked at, and all its slides count.
         tile_encoder: Also check this tile encoder: its weights, and how many tiles a second it embeds here.
         tile_checkpoint: Weights of the tile encoder, as `embed` takes them.
         slide_encoder: Also check this slide encoder's weights.
@@ -103,7 +104,10 @@ def doctor(
     console = Console(soft_wrap=True, highlight=False)
     if not console.is_terminal:
         console = Console(width=160, soft_wrap=True, highlight=False)  # a log is not 80 characters wide
-    entries = find_slides(slides, slide_mpp, ask=False, reader=reader, id_from=id_from)
+    given = slides if isinstance(slides, str | Path) else list(slides)
+    if not given and (label is None or write_table is not None):
+        raise LongslideError("name slides, folders of slides or a table of them; only --label TABLE does without")
+    entries = find_slides(given, slide_mpp, ask=False, reader=reader, id_from=id_from) if given else []
     spec = None
     if tile_encoder is not None:
         spec, tile_encoder, tile_checkpoint = look_at_tile_encoder(tile_encoder, tile_checkpoint, 0)
@@ -115,7 +119,7 @@ def doctor(
     labels: list[LabelCheck] = []
     if label is not None:
         files = {entry.slide_id: entry.path for entry in entries}
-        labels.append(check_labels(Path(label), files, label_column, task, patient_column))
+        labels.append(check_labels(Path(label), files if given else None, label_column, task, patient_column))
     elif label_column or task or patient_column:
         raise LongslideError("--label-column, --task and --patient-column are about a table: give --label")
 
@@ -144,14 +148,17 @@ def doctor(
     if write_table is not None:
         write_starter_table(Path(write_table), entries, checks, labels[0].cells if labels else {})
 
-    console.print(_table(checks))
+    if checks:
+        console.print(_table(checks))
     _print_problems(console, [*checks, *labels, *encoders, disk])
     for heading, text in (line for found in labels for line in found.lines):
         console.print(escape(f"{heading:13} {text}"))
-    print_machine(console, encoders)
-    _print_totals(console, checks, encoders)
-    note = "" if spec else f" at {DIM_WITHOUT_ENCODER:,} numbers per tile"
-    console.print(f"disk          {size(disk.need)}{note}, {size(disk.free)} free in {escape(str(disk.folder))}")
+    if checks or encoders:
+        print_machine(console, encoders)
+    if checks:
+        _print_totals(console, checks, encoders)
+        note = "" if spec else f" at {DIM_WITHOUT_ENCODER:,} numbers per tile"
+        console.print(f"disk          {size(disk.need)}{note}, {size(disk.free)} free in {escape(str(disk.folder))}")
     if write_table is not None:
         console.print(f"table         {escape(str(write_table))}: one row per slide, to fill in")
     return [*checks, *labels, *encoders, disk]

@@ -104,7 +104,7 @@ class LabelCheck:
 
 def check_labels(
     table: Path,
-    slides: Mapping[str, Path],
+    slides: Mapping[str, Path] | None,
     column: str | Sequence[str] | None = None,
     task: TaskKind | None = None,
     patients: str | None = None,
@@ -113,7 +113,7 @@ def check_labels(
 
     Args:
         table: As `fit` takes it.
-        slides: Slide files by their ids.
+        slides: Slide files by their ids; None where only the table is there, all of whose slides then count.
         column: The label column or columns; `label` by default.
         task: What is to be predicted; default: as the labels look.
         patients: The column that names the patient, or `none`.
@@ -124,6 +124,8 @@ def check_labels(
     from ...data.cohort.cohort import read_cohort
 
     kind = task or _guess(table, column)
+    if slides is None:
+        slides = {name: Path(name) for name in _listed(table)}
     cohort = read_cohort(table, slides, task=kind, label=column, all_classes=False, patients=patients)
     rows = cohort.rows
     patient = rows["patient_id"]
@@ -167,15 +169,34 @@ def with_twins(check: LabelCheck, slides: "Sequence[SlideCheck]") -> LabelCheck:
     return LabelCheck(**{**vars(check), "twins": tuple(twins), "problem": check.problem or problem})
 
 
+def _listed(table: Path) -> list[str]:
+    """The ids of the slides that a table names."""
+    from ...data.slides.slide_table import slide_ids
+    from ...data.table import ID_COLUMNS, require_columns
+
+    frame = _read(table)
+    ids = slide_ids(frame)
+    if ids is None:
+        require_columns(table, frame, ID_COLUMNS)
+    assert ids is not None
+    return list(ids.dropna())
+
+
+def _read(table: Path) -> "pd.DataFrame":
+    from ...data.cohort.split_folder import read_split_folder
+    from ...data.table import read_table
+
+    return read_split_folder(table, None) if table.is_dir() else read_table(table)
+
+
 def _guess(table: Path, column: str | Sequence[str] | None) -> TaskKind:
     """What a label column looks like."""
-    from ...data.cohort.split_folder import read_split_folder
-    from ...data.table import decimal_points, read_table, require_columns
+    from ...data.table import decimal_points, require_columns
 
     names = [column] if isinstance(column, str) else list(column or ["label"])
     if len(names) > 1:
         return "multilabel"
-    frame = read_split_folder(table, None) if table.is_dir() else read_table(table)
+    frame = _read(table)
     require_columns(table, frame, names)
     values = decimal_points(frame[names[0]].dropna()).unique()
     try:

@@ -210,3 +210,17 @@ def test_wrong_usage_is_one_line(slides: Path, wrong: dict[str, str]) -> None:
     with pytest.raises(LongslideError) as caught:
         doctor(slides / "a", **wrong)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_table_of_labels_is_looked_at_before_there_are_slides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"slide_id": f"s{n}", "patient_id": f"P{n}", "subtype": "ab"[n % 2]} for n in range(12)]
+    table = write_csv(tmp_path / "labels.csv", rows)
+    assert main(["doctor", "--label", str(table), "--label-column", "subtype"]) == 0
+    printed = capsys.readouterr().out
+    assert "a: 6 slides of 6 patients, b: 6 slides of 6 patients" in printed
+    assert "disk" not in printed, "nothing is said of slides that were not given"
+    assert main(["doctor", "--label", str(table), "--label-column", "subtype", "--write-table", "t.csv"]) == 2
+    assert main(["doctor"]) == 2
+    assert "name slides, folders of slides or a table of them" in capsys.readouterr().err
