@@ -79,13 +79,13 @@ def attention_map(
 
     Args:
         output: The picture to write: .png, .svg or .pdf.
-        pattern: Which attention.
-        tokens: Tokens of the sequence; 64, for a small model of the real thing shows most.
+        pattern: Attention pattern.
+        tokens: Tokens of the sequence; 64, which shows the pattern best.
         heads: Attention heads; 4, or with --slide those of the slide encoder.
         segment_lengths: Tokens of a segment for each branch of dilated attention; [16,32,64], or the slide encoder's.
-        dilated_ratios: Every how many-th token takes part for each branch; [1,2,4], or the slide encoder's.
+        dilated_ratios: Dilated ratio of each branch, which keeps one token in so many; [1,2,4], or the slide encoder's.
         window: Tokens seen on either side, for the sliding window, and if wanted for random keys.
-        period: Distance of the keys from one another, for the strided pattern.
+        period: Distance between keys, for the strided pattern.
         random_keys: Random keys of each query, for the pattern `random`.
         global_tokens: First tokens that see all and that all see, for the pattern `random`.
         pattern_seed: Which random keys.
@@ -93,7 +93,8 @@ def attention_map(
         chosen_blocks: Blocks that each block chooses to see besides itself, for the pattern `learned`.
         causal: Whether later keys are hidden.
         slide: A feature file, whose tiles are drawn at their places.
-        tile: x,y in level-0 pixels, within the tile that looks; without it, one in the middle of the sequence.
+        tile: x,y in level-0 pixels of a point within the tile that attends. Default: the tile in the middle of the
+            sequence.
         slide_encoder: With --slide: the slide encoder by name, or the path of a YAML file.
         checkpoint: With --slide, in place of --slide-encoder: a .ckpt of `fit` or `pretrain` whose model is LongNet.
 

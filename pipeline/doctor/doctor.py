@@ -81,7 +81,7 @@ def doctor(
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
         tissue: Tissue segmenter, as `embed` takes it.
         reader: Slide reader, as `embed` takes it.
-        id_from: What ids are made of, as `embed` takes it.
+        id_from: What ids are made from, as `embed` takes it.
         slide_timeout: Seconds that the check of a slide may take.
         threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.

@@ -100,26 +100,26 @@ def embed(
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
         tissue: Tissue segmenter: `optical-density` (the default), `hest`, `grandqc`, or one of your own by its dotted path.
         reader: Slide reader, by name or dotted path. Default: the first one that takes the file.
-        id_from: Makes ids of the names of slide files, or of their paths, so that equal names in different folders go
-            together: `site_a/1.svs` is `site_a__1`. A column `slide_id` comes first.
+        id_from: Makes ids from the names of slide files, or from their paths, so that folders may hold files of equal
+            names: `site_a/1.svs` is `site_a__1`. A column `slide_id` comes first.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
-        max_blur: Tiles more blurred than this are left out: 0 is sharp, out of focus more than 0.45. Default: none is.
+        max_blur: Tiles more blurred than this are left out: 0 is sharp, out of focus more than 0.45. Default: none.
         slide_timeout: Seconds that opening a slide and finding its tissue may take, and each batch of its tiles; then it
             fails, and the next one begins.
-        batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
+        batch_size: Tiles per batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         cache_dir: Folder on a local disk to which slides are copied before they are read, and where they are deleted
             afterwards: for slides on slow storage.
-        cache_dir_gb: What the copies may take there, in gigabytes. Default: half of what is free.
+        cache_dir_gb: Gigabytes that the copies may take up there. Default: half of what is free.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         devices: Several devices, with a process on each: `all` GPUs, or some as `0,1,5`. One that dies gives its slides to
             the others.
         ray: Work on the GPUs of a Ray cluster: `auto` where this machine is one of its nodes, or the address of its head.
-        shard: Embed this shard of the slides alone, such as `3/16`: for job arrays. `longslide merge` joins the summaries.
+        shard: Embed only this shard of the slides, such as `3/16`, for job arrays. `longslide merge` joins the summaries.
         precision: Precision of the encoders. `auto`: the tile encoder's own on a GPU, float32 on a CPU.
         seed: Seed of `random` weights.
         overwrite: Replace feature files that were made with other settings.
-        log_file: Append what happens to this file as JSON lines: one for each slide, minute and note.
+        log_file: Append JSON lines to this file: one for each slide, minute and note.
         trust_remote_code: Let a slide encoder that brings code of its own run it, with all your rights; the feature files
             say which code.
 

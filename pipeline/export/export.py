@@ -59,8 +59,8 @@ def export(
             features a folder.
         name: The slide encoder's name, recorded in feature files. Default: the stem of `output`.
         features: Feature files, or folders of them, of any layout that `read_features` takes.
-        to: Whose layout: `trident`, `clam`, `stamp`, `anndata` or `spatialdata`.
-        encoder: Which tile encoder's features, of files of AtlasPatch that hold several.
+        to: Layout to write: `trident`, `clam`, `stamp`, `anndata` or `spatialdata`.
+        encoder: Which tile encoder's features to take from AtlasPatch files that hold several.
         scores: The folder of `predict --explain`, whose scores of the tiles go into `anndata` and `spatialdata`.
 
     Returns:

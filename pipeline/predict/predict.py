@@ -83,21 +83,21 @@ def predict(
         plugins: Modules to import first: those of your own classes that the checkpoint or its feature files name.
         slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
         patient_column: Column of the tables that names the patient, if it has another name; `none` for no patients.
-        id_from: What ids are made of, as `embed` takes it.
+        id_from: What ids are made from, as `embed` takes it.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         slide_timeout: Seconds that opening a slide and finding its tissue may take, and each batch of its tiles; then it
             fails, and the next one begins.
-        batch_size: Tiles a batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
+        batch_size: Tiles per batch. Default: what is fastest on the device. Halved when the GPU runs out of memory.
         threads: Threads or processes that read tiles. Default: one on each core, at most 16.
         device: `auto`, or a torch device such as `cuda:1` or `cpu`.
         devices: Several devices, with a process on each, as `embed` takes them.
         ray: Work on the GPUs of a Ray cluster, as `embed` takes it.
-        shard: Predict this shard of the slides alone, such as `3/16`. `longslide merge` joins the shards; then the same
+        shard: Predict only this shard of the slides, such as `3/16`. `longslide merge` joins the shards; then the same
             command without this option adds the patients and `predictions.csv`.
         precision: Precision of the tile encoder. `auto`: its own on a GPU, float32 on a CPU.
         allow_seen: Also predict slides that were in the training or validation part of a classifier; they are marked.
         overwrite: Replace predictions that were made with other checkpoints or explained otherwise.
-        log_file: Append what happens to this file as JSON lines: one for each slide, minute and note.
+        log_file: Append JSON lines to this file: one for each slide, minute and note.
         trust_remote_code: Let a slide encoder that is named by `slide_encoder` and brings code of its own run it.
 
     Returns:

@@ -56,7 +56,7 @@ def tiles(
             choose.
         layout: `webdataset`: tar files `<slide_id>-000000.tar` with `<slide_id>/<x>_<y>.png` and `.json`; `png`: folders
             `<slide_id>/<x>_<y>.png`. x and y are level-0 pixels.
-        tiles_per_shard: Tiles of a tar file at most.
+        tiles_per_shard: Most tiles in one tar file.
         tile_encoder: Take the tiles that this tile encoder recommends.
         slide_mpp: Microns per pixel at level 0, for all slides that have no `slide_mpp` in the table; overrides the file's.
         tile_mpp: Microns per pixel of the tiles. Default: what the tile encoder recommends, or 0.5.
@@ -65,7 +65,7 @@ def tiles(
         min_tissue: Smallest share of a tile that must be tissue, 0 to 1.
         tissue: Tissue segmenter, as `embed` takes it.
         reader: Slide reader, as `embed` takes it.
-        id_from: What ids are made of, as `embed` takes it.
+        id_from: What ids are made from, as `embed` takes it.
         max_bad_tiles: Unreadable tiles that a slide may have; with more of them it fails.
         max_blur: Leave out tiles more blurred than this, 0 to 1, as `embed` does.
         slide_timeout: Seconds that opening a slide and finding its tissue may take, as `embed` takes it.

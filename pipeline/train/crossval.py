@@ -44,20 +44,20 @@ def crossval(
         folds: Folds, if the splits are not given.
         run: Run folder. Default: `runs/<aggregator>`.
         trainer: Options of Lightning's Trainer, by name.
-        monitor: What `best.ckpt` is best by, on the validation part: `val_loss`, the default, or `val_metric`, the rank
+        monitor: What `best.ckpt` is chosen by, on the validation part: `val_loss`, the default, or `val_metric`, the rank
             measure of the task or R2. A validation part of one class is refused unless `val_loss` is asked for.
         epochs: Passes over the training bags, unless the trainer is given another limit.
-        min_steps: Optimiser steps at least: small cohorts are passed over more often than `epochs` says.
-        patience: Epochs without a better one after which training stops, once there were `min_steps` steps.
+        min_steps: Fewest optimiser steps: small cohorts are passed over more often than `epochs` says.
+        patience: Epochs without improvement after which training stops, but not before `min_steps` steps.
         ema: Decay of an average of the weights, such as 0.999.
-        checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
-        subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
+        checkpoint_every_n_steps: Also write `last.ckpt` within epochs, after this many steps.
+        subgroups: Columns of the table by which to evaluate too, separated by commas. Default: site, if there is one.
         seed: Seed of weights, dropout and augmentation.
         devices: Train several folds at a time, a process on each of these: `all` GPUs, or some as `0,1,5`. A fold whose
-            process dies is begun again by another.
+            process dies is restarted by another.
         ray: Train the folds on the GPUs of a Ray cluster: `auto` where this machine is one of its nodes, or the address of
             its head.
-        log_file: Append what happens to this file as JSON lines: one for each epoch, remark and metric.
+        log_file: Append JSON lines to this file: one for each epoch, remark and metric.
 
     Returns:
         The finished run: its folder, predictions, metrics and checkpoints.

@@ -58,12 +58,12 @@ def pretrain(
         run: Run folder.
         trainer: Options of Lightning's Trainer, by name.
         epochs: Passes over the training bags, unless the trainer is given another limit.
-        min_steps: Optimiser steps at least: small cohorts are passed over more often than `epochs` says.
-        patience: Epochs without a better one after which training stops, once there were `min_steps` steps.
+        min_steps: Fewest optimiser steps: small cohorts are passed over more often than `epochs` says.
+        patience: Epochs without improvement after which training stops, but not before `min_steps` steps.
         ema: Decay of an average of the weights, such as 0.999.
-        checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
+        checkpoint_every_n_steps: Also write `last.ckpt` within epochs, after this many steps.
         seed: Seed of weights, masks and augmentation.
-        log_file: Append what happens to this file as JSON lines: one for each epoch, remark and metric.
+        log_file: Append JSON lines to this file: one for each epoch, remark and metric.
 
     Returns:
         The checkpoint and its folder.

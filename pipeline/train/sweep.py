@@ -57,24 +57,24 @@ def sweep(
     Args:
         data: The cohort.
         model: The classifier, but for the grid.
-        grid: Values to try, by the names of options of the model, the trainer, the course of training and how bags are made:
+        grid: Values to try for options of the model, the trainer, the course of training and the bags:
             `--grid.model.optimiser.learning-rate 1e-4,3e-4`.
         folds: Folds, if the splits are not given.
         inner_folds: Inner folds by which a fold chooses; 1 for its own training and validation part.
         run: Run folder. Default: `runs/<aggregator>-sweep`.
         trainer: Options of Lightning's Trainer, by name.
-        monitor: What `best.ckpt` is best by, on the validation part: `val_loss`, the default, or `val_metric`, the rank
+        monitor: What `best.ckpt` is chosen by, on the validation part: `val_loss`, the default, or `val_metric`, the rank
             measure of the task or R2. Options are chosen by `val_metric`, and among equals by `val_loss`.
         epochs: Passes over the training bags, unless the trainer is given another limit.
-        min_steps: Optimiser steps at least: small cohorts are passed over more often than `epochs` says.
-        patience: Epochs without a better one after which training stops, once there were `min_steps` steps.
+        min_steps: Fewest optimiser steps: small cohorts are passed over more often than `epochs` says.
+        patience: Epochs without improvement after which training stops, but not before `min_steps` steps.
         ema: Decay of an average of the weights, such as 0.999.
-        checkpoint_every_n_steps: Write `last.ckpt` within epochs too.
-        subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
+        checkpoint_every_n_steps: Also write `last.ckpt` within epochs, after this many steps.
+        subgroups: Columns of the table by which to evaluate too, separated by commas. Default: site, if there is one.
         seed: Seed of weights, dropout and augmentation.
         devices: Train several folds at a time, as `crossval` does.
         ray: Train on the GPUs of a Ray cluster, as `crossval` does.
-        log_file: Append what happens to this file as JSON lines: one for each epoch, remark and metric.
+        log_file: Append JSON lines to this file: one for each epoch, remark and metric.
 
     Returns:
         The finished run: that of a cross-validation, whose folds have chosen their own options.

@@ -31,11 +31,11 @@ def test(
         data: The cohort, all of which is tested on.
         run: Run folder. Default: `runs/<run>-test`.
         plugins: Modules to import first: those of your own classes that the checkpoint names.
-        subgroups: Columns of the table to evaluate by too, separated by commas. Default: site, if there is one.
+        subgroups: Columns of the table by which to evaluate too, separated by commas. Default: site, if there is one.
         accelerator: Device, as Lightning names it.
         precision: Lightning's precision.
         allow_seen: Also take patients and slides that were in the classifier's training or validation part. All results are
-            marked: they are no test of it.
+            marked: they are not a test of it.
 
     Returns:
         The finished run: its folder, predictions and metrics.
