@@ -192,7 +192,7 @@ class BagDataModule(lightning.LightningDataModule):
                 if a["patient_id"] != b["patient_id"] and self.cohort.task is not None:
                     raise LongslideError(
                         f"{self.options.table or self.options.features}: {same} under two patients, {a['patient_id']} and "
-                        f"{b['patient_id']}; leave one of them out of the table, or give both one patient"
+                        f"{b['patient_id']}; leave one of them out of the table, or give both the same patient"
                     )
                 notes.append(f"{same}: they count twice")
             if notes:  # the same image has the same features, mostly

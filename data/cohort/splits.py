@@ -164,7 +164,7 @@ def check_validation(splits: pd.DataFrame, cohort: Cohort, fold: int | None = No
         if len(part) and (lack := _lack(task, part)):
             raise LongslideError(
                 f"{name}: the validation part {lack}, which cannot select a model; move others there in the splits (where "
-                "none are given, by a larger --data.val_share), or take --monitor val_loss all the same"
+                "none are given, by a larger --data.val_share), or use --monitor val_loss anyway"
             )
 
 

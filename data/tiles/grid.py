@@ -87,7 +87,7 @@ def grid_of_tiles(
         level = _choose_level(slide, downsample, tile_px, downsample * slide_mpp)[0]
     if not 0 <= level < len(slide.level_downsamples):
         raise LongslideError(
-            f"{slide.path}: no level {level}, from which its tiles were read: another slide of this name?"
+            f"{slide.path}: no level {level}, from which its tiles were read: is it another slide of this name?"
         )
     if len(coords) and ((coords < 0).any() or (coords >= slide.dimensions).any()):
         raise LongslideError(f"{slide.path}: tiles lie outside its {slide.dimensions[0]} x {slide.dimensions[1]} px")
@@ -180,7 +180,7 @@ def _choose_level(slide: Slide, wanted: float, tile_px: int, tile_mpp: float) ->
     if not finer:
         raise LongslideError(
             f"{slide.path}: level 0 has {slide.mpp.value:g} um/px, coarser than the {tile_mpp:g} asked for; "
-            "use a larger --tile-mpp, or give the true one with --slide-mpp"
+            "use a larger --tile-mpp, or give the right one with --slide-mpp"
         )
     level = max(finer, key=lambda i: slide.level_downsamples[i])
     tile_size = round(tile_px * wanted)

@@ -311,7 +311,9 @@ class PendingTiles:
         with changed:
             if not changed.wait_for(lambda: not self.open_tasks or self._pool._closed, timeout):
                 self._pool._end_workers_at(self)
-                raise LongslideError(f"{self._slide.path}: tiles were not read within {timeout:g} s: is its disk away?")
+                raise LongslideError(
+                    f"{self._slide.path}: tiles were not read within {timeout:g} s; is its disk there?"
+                )
             if self.open_tasks:
                 raise LongslideError(f"{self._slide.path}: the job was stopped")
             if self.error:

@@ -61,7 +61,7 @@ class _Reads:
 
     def result(self, timeout: float | None = None) -> tuple[np.ndarray, np.ndarray]:
         if wait(self._runs, timeout).not_done:
-            raise LongslideError(f"{self._slide.path}: tiles were not read within {timeout:g} s: is its disk away?")
+            raise LongslideError(f"{self._slide.path}: tiles were not read within {timeout:g} s; is its disk there?")
         return self._tiles, np.concatenate([run.result() for run in self._runs])
 
     def release(self) -> None:

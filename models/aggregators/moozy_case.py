@@ -98,7 +98,7 @@ class MOOZYCase(Aggregator):
     ) -> None:
         super().__init__()
         if feature_dim % heads:
-            raise LongslideError(f"slide embeddings of length {feature_dim} do not go into {heads} heads of MOOZY")
+            raise LongslideError(f"slide embeddings of length {feature_dim} do not divide into {heads} heads of MOOZY")
         self.width = feature_dim
         self.frozen = frozen
         self.case_token = nn.Parameter(torch.randn(1, 1, feature_dim) * 0.02)

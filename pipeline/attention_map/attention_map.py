@@ -106,7 +106,7 @@ def attention_map(
     """
     output = Path(output)
     if output.suffix.lower() not in FORMATS:
-        raise LongslideError(f"{output}: a picture is written as {', '.join(FORMATS)}; give the file such a suffix")
+        raise LongslideError(f"{output}: a picture is written as {', '.join(FORMATS)}; name the file so")
     settings = {
         "window": window,
         "period": period,

@@ -23,7 +23,7 @@ def check_places(device: str | None, devices: str | None, ray: str | None, optio
     places = {option: None if device == "auto" else device, "--devices": devices, "--ray": ray}
     given = [name for name, place in places.items() if place is not None]
     if len(given) > 1:
-        raise LongslideError(f"{given[0]} and {given[1]}: give one, each is in place of the other")
+        raise LongslideError(f"{given[0]} and {given[1]}: give only one of the two")
 
 
 @contextmanager

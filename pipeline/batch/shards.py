@@ -51,7 +51,7 @@ class Shard:
         match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         number, of = map(int, match.groups()) if match else (0, 0)
         if not 1 <= number <= of:
-            raise LongslideError(f"--shard {text}: must be such as 3/16, from 1/16 to 16/16")
+            raise LongslideError(f"--shard {text}: must look like 3/16, from 1/16 to 16/16")
         sizes = dict(zip((entry.slide_id for entry in entries), sizes_of(entries), strict=True))
         listed = hashlib.sha256(json.dumps(sorted(sizes.items())).encode()).hexdigest()
         loads = [(0, shard) for shard in range(1, of + 1)]

@@ -92,9 +92,7 @@ class Site:
         """
         file = self.content(slide).file
         if file is None:
-            raise LongslideError(
-                f"{slide.slide_id}: where its slide file is is not known; give its folder to the viewer too"
-            )
+            raise LongslideError(f"{slide.slide_id}: its slide file was not found; give its folder to the viewer too")
         return file
 
     def close(self) -> None:

@@ -155,7 +155,7 @@ def regions_of(geojson: Any, what: str) -> shapely.Geometry:
         points = int(shapely.get_num_coordinates(shapes).sum())
         finite = bool(np.isfinite(shapely.get_coordinates(shapes)).all())
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, shapely.errors.ShapelyError) as error:
-        raise LongslideError(f"{what}: these are no polygons ({error!r})") from error
+        raise LongslideError(f"{what}: these are not polygons ({error!r})") from error
     if points > MOST_POINTS or not finite:
         why = f"{points:,} points, more than {MOST_POINTS:,}" if finite else "coordinates that are no numbers"
         raise LongslideError(f"{what}: regions with {why}; draw simpler ones")

@@ -314,7 +314,7 @@ def test_without_ray_or_a_cluster_the_command_says_so(home: Path, tmp_path: Path
     assert ended.stderr == "longslide embed: --ray needs the package ray: pip install 'longslide[cluster]'\n"
     ended = longslide(*words, "--device", "cpu")
     assert ended.returncode == 2
-    assert ended.stderr == "longslide embed: --device and --ray: give one, each is in place of the other\n"
+    assert ended.stderr == "longslide embed: --device and --ray: give only one of the two\n"
 
 
 def test_a_worker_that_was_ended_is_gone_for_whoever_still_asks_it() -> None:

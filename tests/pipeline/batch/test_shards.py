@@ -53,7 +53,7 @@ def test_the_order_of_the_list_does_not_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "3", "a/b", "1/0", "-1/4"])
 def test_a_shard_that_cannot_be_meant_is_refused(text: str) -> None:
-    with pytest.raises(LongslideError, match="must be such as 3/16, from 1/16 to 16/16"):
+    with pytest.raises(LongslideError, match="must look like 3/16, from 1/16 to 16/16"):
         Shard.of_slides(text, [])
 
 

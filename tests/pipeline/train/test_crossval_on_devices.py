@@ -156,10 +156,10 @@ def test_where_to_train_is_said_once_and_a_device_that_is_not_there_is_one_line(
 ) -> None:
     for more, why in (
         (["--devices", "7"], "--devices 7: cuda:7 is not one of the 0 GPUs here"),
-        (["--devices", "cpu", "--ray", "auto"], "--devices and --ray: give one, each is in place of the other"),
+        (["--devices", "cpu", "--ray", "auto"], "--devices and --ray: give only one of the two"),
         (
             ["--devices", "cpu", "--trainer.accelerator", "cpu"],
-            "--trainer.accelerator and --devices: give one, each is in place of the other",
+            "--trainer.accelerator and --devices: give only one of the two",
         ),
         (
             ["--trainer.accelerator", "cpu", "--trainer.devices", "2"],
