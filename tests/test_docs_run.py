@@ -242,7 +242,7 @@ def prepare() -> None:
         assert main(["embed", "slides", "--output", folder, *words]) == 0
     longslide.TileIndex.open("features/")
     assert main(["embed", "slides", "--output", "features-uni", *words, "--shard", "1/1"]) == 0
-    assert main(["pretrain", "--config", "mae", "--data.features", "features/", *SMALL["pretrain"]]) == 0
+    assert main(["pretrain", "--config", "mae", "--data.features", "features-uni2/", *SMALL["pretrain"]]) == 0
     with longslide.open_slide("a.svs") as slide:
         np.save("slide.npy", slide.read_region(0, 0, 0, 640, 640))
     shutil.copytree("small/hub/prov-gigapath/prov-gigapath", "gigapath")
