@@ -151,8 +151,8 @@ def compare_folder(text: str, page: Path) -> None:
     found = {path.relative_to(folder).as_posix() for folder in folders for path in folder.rglob("*") if path.is_file()}
     for pattern in patterns:
         assert any(matches(path, pattern) for path in found), f"{page.name}: there is no {head}{pattern}"
-    for path in found:
-        assert any(matches(path, pattern) for pattern in patterns), f"{page.name}: {head}{path} is not named"
+    unnamed = [path for path in found if not any(matches(path, pattern) for pattern in patterns)]
+    assert not unnamed, f"{page.name}: {head} does not name {', '.join(unnamed[:9])}"
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -230,6 +230,8 @@ def prepare() -> None:
         shutil.copy(f"slides/{name[5]}.svs", f"sites/{name}.svs")
     shutil.copytree("features", "trident/features_gigapath", ignore=shutil.ignore_patterns("*.csv", "qc"))
     shutil.copy("features/a.h5", "trident/a.h5")
+    explained = ["--output", "results-external/", "--explain", "integrated-gradients"]
+    assert main(["predict", "external.csv", "--checkpoint", "runs/longnet", *explained]) == 0
     Path("results/regions").mkdir()
     square = {"type": "Polygon", "coordinates": [[[0, 0], [600, 0], [600, 600], [0, 600], [0, 0]]]}
     Path("results/regions/square.geojson").write_text(json.dumps(square))
