@@ -250,10 +250,12 @@ def prepare() -> None:
     shutil.copytree("small/hub/prov-gigapath/prov-gigapath", "gigapath")
 
 
+@pytest.mark.slow
 def test_the_readme_runs_from_top_to_bottom(readme: Path) -> None:
     assert (readme / "results" / "report.html").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in OWN_TEST], ids=lambda page: page.name)
 def test_every_block_of_a_page_runs_in_the_folder_of_the_readme(
     page: Path, readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
