@@ -52,11 +52,12 @@ def test_links_within_the_documentation_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             file, _, heading = target.partition("#")
+            file = file or page.name
             assert (page.parent / file).is_file(), target
             if not heading:
                 continue
             headings = re.findall(r"^#+ (.*)$", (page.parent / file).read_text(encoding="utf-8"), re.MULTILINE)
-            assert heading in [one.lower().replace(" ", "-") for one in headings], target
+            assert heading in [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings], target
 
 
 def test_every_public_name_is_in_the_reference() -> None:
