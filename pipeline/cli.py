@@ -72,7 +72,7 @@ POSITIONAL = {
     "slides": "Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`.",
     "results": "Output folders of longslide predict.",
     "runs": "Run folders of longslide fit, crossval or test.",
-    "inputs": "Folders of results, features, runs or slides; slide files, feature files, tables with a column `slide`.",
+    "inputs": "Folders of results, features, runs or slides; slide files, feature files, tables of slides or of labels.",
 }
 
 
