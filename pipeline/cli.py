@@ -71,7 +71,7 @@ TRAINING: tuple["Command", ...] = ("pretrain", "fit", "crossval", "sweep")
 POSITIONAL = {
     "slides": "Slide files, folders of slides, or tables (CSV, TSV, Parquet, Excel) with a column `slide`.",
     "results": "Output folders of longslide predict.",
-    "runs": "Run folders of longslide fit, crossval or test.",
+    "runs": "Run folders of longslide fit, crossval, sweep or test.",
     "inputs": "Folders of results, features, runs or slides; slide files, feature files, tables of slides or of labels.",
 }
 
