@@ -89,7 +89,7 @@ def pretrain(
     there = TrainingRun(settings.run, settings.configuration)
     cohort = settings.read_cohort()
     if there.finished:
-        there.again(cohort)
+        there.say_finished(cohort)
         return PretrainedEncoder(settings.run, settings.run / "best.ckpt")
     record = there if first_process() else None
     if record is not None:

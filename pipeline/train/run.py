@@ -250,6 +250,15 @@ class TrainingRun:
         self.finish_without_predictions()
         return read_run(self.folder) if predictions else Run.without_predictions(self.folder, task, self.facts)
 
+    def say_finished(self, cohort: "Cohort") -> None:
+        """Say that the run has finished before.
+
+        Raises:
+            LongslideError: The cohort that is asked for now is another one.
+        """
+        self.check_cohort(cohort)
+        print(f"{self.folder}: finished already", file=sys.stderr)
+
     def again(self, cohort: "Cohort") -> Run:
         """The run that has finished before; evaluated again if other options for that are given now.
 
@@ -259,8 +268,7 @@ class TrainingRun:
         Raises:
             LongslideError: It is another cohort, or the files of the run cannot be read.
         """
-        self.check_cohort(cohort)
-        print(f"{self.folder}: finished already", file=sys.stderr)
+        self.say_finished(cohort)
         if not (self.folder / "predictions.csv").is_file():
             return Run.without_predictions(self.folder, Task.from_dict(self.facts["task"]), self.facts)
         run = read_run(self.folder)

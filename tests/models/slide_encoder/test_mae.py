@@ -89,7 +89,8 @@ def test_flipped_and_shifted_slides_stay_row_by_row_and_keep_their_neighbours() 
 
 
 def pretrain(tmp_path: Path, *words: str) -> Path:
-    write_cohort(tmp_path / "cohort", 24)
+    if not (tmp_path / "cohort").is_dir():
+        write_cohort(tmp_path / "cohort", 24)
     small = [
         "--model.encoder",
         "{class_path: longnet, init_args: {layers: 1, width: 16, heads: 2, ffn_width: 16}}",
@@ -122,6 +123,10 @@ def test_pretraining_lowers_the_loss_and_a_classifier_begins_with_its_encoder(tm
     torch.save(content, tmp_path / "newer.ckpt")
     with pytest.raises(LongslideError, match="newer Longslide"):
         SlideClassifier(facts, ClassifierOptions(checkpoint=str(tmp_path / "newer.ckpt")))
+
+    written = (run / "best.ckpt").stat().st_mtime_ns
+    pretrain(tmp_path, *words)
+    assert (run / "best.ckpt").stat().st_mtime_ns == written, "the same command again: it has finished already"
 
     other = TrainingFacts(facts.task, DIM, preprocessing={"tile_encoder": "uni"})
     with pytest.raises(LongslideError, match="trained on features of tile encoder 'toy', but these are of 'uni'"):
