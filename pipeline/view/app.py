@@ -1,7 +1,6 @@
 """The web application of a viewer: its pages, and what they ask for."""
 
 import io
-import json
 import mimetypes
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -30,7 +28,7 @@ from .guard import Guard
 from .layers import Layer, layers_of
 from .open_slides import OpenSlides
 from .pictures import TILE_PX, SlideFacts, SlideFile, finest_level
-from .regions import TABLE, Regions, changed, regions_of, to_geojson
+from .regions import Regions, region_routes
 
 STATIC = Path(__file__).parent / "static"
 
@@ -38,7 +36,6 @@ CONTENTS_KEPT = 16
 """Slides whose grids and layers stay in memory."""
 
 THUMBNAIL_PX = 256
-MOST_SENT_BYTES = 32 * 2**20
 
 mimetypes.add_type("text/javascript", ".js")  # some systems say otherwise, and browsers then refuse modules
 
@@ -281,61 +278,6 @@ def slide_routes(site: Site) -> list[Route]:
         Route(slide + "/grid", coords),
         Route(slide + "/layers/{key}", layer),
     ]
-
-
-def region_routes(site: Site) -> list[Route]:
-    """What is drawn."""
-
-    def read(request: Request) -> Response:
-        slide = site.slide(request)
-        known, draft = site.regions.read(slide.slide_id), site.regions.drafts.get(slide.slide_id)
-        return JSONResponse({"regions": known, "draft": draft, "path": _shown(site.regions.folder)})
-
-    async def keep(request: Request) -> Response:
-        slide, sent = site.slide(request), await _sent(request)
-        return JSONResponse({"lasts": await run_in_threadpool(site.regions.keep_draft, slide.slide_id, sent)})
-
-    async def write(request: Request) -> Response:
-        slide, sent = site.slide(request), await _sent(request)
-        path = await run_in_threadpool(lambda: site.regions.write(site.content(slide), sent))
-        return JSONResponse({"path": _shown(path), "table": _shown(site.regions.folder, TABLE)})
-
-    async def change(request: Request) -> Response:
-        slide, sent = site.slide(request), await _sent(request)
-        if not isinstance(sent, dict) or sent.get("change") not in ("add", "remove"):
-            raise LongslideError(f"{slide.slide_id}: `change` must be add or remove")
-
-        def changing() -> dict[str, Any]:
-            regions = regions_of(sent.get("regions"), slide.slide_id)
-            size = site.size(slide)
-            return to_geojson(changed(regions, sent.get("ring"), sent["change"], size, slide.slide_id))
-
-        return JSONResponse({"regions": await run_in_threadpool(changing)})
-
-    path = "/api/slides/{slide_id}/regions"
-    return [
-        Route(path, read, methods=["GET"]),
-        Route(path, write, methods=["PUT"]),
-        Route(path, change, methods=["POST"]),
-        Route(path + "/draft", keep, methods=["PUT"]),
-    ]
-
-
-async def _sent(request: Request) -> Any:
-    """The JSON that was sent."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MOST_SENT_BYTES:
-            raise LongslideError(f"more than {MOST_SENT_BYTES >> 20} MB of regions; draw simpler ones")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise LongslideError(f"not JSON: {error}") from error
-
-
-def _shown(folder: Path | None, *names: str) -> str | None:
-    return None if folder is None else str(folder.joinpath(*names))
 
 
 ROUTES: list[Callable[[Site], list[Route]]] = [

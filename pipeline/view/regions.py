@@ -5,15 +5,22 @@ import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import shapely
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from ...data.table import csv_of, read_rows
 from ...data.whole_file import write_whole
 from ...errors import LongslideError
 from .content import SlideContent
+
+if TYPE_CHECKING:
+    from .app import Site
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +31,8 @@ COLUMNS = ("slide", "slide_id", "slide_mpp", "patient_id", "tissue_mask")
 
 MOST_POINTS = 500_000
 """Points of the regions of a slide."""
+
+MOST_SENT_BYTES = 32 * 2**20
 
 
 class Regions:
@@ -202,6 +211,61 @@ def to_geojson(regions: shapely.Geometry) -> dict[str, Any]:
             }
         )
     return {"type": "FeatureCollection", "features": features}
+
+
+def region_routes(site: "Site") -> list[Route]:
+    """What is drawn of a slide: read, kept as a draft, saved, changed by an outline."""
+
+    def read(request: Request) -> Response:
+        slide = site.slide(request)
+        known, draft = site.regions.read(slide.slide_id), site.regions.drafts.get(slide.slide_id)
+        return JSONResponse({"regions": known, "draft": draft, "path": _shown(site.regions.folder)})
+
+    async def keep(request: Request) -> Response:
+        slide, sent = site.slide(request), await _sent(request)
+        return JSONResponse({"lasts": await run_in_threadpool(site.regions.keep_draft, slide.slide_id, sent)})
+
+    async def write(request: Request) -> Response:
+        slide, sent = site.slide(request), await _sent(request)
+        path = await run_in_threadpool(lambda: site.regions.write(site.content(slide), sent))
+        return JSONResponse({"path": _shown(path), "table": _shown(site.regions.folder, TABLE)})
+
+    async def change(request: Request) -> Response:
+        slide, sent = site.slide(request), await _sent(request)
+        if not isinstance(sent, dict) or sent.get("change") not in ("add", "remove"):
+            raise LongslideError(f"{slide.slide_id}: `change` must be add or remove")
+
+        def changing() -> dict[str, Any]:
+            regions = regions_of(sent.get("regions"), slide.slide_id)
+            size = site.size(slide)
+            return to_geojson(changed(regions, sent.get("ring"), sent["change"], size, slide.slide_id))
+
+        return JSONResponse({"regions": await run_in_threadpool(changing)})
+
+    path = "/api/slides/{slide_id}/regions"
+    return [
+        Route(path, read, methods=["GET"]),
+        Route(path, write, methods=["PUT"]),
+        Route(path, change, methods=["POST"]),
+        Route(path + "/draft", keep, methods=["PUT"]),
+    ]
+
+
+async def _sent(request: Request) -> Any:
+    """The JSON that was sent."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_SENT_BYTES:
+            raise LongslideError(f"more than {MOST_SENT_BYTES >> 20} MB of regions; draw simpler ones")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise LongslideError(f"not JSON: {error}") from error
+
+
+def _shown(folder: Path | None, *names: str) -> str | None:
+    return None if folder is None else str(folder.joinpath(*names))
 
 
 def _areas(shape: shapely.Geometry) -> shapely.Geometry:
