@@ -65,18 +65,23 @@ class Prediction:
         return self.status != "failed"
 
     @property
+    def numbers(self) -> dict[str, str]:
+        """Each predicted number as it is shown, with its spread: by class or label, `value` or `risk`."""
+        spread = self.spread or {}
+        shown = {name: probability(value, spread.get(name)) for name, value in (self.probability or {}).items()}
+        for name, value in (("value", self.value), ("risk", self.risk)):
+            if value is not None:
+                shown[name] = f"{value:.3g}" + (f" ± {spread[name]:.2g}" if name in spread else "")
+        return shown
+
+    @property
     def text(self) -> str:
         """The prediction in a few words."""
-        spread = self.spread or {}
-
-        def number(name: str, value: float) -> str:
-            return f"{value:.3g}" + (f" ± {spread[name]:.2g}" if name in spread else "")
-
+        shown = self.numbers
         if self.value is not None:
-            return number("value", self.value)
+            return shown["value"]
         if self.risk is not None:
-            return f"risk {number('risk', self.risk)}"
-        shown = {name: probability(value, spread.get(name)) for name, value in (self.probability or {}).items()}
+            return f"risk {shown['risk']}"
         if self.predicted is not None:
             return f"{self.predicted} {shown[self.predicted]}"
         return ", ".join(f"{name} {shown[name]}" for name in self.labels) or "no label"

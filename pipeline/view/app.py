@@ -230,6 +230,7 @@ def slide_routes(site: Site) -> list[Route]:
                 "layers": [layer.description() for layer in layers.values()],
                 "facts": content.facts,
                 "remarks": content.remarks,
+                "numbers": {} if slide.prediction is None else slide.prediction.numbers,
                 "spread": None if slide.prediction is None else slide.prediction.spread,
                 "classifiers": None if slide.prediction is None else slide.prediction.classifiers,
                 "saves": site.regions.folder is not None,

@@ -44,12 +44,12 @@ class Regions:
 
     def __init__(self, output: Path | None) -> None:
         self.folder = None if output is None else output.absolute() / FOLDER
-        self._writing = threading.Lock()
+        self._writing = threading.Lock()  # files are written by one request at a time
         self._drafts: dict[str, Any] = {}
         for path in () if self.folder is None else self.folder.glob(f"{DRAFTS}/*.json"):
             try:
-                self._drafts[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
+                self._drafts[path.stem] = _draft_of(json.loads(path.read_text(encoding="utf-8")), path.stem)
+            except (OSError, ValueError, RecursionError, LongslideError) as error:
                 logger.warning("%s: what was drawn and not saved cannot be read (%s)", path, error)
 
     @property
@@ -70,12 +70,16 @@ class Regions:
         Raises:
             LongslideError: It is no such object.
         """
-        if draft is None:
-            self._drafts.pop(slide_id, None)
-        elif isinstance(draft, dict) and set(draft) == {"regions", "ring", "change"}:
-            self._drafts[slide_id] = draft
-        else:
-            raise LongslideError(f"{slide_id}: a draft has `regions`, `ring` and `change`")
+        if draft is not None:
+            _draft_of(draft, slide_id)
+        with self._writing:  # two tabs may show the slide
+            if draft is None:
+                self._drafts.pop(slide_id, None)
+            else:
+                self._drafts[slide_id] = draft
+            return self._write_draft(slide_id, draft)
+
+    def _write_draft(self, slide_id: str, draft: Any) -> bool:
         if self.folder is None:
             return False
         path = self.folder / DRAFTS / f"{slide_id}.json"
@@ -121,7 +125,7 @@ class Regions:
         if path is None or self.folder is None:
             raise LongslideError("no output folder to save regions in: start the viewer with --output FOLDER")
         regions = regions_of(geojson, slide_id)
-        with self._writing:  # the table is read and written by whoever saves
+        with self._writing:
             self._write(content, path, self.folder / TABLE, regions)
         return None if regions.is_empty else path
 
@@ -266,6 +270,19 @@ async def _sent(request: Request) -> Any:
 
 def _shown(folder: Path | None, *names: str) -> str | None:
     return None if folder is None else str(folder.joinpath(*names))
+
+
+def _draft_of(draft: Any, slide_id: str) -> dict[str, Any]:
+    """A draft, if it is one; its areas are looked at when they are changed or saved."""
+    if (
+        not isinstance(draft, dict)
+        or set(draft) != {"regions", "ring", "change"}
+        or not isinstance(draft["regions"], dict)
+        or not isinstance(draft["regions"].get("features"), list)
+        or not isinstance(draft["ring"], list)
+    ):
+        raise LongslideError(f"{slide_id}: a draft has `regions` (GeoJSON), `ring` (a list of points) and `change`")
+    return draft
 
 
 def _areas(shape: shapely.Geometry) -> shapely.Geometry:

@@ -175,12 +175,15 @@ def test_a_score_that_is_no_number_is_no_colour_and_the_others_are_shown(
 
 
 def test_the_list_says_what_was_predicted_what_is_wrong_and_what_failed(serve: Serve, made: Results) -> None:
-    collection = serve(made.results, made.labels).json("api/collection")
+    viewer = serve(made.results, made.labels)
+    collection = viewer.json("api/collection")
     slides = {slide["id"]: slide for slide in collection["slides"]}
     assert set(slides) == {"plain", EVIL, "broken"}
     assert collection["task"]["classes"] == ["normal", "tumour"]
     stated = json.loads((made.results / f"{EVIL}.json").read_text())
     assert slides[EVIL]["scores"] == stated["probability"]
+    shown = viewer.json(api("plain"))["numbers"]
+    assert slides["plain"]["prediction"] in [f"{name} {number}" for name, number in shown.items()], "in the same digits"
     assert slides[EVIL]["target"] == "tumour"
     assert slides[EVIL]["wrong"] is (stated["predicted"] != "tumour")
     assert slides["broken"]["status"] == "failed"

@@ -170,8 +170,12 @@ def test_a_tap_shows_the_score_of_a_tile_and_nothing_lies_on_the_slide(
     browser: "Browser", serve: Serve, made: Results
 ) -> None:
     viewer = serve(made.results)
-    with tab(browser, 400, touch=True) as page:
+    with tab(browser, 400, 400, touch=True) as page:
         open_slide_page(page, viewer, "plain")
+        seen, slide = (page.evaluate(f"page.viewer.main.{part}.height") for part in (
+            "viewport.getBounds()", "world.getItemAt(0).getBounds()"
+        ))  # fmt: skip
+        assert seen == pytest.approx(slide, rel=0.01), "the whole slide, in what the tools leave"
         x, y = (page.evaluate(f"page.tiles.coords[{part}] + page.tiles.size / 2") for part in (0, 1))
         page.touchscreen.tap(*place_of(page, x, y))
         page.wait_for_timeout(300)
@@ -191,6 +195,10 @@ def test_side_by_side_turned_and_at_scale(browser: "Browser", serve: Serve, made
         page.get_by_label("Plain slide beside it (B)").click()
         until(page, "page.viewer.plain?.world.getItemAt(0)?.getFullyLoaded()")
         assert page.evaluate(bounds) == pytest.approx(alone, abs=0.01), "nothing is cut off"
+        legend, main = page.locator("#legend").bounding_box(), page.locator("#main").bounding_box()
+        assert legend is not None
+        assert main is not None
+        assert legend["x"] + legend["width"] <= main["x"] + main["width"], "not over the plain slide"
         page.get_by_label("Plain slide beside it (B)").click()
         until(page, f"Math.abs({bounds}[0] - {alone[0]}) < 0.01")
         page.get_by_label("Plain slide beside it (B)").click()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from longslide import embed, open_slide, read_features
+from longslide import LongslideError, embed, open_slide, read_features
 from longslide.data.tissue.mask import read_tissue_mask
 from longslide.pipeline.view.collection import ViewedSlide
 from longslide.pipeline.view.content import SlideContent
@@ -153,3 +153,23 @@ def test_slides_saved_at_the_same_time_are_all_in_the_table(tmp_path: Path) -> N
         list(pool.map(lambda content: regions.write(content, drawn), contents))
     rows = (tmp_path / "regions" / "slides.csv").read_text().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == [content.slide.slide_id for content in contents]
+
+
+def test_a_draft_is_there_for_the_next_viewer_unless_it_is_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draft = {"regions": NOTHING, "ring": SQUARE[:2], "change": "add"}
+    assert Regions(tmp_path).keep_draft("a.b", draft)
+    for name, content in (
+        ("cut off", '{"regions"'),
+        ("other", '{"regions": 5, "ring": [], "change": null}'),
+        ("list", "[]"),
+    ):
+        (tmp_path / "regions" / ".drafts" / f"{name}.json").write_text(content)
+    regions = Regions(tmp_path)
+    assert regions.drafts == {"a.b": draft}
+    assert all(f"{name}.json" in caplog.text for name in ("cut off", "other", "list"))
+    assert regions.keep_draft("a.b", None)
+    assert not Regions(tmp_path).drafts
+    with pytest.raises(LongslideError, match="draft"):
+        regions.keep_draft("a.b", [])

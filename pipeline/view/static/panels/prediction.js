@@ -19,8 +19,7 @@ export function predictionPanel(page) {
     const rows = Object.entries(info.scores).map(([name, value]) => {
       const bar = element("span", { className: "bar" }, element("i"));
       if (shares) bar.firstChild.style.width = `${100 * value}%`;
-      const spread = info.spread?.[name];
-      const shown = number(value) + (spread === undefined ? "" : ` ± ${number(spread, 2)}`);
+      const shown = info.numbers[name] ?? number(value);
       return element("tr", {}, element("th", { textContent: name }), shares ? element("td", {}, bar) : null,
         element("td", { className: "number", textContent: shown }));
     });
