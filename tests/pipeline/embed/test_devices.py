@@ -148,7 +148,7 @@ def test_wrong_usage_is_one_line_and_no_slide_is_touched(job: dict[str, Any], tm
     }.items():
         with pytest.raises(LongslideError, match=re.escape(why)):
             embed(output=tmp_path / "out", devices=devices, **job)
-    with pytest.raises(LongslideError, match="--device and --devices: give one"):
+    with pytest.raises(LongslideError, match="--device and --devices: give only one of the two"):
         embed(output=tmp_path / "out", devices="all", device="cpu", **job)
     assert not list((tmp_path / "out").glob("*.h5"))
 
