@@ -59,7 +59,10 @@ def one_line(message: str) -> str:
     value = re.search(r'key "(\S+)":.*(?:Given|Got) value: (.*)', message, re.DOTALL)
     if value is not None:
         choices = re.search(r"Literal\[([^]]*)\]", message)
+        is_list = re.search(r"\b[Ll]ist\[", message) and not value[2].startswith("[")
         message = f"{_option(value[1])} cannot be {value[2]}" + (f", but {choices[1]}" if choices else "")
+        if is_list and not choices:
+            message += f", but a list such as [{value[2].strip()}]"
     elif "does not support item assignment" in message:  # `slides: a.svs` in a YAML file
         message = "slides must be a list in a YAML file: `slides: [a.svs]`"
     elif missing := re.search(r"arguments are required: (.*)", message):

@@ -65,13 +65,6 @@ class GraphedEncoder:
         slides.check(self.encoder.later)
         return embeddings
 
-    def drop_graphs(self) -> None:
-        """Free the memory that the graphs hold; they are made again when wanted.
-
-        To be called after a change of settings, such as the rate of a dropout: graphs do not notice it.
-        """
-        self._graphs = None
-
     def takes_graphs(self, tile_features: Tensor, grid_cells: Tensor, cu_seqlens: Tensor | None) -> bool:
         """Whether the tokens may come from CUDA graphs: of few tiles, by kernels that never ask the host."""
         encoder = self.encoder

@@ -50,7 +50,7 @@ def export_slide_encoder(checkpoint: Path, output: Path, name: str | None = None
     from ...models.slide_encoder.base import read_pretrained
     from ...models.slide_encoder.checkpoint import to_published
     from ...models.slide_encoder.encoder import SlideEncoder
-    from ...models.slide_encoder.spec import list_slide_encoders
+    from ...models.slide_encoder.spec import list_slide_encoders, load_slide_encoder_spec
 
     name = output.stem if name is None else name
     if name in list_slide_encoders():
@@ -72,6 +72,13 @@ def export_slide_encoder(checkpoint: Path, output: Path, name: str | None = None
     stream = io.BytesIO()
     torch.save({"model": state}, stream)
     exported = ExportedEncoder(output, output.with_suffix(".yaml"))
+    if exported.spec.is_file():
+        try:
+            load_slide_encoder_spec(str(exported.spec))
+        except LongslideError as error:
+            raise LongslideError(
+                f"{exported.spec} is there already, and is no slide encoder; give another --output"
+            ) from error
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(exported.weights, stream.getbuffer(), "--output")
     content = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(spec).items()}

@@ -85,6 +85,7 @@ OPTIONS = ["embed", "a.svs", "--output", "o", "--tile-encoder", "uni"]
             [*OPTIONS, "--precision", "half"],
             "--precision cannot be half, but 'auto', 'float32', 'float16', 'bfloat16', 'float8';",
         ),
+        (["attention-map", "--segment-lengths", "16,32"], "cannot be 16,32, but a list such as [16,32];"),
         ([*OPTIONS, "--no-such-option", "1"], "--no-such-option"),
         ([*OPTIONS, "--pool", "max"], "max"),
         (["embed", "--config", "no-such.yaml"], "no-such.yaml"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from longslide import create_slide_encoder, explain, export, read_features
+from longslide.errors import LongslideError
 from longslide.models.classifier.checkpoint import load_classifier
 from longslide.pipeline.attention_map.attention_map import attention_map
 from longslide.pipeline.attention_map.sight import sight_of_model
@@ -103,7 +104,12 @@ def test_an_exported_encoder_says_what_the_trained_one_says(
     trained: tuple[str, Path, list[str]], tmp_path: Path
 ) -> None:
     _, folder, _ = trained
-    export(checkpoint=folder / "run" / "best.ckpt", output=tmp_path / "mine.pth")
+    (tmp_path / "mine.yaml").write_text("model: {aggregator: longnet}\n")  # of a training, say
+    with pytest.raises(LongslideError, match="mine.yaml is there already, and is no slide encoder"):
+        export(checkpoint=folder / "run" / "best.ckpt", output=tmp_path / "mine.pth")
+    (tmp_path / "mine.yaml").unlink()
+    for _ in range(2):  # its own files it replaces
+        export(checkpoint=folder / "run" / "best.ckpt", output=tmp_path / "mine.pth")
     exported = create_slide_encoder(tmp_path / "mine.yaml", checkpoint=tmp_path / "mine.pth")
     features = read_features(next((folder / "features").glob("*.h5")))
     tiles = torch.from_numpy(features.features)[None].float(), torch.from_numpy(features.cells)[None]
