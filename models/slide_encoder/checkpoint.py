@@ -56,7 +56,9 @@ def weights_file(spec: SlideEncoderFacts, checkpoint: str | Path | None) -> tupl
         return Path(checkpoint), str(checkpoint)
     names = [spec.hub_file or "", *(["pytorch_model.bin"] if spec.hub_file == "model.safetensors" else [])]
     what = f"Slide encoder {spec.name!r}"
-    return download(what, spec.hub_id, names, gated=spec.gated, option="--slide-checkpoint, or in training --model.checkpoint")
+    return download(
+        what, spec.hub_id, names, gated=spec.gated, option="--slide-checkpoint, or in training --model.checkpoint"
+    )
 
 
 def load_published(encoder: nn.Module, file: Path, what: str, *, under: str | None = None) -> None:
