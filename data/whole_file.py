@@ -68,6 +68,8 @@ def whole_path(path: Path, option: str = "--output") -> Iterator[Path]:
     temporary = temporary_name(path)
     with _writing(path, option):
         try:
+            # What a killed process of this number left: in a container each has the same.
+            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             yield temporary / path.name
             if path.is_dir():

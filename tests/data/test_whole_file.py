@@ -72,5 +72,9 @@ def test_who_is_killed_while_a_folder_is_replaced_leaves_no_part_of_it(
             (unfinished / "new").touch()
     assert os.listdir(store) == ["new"]
     assert temporary_name(store).is_dir()
+    with whole_path(store) as unfinished:  # by a process of the same number, as in a container
+        unfinished.mkdir()
+    assert os.listdir(tmp_path) == ["a.zarr"]
+    temporary_name(store).mkdir()
     remove_leftovers(store)
     assert os.listdir(tmp_path) == ["a.zarr"]
