@@ -279,6 +279,20 @@ class _Patients:
                         picked_mask[rng.choice(outgoing)] = not side
         return np.asarray(chosen[picked_mask])
 
+    def _comparable(self) -> np.ndarray:
+        """`(P, 2)` bool: who has an event up to a certain time, and who is known to be later: a c-index needs both.
+
+        The time is the one, of some, that leaves most of the rarer of the two.
+        """
+        assert self.cohort.targets is not None
+        time, event = self.cohort.targets[:, 0], self.cohort.targets[:, 1] > 0
+        best = np.zeros((len(self.ids), 2), bool)
+        for until in np.quantile(time[event], np.linspace(0, 1, 17), method="lower") if event.any() else ():
+            has = np.zeros_like(best)
+            np.logical_or.at(has, self.of_row, np.stack([event & (time <= until), time > until], axis=1))
+            best = max(best, has, key=lambda one: one.sum(0).min())
+        return best
+
     def _needed(self) -> np.ndarray:
         """`(P, G)` bool: what each part should have a patient with."""
         task = self.cohort.task
@@ -293,7 +307,7 @@ class _Patients:
             case "regression":
                 return np.zeros((len(self.ids), 0), bool)
             case "survival":
-                return np.asarray(labels[:, _QUANTILES:].any(1, keepdims=True))
+                return np.concatenate([labels[:, _QUANTILES:].any(1, keepdims=True), self._comparable()], axis=1)
             case _:
                 assert_never(task.kind)
 

@@ -97,6 +97,16 @@ def test_a_class_with_a_patient_for_each_part_is_in_each(rare: int, common: int,
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_of_few_patients_too_each_part_has_two_times_to_compare(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    survival = np.stack([rng.exponential(10, 20), rng.random(20) < 0.6], 1).astype(np.float32)
+    cohort = in_memory(Task("survival", ("time", "event"), times=(5.0,)), survival)
+    check_validation(make_splits(cohort, seed=seed), cohort)
+    folds = make_splits(cohort, folds=3, seed=seed)
+    check_validation(folds, cohort)
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_rare_events_and_rare_labels_are_in_every_part_too(seed: int) -> None:
     event = np.arange(40) < 4
     survival = np.stack([np.random.default_rng(seed).exponential(10, 40), event], 1).astype(np.float32)
