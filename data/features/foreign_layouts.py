@@ -49,7 +49,7 @@ def read_foreign(
         step = _most_common_step(path, coords)
     width, height = attributes.get("level0_width"), attributes.get("level0_height")
     encoder = name.partition("/")[2] if several else file[name].attrs.get("encoder")
-    magnification = float(attributes.get("target_magnification", 0))  # nominal in files of TRIDENT: 20 is 0.5 um/px
+    magnification = _magnification(attributes.get("target_magnification"))
     found = Features(
         slide_id=path.stem,
         features=features,
@@ -58,7 +58,7 @@ def read_foreign(
         tile_size_level0=tile_size,
         tile_px=tile_px,
         overlap=_whole(overlap),
-        tile_mpp=10 / magnification if magnification > 0 else None,
+        tile_mpp=None if magnification is None else 10 / magnification,  # nominal in files of TRIDENT: 20 is 0.5 um/px
         level0_size=(int(width), int(height)) if width is not None and height is not None else None,
         encoder=None if encoder in (None, "None") else str(encoder),  # TRIDENT writes None as text
         layout=layout,
@@ -120,6 +120,14 @@ def _read_stamp(path: Path, features: np.ndarray, raw: np.ndarray, attributes: d
         encoder=None if extractor is None else str(extractor),
         layout="stamp",
     )
+
+
+def _magnification(value: Any) -> float | None:
+    """Not known where it is no number above 0: features can be used without it."""
+    try:
+        return float(value) if value is not None and 0 < float(value) < float("inf") else None
+    except (TypeError, ValueError):
+        return None
 
 
 def _whole(value: Any) -> int | None:

@@ -368,6 +368,14 @@ def test_a_file_of_atlaspatch_is_read_with_the_encoder_that_it_names(tmp_path: P
     np.testing.assert_array_equal(read.features, values[[2, 0, 1]])
 
 
+@pytest.mark.parametrize(("said", "mpp"), [(20, 0.5), ("40", 0.25), ("None", None), ("20x", None), (0, None)])
+def test_a_magnification_that_is_no_number_is_not_known(tmp_path: Path, said: object, mpp: float | None) -> None:
+    write_atlaspatch(tmp_path / "a.h5", {"uni_v1": np.zeros((1, 4), np.float32)}, np.zeros((1, 2)))
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs["target_magnification"] = said
+    assert read_features(tmp_path / "a.h5").tile_mpp == mpp
+
+
 def test_of_several_encoders_of_atlaspatch_one_is_named(tmp_path: Path) -> None:
     coords = np.array([[0, 0], [512, 0]])
     many = {"gigapath": np.ones((2, 3), np.float32), "uni_v1": np.zeros((2, 2), np.float32)}
