@@ -112,9 +112,14 @@ def predict(
         given = slides.mpp.value if slides.mpp.source == "option" else slide_mpp
         entries = [SlideEntry(slides.path, slides.slide_id, given)]
     else:
-        entries = find_slides(
-            [slides] if isinstance(slides, str | Path) else slides, slide_mpp, patient_column, id_from=id_from
-        )
+        inputs = [slides] if isinstance(slides, str | Path) else slides
+        try:
+            entries = find_slides(inputs, slide_mpp, patient_column, id_from=id_from)
+        except LongslideError as error:
+            made = next((path for path in map(Path, inputs) if path.is_dir() and any(path.glob("*.h5"))), None)
+            if made is None:
+                raise
+            raise LongslideError(f"{error}; name the slides, and their feature files with --features {made}") from error
     check_places(device, devices, ray)
     if output is None and (shard, ray) != (None, None):
         raise LongslideError(f"{'--ray' if shard is None else '--shard'} needs --output: the folder that all write to")

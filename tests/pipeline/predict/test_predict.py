@@ -300,6 +300,15 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line_before_any_slide_is_touche
     assert not (tmp_path / "was-run").exists()
 
 
+def test_a_folder_of_feature_files_in_place_of_slides_is_answered_with_the_option_for_it(
+    home: Path, job: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        LongslideError, match=r"no slides in this folder .*; name the slides, .* --features .*features$"
+    ):
+        predict(**job | {"slides": home / "features"})
+
+
 def test_explain_gives_the_scores_that_predict_writes(home: Path, job: dict[str, Any]) -> None:
     predict(**job | {"slides": [home / "slides" / "a.svs"]}, explain="gradient-x-input")
     found = explain(home / "features" / "a.h5", job["checkpoint"], "gradient-x-input", device="cpu")
