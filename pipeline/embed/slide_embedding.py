@@ -202,27 +202,27 @@ def _same_name(one: str, other: str) -> bool:
     return _OTHER_NAMES.get(plain[0], plain[0]) == _OTHER_NAMES.get(plain[1], plain[1])
 
 
-def unlike_recommended(features: Features, tile_encoder: str = "") -> str:
+def unlike_recommended(made_with: Preprocessing, tile_encoder: str = "") -> str:
     """A remark on tiles that cover more or less than their tile encoder is meant for; empty where nothing is to be said.
 
     Args:
-        features: The tile embeddings; what their file does not say is not remarked.
-        tile_encoder: The tile encoder that they are taken for, where the file does not say it.
+        made_with: What the tile embeddings were made with; what is not known is not remarked.
+        tile_encoder: The tile encoder that they are taken for, where it is not known.
     """
     from ...models.tile_encoder.spec import list_tile_encoders, load_tile_encoder_spec
 
-    said = features.encoder or tile_encoder
+    said = made_with.tile_encoder or tile_encoder
     name = next((name for name in list_tile_encoders() if _same_name(said, name)), None)
-    if name is None or features.tile_px is None or features.tile_mpp is None:
+    if name is None or made_with.tile_px is None or made_with.tile_mpp is None:
         return ""
     spec = load_tile_encoder_spec(name)
     if spec.tile_mpp is None:
         return ""
-    ratio = features.tile_px * features.tile_mpp / (spec.tile_px * spec.tile_mpp)
+    ratio = made_with.tile_px * made_with.tile_mpp / (spec.tile_px * spec.tile_mpp)
     if 1 / AS_WIDE <= ratio <= AS_WIDE:
         return ""
     return (
-        f"tiles of {features.tile_px} px at {features.tile_mpp:.3g} um/px (recommended for {name}: {spec.tile_px} px at "
+        f"tiles of {made_with.tile_px} px at {made_with.tile_mpp:.3g} um/px (recommended for {name}: {spec.tile_px} px at "
         f"{spec.tile_mpp:g} um/px)"
     )
 
@@ -327,7 +327,7 @@ class SlideEmbeddingJob:
         made = embed_slide(self.slide_encoder, features, self.device, self._precision(features))
         if features.layout != "longslide":
             made = replace(made, layout="longslide", settings={**features.settings, "made_from": features.layout})
-        remarks = [unlike_recommended(features, self.reads.tile_encoder)]
+        remarks = [unlike_recommended(Preprocessing.of(features), self.reads.tile_encoder)]
         if features.encoder is None and self.reads.tile_encoder:
             remarks.append(f"the feature file does not say its tile encoder; taken for {self.reads.tile_encoder}")
         write_features(self.path(entry), made)

@@ -124,8 +124,9 @@ class EpochLines(Callback):
         left = trainer.estimated_stepping_batches - trainer.global_step
         if 0 < left < math.inf and rate:
             values.append(f"at most {duration(left / rate)} left")
-        epochs = f" of {trainer.max_epochs}" if (trainer.max_epochs or 0) > 0 else ""
-        self._line = f"{self.name}, epoch {trainer.current_epoch + 1}{epochs}: {', '.join(values)}"
+        last = f"/{trainer.max_epochs - 1}" if trainer.max_epochs is not None and trainer.max_epochs > 0 else ""
+        # From 0, as Lightning's bar, `history.csv` and checkpoints count, and as folds do.
+        self._line = f"{self.name}, epoch {trainer.current_epoch}{last}: {', '.join(values)}"
         if not trainer.is_global_zero:
             self._line = ""
         elif now - self._said >= 1:

@@ -166,16 +166,21 @@ class TrainingRun:
             **facts: What else is to be in `run.json`.
 
         Raises:
-            LongslideError: A subgroup column is not in the table, or has too many values.
+            LongslideError: A subgroup column is not in the table, or has too many values; or the run has begun with other
+                splits.
         """
         import torch
 
         from ...evaluation.scopes import subgroup_of_slide
+        from ..embed.slide_embedding import unlike_recommended
 
         data = folds[-1]
         cohort = data.cohort
         for column in self.subgroups:
             subgroup_of_slide(cohort.rows, column)
+        unlike = unlike_recommended(data.survey.preprocessing)
+        if unlike and unlike not in self.remarks:
+            self.remark(unlike)
         self.facts |= {
             "task": None if cohort.task is None else data.task.to_dict(),
             "preprocessing": data.preprocessing,
@@ -188,7 +193,13 @@ class TrainingRun:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
             **facts,
         }
-        self._write("splits.csv", csv_of_frame(data.splits))
+        splits = csv_of_frame(data.splits)
+        path = self.folder / "splits.csv"
+        if self._there and path.is_file() and path.read_bytes() != splits:
+            raise LongslideError(
+                f"{path}: the run has begun with other splits than there are now; choose another --run, or delete the folder"
+            )
+        self._write("splits.csv", splits)
         self.write()
 
     def remark(self, text: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from classifier_files import ENCODER
 from longslide import Features, LongslideError, create_slide_encoder, embed, read_features, write_synthetic_slide
 from longslide.data.features.feature_file import write_features
+from longslide.data.features.preprocessing import Preprocessing
 from longslide.pipeline.cli import main
 from longslide.pipeline.embed.slide_embedding import unlike_recommended
 
@@ -81,13 +82,12 @@ def test_they_are_those_that_one_command_makes_from_the_slides(tmp_path: Path) -
 
 
 def test_tiles_of_tridents_default_size_are_remarked_for_an_encoder_of_half_of_it() -> None:
-    tiles = {"coords": np.zeros((1, 2), np.int64), "step_level0": 1, "features": np.zeros((1, 4)), "tile_mpp": 0.5}
     said = "tiles of 512 px at 0.5 um/px (recommended for gigapath: 256 px at 0.5 um/px)"
-    assert unlike_recommended(Features("s", tile_px=512, encoder="gigapath", **tiles)) == said
-    assert unlike_recommended(Features("s", tile_px=512, **tiles), "gigapath") == said
-    assert not unlike_recommended(Features("s", tile_px=224, encoder="gigapath", **tiles))
-    assert not unlike_recommended(Features("s", tile_px=512, encoder="conch_v15", **tiles))
-    assert not unlike_recommended(Features("s", tile_px=512, encoder="of their own", **tiles))
+    assert unlike_recommended(Preprocessing("gigapath", tile_px=512, tile_mpp=0.5)) == said
+    assert unlike_recommended(Preprocessing(tile_px=512, tile_mpp=0.5), "gigapath") == said
+    assert not unlike_recommended(Preprocessing("gigapath", tile_px=224, tile_mpp=0.5))
+    assert not unlike_recommended(Preprocessing("conch_v15", tile_px=512, tile_mpp=0.5))
+    assert not unlike_recommended(Preprocessing("of their own", tile_px=512, tile_mpp=0.5))
 
 
 def write_foreign(folder: Path, tool: str) -> Path:

@@ -63,11 +63,11 @@ def test_outside_a_terminal_lines_say_how_training_goes(cohort: tuple[Path, list
     history = pd.read_csv(tmp_path / "run" / "history.csv")
     lines = [line for line in done.stderr.splitlines() if line.startswith("fold 0, epoch ")]
     assert 2 <= len(lines) <= len(history), "the first, the last, and those more than a second apart"
-    assert lines[0].startswith(f"fold 0, epoch 1 of 3: train_loss {history['train_loss'][0]:.3g}, val_loss ")
+    assert lines[0].startswith(f"fold 0, epoch 0/2: train_loss {history['train_loss'][0]:.3g}, val_loss ")
     assert f"val_metric (AUROC) {history['val_metric'][0]:.3g}, best val_loss" in lines[0]
     assert " steps/s, at most " in lines[0]
     assert lines[0].endswith(" left")
-    assert lines[-1].startswith("fold 0, epoch 3 of 3: ")
+    assert lines[-1].startswith("fold 0, epoch 2/2: ")
     assert f"best val_loss {history['val_loss'].min():.3g}" in lines[-1]
     assert "\u2501" not in done.stdout, "no bar"
 
@@ -146,14 +146,34 @@ def test_a_finished_run_is_evaluated_anew_where_only_that_is_asked_for(finished:
     assert "grade" in (run / "config.yaml").read_text()
 
 
-def test_a_run_does_not_go_on_with_another_table(finished: Path, tmp_path: Path, capsys) -> None:
+def test_tiles_wider_than_their_encoder_is_meant_for_are_remarked_once(tmp_path: Path, capsys) -> None:
+    words = write_cohort(tmp_path, 12, encoder="gigapath")
+    for path in (tmp_path / "features").iterdir():
+        write_features(path, dataclasses.replace(read_features(path), tile_px=512))
+    run = tmp_path / "run"
+    assert main(["fit", *BINARY, *words, *quick(run), "--trainer.max_epochs", "1"]) == 0
+    said = "tiles of 512 px at 0.5 um/px (recommended for gigapath: 256 px at 0.5 um/px)"
+    assert capsys.readouterr().err.count(said) == 1
+    assert said in json.loads((run / "run.json").read_text())["notes"]
+
+
+def test_a_run_does_not_go_on_with_another_table_or_other_splits(finished: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = yaml.safe_load((run / "config.yaml").read_text()) | {"run": str(run)}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "cohort.csv").write_text("\n".join((run / "cohort.csv").read_text().splitlines()[:-1]))
+    cohort = (run / "cohort.csv").read_text()
+    (run / "cohort.csv").write_text("\n".join(cohort.splitlines()[:-1]))
     assert main(["fit", "--config", str(run / "config.yaml")]) == 2
     assert "has begun with another table" in capsys.readouterr().err
+    (run / "cohort.csv").write_text(cohort)
+    facts = json.loads((run / "run.json").read_text()) | {
+        "finished": False
+    }  # stopped, and its splits made anew since then
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / "splits.csv").write_text((run / "splits.csv").read_text().replace(",test", ",train"))
+    assert main(["fit", "--config", str(run / "config.yaml")]) == 2
+    assert "has begun with other splits" in capsys.readouterr().err
 
 
 KILLED = """
