@@ -14,7 +14,8 @@ from ...data.tiles.grid import Grid
 from ...data.tissue.base import Tissue
 from ...data.whole_file import write_picture, write_whole
 from ...plurals import count
-from ..report.slide_picture import Pen, SlidePicture, closed_rings, fitted, legend_rows
+from ..report.picture_parts import Pen
+from ..report.slide_picture import SlidePicture, closed_rings, fitted, legend_rows
 
 FIGURES = "figures"
 """The folder of the pictures as SVG and PDF, beside them."""

@@ -6,15 +6,8 @@ import cv2
 import numpy as np
 
 from ...data.tissue.base import Tissue
-from ..report.slide_picture import (
-    TEXT_COLOUR,
-    Align,
-    Pen,
-    SlidePicture,
-    closed_rings,
-    fitted,
-    legend_rows,
-)
+from ..report.picture_parts import TEXT_COLOUR, Align, Pen
+from ..report.slide_picture import SlidePicture, closed_rings, fitted, legend_rows
 
 SIGNED_MAP = "coolwarm"
 """Colour map of signed scores: blue, light grey, red. Its steps look alike (https://doi.org/10.1007/978-3-642-10520-3_9),

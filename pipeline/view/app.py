@@ -22,13 +22,14 @@ from ...version import __version__
 from ..report.wording import task_text
 from .attention import Sights, attention_routes
 from .cohort import Cohort, cohort_routes
-from .collection import UNCERTAIN_BELOW, Collection, ViewedSlide
+from .collection import Collection
 from .content import SlideContent, rings_of
 from .guard import Guard
 from .layers import Layer, layers_of
 from .open_slides import OpenSlides
 from .pictures import TILE_PX, SlideFacts, SlideFile, finest_level
 from .regions import Regions, region_routes
+from .viewed_slide import UNCERTAIN_BELOW, ViewedSlide
 
 STATIC = Path(__file__).parent / "static"
 

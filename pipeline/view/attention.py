@@ -12,8 +12,8 @@ from starlette.routing import Route
 
 from ...errors import LongslideError
 from ...models.slide_encoder.spec import SlideEncoderSpec, list_slide_encoders, load_slide_encoder_spec
-from .collection import Model, model_name
 from .content import SlideContent
+from .viewed_slide import Model, model_name
 
 if TYPE_CHECKING:
     from ..attention_map.sight import Sight

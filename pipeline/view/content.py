@@ -15,8 +15,8 @@ from ...data.features.features import Features
 from ...data.table import read_records
 from ...errors import LongslideError
 from ..predict.slide_json import read_json
-from .collection import ViewedSlide
 from .pictures import SlideFile
+from .viewed_slide import ViewedSlide
 
 
 @dataclass(frozen=True)

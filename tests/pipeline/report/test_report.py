@@ -62,7 +62,7 @@ def test_one_page_holds_all_that_is_known_and_needs_nothing_else(results: Path) 
     assert "a &amp; &lt;b&gt;" in page
     assert "<b>.svs" not in page
     assert "not a slide or image" in page
-    assert "1 of 2 slides have no prediction" in page
+    assert "1 of 2 slides has no prediction" in page
     content = json.loads((results / "second.json").read_text())
     assert f"{content['probability']['tumour']:.3f}" in page
     assert f"{content['spread']['tumour']:.3f}" in page
@@ -200,6 +200,9 @@ found.opened = opened.open;
 for (const one of pictures) one.loading = 'eager';
 await new Promise((done) => setTimeout(done, 1000));
 found.pictures = pictures.map((one) => one.naturalWidth);
+const large = page.document.getElementById('large');
+pictures[0].click(); found.large = large.open && large.querySelector('img').src === pictures[0].src;
+large.querySelector('button').click(); found.closed = !large.open;
 found.overflow = page.document.documentElement.scrollWidth - page.document.documentElement.clientWidth;
 found.width = page.innerWidth;
 """
@@ -217,6 +220,8 @@ def test_a_browser_sorts_the_table_opens_a_slide_and_needs_no_sideways_scrolling
         assert found["descending"] == sorted(found["ascending"], reverse=True)
         assert found["again"] == found["names"]
         assert found["opened"]
+        assert found["large"], "a picture opens large"
+        assert found["closed"]
         assert min(found["pictures"]) > 20
         assert len(found["pictures"]) > 8
         assert found["overflow"] <= 0

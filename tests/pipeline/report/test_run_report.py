@@ -36,6 +36,7 @@ class Page(HTMLParser):
         self.images: list[dict[str, str | None]] = []
         self.tags: list[str] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.feed(html)
         assert not self.open, f"never closed: {self.open}"
 
@@ -53,14 +54,20 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self.open[-1:] != ["style"]:
             self.text += data
+
+
+OWN = Page((Path(pages.__file__).parent / "templates" / "page.html").read_text(encoding="utf-8"))
 
 
 def assert_stands_alone(html: str) -> Page:
     page = Page(html)
     assert all(address.startswith("data:image/") for address in page.addresses), page.addresses
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not {"link", "iframe", "object"} & set(page.tags)
+    assert page.scripts == OWN.scripts, "the frame's, which opens pictures large"
     assert "url(" not in html
     assert "@import" not in html
     for image in page.images:

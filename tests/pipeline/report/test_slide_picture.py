@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from longslide.pipeline.predict.overlay import tile_raster
-from longslide.pipeline.report.slide_picture import Pen, SlidePicture, covered_pixels, fitted, text_width, tile_lines
+from longslide.pipeline.report.picture_parts import Pen, text_width
+from longslide.pipeline.report.slide_picture import SlidePicture, covered_pixels, fitted, tile_lines
 from PIL import Image
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -88,3 +89,13 @@ def test_a_line_that_does_not_fit_is_smaller_and_then_cut() -> None:
     text, size = fitted("a long name " * 20, 200, 20)
     assert text.endswith("…")
     assert text_width(text, size) <= 200
+
+
+def test_a_legend_of_long_names_ends_within_the_picture() -> None:
+    drawn = SlidePicture(320, 80)
+    drawn.legend(
+        (10, 10), 300, [(Pen((0, 0, 0)), "for " + "a class of a very long name " * 4), (Pen((0, 0, 0)), "b")], 14
+    )
+    pixels = np.asarray(drawn.pixels())
+    assert (pixels[:, 311:] == 255).all()
+    assert "…" in drawn.svg().decode()

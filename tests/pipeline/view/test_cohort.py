@@ -19,8 +19,9 @@ from longslide.models.aggregators.registry import AggregatorChoice
 from longslide.models.slide_encoder.spec import load_slide_encoder_spec
 from longslide.pipeline.attention_map.sight import Sight, sight_of_model, sight_of_spec
 from longslide.pipeline.view.attention import IN_SEGMENT, Sights, marks_of
-from longslide.pipeline.view.collection import Model, read_collection
+from longslide.pipeline.view.collection import read_collection
 from longslide.pipeline.view.content import SlideContent
+from longslide.pipeline.view.viewed_slide import Model
 from served_viewer import EVIL, Results, Served
 
 Serve = Callable[..., Served]

@@ -11,7 +11,8 @@ from longslide.data.features.feature_file import write_features
 from longslide.data.features.features import Features
 from longslide.data.table import csv_of
 from longslide.pipeline.predict.prediction import Prediction
-from longslide.pipeline.view.collection import NO_LABEL, ViewedSlide, _Reading, _target, read_collection
+from longslide.pipeline.view.collection import _Reading, _target, read_collection
+from longslide.pipeline.view.viewed_slide import NO_LABEL, ViewedSlide
 from longslide.prediction_columns import PredictionColumns
 from longslide.task import Task
 

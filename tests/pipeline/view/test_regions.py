@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from longslide import LongslideError, embed, open_slide, read_features
 from longslide.data.tissue.mask import read_tissue_mask
-from longslide.pipeline.view.collection import ViewedSlide
 from longslide.pipeline.view.content import SlideContent
 from longslide.pipeline.view.regions import Regions
+from longslide.pipeline.view.viewed_slide import ViewedSlide
 from served_viewer import EVIL, Results, Served
 
 Serve = Callable[..., Served]
