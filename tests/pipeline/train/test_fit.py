@@ -501,7 +501,7 @@ def test_a_patient_with_two_labels_makes_all_folds_be_measured_by_slides(tmp_pat
     assert set(pd.read_csv(tmp_path / "cv" / "predictions.csv")["level"]) == {"slide"}
     metrics = pd.read_csv(tmp_path / "cv" / "metrics.csv").query("scope == 'mean' and metric == 'auroc'")
     assert metrics[["level", "n"]].values.tolist() == [["slide", 24]]
-    assert "1 patients have slides with different labels (p0): where they are tested" in capsys.readouterr().err
+    assert "1 patient has slides with different labels (p0): where they are tested" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -635,5 +635,5 @@ def test_what_was_left_out_and_settled_is_said_once(
     words = ["--config", "mean", "--data.task", "binary", *cohort[1], "--data.table", f"{tmp_path}/cohort.csv"]
     assert main(["crossval", *words, "--folds", "2", "--trainer.max_epochs", "1", *quick(tmp_path / "run")]) == 0
     said = capsys.readouterr().err
-    assert said.count("1 feature files have no label: s3") == 1
+    assert said.count("1 feature file has no label: s3") == 1
     assert said.count("positive class: positive (of negative, positive") == 1
