@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import LongslideError
+from ...plurals import count
 from ..slides.base import reader_to_obey
 from ..table import listed
 from .features import Features
@@ -210,7 +211,8 @@ def agreed(
             known = {path for path, _ in stated}
             silent = [path.name for path in files if path not in known]
             notes.append(
-                f"{len(silent)} feature files do not say their {one.name}; taken for {first}: {listed(silent)}"
+                f"{count(len(silent), 'feature file does', 'feature files do')} not say {one.name}; taken for {first}: "
+                f"{listed(silent)}"
             )
     return Preprocessing(**common), notes
 

@@ -272,8 +272,8 @@ def test_what_files_do_not_say_and_crowded_cells_are_said(two_classes: tuple[Pat
     slide("p1-0", encoder=None, seed=101)
     slide("p2-0", seed=102, coords=np.zeros((12, 2), np.int64))
     notes = "\n".join(data(*two_classes).notes)
-    assert "1 feature files do not say their tile_encoder; taken for uni2-h: p1-0.h5" in notes
-    assert "1 feature files have two tiles in one grid cell, which slide encoders refuse: p2-0.h5" in notes
+    assert "1 feature file does not say tile_encoder; taken for uni2-h: p1-0.h5" in notes
+    assert "1 feature file has two tiles in one grid cell, which slide encoders refuse: p2-0.h5" in notes
 
 
 def test_bad_labels_and_splits_are_refused_before_features_are_read(cohort: Write, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_cohort_agrees_or_two_of_its_files_are_named() -> None:
     common, notes = agreed(files, [OURS, moved, silent])
     assert common == OURS
     assert notes == [
-        "1 feature files do not say their tile_px; taken for 256: c.h5",
+        "1 feature file does not say tile_px; taken for 256: c.h5",
         "the feature files differ in min_tissue: 0.1, 0.2",
     ]
     with pytest.raises(LongslideError, match=r"overlap is 0 in a\.h5 and 32 in b\.h5; embed all slides alike"):
