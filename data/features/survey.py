@@ -83,8 +83,8 @@ def survey_features(
     preprocessing, notes = agreed(files, settings if cache.slide_embeddings else [each.of_tiles for each in settings])
     if crowded and not cache.slide_embeddings:
         notes.append(
-            f"{count(len(crowded), 'feature file has', 'feature files have')} two tiles in one grid cell, which slide encoders "
-            f"refuse: {listed(crowded)}"
+            f"{count(len(crowded), 'feature file has', 'feature files have')} two tiles in one grid cell, "
+            f"which slide encoders refuse: {listed(crowded)}"
         )
 
     def read(path: Path) -> SlideMoments:
