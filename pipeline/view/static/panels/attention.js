@@ -117,7 +117,7 @@ export function attentionPanel(page) {
     const layers = what === "layers";
     const colourOf = (mark) => {
       if (layers) return rgb(LAYER_COLOURS[Math.min(Math.max(mark, 1), LAYER_COLOURS.length) - 1]);
-      const colour = rgb(CATEGORY_COLOURS[mark % IN_SEGMENT]);
+      const colour = rgb(CATEGORY_COLOURS[(mark % IN_SEGMENT) % CATEGORY_COLOURS.length]);
       return mark < IN_SEGMENT ? colour : colour.map((part) => part + TINT * (255 - part));
     };
     const counts = new Map();
