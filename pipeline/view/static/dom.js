@@ -15,6 +15,11 @@ export function byId(id) {
   return document.getElementById(id);
 }
 
+// Whether a key is for a field that is typed into, and no shortcut.
+export function isTyped(event) {
+  return Boolean(event.target.closest?.("textarea, input:not([type=checkbox], [type=range])"));
+}
+
 // One message at the top of the page; nothing hides it.
 export function say(text) {
   const place = byId("message");

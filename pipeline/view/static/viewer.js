@@ -1,7 +1,7 @@
 // The deep zoom of a slide: OpenSeadragon, two of them side by side, the scale bar, the tools.
 
 import { slidePath } from "./api.js";
-import { byId, element, number } from "./dom.js";
+import { byId, element, isTyped, number } from "./dom.js";
 
 const { OpenSeadragon } = window;
 const TURN = 30; // degrees
@@ -218,8 +218,7 @@ export function toolbar(viewer, toggleLayers) {
   }, false);
   const press = (made, on) => made.setAttribute("aria-pressed", on);
   document.addEventListener("keydown", (event) => {
-    const written = event.target.closest?.("textarea, input:not([type=checkbox], [type=range])");
-    if (written || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (isTyped(event) || event.ctrlKey || event.metaKey || event.altKey) return;
     const act = {
       "+": () => viewer.zoom(1.6), "=": () => viewer.zoom(1.6), "-": () => viewer.zoom(1 / 1.6), 0: () => viewer.home(),
       r: () => viewer.rotate(TURN), R: () => viewer.rotate(-TURN),

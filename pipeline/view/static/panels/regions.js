@@ -3,7 +3,7 @@
 // the slide meanwhile.
 
 import { json, post, put, slidePath } from "../api.js";
-import { byId, element, say } from "../dom.js";
+import { byId, element, isTyped, say } from "../dom.js";
 import { tracePath } from "../overlay.js";
 
 const { OpenSeadragon } = window;
@@ -129,8 +129,8 @@ export function regionsPanel(page) {
   });
   surface.addEventListener("dblclick", () => finish());
   document.addEventListener("keydown", (event) => {
-    if (!state.tool || event.target.closest?.("input, select, textarea")) return;
-    if (event.key === "Enter") finish();
+    if (!state.tool || isTyped(event)) return;
+    if (event.key === "Enter" && !event.target.closest?.("a, button, select, summary")) finish(); // those it presses
     if (event.key === "Escape") state.ring.length ? drop() : choose(null);
   });
 
