@@ -71,7 +71,7 @@ def tiles(
         slide_timeout: Seconds that opening a slide and finding its tissue may take, as `embed` takes it.
         threads: Threads that read and compress tiles. Default: one on each core.
         overwrite: Replace pictures that were made with other settings.
-        log_file: Append what happens to this file as JSON lines: one for each slide, minute and note.
+        log_file: Append JSON lines to this file: one for each slide, minute and note.
 
     Returns:
         One result per slide, in the order of the input.

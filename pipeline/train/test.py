@@ -46,6 +46,11 @@ def test(
     import_plugins(plugins)
     checkpoint = Path(checkpoint)
     check_exist([checkpoint])
+    if checkpoint.is_dir():
+        one = next(
+            (path for path in (checkpoint / "best.ckpt", checkpoint / "fold_0" / "best.ckpt") if path.is_file()), ""
+        )
+        raise LongslideError(f"{checkpoint}: a folder; test takes one checkpoint" + (f", such as {one}" if one else ""))
     if data.table is None:
         raise LongslideError("longslide test needs labels: give --data.table; `longslide predict` does without")
     settle("test", data)

@@ -62,6 +62,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["crossval", "--data.features", "{}/features"], "no labels"),
         (["pretrain"], "--data.features must be given"),
         (["test", "--checkpoint", "none.ckpt", "--data.features", "{}/features"], "none.ckpt: no such checkpoint"),
+        (["test", "--checkpoint", "{}", "--data.features", "{}/features"], "a folder; test takes one checkpoint"),
         (["embed", "{}/a.png", "--output", "{}/out", "--tile-encoder", "unii"], "did you mean"),
         (
             ["embed", "{}/a.png", "--output", "{}/out", "--tile-encoder", "gigapath", "--slide-encoder", "gigapth"],
