@@ -167,9 +167,8 @@ def test_a_run_does_not_go_on_with_another_table_or_other_splits(finished: Path,
     assert main(["fit", "--config", str(run / "config.yaml")]) == 2
     assert "has begun with another table" in capsys.readouterr().err
     (run / "cohort.csv").write_text(cohort)
-    facts = json.loads((run / "run.json").read_text()) | {
-        "finished": False
-    }  # stopped, and its splits made anew since then
+    # Stopped, and its splits have been made otherwise since then.
+    facts = json.loads((run / "run.json").read_text()) | {"finished": False}
     (run / "run.json").write_text(json.dumps(facts))
     (run / "splits.csv").write_text((run / "splits.csv").read_text().replace(",test", ",train"))
     assert main(["fit", "--config", str(run / "config.yaml")]) == 2
