@@ -119,17 +119,18 @@ def draw_qc(
     if grid is not None:
         facts.append(f"tiles of {grid.tile_px} px at {grid.tile_mpp:g} µm/px, level {grid.level}")
     size = max(11, min(22, round(width / 60)))
-    rows = legend_rows(legend, width - 2 * size, size)
-    picture = SlidePicture(max(width, 320), height + round((4.2 + 1.6 * len(rows)) * size))
+    canvas_width = max(width, 320)
+    room = canvas_width - 2 * size
+    picture = SlidePicture(canvas_width, height + round((4.2 + 1.6 * len(legend_rows(legend, room, size))) * size))
     panel = picture.image((0, 0), thumbnail)
     for kind in kinds:
         panel.tiles((kind.coords - origin) * scale, kind.edge * scale, kind.pen)
     for area, pen in areas:
         panel.draw([(ring - origin) * scale for ring in closed_rings(area)], pen)
-    picture.text((size, height + 1.5 * size), *fitted(", ".join(facts), picture.width - 2 * size, size))
+    picture.text((size, height + 1.5 * size), *fitted(", ".join(facts), room, size))
     mm_per_px = slide.mpp.value / 1000 / float(scale[0])
     picture.scale_bar((size, height + 3.2 * size), 0.25 * width, mm_per_px, size)
-    picture.legend((size, height + 3.7 * size), picture.width - 2 * size, legend, size)
+    picture.legend((size, height + 3.7 * size), room, legend, size)
     return QcPicture(picture, [row for kind in kinds for row in kind.rows()], json.dumps(found))
 
 
