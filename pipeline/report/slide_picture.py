@@ -6,6 +6,7 @@ slide of a cohort in 5 MB instead of 1.
 """
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,9 @@ from .picture_parts import FONT, TEXT_COLOUR, Align, Pen, Pixels, Shape, Text, f
 
 POINTS_PER_PX = 0.72
 """A hundred pixels are an inch of a PDF."""
+
+UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+"""Characters that XML forbids; a file name may have them."""
 
 LEAST_TILE_PX = 6
 """Tiles that are smaller in the picture are outlined together."""
@@ -49,7 +53,7 @@ class SlidePicture:
 
     def text(self, at: tuple[float, float], text: str, size: float, align: Align = "left") -> None:
         """Write a line whose letters stand on `at`; `size` is that of the font in pixels."""
-        self._drawn.append(Text(at, text, size, align))
+        self._drawn.append(Text(at, UNWRITABLE.sub("\ufffd", text), size, align))
 
     def shape(self, lines: Iterable[np.ndarray], pen: Pen, clip: "Panel | None" = None) -> None:
         """Draw lines `(n, 2)` of (x, y), as one shape: rings within others are holes."""

@@ -99,3 +99,12 @@ def test_a_legend_of_long_names_ends_within_the_picture() -> None:
     pixels = np.asarray(drawn.pixels())
     assert (pixels[:, 311:] == 255).all()
     assert "…" in drawn.svg().decode()
+
+
+def test_a_name_that_is_no_text_is_shown_in_every_format() -> None:
+    drawn = SlidePicture(100, 40)
+    drawn.text((5, 20), "a\x01b\udce9 <c>", 14)
+    [text] = ElementTree.fromstring(drawn.svg()).iter(f"{SVG}text")
+    assert text.text == "a\ufffdb\ufffd <c>"
+    assert drawn.pdf().startswith(b"%PDF")
+    assert (np.asarray(drawn.pixels()) < 100).any()
