@@ -15,6 +15,10 @@ from training_cohort import write_cohort
 # Results, which users read and do not make; and the base of readers, which the package calls with a Path.
 MADE_BY_THE_PACKAGE = {
     "AttentionMap",
+    "DiskCheck",
+    "ExportedEncoder",
+    "ExportedFeatures",
+    "LabelCheck",
     "PretrainedEncoder",
     "ReportResult",
     "Run",

@@ -175,7 +175,7 @@ def test_rows_of_other_checkpoints_are_left_out_and_that_is_said(
     found = table_rows(job)
     assert list(found) == ["a", "p1"]
     assert found["p1"]["probability_tumour"] == found["a"]["probability_tumour"]
-    assert "1 of 2 slides have no prediction" in found["p1"]["warnings"]
+    assert "1 of 2 slides has no prediction" in found["p1"]["warnings"]
     predict(**newer, overwrite=True)
     assert list(table_rows(job)) == ["a", "b", "c", "p1", "p2"]
     assert "of 2 slides" not in table_rows(job)["p1"]["warnings"]
