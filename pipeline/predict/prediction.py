@@ -9,7 +9,7 @@ from ...data.table import csv_of, read_table, typed
 from ...data.whole_file import write_whole
 from ...prediction_columns import SEEN, PredictionColumns, time_text
 from ...task import Task
-from ..report.wording import probability
+from ..report.wording import probability, significant
 from ..seen import seen_word
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Prediction:
         shown = {name: probability(value, spread.get(name)) for name, value in (self.probability or {}).items()}
         for name, value in (("value", self.value), ("risk", self.risk)):
             if value is not None:
-                shown[name] = f"{value:.3g}" + (f" ± {spread[name]:.2g}" if name in spread else "")
+                shown[name] = significant(value, 3) + (f" ± {significant(spread[name], 2)}" if name in spread else "")
         return shown
 
     @property

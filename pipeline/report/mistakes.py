@@ -11,7 +11,7 @@ from ...evaluation.regression import Values
 from ...evaluation.scopes import select
 from ...task import Task
 from .page import Cell, Table
-from .wording import probability
+from .wording import probability, significant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,7 +146,7 @@ def _judged(rows: "pd.DataFrame", task: Task) -> _Judged:
         error = np.abs(outcomes.prediction - outcomes.target)
         limit = np.quantile(error, 1 - FAR_OFF, method="lower") if len(error) else 0.0
         cells: list[list[Cell]] = [
-            [_as_given(target), f"{prediction:.4g}", f"{prediction - target:+.4g}"]
+            [_as_given(target), significant(prediction, 4), significant(prediction - target, 4, "+")]
             for target, prediction in zip(outcomes.target, outcomes.prediction, strict=True)
         ]
         return _Judged(error - limit, ["True", "Predicted", "Error"], ["True", "Predicted", "Error"], cells)

@@ -1,7 +1,7 @@
 """The words and numbers of pages and of the terminal: each name, each way to write a number, each sentence once."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -61,7 +61,12 @@ def number(value: float) -> str:
     """A metric to three digits after the point, or fewer for large numbers; a dash if it is not defined."""
     if not np.isfinite(value):
         return "–"
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.4g}"
+    return f"{value:.3f}" if abs(value) < 100 else significant(value, 4)
+
+
+def significant(value: float, digits: int, sign: Literal["-", "+"] = "-") -> str:
+    """A number to so many digits, but never fewer than it has before the point: 12,345 and not 1.23e+04."""
+    return f"{value:{sign},.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:{sign}.{digits}g}"
 
 
 def probability(value: float, spread: float | None = None) -> str:
