@@ -166,7 +166,7 @@ def _findings(runs: list[Path]) -> str:
         found = rows.iloc[0]
         lines.append(
             f"  {run / 'report.html'}  held-out AUROC of {run.name} {found['value']:.2f} "
-            f"({found['low']:.2f} to {found['high']:.2f})"
+            f"({found['low']:.2f} to {found['high']:.2f}), pooled over folds"
         )
     return "\n".join(lines)
 
