@@ -127,7 +127,7 @@ def test_a_block_mask_made_without_gradients_serves_a_later_backward() -> None:
             {"pattern": "dense", "window": 5},
             "window 5 is for attention pattern 'sliding-window' or 'random', not 'dense'",
         ),
-        ({"pattern": "random"}, "'random' needs random_keys of at least 1, not 0"),
+        ({"pattern": "random"}, "'random' needs random keys of at least 1, not 0"),
         ({"pattern": "random", "random_keys": 4, "window": -1}, "'random' needs a window of at least 0, not -1"),
         ({"pattern": "learned", "chosen_blocks": 4}, "'learned' needs a block size of at least 1, not 0"),
         ({"pattern": "learned", "block_size": 4}, "'learned' needs chosen blocks of at least 1, not 0"),
